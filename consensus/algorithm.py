@@ -1,0 +1,193 @@
+"""Algorithm 1 on one screen, and the baselines that share its parts.
+
+Data flow: `Consensus.step` asks the server to begin the all-reduce of line 3, has the workers
+draw and differentiate meanwhile, lets the server move u, and the workers move z. The sum of forces
+and the minibatch gradients depend on z^t only, so hiding the communication changes no iterate.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from consensus.comm import Group
+from consensus.core.flat import Scalar
+from consensus.core.layerwise import Layerwise
+from consensus.server import Server, digest
+from consensus.worker import Worker
+
+ORDERS = ("gauss_seidel", "jacobi")
+U_STEP_ON = ("coupling", "objective")
+
+StepSize = Scalar | Callable[[int], Scalar]
+"""A constant, or a schedule: a function of the iteration t = 0, 1, ..."""
+
+
+class Algorithm:
+    """What the trainer sees: a step, the consensus variable, and the state behind it.
+
+    Attributes:
+        worker: The K workers of this process.
+        phi: The layer-wise potential.
+        lam: The coupling parameter of (15).
+    """
+
+    worker: Worker
+    phi: Layerwise
+    lam: StepSize
+
+    def step(self, t: int) -> None:
+        """Iteration t = 0, 1, ... on every rank."""
+        raise NotImplementedError
+
+    @property
+    def u(self) -> Tensor:
+        """The consensus variable. (n,)."""
+        raise NotImplementedError
+
+    @property
+    def cuts(self) -> Tensor:
+        """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
+        return torch.stack([torch.zeros_like(self.worker.cuts), self.worker.cuts])
+
+    def verify(self) -> int:
+        """Check what must hold on all ranks, and return the digest of u.
+
+        Raises:
+            GroupError: If it does not hold, on every rank.
+        """
+        raise NotImplementedError
+
+
+class Consensus(Algorithm):
+    """Algorithm 1.
+
+    With the quadratic potential, `order="jacobi"` and `u_step_on="objective"` it is synchronous
+    EASGD, and with momentum mEASGD (Zhang, Choromanska, LeCun 2015).
+
+    Args:
+        server: u.
+        worker: The z_j of this process.
+        tau: Step size of u.
+        sigma: Step size of the z_j.
+        lam: Coupling parameter; inf uncouples the workers.
+        order: "gauss_seidel" uses u+ in line 6 as Algorithm 1 prints, "jacobi" uses u as (17) does.
+        u_step_on: "coupling": t_u = tau, line 3 to the letter; "objective": t_u = tau / lam, which
+            makes line 3 a gradient step on F.
+        period: Lines 3 and the coupling of line 6 happen when t is a multiple of it (EASGD's
+            communication period).
+
+    Raises:
+        GroupError: If a u - z_j is not strictly inside dom phi at the start, on every rank.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        worker: Worker,
+        *,
+        tau: StepSize,
+        sigma: StepSize,
+        lam: StepSize,
+        order: str = "gauss_seidel",
+        u_step_on: str = "coupling",
+        period: int = 1,
+    ) -> None:
+        assert order in ORDERS, order
+        assert u_step_on in U_STEP_ON, u_step_on
+        self.server = server
+        self.worker = worker
+        self.phi = server.phi
+        self.tau, self.sigma, self.lam = tau, sigma, lam
+        self.order = order
+        self.u_step_on = u_step_on
+        self.period = period
+        self.require_feasible()
+
+    def step(self, t: int) -> None:
+        """Iteration t of Algorithm 1."""
+        if t % self.period:
+            return self.step_alone(t)
+        t_u, sigma, pull = self.step_sizes(t)  # line 2
+        before = self.server.u
+        pending = self.server.start(self.worker.z)  # line 3, the all-reduce begins
+        delta = self.worker.gradient(self.worker.draw())  # lines 4 and 5, meanwhile
+        u = self.server.finish(pending, t_u)  # line 3
+        anchor = u if self.order == "gauss_seidel" else before
+        self.worker.update(delta, sigma, pull, u, anchor)  # line 6
+        return None
+
+    def step_alone(self, t: int) -> None:
+        """An iteration between two communications: lines 4 to 6 without the coupling.
+
+        The line search still holds every z_j inside the domain around the u that stands still.
+        """
+        sigma = value_at(self.sigma, t)
+        delta = self.worker.gradient(self.worker.draw())
+        self.worker.update(delta, sigma, None, self.u, self.u)
+
+    def step_sizes(self, t: int) -> tuple[Scalar, Scalar, Scalar]:
+        """Line 2: t_u, sigma and sigma / lam at iteration t."""
+        tau, sigma, lam = (value_at(size, t) for size in (self.tau, self.sigma, self.lam))
+        t_u = tau / lam if self.u_step_on == "objective" else tau
+        return t_u, sigma, sigma / lam
+
+    @property
+    def u(self) -> Tensor:
+        """The consensus variable. (n,)."""
+        return self.server.u
+
+    @property
+    def cuts(self) -> Tensor:
+        """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
+        return torch.stack([self.server.cuts, self.worker.cuts])
+
+    def verify(self) -> int:
+        """Replicas of u agree bit for bit, every u - z_j is feasible; returns the digest of u."""
+        self.require_feasible()
+        return self.server.verify_replicas()
+
+    def require_feasible(self) -> None:
+        """Raise on all ranks if a u - z_j is not strictly inside dom phi. No collective without."""
+        if not self.phi.bounded:
+            return
+        inside = self.phi.contains(self.u - self.worker.z).tolist()
+        first = self.server.group.rank * len(inside)
+        outside = [first + k for k, ok in enumerate(inside) if not ok]
+        self.server.group.raise_together(
+            f"u - z_j is outside the domain of the potential for worker {outside}"
+            if outside
+            else None
+        )
+
+
+class Msgd(Algorithm):
+    """Momentum SGD in Nesterov's form, one worker, no coupling: the baseline of Figure 1."""
+
+    def __init__(self, worker: Worker, group: Group, *, sigma: StepSize) -> None:
+        assert worker.z.shape[0] == 1, "mSGD is one worker"
+        assert group.size == 1, "mSGD is one process"
+        assert not worker.phi.bounded
+        self.worker = worker
+        self.phi = worker.phi
+        self.sigma = sigma
+        self.lam = float("inf")
+
+    def step(self, t: int) -> None:
+        """Lines 4 to 6 without the coupling."""
+        delta = self.worker.gradient(self.worker.draw())
+        self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
+
+    @property
+    def u(self) -> Tensor:
+        """The one copy of the model. (n,)."""
+        return self.worker.z[0]
+
+    def verify(self) -> int:
+        """Nothing to compare: one process holds the one copy."""
+        return int(digest(self.u))
+
+
+def value_at(size: StepSize, t: int) -> Scalar:
+    """A constant, or the schedule's value at iteration t."""
+    return size(t) if callable(size) else size

@@ -1,0 +1,301 @@
+"""Communication: one process without a process group, or many over Gloo or NCCL.
+
+The only module that imports torch.distributed. Everything above it sees a `Group`: the sums,
+minima and broadcasts of Algorithm 1, and the rule that a rank never raises alone.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class GroupError(RuntimeError):
+    """A failure that every rank knows of and raises alike."""
+
+
+class PeerLostError(GroupError):
+    """A collective failed because a peer is gone or late; each rank learns it by itself."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun tells a process through its environment; a plain python is one of one.
+
+    Attributes:
+        rank: Of this process, among all.
+        size: Number of processes.
+        local_rank: Of this process, on its node.
+        local_size: Number of processes on this node.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        defaults = (0, 1, 0, 1)
+        values = (int(os.environ.get(n, d)) for n, d in zip(names, defaults, strict=True))
+        return cls(*values)
+
+
+class Pending(ABC):
+    """A sum on its way; the tensor must not be touched before `wait`."""
+
+    @abstractmethod
+    def wait(self) -> Tensor:
+        """The sum over all ranks, in the tensor that was handed in."""
+
+
+class Group(ABC):
+    """Collectives over the processes of a run. All ranks call them in the same order.
+
+    Methods that end in an underscore work in place and return their argument.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks."""
+
+    @abstractmethod
+    def min_(self, tensor: Tensor) -> Tensor:
+        """The elementwise minimum over ranks."""
+
+    @abstractmethod
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values."""
+
+    @abstractmethod
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """Begin `sum_` and return at once, so that a gradient can be computed meanwhile."""
+
+    @abstractmethod
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Everyone's tensor, on every rank. (...) -> (size, ...)."""
+
+    @abstractmethod
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable object, on every rank."""
+
+    @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everyone's picklable object, on every rank, by rank."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the group; no collective may follow."""
+
+    def raise_together(self, problem: str | None) -> None:
+        """Raise on all ranks if any rank has a problem; every rank must call this.
+
+        A rank that raised alone would leave the others waiting in their next collective.
+
+        Raises:
+            GroupError: On every rank, with the problem of the lowest rank that has one.
+        """
+        flag = self.min_(torch.tensor([0 if problem else 1], device=self.device))
+        if int(flag) == 1:
+            return
+        problems = self.gather_objects(problem)
+        rank = next(rank for rank, text in enumerate(problems) if text)
+        raise GroupError(f"rank {rank}: {problems[rank]}")
+
+    device: torch.device
+    """Where the tensors of the collectives live."""
+
+
+class _Done(Pending):
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        return self._tensor
+
+
+class Solo(Group):
+    """One process: every collective is the identity, and no process group exists."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank = 0
+        self.size = 1
+        self.device = torch.device(device)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The argument."""
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """The argument."""
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """The argument."""
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """The argument, at once."""
+        return _Done(tensor)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(...) -> (1, ...)."""
+        return tensor.unsqueeze(0)
+
+    def share(self, value: Any) -> Any:
+        """The argument."""
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The argument, alone."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class _Work(Pending):
+    def __init__(self, group: "ProcessGroup", work: dist.Work, tensor: Tensor) -> None:
+        self._group, self._work, self._tensor = group, work, tensor
+
+    def wait(self) -> Tensor:
+        with self._group.reporting("sum"):
+            self._work.wait()
+        return self._tensor
+
+
+class ProcessGroup(Group):
+    """Many processes, one torch.distributed process group.
+
+    Args:
+        launch: Rank and size.
+        backend: "gloo" or "nccl".
+        device: Of the tensors that will be reduced.
+        timeout_s: After which a collective that waits for a peer fails. Seconds.
+        init_method: Where the processes meet: "env://" under torchrun.
+
+    Raises:
+        PeerLostError: If the processes do not meet.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        backend: str,
+        device: torch.device,
+        timeout_s: float,
+        init_method: str = "env://",
+    ) -> None:
+        self.rank, self.size, self.device = launch.rank, launch.size, device
+        with self.reporting("start"):
+            dist.init_process_group(
+                backend,
+                init_method=init_method,
+                rank=launch.rank,
+                world_size=launch.size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if backend == "nccl" else None,  # binds NCCL to its device
+            )
+
+    @contextmanager
+    def reporting(self, operation: str) -> Iterator[None]:
+        """Turn a backend's error into one line that names the rank and the collective."""
+        try:
+            yield
+        except RuntimeError as error:
+            cause = (str(error).strip() or repr(error)).splitlines()[0]
+            raise PeerLostError(
+                f"rank {self.rank}: lost a peer in `{operation}`: {cause}"
+            ) from error
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """All-reduce with SUM."""
+        return self.start_sum(tensor).wait()
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """All-reduce with MIN."""
+        with self.reporting("min"):
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Broadcast from rank 0."""
+        with self.reporting("broadcast"):
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """Asynchronous all-reduce with SUM."""
+        with self.reporting("sum"):
+            work = dist.all_reduce(tensor, dist.ReduceOp.SUM, async_op=True)
+        assert work is not None
+        return _Work(self, work, tensor)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All-gather."""
+        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.reporting("gather"):
+            dist.all_gather(pieces, tensor)
+        return torch.stack(pieces)
+
+    def share(self, value: Any) -> Any:
+        """Broadcast of a pickled object from rank 0."""
+        box = [value]
+        with self.reporting("share"):
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """All-gather of pickled objects."""
+        values: list[Any] = [None] * self.size
+        with self.reporting("gather"):
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Barrier."""
+        with self.reporting("barrier"):
+            dist.barrier()
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_backend(name: str, device: torch.device, launch: Launch) -> str:
+    """The backend for `group`: gloo or nccl as named; auto takes NCCL where it can work.
+
+    NCCL needs a CUDA device of its own for every process; otherwise Gloo, which also takes CUDA
+    tensors, through the host.
+    """
+    if name != "auto":
+        return name
+    own_device = device.type == "cuda" and launch.local_size <= torch.cuda.device_count()
+    return "nccl" if own_device and dist.is_nccl_available() else "gloo"
+
+
+def open_group(launch: Launch, backend: str, device: torch.device, timeout_s: float) -> Group:
+    """The group of this run: `Solo` for one process, otherwise a `ProcessGroup`."""
+    if launch.size == 1:
+        return Solo(device)
+    return ProcessGroup(launch, backend, device, timeout_s)

@@ -1,0 +1,104 @@
+"""Models as flat vectors, and blocks of such vectors.
+
+# n = 33,580 parameters, L = 3 layers for LeNet-5; K workers to a process
+
+Everything in the framework that is not a model sees one contiguous vector of n coordinates, or a
+block of shape (..., n) whose leading axes are workers (or, later, runs). A *layer* is one module
+with its weight and bias together, equation (18); it is a slice of the vector.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+Scalar = float | Tensor
+"""A hyperparameter: one number, or a tensor that broadcasts over the leading axes of a block."""
+
+
+def column(a: Scalar) -> Scalar:
+    """`a` so that it broadcasts against a block (..., n): tensors (...) become (..., 1)."""
+    return a.unsqueeze(-1) if isinstance(a, Tensor) and a.ndim > 0 else a
+
+
+def add_scaled(y: Tensor, a: Scalar, x: Tensor) -> Tensor:
+    """The sum y + a x for blocks (..., n), in one pass for a number or a tensor `a` (...)."""
+    if isinstance(a, Tensor):
+        return torch.addcmul(y, column(a).to(y), x)  # type: ignore[union-attr]
+    return torch.add(y, x, alpha=a)
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each parameter and each layer of a module lies in its flat vector.
+
+    Attributes:
+        parameter_names: Qualified names, in the order of `module.named_parameters()`.
+        shapes: Their shapes.
+        layer_names: Names of the modules that own parameters, in the same order.
+        layers: The (start, stop) slices of those modules; they partition [0, n).
+    """
+
+    parameter_names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    layer_names: tuple[str, ...]
+    layers: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "FlatLayout":
+        """The layout of a module's parameters.
+
+        Raises:
+            ValueError: If the module has no parameters, or two modules share one: a tied parameter
+                belongs to no single layer of (18).
+        """
+        names: list[str] = []
+        shapes: list[torch.Size] = []
+        layer_names: list[str] = []
+        lengths: list[int] = []
+        seen: dict[int, str] = {}
+        for path, owner in module.named_modules():
+            own = list(owner.named_parameters(prefix=path, recurse=False, remove_duplicate=False))
+            for name, parameter in own:
+                if id(parameter) in seen:
+                    raise ValueError(
+                        f"parameter `{name}` is tied to `{seen[id(parameter)]}`; equation (18) "
+                        "needs each parameter in exactly one layer"
+                    )
+                seen[id(parameter)] = name
+                names.append(name)
+                shapes.append(parameter.shape)
+            if own:
+                layer_names.append(path or type(owner).__name__.lower())
+                lengths.append(sum(parameter.numel() for _, parameter in own))
+        if not names:
+            raise ValueError(f"{type(module).__name__} has no parameters to train")
+        ends = list(accumulate(lengths, initial=0))
+        return cls(tuple(names), tuple(shapes), tuple(layer_names), tuple(pairwise(ends)))
+
+    @property
+    def size(self) -> int:
+        """n, the number of coordinates."""
+        return self.layers[-1][1]
+
+    def flatten(self, module: nn.Module) -> Tensor:
+        """A new vector (n,) with the values of the module's parameters."""
+        parameters = dict(module.named_parameters())
+        return torch.cat([parameters[name].detach().reshape(-1) for name in self.parameter_names])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The parameters as views of a vector (n,).
+
+        One split, so that the backward pass through it is a single concatenation and not one
+        zero-padded n-vector per parameter.
+        """
+        pieces = torch.split(vector, [shape.numel() for shape in self.shapes])
+        return {
+            name: piece.view(shape)
+            for name, piece, shape in zip(self.parameter_names, pieces, self.shapes, strict=True)
+        }
+
+    def state_dict(self, vector: Tensor) -> dict[str, Tensor]:
+        """A state_dict of independent CPU tensors, as `module.load_state_dict` wants it."""
+        return {name: view.detach().clone().cpu() for name, view in self.unflatten(vector).items()}

@@ -1,0 +1,86 @@
+"""The layer-wise potential phi(w) = sum_l p(w_l / eta), equation (18).
+
+# n = 33,580 parameters, L = 3 layers; K workers to a block
+"""
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from consensus.core.flat import column
+from consensus.core.potentials import Potential, Radial
+
+
+class Layerwise(Potential):
+    """phi(w) = sum_l p(w_l / eta), equation (18), on blocks (..., n) of w = u - z.
+
+    The methods are those of `Potential`; radial sizes are taken layer by layer.
+
+    Args:
+        potential: p, one for all layers.
+        layers: (start, stop) slices of the last axis, in order, that cover it without gaps.
+        eta: Width of the potential: a number, or a tensor that broadcasts over the leading axes.
+
+    Raises:
+        ValueError: If eta is not positive, the layers do not partition the axis, or the weights of
+            a scaled potential fit neither the layers nor the coordinates.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        layers: Sequence[tuple[int, int]],
+        eta: float | Tensor = 1.0,
+    ) -> None:
+        self.layers = tuple((int(start), int(stop)) for start, stop in layers)
+        ends = [0, *(stop for _, stop in self.layers)]
+        if not self.layers or any(
+            start != end or stop <= start
+            for (start, stop), end in zip(self.layers, ends[:-1], strict=True)
+        ):
+            raise ValueError(
+                f"`layers` is {list(self.layers)}; allowed: slices (start, stop) from 0, "
+                "each starting where the one before it stops"
+            )
+        if not bool((torch.as_tensor(eta) > 0).all()) or not bool(
+            torch.isfinite(torch.as_tensor(eta)).all()
+        ):
+            raise ValueError(f"`eta` is {eta}; allowed: a finite number > 0")
+        self.eta = eta
+        scale: float | Tensor = _over_layers(potential.scale, self.layers)
+        if isinstance(eta, Tensor) or eta != 1.0:
+            scale = scale / column(eta)
+        super().__init__(potential.profile, potential.size.over(self.layers), scale)
+        self._by_layer = Radial(self.layers)
+
+    def to(self, like: Tensor) -> "Layerwise":
+        """The same potential with its tensors on the device and in the dtype of `like`.
+
+        Not required, but a tensor in another place is copied at every call.
+        """
+        moved = copy(self)
+        moved.scale = self._scale_for(like)
+        return moved
+
+    def distance(self, w: Tensor) -> Tensor:
+        """|w_l| of each layer, in the units of the parameters. (..., n) -> (..., L)."""
+        return self._by_layer.norm(w)
+
+
+def _over_layers(scale: float | Tensor, layers: tuple[tuple[int, int], ...]) -> float | Tensor:
+    """The scale of each coordinate, from one number, one per layer or one per coordinate."""
+    if not isinstance(scale, Tensor) or scale.ndim == 0:
+        return scale
+    size = layers[-1][1]
+    if scale.shape == (size,):
+        return scale
+    if scale.shape == (len(layers),):
+        return torch.cat(
+            [q.expand(stop - start) for q, (start, stop) in zip(scale, layers, strict=True)]
+        )
+    raise ValueError(
+        f"`weight` has {scale.numel()} entries; allowed: 1, {len(layers)} (one a layer) "
+        f"or {size} (one a coordinate)"
+    )

@@ -1,0 +1,535 @@
+"""Legendre potentials phi: one scalar profile psi and one notion of size (Table 2).
+
+With x = w / eta, a *radial* potential takes s = |x|^2 and gives psi(s); a *separable* one takes
+s_i = x_i^2 and gives sum_i psi(s_i). Everything else follows from psi, psi' and psi'' alone:
+
+    grad phi(w)    = (2 / eta) psi'(s) x                                 finite at 0
+    Hess phi(w) v  = (2 / eta^2) (psi'(s) v + 2 psi''(s) x <x, v>)
+    grad phi*(y)   = eta rho y' / |y'|,  2 psi'(rho^2) rho = |y'|,  y' = eta y      (Lemma 3.2)
+    dom phi        = {s < bound}, so a ray leaves it where a quadratic equation says
+
+The formulas are written once, in `Potential`; `Radial` and `Separable` say what an inner product
+is, and equation (18) is the same potential with one inner product per layer (layerwise.py).
+
+To add a potential, register a function that makes it; its keyword arguments become options:
+
+    @POTENTIALS.register("quartic")
+    def quartic() -> Potential:
+        return Potential(Profile(psi=lambda s: s**2, dpsi=lambda s: 2 * s,
+                                 d2psi=lambda s: 2 * torch.ones_like(s),
+                                 assumptions=frozenset({"A1", "A2", "A4", "A5"})), Radial())
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consensus.registry import Registry
+
+ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
+"""What the theory asks of phi (the paper, section 3):
+
+(A1) proper, lower semicontinuous and strictly convex; (A2) essentially smooth: differentiable
+inside its domain, with a gradient that blows up at the boundary, so that with (A1) phi is Legendre;
+(A3) twice continuously differentiable with a positive definite Hessian inside the domain;
+(A4) super-coercive: phi(w) / |w| grows without bound; (A5) phi(0) = 0 and grad phi(0) = 0.
+"""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A scalar profile psi on [0, bound), as a function of the *squared* size s.
+
+    Attributes:
+        psi: s -> psi(s), elementwise; psi(0) = 0.
+        dpsi: s -> psi'(s); where psi' is infinite at 0 this returns 0 there, since grad phi(0) = 0.
+        d2psi: s -> psi''(s); likewise 0 at 0 where it is infinite.
+        bound: The domain is s < bound.
+        radius: r >= 0 -> the rho >= 0 with 2 psi'(rho^2) rho = r, nan where there is none; None:
+            found by a safeguarded Newton iteration.
+        slope: psi' where it is a constant, so that the size need not be computed.
+        assumptions: Which of (A1) to (A5) hold; see ALL_ASSUMPTIONS.
+    """
+
+    psi: Callable[[Tensor], Tensor]
+    dpsi: Callable[[Tensor], Tensor]
+    d2psi: Callable[[Tensor], Tensor]
+    bound: float = math.inf
+    radius: Callable[[Tensor], Tensor] | None = None
+    slope: float | None = None
+    assumptions: frozenset[str] = ALL_ASSUMPTIONS
+
+    def invert(self, r: Tensor) -> Tensor:
+        """The rho >= 0 with 2 psi'(rho^2) rho = r, elementwise; nan where there is none."""
+        return _solve_radius(self, r) if self.radius is None else self.radius(r)
+
+
+# ---------------------------------------------------------------------------- two notions of size
+
+
+class Size:
+    """Groups of coordinates that share one s. A block (..., n) has sizes (..., G)."""
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner product of each group. (..., n), (..., n) -> (..., G)."""
+        raise NotImplementedError
+
+    def scale(self, factor: Tensor, x: Tensor) -> Tensor:
+        """Each coordinate times the factor of its group. (..., G), (..., n) -> (..., n)."""
+        raise NotImplementedError
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Length of each group. (..., n) -> (..., G)."""
+        raise NotImplementedError
+
+    def largest(self, x: Tensor) -> Tensor:
+        """A bound on `norm(x)` that broadcasts against (..., G) and is cheap to compute."""
+        raise NotImplementedError
+
+    def over(self, layers: Sequence[tuple[int, int]]) -> "Size":
+        """The same notion of size, layer by layer."""
+        raise NotImplementedError
+
+
+class Separable(Size):
+    """Every coordinate is a group of its own, G = n."""
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """x_i y_i."""
+        return x * y
+
+    def scale(self, factor: Tensor, x: Tensor) -> Tensor:
+        """factor_i x_i."""
+        return factor * x
+
+    def norm(self, x: Tensor) -> Tensor:
+        """|x_i|."""
+        return x.abs()
+
+    def largest(self, x: Tensor) -> Tensor:
+        """max_i |x_i|: one number instead of n."""
+        return x.abs().amax(-1, keepdim=True)
+
+    def over(self, layers: Sequence[tuple[int, int]]) -> "Separable":
+        """Itself: a sum over coordinates is a sum over layers already."""
+        del layers
+        return self
+
+    def __repr__(self) -> str:
+        return "Separable()"
+
+
+class Radial(Size):
+    """One group: the whole last axis, or each of the given layers, G = L.
+
+    Args:
+        layers: (start, stop) slices that partition the last axis; None: one layer.
+    """
+
+    def __init__(self, layers: Sequence[tuple[int, int]] | None = None) -> None:
+        self.layers = None if layers is None else tuple(layers)
+        self._lengths = None if layers is None else [stop - start for start, stop in layers]
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """<x_l, y_l>."""
+        if self._lengths is None:
+            return (x * y).sum(-1, keepdim=True)
+        return torch.stack([piece.sum(-1) for piece in torch.split(x * y, self._lengths, -1)], -1)
+
+    def scale(self, factor: Tensor, x: Tensor) -> Tensor:
+        """factor_l x_l."""
+        if self._lengths is None:
+            return factor * x
+        pieces = zip(torch.split(factor, 1, -1), torch.split(x, self._lengths, -1), strict=True)
+        return torch.cat([f * piece for f, piece in pieces], -1)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """|x_l|."""
+        return self.inner(x, x).sqrt()
+
+    def largest(self, x: Tensor) -> Tensor:
+        """|x_l| itself."""
+        return self.norm(x)
+
+    def over(self, layers: Sequence[tuple[int, int]]) -> "Radial":
+        """One size for each of the given layers."""
+        return Radial(layers)
+
+    def __repr__(self) -> str:
+        return f"Radial(layers={self.layers})"
+
+
+# -------------------------------------------------------------------------------- the potential
+
+
+class Potential:
+    """phi(w) = sum over groups of psi(s), s = |scale * w|^2, on blocks (..., n).
+
+    A function of `w`, whose last axis holds the coordinates; leading axes are independent points.
+    float32 and float64, any device.
+
+    Args:
+        profile: psi.
+        size: What a group is.
+        scale: Multiplies w: a number, or a tensor that broadcasts against (..., n). 1 / eta of
+            equation (18), and the root of the diagonal of Q in a scaled potential.
+    """
+
+    def __init__(self, profile: Profile, size: Size, scale: float | Tensor = 1.0) -> None:
+        self.profile = profile
+        self.size = size
+        self.scale = scale
+
+    @property
+    def bounded(self) -> bool:
+        """Whether dom phi is not the whole space, so that steps must be cut to stay inside."""
+        return math.isfinite(self.profile.bound)
+
+    @property
+    def assumptions(self) -> frozenset[str]:
+        """Which of (A1) to (A5) phi satisfies."""
+        return self.profile.assumptions
+
+    def value(self, w: Tensor) -> Tensor:
+        """phi(w), inf outside the domain. (..., n) -> (...)."""
+        s = self._sizes(self._scaled(w))
+        return self._inside(s, self.profile.psi(s), math.inf).sum(-1)
+
+    def grad(self, w: Tensor) -> Tensor:
+        """Grad phi(w), nan outside the domain. (..., n) -> (..., n)."""
+        x = self._scaled(w)
+        if self.profile.slope is not None:
+            return self._scaled(2.0 * self.profile.slope * x)
+        s = self._sizes(x)
+        factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
+        return self._scaled(self.size.scale(factor, x))
+
+    def hvp(self, w: Tensor, v: Tensor) -> Tensor:
+        """The Hessian of phi at w times v. (..., n), (..., n) -> (..., n)."""
+        x, v = self._scaled(w), self._scaled(v)
+        s = self._sizes(x)
+        isotropic = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
+        along_x = 4.0 * self.profile.d2psi(s) * self.size.inner(x, v)
+        return self._scaled(self.size.scale(isotropic, v) + self.size.scale(along_x, x))
+
+    def conjugate_grad(self, y: Tensor) -> Tensor:
+        """Grad phi*(y), the inverse of `grad` (Lemma 3.2). (..., n) -> (..., n).
+
+        nan where y is not a gradient of phi, which happens only where (A4) fails.
+        """
+        y = y / self._scale_for(y)
+        r = self.size.norm(y)
+        ratio = torch.where(r > 0, self.profile.invert(r) / r, 0.0)
+        return self.size.scale(ratio, y) / self._scale_for(y)
+
+    def contains(self, w: Tensor) -> Tensor:
+        """Whether w lies strictly inside dom phi, as stored in floating point. -> bool (...)."""
+        return (self._sizes(self._scaled(w)) < self.profile.bound).all(-1)
+
+    def max_step(self, w: Tensor, d: Tensor) -> Tensor:
+        """The end of the interval of t >= 0 with w + t d in dom phi; inf where there is none.
+
+        The open end, in exact arithmetic: w + t d itself is outside. `w` must be inside.
+        (..., n), (..., n) -> (...).
+        """
+        if not self.bounded:
+            return torch.full_like((w * d)[..., 0], math.inf)
+        return self._boundary_step(w, d, self.profile.bound)
+
+    def feasible_step(self, w: Tensor, d: Tensor, u: Tensor) -> Tensor:
+        """The line search of section 6: the largest of 1, 1/2, 1/4, ... that keeps w + t d inside.
+
+        The paper halves until the point is inside. dom phi is convex, so the answer is the largest
+        power of two below `max_step`; no trial is needed. What is stored is not w but u and z, with
+        w = u - z rounded: the boundary is moved inwards by a bound on those rounding errors (a few
+        units in the last place of |u| and of the radius), so that the stored point is inside, and
+        stays so for every smaller step, which another rank may ask for. Only a boundary step within
+        that rounding of a power of two gives half the step a trial would have found.
+
+        0 where there is no such step: w is within rounding of the boundary and d points outwards.
+        The caller then stays where it is, which is feasible.
+
+        Args:
+            w: The point, inside dom phi. (..., n)
+            d: The direction. (..., n)
+            u: The minuend of w = u - z; its magnitude decides the rounding. Broadcasts against w.
+
+        Returns:
+            The step. (...)
+        """
+        if not self.bounded:
+            return torch.ones_like((w * d)[..., 0])
+        eps = torch.finfo(w.dtype).eps
+        radius = math.sqrt(self.profile.bound)
+        rounding = eps * (32.0 * radius + 4.0 * self.size.largest(self._scaled(u)))
+        shrunk = (radius - rounding).clamp(min=0.0).square()
+        return _largest_halving_below(self._boundary_step(w, d, shrunk))
+
+    def _boundary_step(self, w: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
+        """The larger root t of |x + t d|^2 = bound, smallest over groups, at least 0. -> (...)."""
+        x, d = self._scaled(w), self._scaled(d)
+        a, b, c = self.size.inner(d, d), self.size.inner(x, d), self._sizes(x) - bound
+        root = (b * b - a * c).sqrt()
+        # Two forms of one root; each avoids the subtraction of nearly equal numbers.
+        t = torch.where(b > 0, -c / (b + root), (root - b) / a)
+        t = torch.where(a > 0, t, math.inf)
+        return t.nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0.0).amin(-1)
+
+    def _scale_for(self, w: Tensor) -> float | Tensor:
+        return self.scale.to(w) if isinstance(self.scale, Tensor) else self.scale
+
+    def _scaled(self, w: Tensor) -> Tensor:
+        scale = self._scale_for(w)
+        return w if isinstance(scale, float) and scale == 1.0 else w * scale
+
+    def _sizes(self, x: Tensor) -> Tensor:
+        return self.size.inner(x, x)
+
+    def _inside(self, s: Tensor, inside: Tensor, outside: float) -> Tensor:
+        # tan s and 1 / (1 - s) have innocent values beyond the pole: never let them pass for phi.
+        return torch.where(s < self.profile.bound, inside, outside) if self.bounded else inside
+
+    def __repr__(self) -> str:
+        scale = "tensor" if isinstance(self.scale, Tensor) else self.scale
+        return f"{type(self).__name__}(size={self.size!r}, scale={scale})"
+
+
+def _largest_halving_below(t: Tensor) -> Tensor:
+    """The largest of 1, 1/2, 1/4, ... strictly below t > 0, exactly; 0 for t = 0."""
+    mantissa, exponent = torch.frexp(t)  # t = mantissa 2^exponent, mantissa in [1/2, 1)
+    exponent = exponent - 1 - (mantissa == 0.5).to(exponent.dtype)
+    halving = torch.ldexp(torch.ones_like(t), exponent.clamp(max=0))
+    return torch.where(t > 1.0, 1.0, torch.where(t > 0.0, halving, 0.0))
+
+
+def _solve_radius(profile: Profile, r: Tensor) -> Tensor:
+    """Solve g(rho) = 2 psi'(rho^2) rho = r for rho >= 0 by Newton's method inside a bracket.
+
+    Newton acts on log g = log r, which is nearly linear in log rho near 0 and converges fast next
+    to a pole; a step that leaves the bracket is replaced by bisection. nan where r exceeds the
+    range of g. Not for hot paths: the stopping test looks at the values.
+    """
+
+    def g(rho: Tensor) -> Tensor:
+        return 2.0 * profile.dpsi(rho * rho) * rho
+
+    def dg(rho: Tensor) -> Tensor:
+        s = rho * rho
+        return 2.0 * profile.dpsi(s) + 4.0 * profile.d2psi(s) * s
+
+    low = torch.zeros_like(r)
+    if math.isfinite(profile.bound):
+        high = torch.full_like(r, math.sqrt(profile.bound))
+        rho = 0.5 * high
+    else:
+        high = torch.ones_like(r)
+        for _ in range(math.ceil(math.log2(torch.finfo(r.dtype).max)) // 2):
+            short = g(high) < r
+            if not bool(short.any()):
+                break
+            high = torch.where(short, 2.0 * high, high)
+        rho = 0.5 * high
+    reachable = (r < math.inf) if profile.bound < math.inf else (g(high) >= r)
+    for _ in range(200):
+        value = g(rho)
+        below = value < r
+        low, high = torch.where(below, rho, low), torch.where(below, high, rho)
+        step = value * (torch.log(value) - torch.log(r)) / dg(rho)
+        newton = rho - step
+        inside = (newton > low) & (newton < high)
+        proposal = torch.where(inside, newton, 0.5 * (low + high))
+        done = (step.abs() <= torch.finfo(r.dtype).eps * rho) | (proposal == rho) | (r == 0)
+        rho = torch.where(done, rho, proposal)
+        if bool((done | ~reachable).all()):
+            break
+    return torch.where(reachable, torch.where(r == 0, 0.0, rho), math.nan)
+
+
+# ---------------------------------------------------------------------------- profiles, Table 2
+
+QUAD = Profile(  # psi = s, so phi(w) = |x|^2 as in Table 2, not half of it
+    psi=lambda s: s,
+    dpsi=torch.ones_like,
+    d2psi=torch.zeros_like,
+    radius=lambda r: 0.5 * r,
+    slope=1.0,
+)
+
+TAN = Profile(  # psi = tan s on s < pi / 2
+    psi=torch.tan,
+    dpsi=lambda s: torch.cos(s).square().reciprocal(),
+    d2psi=lambda s: 2.0 * torch.tan(s) / torch.cos(s).square(),
+    bound=0.5 * math.pi,
+)
+
+LOG = Profile(  # psi = -log(1 - s) on s < 1
+    psi=lambda s: -torch.log1p(-s),
+    dpsi=lambda s: (1.0 - s).reciprocal(),
+    d2psi=lambda s: (1.0 - s).square().reciprocal(),
+    bound=1.0,
+    radius=lambda r: r / (1.0 + torch.hypot(torch.ones_like(r), r)),
+)
+
+PSEUDO_HUBER = Profile(  # psi = sqrt(1 + s) - 1, linear growth: (A4) fails
+    psi=lambda s: s / (1.0 + torch.sqrt(1.0 + s)),
+    dpsi=lambda s: 0.5 / torch.sqrt(1.0 + s),
+    d2psi=lambda s: -0.25 * (1.0 + s) ** -1.5,
+    radius=lambda r: r / torch.sqrt((1.0 - r) * (1.0 + r)),
+    assumptions=ALL_ASSUMPTIONS - {"A4"},
+)
+
+
+def _power_of(s: Tensor, exponent: float) -> Tensor:
+    """s^exponent with 0 at s = 0 also where the exponent is negative."""
+    power = s.sqrt() if exponent == 0.5 else s**exponent
+    return power if exponent > 0 else torch.where(s > 0, power, 0.0)
+
+
+def power_profile(p: float, eps: float = 0.0) -> Profile:
+    """psi(s) = s^(p/2) + eps s, p > 1. Its Hessian at 0 is 0 or infinite unless p = 2 or eps > 0.
+
+    Raises:
+        ValueError: If p <= 1 (not differentiable at 0) or eps < 0 (not convex).
+    """
+    if not (1.0 < p < math.inf):
+        raise ValueError(f"`p` is {p}; |x|^p is a smooth convex potential for finite p > 1")
+    if not (0.0 <= eps < math.inf):
+        raise ValueError(f"`eps` is {eps}; allowed: a finite number >= 0")
+    radius: Callable[[Tensor], Tensor] | None = None
+    if eps == 0.0:
+
+        def radius(r: Tensor) -> Tensor:
+            return (r / p) ** (1.0 / (p - 1.0))
+
+    elif p == 3.0:  # 3 rho^2 + 2 eps rho = r
+
+        def radius(r: Tensor) -> Tensor:
+            return r / (eps + torch.sqrt(eps * eps + 3.0 * r))
+
+    smooth = p == 2.0 or (p > 2.0 and eps > 0.0)
+    return Profile(
+        psi=lambda s: s ** (0.5 * p) + eps * s,
+        dpsi=lambda s: (0.5 * p) * _power_of(s, 0.5 * p - 1.0) + eps,
+        d2psi=lambda s: (0.5 * p) * (0.5 * p - 1.0) * _power_of(s, 0.5 * p - 2.0),
+        radius=radius,
+        assumptions=ALL_ASSUMPTIONS if smooth else ALL_ASSUMPTIONS - {"A3"},
+    )
+
+
+def _log_cosh_slope(
+    s: Tensor, series: Sequence[float], direct: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A function of s = rho^2: its power series near 0, where the direct formula cancels."""
+    near = s < (1e-3 if s.dtype == torch.float64 else 5e-2)
+    polynomial = torch.zeros_like(s)
+    for coefficient in reversed(series):
+        polynomial = polynomial * s + coefficient
+    rho = torch.where(near, 1.0, s).sqrt()  # keeps the unused branch finite
+    return torch.where(near, polynomial, direct(rho))
+
+
+# tanh(rho) / rho = 1 - s/3 + 2 s^2/15 - 17 s^3/315 + 62 s^4/2835 - 1382 s^5/155925 + ...
+_TANHC = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925)
+
+LOG_COSH = Profile(  # psi = log cosh sqrt(s), linear growth: (A4) fails
+    psi=lambda s: _log_cosh(s.sqrt()),
+    dpsi=lambda s: 0.5 * _log_cosh_slope(s, _TANHC, lambda rho: torch.tanh(rho) / rho),
+    d2psi=lambda s: (
+        0.5
+        * _log_cosh_slope(
+            s,
+            [k * c for k, c in enumerate(_TANHC)][1:],
+            lambda rho: (
+                (1.0 - torch.tanh(rho).square() - torch.tanh(rho) / rho) / (2.0 * rho * rho)
+            ),
+        )
+    ),
+    radius=lambda r: torch.where(r < 1.0, torch.atanh(r), math.nan),
+    assumptions=ALL_ASSUMPTIONS - {"A4"},
+)
+
+
+def _log_cosh(rho: Tensor) -> Tensor:
+    """Log cosh rho for rho >= 0 without overflow for large and cancellation for small rho."""
+    small = torch.log1p(2.0 * torch.sinh(0.5 * rho.clamp(max=1.0)).square())
+    large = rho + torch.log1p(torch.exp(-2.0 * rho)) - math.log(2.0)
+    return torch.where(rho < 1.0, small, large)
+
+
+# ---------------------------------------------------------------------------- the table of names
+
+POTENTIALS: Registry[Potential] = Registry("potential")
+
+
+@POTENTIALS.register("quad")
+def quad() -> Potential:
+    """phi(x) = |x|^2: synchronous EASGD."""
+    return Potential(QUAD, Radial())
+
+
+@POTENTIALS.register("cubic")
+def cubic(eps: float = 0.0) -> Potential:
+    """phi(x) = |x|^3 + eps |x|^2; (A3) fails at 0 unless eps > 0."""
+    return Potential(power_profile(3.0, eps), Radial())
+
+
+@POTENTIALS.register("tan")
+def tan() -> Potential:
+    """phi(x) = tan |x|^2 on |x|^2 < pi/2."""
+    return Potential(TAN, Radial())
+
+
+@POTENTIALS.register("tan_sep")
+def tan_sep() -> Potential:
+    """phi(x) = sum_i tan x_i^2 on x_i^2 < pi/2."""
+    return Potential(TAN, Separable())
+
+
+@POTENTIALS.register("log")
+def log() -> Potential:
+    """phi(x) = -log(1 - |x|^2) on |x| < 1."""
+    return Potential(LOG, Radial())
+
+
+@POTENTIALS.register("log_sep")
+def log_sep() -> Potential:
+    """phi(x) = -sum_i log(1 - x_i^2) on |x_i| < 1."""
+    return Potential(LOG, Separable())
+
+
+@POTENTIALS.register("scaled_quad")
+def scaled_quad(weight: float | Sequence[float] | Tensor = 1.0) -> Potential:
+    """phi(x) = x^T Q x, Q diagonal and positive.
+
+    Args:
+        weight: The diagonal of Q: one number, or one for each coordinate, or, inside `Layerwise`,
+            one for each layer.
+
+    Raises:
+        ValueError: If a weight is not positive and finite.
+    """
+    q = torch.as_tensor(weight, dtype=torch.float64)
+    if not bool(((q > 0) & (q < math.inf)).all()):
+        raise ValueError(f"`weight` is {weight}; allowed: finite numbers > 0")
+    return Potential(QUAD, Radial(), scale=q.sqrt() if q.ndim else math.sqrt(float(q)))
+
+
+@POTENTIALS.register("pseudo_huber")
+def pseudo_huber(separable: bool = True) -> Potential:
+    """phi(x) = sum_i sqrt(1 + x_i^2) - 1, a smooth |x|_1: its consensus is nearly the median."""
+    return Potential(PSEUDO_HUBER, Separable() if separable else Radial())
+
+
+@POTENTIALS.register("log_cosh")
+def log_cosh(separable: bool = True) -> Potential:
+    """phi(x) = sum_i log cosh x_i, another smooth |x|_1."""
+    return Potential(LOG_COSH, Separable() if separable else Radial())
+
+
+@POTENTIALS.register("power")
+def power(p: float = 4.0, eps: float = 0.0, separable: bool = False) -> Potential:
+    """phi(x) = |x|^p + eps |x|^2, p > 1."""
+    return Potential(power_profile(p, eps), Separable() if separable else Radial())

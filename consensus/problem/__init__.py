@@ -1,0 +1,32 @@
+"""What is trained: models, data, and the risk as a function of flat vectors.
+
+Knows nothing of servers, workers, processes or configs.
+"""
+
+from consensus.problem.data import (
+    DATASETS,
+    PARTITIONS,
+    Dataset,
+    DataUnavailableError,
+    Minibatches,
+    partition,
+)
+from consensus.problem.models import MODELS, build_model
+from consensus.problem.risk import Batch, MinibatchRisk, Risk
+from consensus.problem.streams import stream, stream_seed
+
+__all__ = [
+    "DATASETS",
+    "MODELS",
+    "PARTITIONS",
+    "Batch",
+    "DataUnavailableError",
+    "Dataset",
+    "MinibatchRisk",
+    "Minibatches",
+    "Risk",
+    "build_model",
+    "partition",
+    "stream",
+    "stream_seed",
+]

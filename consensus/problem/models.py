@@ -1,0 +1,123 @@
+"""The models by name, and their common starting point.
+
+A model maps images (B, 1, 28, 28) to logits (B, num_classes); the softmax is in the loss. Here it
+is only a function of its parameters: risk.py evaluates it at the flat vectors of the workers. Users
+register their own models, and `plugins` in the config imports them:
+
+    @MODELS.register("mine")
+    def mine(num_classes: int = 10, width: int = 64) -> nn.Module: ...
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, relu
+
+from consensus.problem.streams import stream_seed
+from consensus.registry import Registry
+
+MODELS: Registry[nn.Module] = Registry("model")
+"""The table of models; every factory takes `num_classes` and options of its own."""
+
+PIXELS = 28 * 28
+
+
+class LeNet5(nn.Module):
+    """The network of the paper's section 6: n = 33,580 parameters in L = 3 layers.
+
+    Convolution with 20 5x5 filters, ReLU, 2x2 max-pooling; the same with 50 filters; one fully
+    connected layer.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 20, kernel_size=5)
+        self.conv2 = nn.Conv2d(20, 50, kernel_size=5)
+        self.fc = nn.Linear(50 * 4 * 4, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 1, 28, 28)."""
+        # The paper applies ReLU before pooling. ReLU is monotone, so the two commute, and after
+        # pooling it has a quarter of the work. The gradient is the same too: where the maximum of
+        # a window is positive, ReLU changes neither it nor which entry attains it; elsewhere the
+        # gradient is 0 in either order.
+        x = relu(max_pool2d(self.conv1(images), 2))  # (B, 20, 12, 12)
+        x = relu(max_pool2d(self.conv2(x), 2))  # (B, 50, 4, 4)
+        logits: Tensor = self.fc(x.flatten(1))
+        return logits
+
+
+@MODELS.register("lenet5")
+def lenet5(num_classes: int = 10) -> nn.Module:
+    """LeNet-5 as in the paper."""
+    return LeNet5(num_classes)
+
+
+@MODELS.register("mlp")
+def mlp(num_classes: int = 10, hidden: Sequence[int] = (256, 128)) -> nn.Module:
+    """Fully connected layers of the given widths with ReLU between them, on flattened images.
+
+    Raises:
+        ValueError: If a width is not a positive integer.
+    """
+    if not all(isinstance(width, int) and width > 0 for width in hidden):
+        raise ValueError(f"`model.hidden` is {list(hidden)}; allowed: positive integers")
+    widths = [PIXELS, *hidden]
+    modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for i in range(1, len(widths)):
+        modules[f"fc{i}"] = nn.Linear(widths[i - 1], widths[i])
+        modules[f"relu{i}"] = nn.ReLU()
+    modules[f"fc{len(widths)}"] = nn.Linear(widths[-1], num_classes)
+    return nn.Sequential(modules)
+
+
+@MODELS.register("logistic")
+def logistic(num_classes: int = 10) -> nn.Module:
+    """Multinomial logistic regression, one linear layer: the data loss is convex."""
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), fc=nn.Linear(PIXELS, num_classes)))
+
+
+def build_model(name: str, seed: int, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """The model `name` on the CPU, with torch's default initialization drawn from `seed`.
+
+    It is drawn in float32 and then cast: runs in float32 and in float64 start at the same point.
+    The global random state is left as it was.
+
+    Args:
+        name: A name in MODELS.
+        seed: The seed of the run.
+        dtype: Of the parameters.
+        **options: Of that model, see `MODELS.options(name)`.
+
+    Raises:
+        ValueError: If the name or an option is unknown or wrong, or if the model has buffers,
+            frozen parameters, or none: the state of a worker is one vector of trained parameters.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # not torch.manual_seed, which also seeds the GPUs, and fork_rng restores only the CPU here
+        torch.default_generator.manual_seed(stream_seed(seed, "init"))
+        model = MODELS.make(name, **options)
+    _check(name, model)
+    return model.to(dtype=dtype)
+
+
+def _check(name: str, model: nn.Module) -> None:
+    buffers = [buffer for buffer, _ in model.named_buffers()]
+    if buffers:
+        raise ValueError(
+            f"model `{name}` has the buffer `{buffers[0]}`; buffers (such as the running statistics"
+            " of BatchNorm) would need a state of their own in each worker: use GroupNorm or"
+            " LayerNorm instead"
+        )
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"model `{name}` has no parameters to train")
+    frozen = [key for key, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"model `{name}` has the frozen parameter `{frozen[0]}`; all parameters must be"
+            " trainable: leave constants out of the parameters, as plain attributes"
+        )

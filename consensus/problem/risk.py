@@ -1,0 +1,145 @@
+"""The empirical risk of a model as a function of flat parameter vectors, and its gradients.
+
+# n parameters, K workers in this process, B samples in a minibatch, N images
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from consensus.core.flat import FlatLayout
+from consensus.problem.data import Dataset, Minibatches
+
+Batch = tuple[Tensor, Tensor]
+"""Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
+
+
+class Risk:
+    """The cross-entropy of a model, as a function of its flattened parameters.
+
+    The model serves as a function only: its own parameters are neither read nor written.
+
+    Args:
+        model: Maps images (B, 1, 28, 28) to logits (B, classes). Anything random in it, such as
+            dropout, draws from torch's global generator and is not reproduced by a resumed run.
+        reduction: "sum" or "mean" over the samples of a minibatch. The paper's step sizes belong
+            to the sum.
+
+    Attributes:
+        model: As given.
+        layout: Where its parameters are in the flat vectors.
+        losses: The minibatch losses of the last `gradient`, detached and on the device. (K,)
+
+    Raises:
+        ValueError: If the reduction is neither, or the model cannot be flattened.
+    """
+
+    def __init__(self, model: nn.Module, reduction: Literal["sum", "mean"]) -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"`algorithm.loss_reduction` is {reduction!r}; allowed: sum, mean")
+        self.model = model
+        self.layout = FlatLayout.of(model)
+        self.reduction = reduction
+        self.losses = torch.empty(0)
+
+    def gradient(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """The gradient of each worker's minibatch loss at its own point, `delta` of line 5.
+
+        Worker by worker rather than batched by vmap, so that the bits of a worker's gradient do
+        not depend on how many workers share its process.
+
+        Args:
+            points: (K, n)
+            images: (K, B, 1, 28, 28)
+            labels: (K, B) int64
+
+        Returns:
+            (K, n)
+        """
+        gradients = torch.empty_like(points)
+        losses = points.new_empty(len(points))
+        for k in range(len(points)):
+            point = points[k].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = cross_entropy(
+                    self._logits(point, images[k]), labels[k], reduction=self.reduction
+                )
+            (gradients[k],) = torch.autograd.grad(loss, point)
+            losses[k] = loss.detach()
+        self.losses = losses
+        return gradients
+
+    @torch.no_grad()
+    def evaluate(self, point: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000) -> Tensor:
+        """The loss summed over all images, and the number of wrong predictions.
+
+        Without synchronizing with the device: the caller decides when to read the numbers. The
+        model is in evaluation mode meanwhile (dropout is off).
+
+        Args:
+            point: (n,)
+            images: (N, 1, 28, 28)
+            labels: (N,) int64
+            chunk: The number of images evaluated at once, which bounds the memory.
+
+        Returns:
+            (2,) float64
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=point.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
+                logits = self._logits(point, x)
+                # In float64 from the logits on: a well-fitted image has a loss near 1e-5, and
+                # float32 cannot tell a loss below 6e-8 from zero. There are 60,000 of them.
+                loss = cross_entropy(logits.double(), y, reduction="sum")
+                total += torch.stack([loss, (logits.argmax(1) != y).sum().double()])
+        finally:
+            self.model.train(training)
+        return total
+
+    def _logits(self, point: Tensor, images: Tensor) -> Tensor:
+        """The logits (B, classes) of the model at the point (n,)."""
+        logits: Tensor = functional_call(self.model, self.layout.unflatten(point), (images,))
+        return logits
+
+
+class MinibatchRisk:
+    """The stochastic gradients of the workers of one process: lines 4 and 5.
+
+    Args:
+        risk: What is minimized.
+        dataset: Its training images are drawn from.
+        minibatches: One for each of the K workers of this process, with one batch size, and with
+            indices on the device of the data.
+    """
+
+    def __init__(self, risk: Risk, dataset: Dataset, minibatches: Sequence[Minibatches]) -> None:
+        sizes = {source.batch_size for source in minibatches}
+        assert len(sizes) == 1, f"the workers of a process need one batch size, not {sizes}"
+        self.risk = risk
+        self.dataset = dataset
+        self.minibatches = tuple(minibatches)
+        self.batch_size = sizes.pop()
+
+    @property
+    def losses(self) -> Tensor:
+        """The minibatch losses (K,) of the last `gradient`, on the device."""
+        return self.risk.losses
+
+    def draw(self) -> Batch:
+        """The next minibatch of every worker: images (K, B, 1, 28, 28), labels (K, B)."""
+        index = torch.cat([source.draw() for source in self.minibatches])  # one gather for all K
+        shape = (len(self.minibatches), self.batch_size)
+        images = self.dataset.train_images.index_select(0, index)
+        labels = self.dataset.train_labels.index_select(0, index)
+        return images.view(*shape, *images.shape[1:]), labels.view(shape)
+
+    def gradient(self, points: Tensor, batch: Batch) -> Tensor:
+        """The gradients (K, n) of the workers' minibatch losses at their points (K, n)."""
+        return self.risk.gradient(points, *batch)

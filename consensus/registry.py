@@ -1,0 +1,91 @@
+"""Tables of things that have a name in a config: potentials, models, data sets, schedules.
+
+A table maps a name to a *factory*, a function whose keyword arguments with defaults are the
+options of that entry. `TABLE[name]` is the entry with its defaults, `TABLE.make(name, **options)`
+with others. Users add their own with the same decorator that the built-in ones use:
+
+    @POTENTIALS.register("mine")
+    def mine(sharpness: float = 2.0) -> Potential: ...
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A mapping from names to entries, each made anew by its registered factory.
+
+    Args:
+        kind: What the table holds, for messages: "potential", "model", ...
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._factories: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[F], F]:
+        """Decorator that adds a factory under `name`.
+
+        Raises:
+            ValueError: If the name is taken by another factory; a silent replacement would change
+                what old configs mean.
+        """
+
+        def add(factory: F) -> F:
+            known = self._factories.get(name)
+            if known is not None and _origin(known) != _origin(factory):
+                raise ValueError(f"{self.kind} `{name}` is already registered by {known!r}")
+            self._factories[name] = factory
+            return factory
+
+        return add
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The option names of an entry with their default values."""
+        parameters = inspect.signature(self._factory(name)).parameters.values()
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def make(self, name: str, **options: Any) -> T:
+        """The entry `name` with the given options.
+
+        Raises:
+            ValueError: If the name or an option is unknown; the message lists what is known.
+        """
+        allowed = self.options(name)
+        for option in options:
+            if option not in allowed:
+                known = ", ".join(allowed) or "none"
+                raise ValueError(
+                    f"{self.kind} `{name}` has no option `{option}`; its options: {known}"
+                )
+        return self._factory(name)(**options)
+
+    def _factory(self, name: str) -> Callable[..., T]:
+        try:
+            return self._factories[name]
+        except KeyError:
+            known = ", ".join(sorted(self._factories))
+            raise ValueError(f"unknown {self.kind} `{name}`; known: {known}") from None
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._factories:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __contains__(self, name: object) -> bool:  # without making the entry
+        return name in self._factories
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factories)
+
+    def __len__(self) -> int:
+        return len(self._factories)
+
+
+def _origin(factory: Callable[..., Any]) -> tuple[str, str]:
+    """Where a factory was defined; a module that is imported twice registers the same thing."""
+    return factory.__module__, factory.__qualname__

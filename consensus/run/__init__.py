@@ -1,0 +1,1 @@
+"""A training run: configuration, files, clocks and screens around Algorithm 1."""

@@ -1,0 +1,350 @@
+"""The typed configuration of a run: every key, and every check that needs no data.
+
+YAML files under configs/ hold the values, these classes their types. Hydra merges the two, so a
+misspelt key or a wrong type is refused wherever it stands; `to_config` converts once, and nothing
+below the entry sees a DictConfig. Each class checks its own fields; `consensus.run.plan` checks
+what depends on the launch and the data.
+"""
+
+import difflib
+import importlib
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from consensus.algorithm import ORDERS, U_STEP_ON
+from consensus.core.potentials import POTENTIALS, Potential
+from consensus.core.schedules import SCHEDULES, Schedule
+from consensus.problem import DATASETS, MODELS, PARTITIONS
+from consensus.registry import Registry
+from consensus.worker import MOMENTUM_ON
+
+ALGORITHMS = ("consensus", "easgd", "msgd")
+BACKENDS = ("auto", "gloo", "nccl")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "float64")
+REDUCTIONS = ("sum", "mean")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user, told in one line that names key, value and what is allowed."""
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Refuse a value.
+
+    Raises:
+        ConfigError: Unless the condition holds.
+    """
+    if not condition:
+        raise ConfigError(f"`{key}` is {value}; allowed: {allowed}")
+
+
+def require_one_of(key: str, value: str, allowed: Any) -> None:
+    """Refuse a word that is not in a list."""
+    require(value in allowed, key, value, ", ".join(sorted(allowed)))
+
+
+def made(key: str, table: Registry[Any], name: str, options: dict[str, Any]) -> Any:
+    """An entry of a table, with a table's complaint turned into a ConfigError."""
+    require_one_of(f"{key}.name", name, table)
+    try:
+        return table.make(name, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"`{key}.options` is {options}: {error}") from error
+
+
+@dataclass
+class PotentialConfig:
+    """phi of (18): a name in POTENTIALS, its width and its options."""
+
+    name: str
+    eta: float
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require(0 < self.eta < math.inf, "potential.eta", self.eta, "a finite number > 0")
+        self.make()
+
+    def make(self) -> Potential:
+        """The potential."""
+        potential: Potential = made("potential", POTENTIALS, self.name, self.options)
+        return potential
+
+
+@dataclass
+class ScheduleConfig:
+    """A factor over time: a name in SCHEDULES and its options."""
+
+    name: str
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        self.make()
+
+    def make(self) -> Schedule:
+        """The schedule."""
+        schedule: Schedule = made("algorithm.schedule", SCHEDULES, self.name, self.options)
+        return schedule
+
+
+@dataclass
+class SchedulesConfig:
+    """What multiplies tau, sigma and lam at iteration t."""
+
+    tau: ScheduleConfig
+    sigma: ScheduleConfig
+    lam: ScheduleConfig
+
+
+@dataclass
+class AlgorithmConfig:
+    """Algorithm 1 and its baselines."""
+
+    name: str
+    lam: float
+    tau: float
+    sigma: float
+    momentum: float
+    weight_decay: float
+    batch_size: int
+    iterations: int
+    period: int
+    order: str
+    momentum_on: str
+    u_step_on: str
+    loss_reduction: str
+    schedule: SchedulesConfig
+
+    def __post_init__(self) -> None:
+        """Check the fields, and what `name` implies for them."""
+        require_one_of("algorithm.name", self.name, ALGORITHMS)
+        require(self.lam > 0, "algorithm.lam", self.lam, "a number > 0 (inf uncouples the workers)")
+        for name in ("tau", "sigma"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"algorithm.{name}", value, "a finite number > 0")
+        require(0 <= self.momentum < 1, "algorithm.momentum", self.momentum, "a number in [0, 1)")
+        require(
+            0 <= self.weight_decay < math.inf,
+            "algorithm.weight_decay",
+            self.weight_decay,
+            "a finite number >= 0",
+        )
+        for name in ("batch_size", "iterations", "period"):
+            value = getattr(self, name)
+            require(value >= 1, f"algorithm.{name}", value, "a whole number >= 1")
+        require_one_of("algorithm.order", self.order, ORDERS)
+        require_one_of("algorithm.momentum_on", self.momentum_on, MOMENTUM_ON)
+        require_one_of("algorithm.u_step_on", self.u_step_on, U_STEP_ON)
+        require_one_of("algorithm.loss_reduction", self.loss_reduction, REDUCTIONS)
+        if self.name == "easgd":
+            symmetric = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is free)"
+            require(self.order == "jacobi", "algorithm.order", self.order, f"jacobi, {symmetric}")
+            require(
+                self.u_step_on == "objective",
+                "algorithm.u_step_on",
+                self.u_step_on,
+                f"objective, {symmetric}",
+            )
+            require(
+                self.tau == self.sigma,
+                "algorithm.tau",
+                self.tau,
+                f"algorithm.sigma = {self.sigma}, {symmetric}",
+            )
+        if self.name == "msgd":
+            require(self.period == 1, "algorithm.period", self.period, "1 for algorithm=msgd")
+
+
+@dataclass
+class DataConfig:
+    """What is learned, and how it is dealt out to the workers."""
+
+    name: str
+    root: str
+    partition: str
+    alpha: float
+
+    def __post_init__(self) -> None:
+        """Check the fields; make `root` absolute, so that it does not follow a later chdir."""
+        require_one_of("data.name", self.name, DATASETS)
+        require_one_of("data.partition", self.partition, PARTITIONS)
+        require(0 < self.alpha < math.inf, "data.alpha", self.alpha, "a finite number > 0")
+        self.root = str(Path(self.root).expanduser().resolve())
+
+
+@dataclass
+class ModelConfig:
+    """The model: a name in MODELS and its options."""
+
+    name: str
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require_one_of("model.name", self.name, MODELS)
+
+
+@dataclass
+class GroupConfig:
+    """How the processes talk."""
+
+    name: str
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require_one_of("group.name", self.name, BACKENDS)
+        timeout = self.timeout_s
+        require(1 <= timeout < math.inf, "group.timeout_s", timeout, "a number of seconds >= 1")
+
+
+@dataclass
+class OutputConfig:
+    """Where a run leaves its files, and how often it speaks."""
+
+    root: str
+    run_dir: str | None
+    name: str | None
+    eval_every: int
+    log_every: int
+    tensorboard: bool
+
+    def __post_init__(self) -> None:
+        """Check the fields; make the paths absolute."""
+        for name in ("eval_every", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"output.{name}", value, "a whole number >= 1")
+        if self.name is not None:
+            plain = self.name != "" and "/" not in self.name
+            require(plain, "output.name", repr(self.name), "a word without `/`")
+        self.root = str(Path(self.root).expanduser().resolve())
+        if self.run_dir is not None:
+            self.run_dir = str(Path(self.run_dir).expanduser().resolve())
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    workers: int | None
+    seed: int
+    dtype: str
+    device: str
+    deterministic: bool
+    plugins: list[str]
+    potential: PotentialConfig
+    algorithm: AlgorithmConfig
+    data: DataConfig
+    model: ModelConfig
+    group: GroupConfig
+    output: OutputConfig
+
+    def __post_init__(self) -> None:
+        """Check the fields, and the combinations that no launch and no data can make right."""
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "null or >= 1")
+        require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("device", self.device, DEVICES)
+        if self.algorithm.name in ("easgd", "msgd"):
+            require(
+                self.potential.name == "quad",
+                "potential",
+                self.potential.name,
+                f"quad for algorithm={self.algorithm.name} (algorithm=consensus takes any)",
+            )
+        require(
+            not (self.device == "cpu" and self.group.name == "nccl"),
+            "group",
+            self.group.name,
+            "auto or gloo with device=cpu: NCCL moves CUDA tensors only",
+        )
+
+
+def register_schema() -> None:
+    """Make the types known to Hydra under the name that configs/train.yaml lists first."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config_dir() -> str:
+    """Absolute directory of the YAML files: in the installed package, else beside it.
+
+    Raises:
+        FileNotFoundError: If they are in neither place; the installation is broken.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "configs", package.parent / "configs"):
+        if (candidate / "train.yaml").is_file():
+            return str(candidate)
+    raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """The typed config of a composed one; imports its plugins first, since names depend on them.
+
+    Raises:
+        ConfigError: If a plugin cannot be imported or a check fails.
+    """
+    for plugin in cfg.plugins:
+        try:
+            importlib.import_module(plugin)
+        except ImportError as error:
+            raise ConfigError(
+                f"`plugins` names {plugin}; allowed: modules on the Python path ({error})"
+            ) from error
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config
+
+
+REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
+"""Everything that is the user's mistake: the entries turn it into one line and exit code 2."""
+
+
+def explain(error: BaseException) -> str:
+    """One line for a refusal: the key, the value, and what is allowed."""
+    cause: BaseException | None = error
+    while cause is not None:  # Hydra wraps OmegaConf's errors, which know the key
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        if isinstance(cause, MissingConfigException) and cause.options is not None:
+            return _explain_choice(cause)
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _explain_key(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())
+
+
+def _explain_choice(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    allowed = ", ".join(sorted(error.options or ()))
+    return f"`{group}` is {choice}; allowed: {allowed}"
+
+
+def _explain_key(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key)
+    parent, _, name = key.rpartition(".")
+    allowed = _allowed_keys(parent)
+    if allowed and name not in allowed:
+        near = difflib.get_close_matches(name, allowed, n=1)
+        hint = f" (did you mean `{near[0]}`?)" if near else ""
+        where = f"`{parent}`" if parent else "the top level"
+        return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"
+    return f"`{key}`: {str(error).strip().splitlines()[0]}"
+
+
+def _allowed_keys(parent: str) -> list[str]:
+    """The fields of the dataclass at a dotted path, [] if there is none."""
+    node: Any = Config
+    for name in parent.split(".") if parent else ():
+        types = {field.name: field.type for field in fields(node)} if is_dataclass(node) else {}
+        node = types.get(name)
+    return [field.name for field in fields(node)] if is_dataclass(node) else []

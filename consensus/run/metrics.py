@@ -1,0 +1,130 @@
+"""What is measured at an evaluation, and the files it goes to.
+
+One evaluation is one JSON object. The sums over workers, images and ranks travel in one all-reduce:
+each rank evaluates u on its share of both data sets and adds what its own workers contribute.
+
+    train_loss, test_loss    data loss of u, summed over the set
+    train_error, test_error  percent
+    coupling                 (1 / lam) phi(u - z_j), mean over the M workers
+    objective                train_loss + R(u) + coupling: F of (15) over M, not multiplied by M
+    distance                 |u - z_j| of each layer, mean over workers
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from consensus.algorithm import Algorithm, value_at
+from consensus.comm import Group
+from consensus.core.updates import coupling, regularizer
+from consensus.run.plan import Plan
+
+Row = dict[str, Any]
+
+
+def measure(algorithm: Algorithm, plan: Plan, group: Group, t: int) -> Row:
+    """Evaluate u and the consensus after t iterations. A collective; the same row on all ranks."""
+    data, u, z = plan.dataset, algorithm.u, algorithm.worker.z
+    lam = value_at(algorithm.lam, max(0, t - 1))
+    cuts = algorithm.cuts.double()
+    if group.rank > 0:
+        cuts[0] = 0.0  # s_u is the same on all ranks: count it once
+    parts = [
+        plan.risk.evaluate(u, *_share(group, data.train_images, data.train_labels)),
+        plan.risk.evaluate(u, *_share(group, data.test_images, data.test_labels)),
+        coupling(algorithm.phi, u, z, lam).double().sum().unsqueeze(0),
+        cuts,
+        algorithm.phi.distance(u - z).double().sum(0),
+    ]
+    total = group.sum_(torch.cat(parts)).tolist()
+    train_loss, train_wrong, test_loss, test_wrong, coupling_sum, cuts_u, cuts_z = total[:7]
+    mean_coupling = coupling_sum / plan.num_workers
+    r = float(regularizer(u.double(), plan.config.algorithm.weight_decay))
+    return {
+        "iteration": t,
+        "epoch": plan.epochs(t),
+        "objective": train_loss + r + mean_coupling,
+        "train_loss": train_loss,
+        "train_error": 100.0 * train_wrong / len(data.train_labels),
+        "test_loss": test_loss,
+        "test_error": 100.0 * test_wrong / len(data.test_labels),
+        "regularizer": r,
+        "coupling": mean_coupling,
+        "distance": [sum_j / plan.num_workers for sum_j in total[7:]],
+        "cuts_u": int(cuts_u),
+        "cuts_z": int(cuts_z),
+    }
+
+
+def _share(group: Group, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's contiguous share of a data set."""
+    return (
+        torch.tensor_split(images, group.size)[group.rank],
+        torch.tensor_split(labels, group.size)[group.rank],
+    )
+
+
+class MetricsFiles:
+    """metrics.jsonl and TensorBoard events of a run; rank 0 alone makes one.
+
+    Args:
+        run_dir: Exists already.
+        layer_names: Names of the L layers, for the distances.
+        tensorboard: Whether to write events too.
+    """
+
+    def __init__(self, run_dir: Path, layer_names: tuple[str, ...], tensorboard: bool) -> None:
+        self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+        self._layer_names = layer_names
+
+    def evaluation(self, row: Row) -> None:
+        """Append one evaluation, a line that is whole on disk when this returns."""
+        self._jsonl.write(to_json(row) + "\n")
+        self._jsonl.flush()
+        scalars = {
+            f"evaluation/{key}": value
+            for key, value in row.items()
+            if isinstance(value, float) and key not in ("epoch", "wall_s")
+        }
+        distances = zip(self._layer_names, row["distance"], strict=True)
+        scalars |= {f"distance/{name}": value for name, value in distances}
+        scalars |= {f"cuts/{key.removeprefix('cuts_')}": row[key] for key in ("cuts_u", "cuts_z")}
+        self.scalars(scalars, row["iteration"])
+
+    def scalars(self, values: dict[str, float], t: int) -> None:
+        """Add numbers to TensorBoard at iteration t."""
+        if self._events is not None:
+            for key, value in values.items():
+                self._events.add_scalar(key, value, t)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._jsonl.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def to_json(row: Row, indent: int | None = None) -> str:
+    """Strict JSON: a loss that overflowed is null, since JSON has no inf or nan."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite, indent=indent, allow_nan=False)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or nothing."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

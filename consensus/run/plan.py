@@ -1,0 +1,208 @@
+"""Everything a run needs that can be refused before a process group opens.
+
+Every rank makes the same plan from the same config, so a mistake is found on all of them alike and
+nobody is left waiting. Needs the launch (how many processes) and the data, but no communication.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from consensus.comm import Launch, choose_backend
+from consensus.core.layerwise import Layerwise
+from consensus.problem import (
+    DATASETS,
+    Dataset,
+    DataUnavailableError,
+    Minibatches,
+    MinibatchRisk,
+    Risk,
+    build_model,
+    partition,
+)
+from consensus.run.config import Config, ConfigError, require
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, by whom, on which device.
+
+    Attributes:
+        config: The run.
+        launch: The processes.
+        num_workers: M.
+        device: Of this process.
+        backend: "gloo" or "nccl"; without meaning for one process.
+        dataset: On the device, in the dtype of the run.
+        model: The network as a function; its own parameters are the start.
+        oracle: Minibatches and gradients for the K workers of this process.
+        phi: The layer-wise potential (18).
+        shard_sizes: Number of training images of each of the M workers.
+    """
+
+    config: Config
+    launch: Launch
+    num_workers: int
+    device: torch.device
+    backend: str
+    dataset: Dataset
+    model: nn.Module
+    oracle: MinibatchRisk
+    phi: Layerwise
+    shard_sizes: tuple[int, ...]
+
+    @property
+    def risk(self) -> Risk:
+        """The data loss."""
+        return self.oracle.risk
+
+    @property
+    def start(self) -> Tensor:
+        """The initial weights, the same for u and all workers. (n,)."""
+        return self.risk.layout.flatten(self.model)
+
+    @property
+    def local_workers(self) -> range:
+        """The j of the workers on this process."""
+        block = self.num_workers // self.launch.size
+        return range(self.launch.rank * block, (self.launch.rank + 1) * block)
+
+    def epochs(self, iterations: int) -> float:
+        """Passes of a worker over its shard, the mean over workers, after some iterations."""
+        images = iterations * self.config.algorithm.batch_size
+        return sum(images / size for size in self.shard_sizes) / len(self.shard_sizes)
+
+
+def make_plan(config: Config, launch: Launch) -> Plan:
+    """Load the data, build the model, deal out the workers.
+
+    Raises:
+        ConfigError: If the config asks for what this launch or this data cannot give.
+    """
+    num_workers = count_workers(config, launch)
+    refuse_used_directory(config)
+    device = choose_device(config, launch)
+    backend = choose_backend(config.group.name, device, launch)
+    require(
+        backend != "nccl" or choose_backend("auto", device, launch) == "nccl",
+        "group",
+        "nccl",
+        f"gloo or auto here: {launch.local_size} processes on this node share "
+        f"{torch.cuda.device_count()} CUDA devices",
+    )
+    dtype = getattr(torch, config.dtype)
+    try:
+        dataset: Dataset = DATASETS.make(config.data.name, root=config.data.root)
+    except DataUnavailableError as error:
+        raise ConfigError(str(error)) from error
+    dataset = dataset.to(device, dtype)
+    options = {"num_classes": dataset.num_classes, **config.model.options}
+    try:
+        model = build_model(config.model.name, config.seed, dtype, **options).to(device)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
+    shards = deal_out(config, dataset, num_workers)
+    block = num_workers // launch.size
+    minibatches = [
+        Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
+        for j in range(launch.rank * block, (launch.rank + 1) * block)
+    ]
+    risk = Risk(model, config.algorithm.loss_reduction)  # type: ignore[arg-type]
+    return Plan(
+        config,
+        launch,
+        num_workers,
+        device,
+        backend,
+        dataset,
+        model,
+        MinibatchRisk(risk, dataset, minibatches),
+        make_phi(config, risk, device, dtype),
+        tuple(len(shard) for shard in shards),
+    )
+
+
+def count_workers(config: Config, launch: Launch) -> int:
+    """M: the config says how many workers, the launch how many processes."""
+    if config.algorithm.name == "msgd":
+        require(
+            launch.size == 1,
+            "algorithm",
+            "msgd",
+            f"one process, since it is one worker, but there are {launch.size}: start it with "
+            "`python -m consensus.train` or --nproc-per-node=1",
+        )
+        return 1
+    num_workers = launch.size if config.workers is None else config.workers
+    require(
+        num_workers % launch.size == 0,
+        "workers",
+        num_workers,
+        f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each",
+    )
+    return num_workers
+
+
+def refuse_used_directory(config: Config) -> None:
+    """Raise if `output.run_dir` holds a run already: nothing of it may be overwritten."""
+    if config.output.run_dir is None:
+        return
+    run_dir = Path(config.output.run_dir)
+    require(
+        not run_dir.exists() or run_dir.is_dir(),
+        "output.run_dir",
+        run_dir,
+        "a directory, or a path where none exists yet",
+    )
+    for name, state in (("summary.json", "a finished"), ("metrics.jsonl", "an unfinished")):
+        require(
+            not (run_dir / name).exists(),
+            "output.run_dir",
+            run_dir,
+            f"an empty or new directory; this one holds {state} run ({name})",
+        )
+
+
+def choose_device(config: Config, launch: Launch) -> torch.device:
+    """The device of this process; several processes share a GPU where there are too few."""
+    available = torch.cuda.is_available()
+    require(config.device != "cuda" or available, "device", "cuda", "cpu or auto: no CUDA device")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+def deal_out(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
+    """The training indices of each of the M workers.
+
+    Raises:
+        ConfigError: If a shard is smaller than a minibatch. Every rank looks at every shard, so
+            that all of them refuse.
+    """
+    data, batch_size = config.data, config.algorithm.batch_size
+    try:
+        shards = partition(
+            dataset.train_labels.cpu(), data.partition, num_workers, config.seed, data.alpha
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    smallest = min(range(num_workers), key=lambda j: len(shards[j]))
+    require(
+        batch_size <= len(shards[smallest]),
+        "algorithm.batch_size",
+        batch_size,
+        f"at most {len(shards[smallest])}, the images in the shard of worker {smallest} "
+        f"(data.partition={data.partition}, {num_workers} workers)",
+    )
+    return shards
+
+
+def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtype) -> Layerwise:
+    """The layer-wise potential over the layers of the model."""
+    try:
+        phi = Layerwise(config.potential.make(), risk.layout.layers, config.potential.eta)
+    except ValueError as error:
+        raise ConfigError(f"`potential.options` is {config.potential.options}: {error}") from error
+    return phi.to(torch.empty(0, device=device, dtype=dtype))

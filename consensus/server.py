@@ -1,0 +1,98 @@
+"""The consensus server: u, and line 3 of Algorithm 1 over a group.
+
+Data flow of one iteration: every rank sums grad phi(u - z_j) over its own workers, one all-reduce
+adds the ranks up (while the minibatch gradients are computed), every rank applies the same update
+to its own copy of u. Rank 0's copy is the one that is evaluated and saved; the others are checked
+against it, bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consensus.comm import Group, GroupError, Pending
+from consensus.core.flat import Scalar
+from consensus.core.layerwise import Layerwise
+from consensus.core.updates import consensus_direction
+
+
+@dataclass
+class PendingForce:
+    """sum_j grad phi(u - z_j) on its way, and the w = u - z_j it belongs to.
+
+    Attributes:
+        force: Its handle; a tensor (n,).
+        w: (K, n) for the line search, None where the domain is everything.
+    """
+
+    force: Pending
+    w: Tensor | None
+
+
+class Server:
+    """Replicated u.
+
+    Args:
+        u: The start, equal on all ranks. (n,)
+        phi: The layer-wise potential (18).
+        group: The processes of the run.
+
+    Attributes:
+        u: The consensus variable. (n,)
+        step: s_u of the last iteration, a tensor () on the device; 1 unless phi is bounded.
+        cuts: How often s_u was below 1, likewise.
+    """
+
+    def __init__(self, u: Tensor, phi: Layerwise, group: Group) -> None:
+        self.u = u
+        self.phi = phi
+        self.group = group
+        self.step = u.new_ones(())
+        self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
+
+    def start(self, z: Tensor) -> PendingForce:
+        """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j). z is (K, n)."""
+        w = self.u - z
+        force = self.group.start_sum(self.phi.grad(w).sum(0))
+        return PendingForce(force, w if self.phi.bounded else None)
+
+    def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
+        """Line 3, second half: wait, cut the step, move u. Returns u+ (n,).
+
+        Args:
+            pending: What `start` returned; u has not changed since.
+            t_u: tau or tau / lam.
+        """
+        d = consensus_direction(pending.force.wait(), t_u)
+        if pending.w is not None:
+            # The smallest step over all workers is safe for each of them: dom phi is convex.
+            s = self.phi.feasible_step(pending.w, d, self.u).amin()
+            self.step = self.group.min_(s)
+            self.cuts += self.step < 1
+            d = d * self.step
+        self.u = self.u + d
+        return self.u
+
+    def verify_replicas(self) -> int:
+        """Check that all ranks hold the same bits of u; return their digest.
+
+        Raises:
+            GroupError: On every rank, naming the ranks whose u differs from rank 0's.
+        """
+        digests = self.group.gather(digest(self.u)).tolist()
+        wrong = [rank for rank, value in enumerate(digests) if value != digests[0]]
+        if wrong:
+            raise GroupError(f"u on rank {wrong} differs from u on rank 0: the replicas diverged")
+        return int(digests[0])
+
+
+def digest(u: Tensor) -> Tensor:
+    """A 64-bit digest of the bits of u (n,), computed on its device. -> int64 ().
+
+    sum_i k_i b_i modulo 2^64 with odd k_i: a change of any single coordinate always changes it.
+    """
+    bits = u.contiguous().view(torch.int32 if u.element_size() == 4 else torch.int64)
+    index = torch.arange(bits.numel(), dtype=torch.int64, device=u.device)
+    weights = (index * -7046029254386353131) | 1  # 2^64 over the golden ratio, as int64
+    return (bits.to(torch.int64) * weights).sum()

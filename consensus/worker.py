@@ -1,0 +1,104 @@
+"""A block of K workers on one process: lines 4 to 6 of Algorithm 1.
+
+A worker knows no model and no data. It takes an oracle, anything that draws minibatches and
+returns gradients, so the algorithm runs on quadratics with known answers as well as on MNIST.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from consensus.core.flat import Scalar, column
+from consensus.core.layerwise import Layerwise
+from consensus.core.updates import look_ahead, velocity, worker_direction
+
+MOMENTUM_ON = ("loss", "objective")
+
+
+class Oracle(Protocol):
+    """Where minibatches and gradients come from."""
+
+    def draw(self) -> Any:
+        """Line 4: one minibatch for each of the K workers."""
+
+    def gradient(self, points: Tensor, batch: Any) -> Tensor:
+        """Line 5: the gradient of each worker's minibatch loss at its point. (K, n) -> (K, n)."""
+
+
+class Worker:
+    """K copies z_j of the model with their velocities.
+
+    Args:
+        z: The start. (K, n)
+        oracle: Minibatches and gradients.
+        phi: The layer-wise potential (18).
+        kappa: Momentum, in [0, 1).
+        nu: Weight of R(z) = (nu / 2) |z|^2.
+        momentum_on: "loss": the velocity carries loss and R, the coupling acts outside it, which is
+            mEASGD; "objective": the coupling passes through the velocity as well.
+
+    Attributes:
+        z: (K, n).
+        v: The velocities, 0 at the start. (K, n)
+        cuts: How often an s_j was below 1, a tensor () on the device.
+        step: The smallest s_j of the last iteration, likewise.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        oracle: Oracle,
+        phi: Layerwise,
+        *,
+        kappa: Scalar = 0.9,
+        nu: Scalar = 0.0,
+        momentum_on: str = "loss",
+    ) -> None:
+        assert momentum_on in MOMENTUM_ON, momentum_on
+        self.z = z
+        self.v = torch.zeros_like(z)
+        self.oracle = oracle
+        self.phi = phi
+        self.kappa = kappa
+        self.nu = nu
+        self.momentum_on = momentum_on
+        self.step = z.new_ones(())
+        self.cuts = torch.zeros((), dtype=torch.int64, device=z.device)
+
+    def draw(self) -> Any:
+        """Line 4: the next minibatch of every worker."""
+        return self.oracle.draw()
+
+    def gradient(self, batch: Any) -> Tensor:
+        """Line 5: delta_j at the look-ahead points z_j + kappa v_j (16). -> (K, n).
+
+        These points need not be feasible: only the loss is evaluated there.
+        """
+        return self.oracle.gradient(look_ahead(self.z, self.v, self.kappa), batch)
+
+    def update(
+        self, delta: Tensor, sigma: Scalar, pull: Scalar | None, u: Tensor, anchor: Tensor
+    ) -> None:
+        """Line 6: move z and v.
+
+        Args:
+            delta: Minibatch gradients. (K, n)
+            sigma: Step size.
+            pull: sigma / lam; None in an iteration without coupling.
+            u: u+, which u - z_j must stay feasible against. (n,)
+            anchor: Where the coupling pulls to: u+ (Gauss-Seidel) or u (Jacobi). (n,)
+        """
+        v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu)
+        d = v
+        if pull is not None:
+            d = worker_direction(v, self.phi.grad(anchor - self.z), pull)
+            if self.momentum_on == "objective":
+                v = d
+        if self.phi.bounded:
+            s = self.phi.feasible_step(u - self.z, -d, u)  # z moves by d, u - z by -d
+            self.step = s.amin()
+            self.cuts += (s < 1).sum()
+            d, v = d * column(s), v * column(s)
+        self.z = self.z + d
+        self.v = v

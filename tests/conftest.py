@@ -1,0 +1,60 @@
+"""Fixtures of all tests: real rank processes, the composed config, and the real MNIST if there."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from ranks import RankPool
+
+from consensus.run.config import Config, config_dir, register_schema, to_config
+
+ROOT = Path(__file__).resolve().parents[1]
+MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs the real MNIST where it is not, and say so as deselected."""
+    if (MNIST_ROOT / "MNIST" / "raw").is_dir():
+        return
+    needing = [item for item in items if item.get_closest_marker("mnist")]
+    if needing:
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> str:
+    return str(MNIST_ROOT)
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """Rank processes that start once: importing torch costs seconds of CPU in each."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def ranks(rank_pool: RankPool, tmp_path: Path) -> Callable[..., list]:
+    """`ranks(size, function, *args)`: call function(group, *args) on `size` processes."""
+
+    def run(size: int, function: Callable[..., object], *args: object, timeout: float = 120.0):
+        return rank_pool.run(size, function, *args, folder=tmp_path, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """`make_config("potential=tan", ...)`: a checked config whose run would go to tmp_path."""
+    register_schema()
+
+    def make(*overrides: str) -> Config:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            where = [f"output.root={tmp_path / 'runs'}", "output.tensorboard=false"]
+            return to_config(compose("train", overrides=[*where, *overrides]))
+
+    return make

@@ -1,0 +1,551 @@
+"""Data sets, their files and their absence; partitions; minibatches."""
+
+import fcntl
+import gzip
+import hashlib
+import http.server
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+
+from consensus.problem import (
+    DATASETS,
+    PARTITIONS,
+    Dataset,
+    DataUnavailableError,
+    Minibatches,
+    partition,
+)
+
+FILES = {
+    "train-images-idx3-ubyte": 12,
+    "train-labels-idx1-ubyte": 12,
+    "t10k-images-idx3-ubyte": 5,
+    "t10k-labels-idx1-ubyte": 5,
+}
+
+
+def pixel(i, row, column):
+    return (7 * i + 28 * row + column) % 256
+
+
+def idx_file(name):
+    """The bytes of a tiny file of MNIST: labels 9, 0, 1, ...; pixels of a known pattern."""
+    count = FILES[name]
+    if "labels" in name:
+        return struct.pack(">2i", 2049, count) + bytes((9 + i) % 10 for i in range(count))
+    pixels = (pixel(i, r, c) for i in range(count) for r in range(28) for c in range(28))
+    return struct.pack(">4i", 2051, count, 28, 28) + bytes(pixels)
+
+
+def check_tiny(dataset):
+    """Is this the content of the tiny files?"""
+    for images, labels, count in (
+        (dataset.train_images, dataset.train_labels, 12),
+        (dataset.test_images, dataset.test_labels, 5),
+    ):
+        assert images.shape == (count, 1, 28, 28)
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == [(9 + i) % 10 for i in range(count)]
+        assert float(images[4, 0, 3, 5]) == np.float32(pixel(4, 3, 5)) / np.float32(255)
+        assert float(images.min()) == 0
+        assert float(images.max()) == 1
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """The folder MNIST/raw under tmp_path with four tiny files."""
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        (folder / name).write_bytes(idx_file(name))
+    return folder
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A server with the tiny files in place of the real mirrors; records what is asked for.
+
+    `mirror.broken` holds the names that it truncates, `mirror.delay_s` slows it down.
+    """
+    packed = {f"{name}.gz": gzip.compress(idx_file(name)) for name in FILES}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.removeprefix("/")
+            self.server.requests.append(name)
+            time.sleep(self.server.delay_s)
+            content = packed[name]
+            if name in self.server.broken:
+                content = content[:-20]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.broken, server.delay_s = [], set(), 0.0
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    checksums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", checksums)
+    monkeypatch.setenv("no_proxy", "*")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Mirrors whose names do not resolve: `.invalid` never does (RFC 2606)."""
+    monkeypatch.setattr(
+        torchvision.datasets.MNIST, "mirrors", ["https://mnist.invalid/", "http://mnist2.invalid/"]
+    )
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def unavailable(root):
+    """The message of the error that `mnist(root)` must raise, which must be one line."""
+    with pytest.raises(DataUnavailableError) as caught:
+        DATASETS.make("mnist", root=str(root))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "`data.root`" in message
+    assert str(root.resolve() / "MNIST" / "raw") in message
+    assert "data=digits" in message
+    return message
+
+
+def leftovers(root):
+    """Everything below the folder but the lock."""
+    return sorted(path.name for path in root.rglob("*") if path.name != ".mnist.lock")
+
+
+# --- Dataset and digits ---------------------------------------------------------------------------
+
+
+def test_digits():
+    data = DATASETS["digits"]
+    assert data.train_images.shape == (1437, 1, 28, 28)
+    assert data.test_images.shape == (360, 1, 28, 28)
+    assert data.num_classes == 10
+    assert data.train_images.dtype == torch.float32
+    assert float(data.train_images.min()) == 0
+    assert float(data.train_images.max()) <= 1
+    # stratified: every class has its fifth in the test set, up to rounding
+    in_total = np.bincount(load_digits().target)
+    in_test = np.bincount(data.test_labels.numpy())
+    assert np.abs(in_test - in_total * 360 / 1797).max() < 1
+
+
+def test_digits_are_all_there_once_scaled_bilinearly():
+    data = DATASETS["digits"]
+    images = torch.cat([data.train_images, data.test_images])[:, 0].double().numpy()
+    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+
+    # pixel i of 28 has its centre at (i + 1/2) 8/28 - 1/2 of the 8, clamped at the border
+    scale = np.zeros((28, 8))
+    for i in range(28):
+        place = min(max((i + 0.5) * 8 / 28 - 0.5, 0.0), 7.0)
+        low = min(int(place), 6)
+        scale[i, low], scale[i, low + 1] = 1 - (place - low), place - low
+    original = load_digits()
+    scaled = scale @ (original.images / 16) @ scale.T
+
+    # the order is that of the split: find for each image the one that it was made from
+    flat = scaled.reshape(1797, -1)
+    squares = (flat**2).sum(axis=1)
+    nearest = [int(np.argmin(squares - 2 * flat @ image.ravel())) for image in images]
+    assert sorted(nearest) == list(range(1797))
+    assert np.abs(scaled[nearest] - images).max() < 1e-6
+    assert original.target[nearest].tolist() == labels
+
+
+def test_to_changes_the_type_of_images_only():
+    data = DATASETS["digits"]
+    double = data.to("cpu", torch.float64)
+    assert double.train_images.dtype == double.test_images.dtype == torch.float64
+    assert double.train_labels.dtype == double.test_labels.dtype == torch.int64
+    assert torch.equal(double.train_images, data.train_images.double())
+    assert torch.equal(double.test_labels, data.test_labels)
+    assert double.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1]), "shapes"),
+        (torch.tensor([[0], [1], [2]]), "shapes"),
+        (torch.tensor([0.0, 1.0, 2.0]), "int64"),
+        (torch.tensor([0, 1, 3]), "go from 0 to 3; allowed: 0 to 2"),
+        (torch.tensor([-1, 1, 2]), "go from -1 to 2"),
+    ],
+)
+def test_data_set_refuses_labels_that_do_not_fit(labels, message):
+    images, good = torch.zeros(3, 1, 28, 28), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=f"`train_labels`.*{message}"):
+        Dataset(images, labels, images, good, num_classes=3)
+    with pytest.raises(ValueError, match=f"`test_labels`.*{message}"):
+        Dataset(images, good, images, labels, num_classes=3)
+
+
+# --- MNIST ----------------------------------------------------------------------------------------
+
+
+def test_mnist_from_files(tmp_path, raw):
+    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+    assert leftovers(tmp_path) == sorted(["MNIST", "raw", *FILES])
+    assert not (tmp_path / ".mnist.lock").exists()
+
+
+def test_mnist_from_files_needs_no_write_permission_and_no_lock(tmp_path, raw):
+    with open(tmp_path / ".mnist.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as if a download were under way
+        raw.chmod(0o555)
+        check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+        raw.chmod(0o755)
+
+
+def test_mnist_root_may_be_relative(tmp_path, raw, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    check_tiny(DATASETS.make("mnist", root=tmp_path.name))
+
+
+def test_mnist_is_downloaded_quietly(tmp_path, mirror, capfd):
+    root = tmp_path / "not" / "yet"
+    check_tiny(DATASETS.make("mnist", root=str(root)))
+    assert sorted(mirror.requests) == sorted(f"{name}.gz" for name in FILES)
+    assert leftovers(root) == sorted(["MNIST", "raw", *FILES])
+    assert capfd.readouterr() == ("", "")
+    check_tiny(DATASETS.make("mnist", root=str(root)))
+    assert len(mirror.requests) == 4
+
+
+@pytest.mark.usefixtures("mirror")
+def test_mnist_is_downloaded_on_its_own_file_system(tmp_path, monkeypatch):
+    """Files cannot be moved into place from a temporary folder that lies elsewhere."""
+    with monkeypatch.context() as patch:  # pytest itself needs temporary files later
+        patch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+
+
+def test_mnist_is_downloaded_once_per_node(tmp_path, mirror):
+    mirror.delay_s = 0.05
+    with ThreadPoolExecutor(4) as pool:  # the lock belongs to the open file: threads exclude, too
+        datasets = list(pool.map(lambda _: DATASETS.make("mnist", root=str(tmp_path)), range(4)))
+    for dataset in datasets:
+        check_tiny(dataset)
+    assert len(mirror.requests) == 4
+
+
+def test_mnist_downloads_only_what_is_absent(tmp_path, raw, mirror):
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+    assert mirror.requests == ["t10k-labels-idx1-ubyte.gz"]
+
+
+def test_mnist_takes_the_next_mirror(tmp_path, mirror, monkeypatch):
+    mirrors = ["http://mnist.invalid/", *torchvision.datasets.MNIST.mirrors]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
+    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+
+
+def test_a_broken_download_leaves_nothing_behind(tmp_path, mirror):
+    mirror.broken = {"t10k-labels-idx1-ubyte.gz"}
+    assert "wrong checksum of t10k-labels-idx1-ubyte.gz" in unavailable(tmp_path)
+    assert leftovers(tmp_path) == []
+    mirror.broken = set()
+    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+
+
+def test_those_who_wait_report_the_failure_of_the_first(tmp_path, mirror):
+    mirror.delay_s = 1.0  # time enough for all to be waiting
+    mirror.broken = {"train-images-idx3-ubyte.gz"}
+    with ThreadPoolExecutor(4) as pool:
+        messages = list(pool.map(lambda _: unavailable(tmp_path), range(4)))
+    assert len(set(messages)) == 1
+    assert mirror.requests == ["train-images-idx3-ubyte.gz"]
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path, mirror):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); "
+            "fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)",
+            str(tmp_path / ".mnist.lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    with holder, ThreadPoolExecutor(1) as pool:
+        assert holder.stdout.readline() == b"held\n"
+        waiting = pool.submit(DATASETS.make, "mnist", root=str(tmp_path))
+        time.sleep(0.2)
+        assert not waiting.done()
+        assert mirror.requests == []
+        holder.send_signal(signal.SIGKILL)
+        check_tiny(waiting.result(timeout=10))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_no_network_is_one_line_within_seconds(tmp_path):
+    start = time.monotonic()
+    message = unavailable(tmp_path / "data")
+    assert time.monotonic() - start < 10
+    assert f"is {str(tmp_path / 'data')!r}" in message
+    assert "mnist.invalid" in message
+    assert leftovers(tmp_path / "data") == []
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_root_that_cannot_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be downloaded" in unavailable(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:3],
+        lambda content: content[:7],
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: b"<html>" + content[6:],
+        lambda content: content[:2] + b"\x09" + content[3:],
+        lambda content: content[:4] + struct.pack(">I", 2**32 - 1) + content[8:],
+    ],
+    ids=["empty", "magic", "header", "truncated", "longer", "html", "type", "count"],
+)
+def test_damaged_files_are_one_line(tmp_path, raw, name, damage):
+    (raw / name).write_bytes(damage(idx_file(name)))
+    message = unavailable(tmp_path)
+    assert str(raw / name) in message
+    assert "damaged" in message
+
+
+def test_images_of_another_shape(tmp_path, raw):
+    images = raw / "train-images-idx3-ubyte"
+    images.write_bytes(struct.pack(">4i", 2051, 12, 14, 56) + images.read_bytes()[16:])
+    assert str(images) in unavailable(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "t10k"])
+def test_files_that_do_not_belong_together(tmp_path, raw, split):
+    labels = raw / f"{split}-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">2i", 2049, 3) + bytes([0, 1, 2]))
+    assert "3 labels" in unavailable(tmp_path)
+    count = FILES[labels.name]
+    labels.write_bytes(struct.pack(">2i", 2049, count) + bytes([10] * count))
+    assert "damaged" in unavailable(tmp_path)
+
+
+def test_empty_files(tmp_path, raw):
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 0, 28, 28))
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 0))
+    assert "0 images" in unavailable(tmp_path)
+
+
+@pytest.mark.mnist
+def test_real_mnist_is_what_torchvision_reads(mnist_root):
+    data = DATASETS.make("mnist", root=mnist_root)
+    for images, labels, train in (
+        (data.train_images, data.train_labels, True),
+        (data.test_images, data.test_labels, False),
+    ):
+        reference = torchvision.datasets.MNIST(mnist_root, train=train, download=False)
+        assert torch.equal((images[:, 0] * 255).round().to(torch.uint8), reference.data)
+        assert torch.equal(labels, reference.targets)
+        assert float(images.max()) == 1
+    assert len(data.train_labels) == 60_000
+    # the mean and deviation of MNIST that everyone normalizes with
+    assert float(data.train_images.mean()) == pytest.approx(0.1307, abs=1e-4)
+    assert float(data.train_images.std()) == pytest.approx(0.3081, abs=1e-4)
+    assert torch.bincount(data.train_labels).tolist() == [
+        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
+    ]  # fmt: skip
+
+
+# --- Partition ------------------------------------------------------------------------------------
+
+
+def skewed_labels(count=1003):
+    generator = torch.Generator().manual_seed(11)
+    return (torch.rand(count, generator=generator) ** 2 * 10).long()
+
+
+def test_full_gives_everything_to_everyone():
+    shards = partition(skewed_labels(), "full", 4, seed=0, alpha=1.0)
+    assert [shard.tolist() for shard in shards] == [list(range(1003))] * 4
+
+
+@pytest.mark.parametrize("workers", [1, 4, 10])
+def test_sharded_is_disjoint_and_even(workers):
+    shards = partition(skewed_labels(), "sharded", workers, seed=0, alpha=1.0)
+    assert [len(shard) for shard in shards] == [1003 // workers] * workers
+    used = torch.cat(shards).tolist()
+    assert len(set(used)) == len(used)
+    assert set(used) <= set(range(1003))
+
+
+def test_sharded_is_random():
+    first, _ = partition(torch.zeros(10_000, dtype=torch.int64), "sharded", 2, seed=0, alpha=1.0)
+    # 5000 of 10000 without replacement: the number from the lower half is 2500 +- 25
+    assert abs(int((first < 5000).sum()) - 2500) < 150
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.1, 1.0, 1e9])
+@pytest.mark.parametrize("workers", [1, 4, 7])
+def test_label_skew_uses_every_sample_once(alpha, workers):
+    shards = partition(skewed_labels(), "label_skew", workers, seed=0, alpha=alpha)
+    assert len(shards) == workers
+    assert sorted(torch.cat(shards).tolist()) == list(range(1003))
+
+
+def test_label_skew_goes_from_even_to_one_worker_per_class():
+    labels = skewed_labels()
+    even = partition(labels, "label_skew", 4, seed=0, alpha=1e9)
+    for shard in even:
+        counts = torch.bincount(labels[shard], minlength=10)
+        assert float((counts - torch.bincount(labels) / 4).abs().max()) <= 1
+    extreme = partition(labels, "label_skew", 4, seed=0, alpha=1e-6)
+    classes = [set(labels[shard].tolist()) for shard in extreme]
+    assert sum(len(some) for some in classes) == 10
+    assert set.union(*classes) == set(range(10))
+
+
+def test_label_skew_has_dirichlet_proportions():
+    """The share of one worker is Beta(alpha, (M - 1) alpha): its mean and variance are known."""
+    labels = torch.zeros(1000, dtype=torch.int64)
+    shares = [
+        len(partition(labels, "label_skew", 4, seed=seed, alpha=0.5)[j]) / 1000
+        for seed in range(500)
+        for j in (0, 3)
+    ]
+    a, b = 0.5, 1.5
+    assert np.mean(shares) == pytest.approx(a / (a + b), abs=0.04)
+    assert np.var(shares) == pytest.approx(a * b / ((a + b) ** 2 * (a + b + 1)), abs=0.012)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "label_skew"])
+def test_partition_depends_on_the_seed_only(kind):
+    def make(seed):
+        return [s.tolist() for s in partition(skewed_labels(), kind, 4, seed=seed, alpha=0.5)]
+
+    first = make(0)
+    torch.rand(3)
+    np.random.rand(3)  # noqa: NPY002, that the legacy global state has no influence
+    assert make(0) == first
+    assert make(1) != first
+
+
+@pytest.mark.parametrize("kind", list(PARTITIONS))
+def test_partition_gives_int64(kind):
+    shards = partition(skewed_labels(), kind, 3, seed=0, alpha=0.5)
+    assert {shard.dtype for shard in shards} == {torch.int64}
+
+
+def test_partition_refuses():
+    labels = skewed_labels(5)
+    with pytest.raises(
+        ValueError, match=r"`data\.partition` is 'iid'; allowed: full, sharded, label_skew"
+    ):
+        partition(labels, "iid", 2, seed=0, alpha=1.0)
+    with pytest.raises(ValueError, match=r"`data\.partition` is 'sharded' with 6 .* 5 samples"):
+        partition(labels, "sharded", 6, seed=0, alpha=1.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_label_skew_refuses_alpha(alpha):
+    with pytest.raises(ValueError, match=rf"`data\.alpha` is {alpha}; allowed"):
+        partition(skewed_labels(5), "label_skew", 2, seed=0, alpha=alpha)
+
+
+# --- Minibatches ----------------------------------------------------------------------------------
+
+
+def draws(source, count):
+    return [source.draw().tolist() for _ in range(count)]
+
+
+def test_an_epoch_is_a_permutation_without_its_rest():
+    shard = torch.arange(100, 123)  # 23 samples, 4 batches of 5, 3 left over
+    source = Minibatches(shard, 5, seed=0, worker=2)
+    assert source.batches_per_epoch == 4
+    epochs = [draws(source, 4) for _ in range(30)]
+    for epoch in epochs:
+        assert [len(batch) for batch in epoch] == [5] * 4
+        used = [i for batch in epoch for i in batch]
+        assert len(set(used)) == 20
+        assert set(used) <= set(shard.tolist())
+    assert len({str(epoch) for epoch in epochs}) == 30
+    # what is left over differs, so over the epochs all samples are used
+    assert {i for epoch in epochs for batch in epoch for i in batch} == set(shard.tolist())
+    assert source.position == 120
+
+
+def test_minibatches_depend_on_seed_and_worker_only():
+    shard = torch.arange(50)
+    first = draws(Minibatches(shard, 7, seed=0, worker=1), 20)
+    other, same = Minibatches(shard, 7, seed=0, worker=3), Minibatches(shard, 7, seed=0, worker=1)
+    interleaved = []
+    for _ in range(20):
+        other.draw()
+        torch.rand(1)
+        interleaved.append(same.draw().tolist())
+    assert interleaved == first
+    assert draws(Minibatches(shard, 7, seed=0, worker=2), 20) != first
+    assert draws(Minibatches(shard, 7, seed=1, worker=1), 20) != first
+
+
+@pytest.mark.parametrize("position", [0, 1, 6, 7, 8, 13, 14, 30])
+def test_position_is_the_whole_state(position):
+    shard = torch.arange(50)  # 7 batches an epoch
+    history = draws(Minibatches(shard, 7, seed=0, worker=1), 50)
+    fresh = Minibatches(shard, 7, seed=0, worker=1)
+    fresh.position = position
+    assert draws(fresh, 20) == history[position : position + 20]
+    used = Minibatches(shard, 7, seed=0, worker=1)
+    draws(used, 10)
+    used.position = position
+    assert draws(used, 20) == history[position : position + 20]
+
+
+def test_a_worker_with_too_few_samples():
+    with pytest.raises(
+        ValueError, match=r"`algorithm\.batch_size` is 20, and worker 3 has 19 samples"
+    ):
+        Minibatches(torch.arange(19), 20, seed=0, worker=3)
+    with pytest.raises(ValueError, match=r"`algorithm\.batch_size` is 0"):
+        Minibatches(torch.arange(19), 0, seed=0, worker=3)
+    assert Minibatches(torch.arange(20), 20, seed=0, worker=3).draw().shape == (20,)
+
+
+@pytest.mark.gpu
+def test_minibatches_follow_the_device_of_their_indices():
+    shard = torch.arange(50)
+    on_device = Minibatches(shard.to("cuda"), 7, seed=0, worker=1)
+    on_cpu = Minibatches(shard, 7, seed=0, worker=1)
+    for _ in range(20):
+        batch = on_device.draw()
+        assert batch.device.type == "cuda"
+        assert torch.equal(batch.cpu(), on_cpu.draw())

@@ -1,0 +1,122 @@
+"""Rank processes for tests: real processes, a real Gloo group, started once for all tests.
+
+A mocked process group proves nothing, and starting a process costs seconds for importing torch. So
+a pool keeps its processes; each job opens a fresh group of the size it needs over a file store
+(ports race), runs a function on every rank, and brings back each rank's return value or traceback.
+Assertions live in the test, where pytest explains them.
+"""
+
+import multiprocessing
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consensus.comm import Group, Launch, ProcessGroup, Solo
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or did not answer in time; the message says which and how."""
+
+
+@dataclass
+class _Rank:
+    process: Any
+    pipe: Connection
+
+
+class RankPool:
+    """Processes that wait for jobs; dead or hanging ones are replaced at the next job."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")  # fork and torch's threads do not mix
+        self._ranks: list[_Rank] = []
+
+    def run(
+        self,
+        size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        folder: Path,
+        timeout: float,
+    ) -> list[Any]:
+        """function(group, *args) on ranks 0 .. size - 1; their return values, by rank.
+
+        Raises:
+            RankFailure: At the first rank that fails; the rest are killed.
+        """
+        while len(self._ranks) < size:
+            self._ranks.append(self._start())
+        store = folder / f"store-{uuid.uuid4().hex}"
+        for rank in range(size):
+            self._ranks[rank].pipe.send((function, args, rank, size, str(store), timeout))
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(answers) < size:
+            waiting = {self._ranks[r].pipe: r for r in range(size) if r not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"ranks {sorted(waiting.values())} gave no answer in {timeout} s")
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    kind, answer = pipe.recv()
+                except EOFError:
+                    self._ranks[rank].process.join(10.0)
+                    code = self._ranks[rank].process.exitcode
+                    self._fail(f"rank {rank} died with exit code {code}")
+                if kind == "error":
+                    self._fail(f"rank {rank} raised:\n{answer}")
+                answers[rank] = answer
+        return [answers[rank] for rank in range(size)]
+
+    def close(self) -> None:
+        """End all processes."""
+        for rank in self._ranks:
+            rank.process.kill()
+            rank.process.join()
+            rank.pipe.close()
+        self._ranks.clear()
+
+    def _fail(self, message: str) -> None:
+        self.close()  # who waits in a collective for the failed one cannot be used again
+        raise RankFailure(message)
+
+    def _start(self) -> _Rank:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return _Rank(process, ours)
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)  # the ranks share the cores
+    while True:
+        try:
+            function, args, rank, size, store, timeout = pipe.recv()
+        except EOFError:
+            return
+        try:
+            group = _open(rank, size, store, timeout)
+            try:
+                answer = function(group, *args)
+            finally:
+                group.close()
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))
+        else:
+            pipe.send(("answer", answer))
+
+
+def _open(rank: int, size: int, store: str, timeout: float) -> Group:
+    if size == 1:
+        return Solo()
+    launch = Launch(rank, size, rank, size)
+    return ProcessGroup(launch, "gloo", torch.device("cpu"), timeout, f"file://{store}")

@@ -1,0 +1,130 @@
+import os
+import time
+
+import pytest
+import torch
+from ranks import RankFailure
+
+from consensus.comm import GroupError, Launch, PeerLostError, Solo, choose_backend
+
+
+def collectives(group):
+    """Every collective once, on numbers that tell the ranks apart."""
+    mine = torch.tensor([1.0, 10.0]) * (group.rank + 1)
+    pending = group.start_sum(mine.clone())
+    return {
+        "sum": group.sum_(mine.clone()).tolist(),
+        "async": pending.wait().tolist(),
+        "min": group.min_(mine.clone()).tolist(),
+        "broadcast": group.broadcast_(mine.clone()).tolist(),
+        "gather": group.gather(mine).tolist(),
+        "share": group.share({"rank": group.rank}),
+        "objects": group.gather_objects(group.rank),
+    }
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_collectives_give_every_rank_the_closed_form(ranks, size):
+    total = size * (size + 1) / 2
+    for answer in ranks(size, collectives):
+        assert answer == {
+            "sum": [total, 10 * total],
+            "async": [total, 10 * total],
+            "min": [1.0, 10.0],
+            "broadcast": [1.0, 10.0],
+            "gather": [[float(r + 1), 10.0 * (r + 1)] for r in range(size)],
+            "share": {"rank": 0},
+            "objects": list(range(size)),
+        }
+
+
+def complain(group, wrong):
+    try:
+        group.raise_together("the disk is full" if group.rank in wrong else None)
+    except GroupError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+def test_one_ranks_problem_is_raised_by_all_with_its_rank(ranks):
+    assert ranks(4, complain, (2, 3)) == ["rank 2: the disk is full"] * 4
+    assert ranks(4, complain, ()) == [None] * 4
+
+
+def lose_a_peer(group):
+    if group.rank == 1:
+        os._exit(7)
+    started = time.monotonic()
+    try:
+        group.sum_(torch.ones(1))
+    except PeerLostError as error:
+        return str(error), time.monotonic() - started
+    return None
+
+
+@pytest.mark.ranks
+def test_a_lost_peer_is_one_line_that_names_rank_and_collective(ranks):
+    # The pool reports the death; that the survivors leave is seen in test_train.py.
+    with pytest.raises(RankFailure, match="rank 1 died with exit code 7"):
+        ranks(2, lose_a_peer)
+
+
+def survive(group, path):
+    if group.rank == 1:
+        time.sleep(1.0)  # rank 0 is in the collective by then
+        group.close()
+        return None
+    message, _ = lose_a_peer(group)
+    return message
+
+
+@pytest.mark.ranks
+def test_the_survivor_of_a_closed_group_gets_the_error(ranks, tmp_path):
+    message = ranks(2, survive, str(tmp_path))[0]
+    assert message.startswith("rank 0: lost a peer in `sum`: ")
+    assert "\n" not in message
+
+
+def refuse(group):
+    raise ValueError(f"from rank {group.rank}")
+
+
+def sleep(group):
+    time.sleep(60.0)
+
+
+def pids(group):
+    return os.getpid()
+
+
+@pytest.mark.ranks
+def test_the_pool_itself(ranks):
+    first = ranks(2, pids)
+    assert ranks(2, pids) == first, "processes are reused"
+    with pytest.raises(RankFailure, match="ValueError: from rank"):
+        ranks(2, refuse)
+    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] gave no answer in 1.0 s"):
+        ranks(2, sleep, timeout=1.0)
+    assert set(ranks(2, pids)).isdisjoint(first), "failed ones are replaced"
+
+
+def test_launch_reads_what_torchrun_sets(monkeypatch):
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert Launch.from_environment() == Launch(rank=5, size=8, local_rank=1, local_size=4)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert Launch.from_environment() == Launch()
+
+
+def test_auto_takes_gloo_without_a_device_of_its_own():
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, Launch(0, 4, 0, 4)) == "gloo"
+    assert choose_backend("nccl", cpu, Launch()) == "nccl"  # as named; the plan refuses it
+
+
+def test_solo_opens_no_process_group():
+    Solo().sum_(torch.ones(1))
+    assert not torch.distributed.is_initialized()
