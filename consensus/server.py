@@ -90,9 +90,29 @@ class Server:
 def digest(u: Tensor) -> Tensor:
     """A 64-bit digest of the bits of u (n,), computed on its device. -> int64 ().
 
-    sum_i k_i b_i modulo 2^64 with odd k_i: a change of any single coordinate always changes it.
+    The sum over i of mix(bits of u_i xor i c) modulo 2^64. `mix` (the finalizer of splitmix64) is a
+    bijection, so a change of any single coordinate always changes the digest, and it leaves no bit
+    linear, so changes of several coordinates do not cancel but by chance, once in 2^64.
     """
     bits = u.contiguous().view(torch.int32 if u.element_size() == 4 else torch.int64)
-    index = torch.arange(bits.numel(), dtype=torch.int64, device=u.device)
-    weights = (index * -7046029254386353131) | 1  # 2^64 over the golden ratio, as int64
-    return (bits.to(torch.int64) * weights).sum()
+    total = torch.zeros((), dtype=torch.int64, device=u.device)
+    for start in range(0, bits.numel(), _CHUNK):  # 64-bit temporaries must not outweigh u
+        x = bits[start : start + _CHUNK].to(torch.int64)
+        index = torch.arange(start, start + x.numel(), dtype=torch.int64, device=u.device)
+        total += _mix(x ^ (index * _GOLDEN)).sum()
+    return total
+
+
+_CHUNK = 1 << 22
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as int64
+_FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+
+def _mix(x: Tensor) -> Tensor:
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        x = (x ^ _shift_right(x, shift)) * factor
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # >> alone would copy the sign bit

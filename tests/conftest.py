@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from ranks import RankPool
 
@@ -15,10 +16,13 @@ MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs the real MNIST where it is not, and say so as deselected."""
-    if (MNIST_ROOT / "MNIST" / "raw").is_dir():
-        return
-    needing = [item for item in items if item.get_closest_marker("mnist")]
+    """Leave out what needs a GPU or the real MNIST where there is none; pytest counts them."""
+    absent = set()
+    if not torch.cuda.is_available():
+        absent.add("gpu")
+    if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
+        absent.add("mnist")
+    needing = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if needing:
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]

@@ -21,7 +21,7 @@ import torch
 from consensus.comm import Group, Launch, ProcessGroup, Solo
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not answer in time; the message says which and how."""
 
 
@@ -49,7 +49,7 @@ class RankPool:
         """function(group, *args) on ranks 0 .. size - 1; their return values, by rank.
 
         Raises:
-            RankFailure: At the first rank that fails; the rest are killed.
+            RankError: At the first rank that fails; the rest are killed.
         """
         while len(self._ranks) < size:
             self._ranks.append(self._start())
@@ -86,7 +86,7 @@ class RankPool:
 
     def _fail(self, message: str) -> None:
         self.close()  # who waits in a collective for the failed one cannot be used again
-        raise RankFailure(message)
+        raise RankError(message)
 
     def _start(self) -> _Rank:
         ours, theirs = self._context.Pipe()

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from ranks import RankFailure
+from ranks import RankError
 
 from consensus.comm import GroupError, Launch, PeerLostError, Solo, choose_backend
 
@@ -67,7 +67,7 @@ def lose_a_peer(group):
 @pytest.mark.ranks
 def test_a_lost_peer_is_one_line_that_names_rank_and_collective(ranks):
     # The pool reports the death; that the survivors leave is seen in test_train.py.
-    with pytest.raises(RankFailure, match="rank 1 died with exit code 7"):
+    with pytest.raises(RankError, match="rank 1 died with exit code 7"):
         ranks(2, lose_a_peer)
 
 
@@ -103,9 +103,9 @@ def pids(group):
 def test_the_pool_itself(ranks):
     first = ranks(2, pids)
     assert ranks(2, pids) == first, "processes are reused"
-    with pytest.raises(RankFailure, match="ValueError: from rank"):
+    with pytest.raises(RankError, match="ValueError: from rank"):
         ranks(2, refuse)
-    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] gave no answer in 1.0 s"):
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] gave no answer in 1.0 s"):
         ranks(2, sleep, timeout=1.0)
     assert set(ranks(2, pids)).isdisjoint(first), "failed ones are replaced"
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from consensus.algorithm import Algorithm, value_at
 from consensus.comm import Group
@@ -81,7 +80,12 @@ class MetricsFiles:
 
     def __init__(self, run_dir: Path, layer_names: tuple[str, ...], tensorboard: bool) -> None:
         self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+        self._events = None
+        if tensorboard:
+            # Imported where it is used: the ranks above 0 need not spend the time.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "tensorboard"))
         self._layer_names = layer_names
 
     def evaluation(self, row: Row) -> None:
@@ -112,12 +116,16 @@ class MetricsFiles:
 
 
 def to_json(row: Row, indent: int | None = None) -> str:
-    """Strict JSON: a loss that overflowed is null, since JSON has no inf or nan."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite, indent=indent, allow_nan=False)
+    """Strict JSON: a number that overflowed is null, since JSON has no inf or nan."""
+    return json.dumps(_finite(row), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, content: bytes) -> None:

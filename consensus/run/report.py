@@ -4,10 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")  # no window, no display needed
-from matplotlib import pyplot as plt
 from rich.table import Table
 
 from consensus.run.metrics import Row
@@ -29,7 +25,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
     """
     path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ValueError(f"{run_dir} holds no readable metrics.jsonl ({error.strerror})") from error
     rows = []
@@ -70,7 +66,12 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         runs: Label -> evaluations.
         path: Of the figure; the ending says which format.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    # Imported where it is used: it takes most of a second that the ranks above 0 need not spend.
+    # `Figure` instead of pyplot: no window system, no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
         for label, rows in runs.items():
             values = [float("nan") if row[key] is None else row[key] for row in rows]
@@ -85,13 +86,13 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.set_xlabel("iteration")
     axes[0][0].legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def comparison_table(runs: Mapping[str, Sequence[Row]]) -> Table:
     """The last evaluation of each run."""
     table = Table(title="last evaluation of each run")
-    table.add_column("run")
+    longest = max(map(len, runs), default=0)
+    table.add_column("run", overflow="fold", min_width=min(longest, 16))  # names must stay apart
     for column in COLUMNS:
         table.add_column(column.replace("_", " "), justify="right")
     for label, rows in runs.items():

@@ -1,0 +1,570 @@
+"""Algorithm 1 against references written here from the paper's formulas, in float64.
+
+The reference is a plain loop over workers with numpy vectors; the code under test runs on real
+ranks. Problems are noisy quadratics f_j(z) = |z - a_j|^2 / 2 whose "minibatch" is a fixed sequence
+of shifts, so that the answer is known and the same for every layout.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from consensus import POTENTIALS, Layerwise
+from consensus.algorithm import Consensus, Msgd
+from consensus.comm import GroupError, Launch, Solo
+from consensus.core.potentials import scaled_quad
+from consensus.run.plan import make_plan
+from consensus.run.trainer import build_algorithm
+from consensus.server import Server, digest
+from consensus.worker import Worker
+
+M, N, LAYERS = 4, 7, [(0, 3), (3, 7)]
+
+
+def shift(worker, t):
+    """The noise of worker j's minibatch number t: any fixed bounded sequence will do."""
+    return 0.3 * np.sin(np.arange(1, N + 1) * (worker + 1) + 0.7 * t)
+
+
+def target(worker):
+    return np.cos(np.arange(N) * (worker + 2.0))
+
+
+class Quadratics:
+    """Oracle of a block of workers: gradient z - a_j + noise."""
+
+    def __init__(self, workers):
+        self.workers = workers
+        self.t = 0
+
+    def draw(self):
+        self.t += 1
+        return self.t - 1
+
+    def gradient(self, points, batch):
+        wanted = np.stack([target(j) + shift(j, batch) for j in self.workers])
+        return points - torch.from_numpy(wanted)
+
+
+def start_u():
+    return np.linspace(-0.2, 0.2, N)
+
+
+def start_z():
+    return np.stack([start_u() + 0.05 * target(j) for j in range(M)])
+
+
+def block(group):
+    size = M // group.size
+    return range(group.rank * size, (group.rank + 1) * size)
+
+
+def build(group, name="quad", eta=1.0, kappa=0.9, nu=1e-2, momentum_on="loss", **options):
+    workers = block(group)
+    phi = Layerwise(POTENTIALS[name], LAYERS, eta)
+    server = Server(torch.from_numpy(start_u()), phi, group)
+    z = torch.from_numpy(start_z()[workers.start : workers.stop])
+    worker = Worker(z, Quadratics(workers), phi, kappa=kappa, nu=nu, momentum_on=momentum_on)
+    options = {"tau": 0.02, "sigma": 0.02, "lam": 0.2} | options
+    return Consensus(server, worker, **options)
+
+
+def trajectory(group, iterations, kwargs):
+    """Run, and bring back u, this rank's z, and the digest that all ranks must share."""
+    algorithm = build(group, **kwargs)
+    for t in range(iterations):
+        algorithm.step(t)
+    algorithm.verify()
+    u, z = algorithm.u.numpy(), algorithm.worker.z.numpy()
+    return u, z, int(digest(algorithm.u)), algorithm.cuts.tolist()
+
+
+def run(ranks, size, iterations, **kwargs):
+    answers = ranks(size, trajectory, iterations, kwargs)
+    assert len({answer[2] for answer in answers}) == 1, "u differs between ranks"
+    return answers[0][0], np.concatenate([answer[1] for answer in answers])
+
+
+def layer_gradient(name, eta):
+    """Grad phi of one w, from Table 2, layer by layer, without the code under test."""
+    slopes = {
+        "quad": lambda s: 1.0,
+        "cubic": lambda s: 1.5 * np.sqrt(s),
+        "tan": lambda s: 1.0 / np.cos(s) ** 2,
+        "log": lambda s: 1.0 / (1.0 - s),
+        "tan_sep": lambda s: 1.0 / np.cos(s) ** 2,
+        "log_sep": lambda s: 1.0 / (1.0 - s),
+    }
+
+    def grad(w):
+        pieces = []
+        for start, stop in LAYERS:
+            x = w[start:stop] / eta
+            s = x * x if name.endswith("_sep") else float(x @ x)
+            pieces.append(2.0 / eta * slopes[name](s) * x)
+        return np.concatenate(pieces)
+
+    return grad
+
+
+def halving(name, eta):
+    """The step by trial: 1, 1/2, 1/4, ... until w + s d is inside."""
+    bound = {"tan": math.pi / 2, "log": 1.0}.get(name.removesuffix("_sep"), math.inf)
+
+    def sizes(w):
+        x = w / eta
+        if name.endswith("_sep"):
+            return x * x
+        return np.array([x[start:stop] @ x[start:stop] for start, stop in LAYERS])
+
+    def step(w, d):
+        s = 1.0
+        while not (sizes(w + s * d) < bound).all():
+            s /= 2
+        return s
+
+    return step
+
+
+def reference(
+    iterations,
+    name="quad",
+    eta=1.0,
+    kappa=0.9,
+    nu=1e-2,
+    tau=0.02,
+    sigma=0.02,
+    lam=0.2,
+    order="gauss_seidel",
+    u_step_on="coupling",
+    momentum_on="loss",
+    period=1,
+):
+    """Algorithm 1, worker by worker; the line search by trial, as the paper has it."""
+    grad = layer_gradient(name, eta)
+    halve = halving(name, eta)
+    cuts = [0, 0]
+    u, z = start_u(), start_z()
+    v = np.zeros_like(z)
+    for t in range(iterations):
+        tau_t, sigma_t, lam_t = (h(t) if callable(h) else h for h in (tau, sigma, lam))
+        coupled = t % period == 0
+        old = u
+        if coupled:
+            t_u = tau_t / lam_t if u_step_on == "objective" else tau_t
+            d = -t_u * sum(grad(u - z[j]) for j in range(M))
+            s = min(halve(u - z[j], d) for j in range(M))
+            cuts[0] += s < 1
+            u = u + s * d
+        for j in range(M):
+            delta = z[j] + kappa * v[j] - target(j) - shift(j, t)
+            force = sigma_t / lam_t * grad((u if order == "gauss_seidel" else old) - z[j])
+            force = force if coupled else 0.0
+            v_new = kappa * v[j] - sigma_t * (delta + nu * z[j])
+            if momentum_on == "objective":
+                v_new = v_new + force
+                d = v_new
+            else:
+                d = v_new + force
+            s = halve(u - z[j], -d)
+            cuts[1] += s < 1
+            z[j] = z[j] + s * d
+            v[j] = s * v_new
+    return u, z, cuts
+
+
+CASES = {
+    "to the letter": {},
+    "cubic": {"name": "cubic"},
+    "tan": {"name": "tan", "eta": 3.0},
+    "log": {"name": "log", "eta": 3.0},
+    "tan_sep": {"name": "tan_sep", "eta": 2.0},
+    "log_sep": {"name": "log_sep", "eta": 3.0},
+    "jacobi": {"order": "jacobi"},
+    "u on objective": {"u_step_on": "objective"},
+    "momentum on objective": {"momentum_on": "objective", "name": "cubic"},
+    "period": {"period": 3, "name": "tan", "eta": 3.0},
+    "no momentum, no R": {"kappa": 0.0, "nu": 0.0},
+    "log, cut": {"name": "log", "eta": 0.5, "sigma": 0.05, "lam": 1.0},
+    "tan, cut": {"name": "tan", "eta": 0.3, "tau": 0.05, "lam": 1.0, "order": "jacobi"},
+    "tan_sep, cut": {"name": "tan_sep", "eta": 0.2, "sigma": 0.1, "lam": 4.0, "period": 2},
+    "log_sep, cut": {
+        "name": "log_sep",
+        "eta": 0.3,
+        "sigma": 0.05,
+        "tau": 0.05,
+        "lam": 2.0,
+        "momentum_on": "objective",
+    },
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_every_variant_equals_the_plain_loop(ranks, size, case):
+    # A coupling stiff enough to be cut is unstable: it amplifies rounding a hundredfold or more in
+    # each few iterations, so only the beginning of such a run can be compared.
+    iterations = {"log, cut": 16, "tan, cut": 5, "tan_sep, cut": 12, "log_sep, cut": 12}
+    length = iterations.get(case, 60)
+    answers = ranks(size, trajectory, length, CASES[case])
+    assert len({answer[2] for answer in answers}) == 1, "u differs between ranks"
+    z = np.concatenate([answer[1] for answer in answers])
+    expected_u, expected_z, cuts = reference(length, **CASES[case])
+    np.testing.assert_allclose(
+        answers[0][0], expected_u, rtol=0, atol=1e-9 if case in iterations else 1e-12
+    )
+    np.testing.assert_allclose(z, expected_z, rtol=0, atol=1e-9 if case in iterations else 1e-12)
+    assert answers[0][3][0] == cuts[0]
+    assert sum(answer[3][1] for answer in answers) == cuts[1]
+    if case.endswith("cut"):
+        assert sum(cuts) > 5, "the case is there for its cuts"
+
+
+def schedule_of(base):
+    return lambda t: base / (1.0 + 0.1 * t)
+
+
+def scheduled_trajectory(group, iterations):
+    kwargs = {"tau": schedule_of(0.03), "sigma": schedule_of(0.02), "lam": schedule_of(0.4)}
+    return trajectory(group, iterations, kwargs)
+
+
+@pytest.mark.ranks
+def test_tau_sigma_and_lam_may_be_schedules(ranks):
+    answers = ranks(2, scheduled_trajectory, 40)
+    assert answers[0][2] == answers[1][2]
+    expected_u, *_ = reference(
+        40, tau=schedule_of(0.03), sigma=schedule_of(0.02), lam=schedule_of(0.4)
+    )
+    np.testing.assert_allclose(answers[0][0], expected_u, rtol=0, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------- synchronous EASGD
+
+
+def easgd(iterations, eta, rho, momentum):
+    """Zhang, Choromanska, LeCun 2015: synchronous EASGD, and mEASGD where momentum > 0.
+
+    x_i+ = x_i + v_i+ - alpha (x_i - x~),  v_i+ = momentum v_i - eta g(x_i + momentum v_i),
+    x~+ = x~ + alpha sum_i (x_i - x~),     alpha = eta rho, everything from the old iterates.
+    """
+    alpha = eta * rho
+    center, x = start_u(), start_z()
+    v = np.zeros_like(x)
+    for t in range(iterations):
+        difference = x - center
+        gradient = np.stack([x[i] + momentum * v[i] - target(i) - shift(i, t) for i in range(M)])
+        v = momentum * v - eta * gradient
+        x = x + v - alpha * difference
+        center = center + alpha * difference.sum(0)
+    return center, x
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_easgd_equals_a_hand_written_one(ranks, size, momentum):
+    # phi = |w|^2 has the gradient 2 w, so (sigma / lam) 2 = alpha = eta rho: rho = 2 / lam.
+    sigma, lam = 0.05, 0.8
+    u, z = run(
+        ranks,
+        size,
+        100,
+        kappa=momentum,
+        nu=0.0,
+        tau=sigma,
+        sigma=sigma,
+        lam=lam,
+        order="jacobi",
+        u_step_on="objective",
+    )
+    center, x = easgd(100, sigma, 2.0 / lam, momentum)
+    np.testing.assert_allclose(u, center, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(z, x, rtol=0, atol=1e-12)
+
+
+def test_the_easgd_config_is_that_algorithm(make_config):
+    config = make_config("algorithm=easgd", "algorithm.sigma=0.02").algorithm
+    assert (config.order, config.u_step_on, config.momentum_on) == ("jacobi", "objective", "loss")
+    assert config.tau == config.sigma == 0.02
+
+
+# ------------------------------------------------------------------------------------ closed forms
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_quad_with_tau_one_over_two_m_gives_the_mean_of_the_workers(ranks, size):
+    """U+ = u - (1 / 2M) sum_j 2 (u - z_j) = mean of the z_j before the step."""
+    u, _ = run(ranks, size, 1, tau=1.0 / (2 * M))
+    np.testing.assert_allclose(u, start_z().mean(0), rtol=0, atol=1e-15)
+    before = reference(30, tau=1.0 / (2 * M))[1]
+    u, _ = run(ranks, size, 31, tau=1.0 / (2 * M))
+    np.testing.assert_allclose(u, before.mean(0), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("weight", [0.5, [1.0, 2.0], [1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 4.0]])
+def test_the_scaled_quadratic_pulls_each_coordinate_with_its_weight(weight):
+    q = np.broadcast_to(weight, N) if np.size(weight) in (1, N) else np.repeat(weight, [3, 4])
+    phi = Layerwise(scaled_quad(weight), LAYERS)
+    server = Server(torch.from_numpy(start_u()), phi, Solo())
+    u = server.finish(server.start(torch.from_numpy(start_z())), 0.01)
+    expected = start_u() - 0.01 * sum(2.0 * q * (start_u() - z) for z in start_z())
+    np.testing.assert_allclose(u, expected, rtol=0, atol=1e-15)
+
+
+def test_pseudo_huber_at_a_small_scale_converges_to_the_componentwise_median():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(5, N))
+    z[4] += 100.0  # a broken worker
+    eta = 1e-3
+    server = Server(
+        torch.zeros(N, dtype=torch.float64),
+        Layerwise(POTENTIALS["pseudo_huber"], LAYERS, eta),
+        Solo(),
+    )
+    # The gradient of each term is at most 1 / eta, its slope at most 1 / eta^2 within eta of a z_j.
+    for t in range(40_000):
+        server.finish(server.start(torch.from_numpy(z)), eta * 5e-3 * 0.9997**t)
+    np.testing.assert_allclose(server.u, np.median(z, axis=0), rtol=0, atol=5 * eta)
+    assert np.abs(server.u.numpy() - z.mean(0)).max() > 10.0, "the mean is spoilt"
+
+
+def test_without_coupling_a_worker_is_torchs_nesterov_sgd():
+    """torch keeps the look-ahead point: its parameter is z + kappa v, with v = -lr buf."""
+    kappa, sigma = 0.9, 0.05
+    for algorithm in (
+        build(Solo(), kappa=kappa, nu=0.0, sigma=sigma, lam=math.inf),
+        build(Solo(), kappa=kappa, nu=0.0, sigma=sigma, lam=math.inf, momentum_on="objective"),
+    ):
+        points = [torch.nn.Parameter(torch.from_numpy(z.copy())) for z in start_z()]
+        optimizers = [
+            torch.optim.SGD([point], lr=sigma, momentum=kappa, nesterov=True) for point in points
+        ]
+        for t in range(100):
+            algorithm.step(t)
+            for j, (point, optimizer) in enumerate(zip(points, optimizers, strict=True)):
+                wanted = torch.from_numpy(target(j) + shift(j, t))
+                optimizer.zero_grad()
+                (0.5 * (point - wanted).square().sum()).backward()
+                optimizer.step()
+            look_ahead = algorithm.worker.z + kappa * algorithm.worker.v
+            torch.testing.assert_close(
+                look_ahead, torch.stack([p.detach() for p in points]), rtol=0, atol=1e-12
+            )
+
+
+def test_msgd_is_one_uncoupled_worker_and_u_is_its_model():
+    phi = Layerwise(POTENTIALS["quad"], LAYERS)
+    worker = Worker(torch.from_numpy(start_z()[:1]), Quadratics([0]), phi, kappa=0.9, nu=1e-2)
+    algorithm = Msgd(worker, Solo(), sigma=0.02)
+    for t in range(50):
+        algorithm.step(t)
+    expected = reference(50, lam=math.inf)[1][0]  # workers do not see each other
+    np.testing.assert_allclose(algorithm.u, expected, rtol=0, atol=1e-13)
+
+
+# ------------------------------------------------------------------------- communication, failures
+
+
+class Recorder(Solo):
+    """A group of one that notes its collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def start_sum(self, tensor):
+        self.log.append("start sum")
+        pending = super().start_sum(tensor)
+        wait = pending.wait
+
+        def noted():
+            self.log.append("wait")
+            return wait()
+
+        pending.wait = noted
+        return pending
+
+    def min_(self, tensor):
+        self.log.append("min")
+        return super().min_(tensor)
+
+
+@pytest.mark.parametrize("order", ["gauss_seidel", "jacobi"])
+def test_the_sum_travels_while_the_gradient_is_computed(order):
+    group = Recorder()
+    algorithm = build(group, order=order)
+    gradient = algorithm.worker.oracle.gradient
+    algorithm.worker.oracle.gradient = lambda *a: group.log.append("gradient") or gradient(*a)
+    algorithm.step(0)
+    assert group.log == ["start sum", "gradient", "wait"], "and there is no other collective"
+
+
+def test_a_bounded_domain_costs_one_minimum_more_and_no_coupling_costs_nothing():
+    group = Recorder()
+    algorithm = build(group, name="tan", period=2)
+    group.log.clear()
+    algorithm.step(0)
+    assert group.log == ["start sum", "wait", "min"]
+    algorithm.step(1)
+    assert group.log == ["start sum", "wait", "min"], "between communications nothing is sent"
+
+
+def flip_a_bit(group, where):
+    algorithm = build(group)
+    for t in range(5):
+        algorithm.step(t)
+    algorithm.verify()
+    if group.rank in where:
+        bits = algorithm.server.u.view(torch.int64)
+        bits[3] ^= 1
+    try:
+        algorithm.verify()
+    except GroupError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_flipped_bit_in_one_replica_is_caught_by_all_ranks(ranks, size):
+    wrong = [size - 1]
+    answers = ranks(size, flip_a_bit, wrong)
+    assert answers == [f"u on rank {wrong} differs from u on rank 0: the replicas diverged"] * size
+    assert ranks(size, flip_a_bit, []) == [None] * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_digest_sees_every_single_bit_and_the_order(dtype):
+    """Also the reference of splitmix64's finalizer in Python integers."""
+    u = torch.linspace(-1, 1, 50, dtype=dtype)
+    first = int(digest(u))
+    width = 8 * u.element_size()
+    integer = torch.int32 if width == 32 else torch.int64
+    for coordinate in (0, 17, 49):
+        for bit in range(width):
+            other = u.clone()
+            one = torch.tensor(1, dtype=integer) << bit
+            other.view(integer)[coordinate] ^= one
+            assert int(digest(other)) != first
+    assert int(digest(u.flip(0))) != first
+    assert int(digest(-u)) != first, "sign bits of an even number of coordinates do not cancel"
+    assert int(digest(u.clone())) == first
+    mask = 2**64 - 1
+    total = 0
+    for i, b in enumerate(u.view(integer).tolist()):
+        x = (b ^ (i * 0x9E3779B97F4A7C15)) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        total = (total + (x ^ (x >> 31))) & mask
+    assert first & mask == total
+
+
+def infeasible(group):
+    workers = block(group)
+    z = torch.from_numpy(start_z()[workers.start : workers.stop].copy())
+    if 2 in workers:
+        z[2 - workers.start] += 5.0
+    phi = Layerwise(POTENTIALS["log"], LAYERS)
+    worker = Worker(z, Quadratics(workers), phi)
+    server = Server(torch.from_numpy(start_u()), phi, group)
+    try:
+        Consensus(server, worker, tau=0.1, sigma=0.1, lam=0.1)
+    except GroupError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_infeasible_start_is_an_error_on_all_ranks(ranks, size):
+    message = (
+        f"rank {2 // (M // size)}: u - z_j is outside the domain of the potential for worker [2]"
+    )
+    assert ranks(size, infeasible) == [message] * size
+
+
+# -------------------------------------------------------------------------------- staying feasible
+
+
+def feasible_run(group, name, dtype, period):
+    """1,000 stiff iterations; how far inside the domain the stored iterates are, and the cuts."""
+    workers = block(group)
+    torch.manual_seed(0)
+    phi = Layerwise(POTENTIALS[name], LAYERS, 0.5)
+    u = torch.from_numpy(start_u()).to(dtype)
+
+    class Rough(Quadratics):
+        def gradient(self, points, batch):  # steep enough to hit the boundary again and again
+            return 40.0 * super().gradient(points.double(), batch).to(dtype)
+
+    worker = Worker(u.repeat(len(workers), 1), Rough(workers), phi, kappa=0.9)
+    algorithm = Consensus(
+        Server(u, phi, group), worker, tau=0.005, sigma=0.005, lam=0.1, period=period
+    )
+    worst = 0.0
+    for t in range(1000):
+        algorithm.step(t)
+        w = algorithm.u.double() - worker.z.double()  # exact differences of the stored numbers
+        x = (w / 0.5).square()
+        layers = [x[:, a:b].sum(1) for a, b in LAYERS]
+        sizes = x if name.endswith("_sep") else torch.stack(layers)
+        worst = max(worst, float(sizes.max()))
+    algorithm.verify()
+    return worst, algorithm.cuts.tolist(), int(digest(algorithm.u))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["tan", "tan_sep", "log", "log_sep"])
+@pytest.mark.parametrize(
+    ("size", "dtype", "period"),
+    [(1, torch.float32, 1), (2, torch.float32, 1), (2, torch.float64, 1), (4, torch.float32, 5)],
+)
+def test_every_stored_iterate_is_strictly_feasible(ranks, name, size, dtype, period):
+    answers = ranks(size, feasible_run, name, dtype, period)
+    assert len({answer[2] for answer in answers}) == 1
+    bound = 1.0 if name.startswith("log") else math.pi / 2
+    assert max(answer[0] for answer in answers) < bound
+    assert sum(answer[1][1] for answer in answers) > 10, "the boundary was never met: no test"
+    assert len({answer[1][0] for answer in answers}) == 1, "s_u is the same on all ranks"
+
+
+# ---------------------------------------------------------- one run, however it is laid out (M = 4)
+
+
+def layout(group, config):
+    """U after the run, and the indices that worker j drew first and last."""
+    plan = make_plan(config, Launch(group.rank, group.size, group.rank, group.size))
+    algorithm = build_algorithm(plan, group)
+    for t in range(config.algorithm.iterations):
+        algorithm.step(t)
+    drawn = [source.draw().tolist() for source in plan.oracle.minibatches]
+    algorithm.verify()
+    return algorithm.u.numpy(), drawn, int(digest(algorithm.u)), algorithm.cuts.tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Mild couplings: where the explicit step is unstable, rounding is amplified without bound.
+        ["model=lenet5", "potential=tan", "data.partition=label_skew"],
+        ["model=logistic", "potential=log_sep", "data.partition=sharded", "algorithm.period=3"],
+    ],
+)
+def test_four_workers_are_one_run_on_one_two_or_four_processes(ranks, make_config, overrides):
+    config = make_config("workers=4", "dtype=float64", "algorithm.iterations=200", *overrides)
+    runs = {size: ranks(size, layout, config, timeout=300.0) for size in (1, 2, 4)}
+    for answers in runs.values():
+        assert len({answer[2] for answer in answers}) == 1
+    drawn = {size: [d for a in answers for d in a[1]] for size, answers in runs.items()}
+    assert drawn[1] == drawn[2] == drawn[4], "worker j draws the same minibatches everywhere"
+    for size in (2, 4):
+        np.testing.assert_allclose(runs[size][0][0], runs[1][0][0], rtol=0, atol=1e-9)
+    start = make_plan(config, Launch()).start
+    assert np.abs(runs[1][0][0] - start.numpy()).max() > 1e-2, "nothing was trained"
