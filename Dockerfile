@@ -18,7 +18,7 @@ COPY pyproject.toml requirements.lock ./
 RUN pip install --no-cache-dir "$(grep '^uv==' requirements.lock)" \
     && uv pip install --requirement pyproject.toml --constraint requirements.lock
 
-COPY LICENSE ./
+COPY LICENSE README.md ./
 COPY configs configs
 COPY consensus consensus
 COPY launch launch

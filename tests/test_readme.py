@@ -1,0 +1,115 @@
+"""The README says nothing that is not so: its code runs, its overrides compose, its tree exists."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from consensus.comm import Launch, Solo
+from consensus.core.potentials import POTENTIALS
+from consensus.run.config import REFUSALS, explain
+from consensus.run.plan import make_plan
+from consensus.run.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL_SNIPPET, PLUGIN, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def section(title):
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_model_snippet_repeats_the_test_error_of_the_run(make_config, tmp_path):
+    run_dir = tmp_path / "run"
+    config = make_config(
+        "experiment=digits",
+        "algorithm.iterations=60",
+        "output.eval_every=60",
+        f"output.run_dir={run_dir}",
+    )
+    row = Trainer(make_plan(config, Launch()), Solo()).run()
+    answer = subprocess.run(
+        [sys.executable, "-c", MODEL_SNIPPET],
+        env=os.environ | {"RUN": str(run_dir), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == f"test error {row['test_error']:.2f} %\n"
+    assert row["test_error"] < 80.0, "60 iterations beat guessing, so the model is not the start"
+
+
+def test_the_library_example_runs():
+    exec(LIBRARY, {})
+
+
+def test_the_plugin_example_runs(make_config, tmp_path, monkeypatch):
+    (tmp_path / "my_potentials.py").write_text(PLUGIN, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    overrides = re.search(
+        r"consensus\.train '(plugins=.*?)' (potential\.name=\w+)", README
+    ).groups()
+    config = make_config(*overrides)
+    assert config.potential.make().profile.bound == float("inf")
+
+
+def override_cells():
+    table = section("Running").split("| what you want")[1].split("\n\n")[0]
+    lines = [line for line in table.splitlines()[2:] if line]
+    cells = [re.findall(r"`([^`]+)`", line.rsplit("|", 2)[1]) for line in lines]
+    return [overrides for cell in cells for overrides in cell]
+
+
+@pytest.mark.parametrize("overrides", override_cells())
+def test_every_combination_of_overrides_composes(make_config, overrides):
+    make_config(*overrides.split())
+
+
+def test_there_are_overrides_to_test():
+    assert len(override_cells()) >= 12
+
+
+def test_the_message_that_is_shown_is_the_message(make_config):
+    shown = section("Running").split("```\n$ python -m consensus.train ")[1].split("\n```")[0]
+    override, message = shown.split("\n")
+    with pytest.raises(REFUSALS) as refusal:
+        make_config(override)
+    assert message == f"consensus.train: {explain(refusal.value)}"
+
+
+def test_the_table_of_potentials_is_complete():
+    rows = re.findall(r"^\| `(\w+)`.*\|$", section("Potentials"), re.MULTILINE)
+    assert rows == list(dict.fromkeys(rows))
+    files = {path.stem for path in (ROOT / "configs" / "potential").glob("*.yaml")}
+    assert set(rows) == files
+    assert files <= set(POTENTIALS)
+
+
+def test_the_tree_is_the_tree():
+    tree = section("The house").strip("\n").split("\n\n")[0].splitlines()
+    folders: list[tuple[int, str]] = []
+    named = set()
+    for line in tree:
+        indent = len(line) - len(line.lstrip())
+        name = line.split()[0]
+        folders = [(depth, folder) for depth, folder in folders if depth < indent]
+        path = "".join(folder for _, folder in folders) + name
+        assert (ROOT / path).exists(), f"{path} is in the README but not in the repository"
+        named.add(path.rstrip("/"))
+        if name.endswith("/"):
+            folders.append((indent, name))
+    top = {f"consensus/{path.name}" for path in (ROOT / "consensus").glob("*.py")}
+    core = {f"consensus/core/{path.name}" for path in (ROOT / "consensus/core").glob("*.py")}
+    absent = {path for path in top | core if "__init__" not in path} - named
+    assert not absent, f"{absent} is not in the README"
+
+
+def test_the_links_and_scripts_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for script in re.findall(r"(?<![\w/])(?:\./)?((?:scripts|launch)/[\w.]+)", README):
+        assert (ROOT / script).exists(), script
