@@ -3,14 +3,9 @@
 Knows nothing of servers, workers, processes or configs.
 """
 
-from consensus.problem.data import (
-    DATASETS,
-    PARTITIONS,
-    Dataset,
-    DataUnavailableError,
-    Minibatches,
-    partition,
-)
+from consensus.problem.data import DATASETS, Dataset
+from consensus.problem.minibatches import PARTITIONS, Minibatches, partition
+from consensus.problem.mnist import DataUnavailableError
 from consensus.problem.models import MODELS, build_model
 from consensus.problem.risk import Batch, MinibatchRisk, Risk
 from consensus.problem.streams import stream, stream_seed

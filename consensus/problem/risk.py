@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from consensus.core.flat import FlatLayout
-from consensus.problem.data import Dataset, Minibatches
+from consensus.problem.data import Dataset
+from consensus.problem.minibatches import Minibatches
 
 Batch = tuple[Tensor, Tensor]
 """Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""

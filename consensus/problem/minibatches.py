@@ -1,0 +1,125 @@
+"""Which training images a worker has, and which it draws next.
+
+# N images, M workers, B samples in a minibatch
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consensus.problem.streams import stream, stream_seed
+
+
+def _full(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
+    """Every worker has all indices, as in the paper's experiments."""
+    del seed, alpha
+    return [torch.arange(len(labels))] * num_workers
+
+
+def _sharded(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
+    """Disjoint random shards of floor(N / M) indices each."""
+    del alpha
+    size = len(labels) // num_workers
+    if size == 0:
+        raise ValueError(
+            f"`data.partition` is 'sharded' with {num_workers} workers and {len(labels)} samples;"
+            " allowed: at most as many workers as samples"
+        )
+    order = torch.randperm(len(labels), generator=stream(seed, "partition"))
+    return list(order[: size * num_workers].view(num_workers, size).unbind())
+
+
+def _label_skew(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
+    """Disjoint shards that use every index; each class is dealt out in Dirichlet proportions.
+
+    A small alpha gives a class to few workers, a large one to all evenly. Shards differ in size,
+    and may be empty.
+    """
+    if not 0 < alpha <= 1e9:  # far beyond, all proportions are equal and then overflow
+        raise ValueError(f"`data.alpha` is {alpha}; allowed: a number in (0, 1e9]")
+    order = torch.randperm(len(labels), generator=stream(seed, "partition"))
+    proportions = np.random.default_rng(stream_seed(seed, "partition"))
+    pieces: list[list[Tensor]] = [[] for _ in range(num_workers)]
+    for label in sorted(set(labels.tolist())):
+        members = order[labels[order] == label]
+        share = proportions.dirichlet(np.full(num_workers, alpha))
+        # rounding the running sums, not the shares, leaves no sample over and none used twice
+        cuts = np.rint(np.cumsum(share)[:-1] * len(members)).astype(int)
+        for piece, part in zip(pieces, members.tensor_split(cuts.tolist()), strict=True):
+            piece.append(part)
+    return [torch.cat(piece) for piece in pieces]
+
+
+PARTITIONS: dict[str, Callable[[Tensor, int, int, float], list[Tensor]]] = {
+    "full": _full,
+    "sharded": _sharded,
+    "label_skew": _label_skew,
+}
+"""The kinds of partition: (labels, num_workers, seed, alpha) -> one index tensor per worker."""
+
+
+def partition(labels: Tensor, kind: str, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
+    """The training samples of each worker, as one int64 index tensor on the CPU per worker.
+
+    Args:
+        labels: The labels of the training set. (N,)
+        kind: A name in PARTITIONS.
+        num_workers: M, in the whole run and not in this process.
+        seed: The seed of the run.
+        alpha: The concentration of "label_skew"; the other kinds do not use it.
+
+    Raises:
+        ValueError: If the kind is unknown, there are fewer samples than shards, or alpha is not a
+            positive number.
+    """
+    if kind not in PARTITIONS:
+        raise ValueError(f"`data.partition` is {kind!r}; allowed: {', '.join(PARTITIONS)}")
+    return PARTITIONS[kind](labels.cpu(), num_workers, seed, alpha)
+
+
+class Minibatches:
+    """The minibatches of one worker: indices as a function of (seed, worker, number of the draw).
+
+    An epoch is a fresh permutation of the worker's samples, cut into floor(size / B) minibatches;
+    the rest of it is dropped.
+
+    Args:
+        indices: The samples of the worker, on the device where the data are. (size,) int64
+        batch_size: B.
+        seed: The seed of the run.
+        worker: j, the number of the worker in the whole run and not in this process.
+
+    Attributes:
+        position: The number of draws so far, the whole state: setting it continues from there.
+
+    Raises:
+        ValueError: If the worker has fewer than B samples.
+    """
+
+    def __init__(self, indices: Tensor, batch_size: int, seed: int, worker: int) -> None:
+        if not 1 <= batch_size <= len(indices):
+            raise ValueError(
+                f"`algorithm.batch_size` is {batch_size}, and worker {worker} has {len(indices)}"
+                " samples; allowed: at least 1 and at most the samples of each worker"
+            )
+        self.indices = indices
+        self.batch_size = batch_size
+        self.seed = seed
+        self.worker = worker
+        self.batches_per_epoch = len(indices) // batch_size
+        self.position = 0
+        self._epoch = -1
+        self._shuffled = indices  # the permuted indices of self._epoch
+
+    def draw(self) -> Tensor:
+        """The indices of the next minibatch. (B,) int64, a view not to be written to."""
+        epoch, batch = divmod(self.position, self.batches_per_epoch)
+        if epoch != self._epoch:
+            generator = stream(self.seed, "minibatch", self.worker, epoch)
+            order = torch.randperm(len(self.indices), generator=generator)
+            self._shuffled = self.indices[order.to(self.indices.device)]
+            self._epoch = epoch
+        self.position += 1
+        return self._shuffled[batch * self.batch_size : (batch + 1) * self.batch_size]
