@@ -10,6 +10,7 @@ process group opened; 130 interrupted.
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -81,8 +82,19 @@ def failures_in_one_line() -> Iterator[None]:
         leave(f"consensus.train: {error}", 1, speak=launch.rank == 0)
     except OSError as error:
         leave(f"consensus.train: rank {launch.rank}: {error}", 1, speak=True)
+    except Exception as error:
+        # Hydra lets a few through as they are: for `algorithm=3`, or a YAML file it cannot parse.
+        if package_that_raised(error) not in ("hydra", "yaml"):
+            raise
+        leave(f"consensus.train: {explain(error)}", 2, speak=launch.local_rank == 0)
     except KeyboardInterrupt:
         leave("consensus.train: interrupted", 130, speak=launch.rank == 0)
+
+
+def package_that_raised(error: BaseException) -> str:
+    """The top-level package of the innermost frame."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def leave(message: str, code: int, speak: bool) -> NoReturn:

@@ -22,6 +22,11 @@ def column(a: Scalar) -> Scalar:
     return a.unsqueeze(-1) if isinstance(a, Tensor) and a.ndim > 0 else a
 
 
+def scaled(a: Scalar, x: Tensor) -> Tensor:
+    """The product a x for blocks (..., n), a number or a tensor `a` (...); in the dtype of x."""
+    return x * (column(a).to(x) if isinstance(a, Tensor) else a)  # type: ignore[union-attr]
+
+
 def add_scaled(y: Tensor, a: Scalar, x: Tensor) -> Tensor:
     """The sum y + a x for blocks (..., n), in one pass for a number or a tensor `a` (...)."""
     if isinstance(a, Tensor):
@@ -50,16 +55,16 @@ class FlatLayout:
         """The layout of a module's parameters.
 
         Raises:
-            ValueError: If the module has no parameters, or two modules share one: a tied parameter
-                belongs to no single layer of (18).
+            ValueError: If the module has no parameters, or one of them stands in two places, by
+                itself or with its module: a tied parameter belongs to no single layer of (18).
         """
         names: list[str] = []
         shapes: list[torch.Size] = []
         layer_names: list[str] = []
         lengths: list[int] = []
         seen: dict[int, str] = {}
-        for path, owner in module.named_modules():
-            own = list(owner.named_parameters(prefix=path, recurse=False, remove_duplicate=False))
+        for path, owner in module.named_modules(remove_duplicate=False):
+            own = list(owner.named_parameters(path, recurse=False, remove_duplicate=False))
             for name, parameter in own:
                 if id(parameter) in seen:
                     raise ValueError(

@@ -41,14 +41,14 @@ def step(every: int = 10_000, factor: float = 0.1) -> Schedule:
     """
     if every < 1:
         raise ValueError(f"`every` is {every}; allowed: a whole number >= 1")
-    if factor <= 0.0:
-        raise ValueError(f"`factor` is {factor}; allowed: a number > 0")
+    if not 0.0 < factor < math.inf:
+        raise ValueError(f"`factor` is {factor}; allowed: a finite number > 0")
     return lambda t, iterations: factor ** (t // every)
 
 
 def _decay(shape: Callable[[float], float], final: float, warmup: int) -> Schedule:
-    if final < 0.0:
-        raise ValueError(f"`final` is {final}; allowed: a number >= 0")
+    if not 0.0 <= final < math.inf:
+        raise ValueError(f"`final` is {final}; allowed: a finite number >= 0")
     if warmup < 0:
         raise ValueError(f"`warmup` is {warmup}; allowed: a whole number >= 0")
 

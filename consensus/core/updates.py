@@ -13,13 +13,13 @@ broadcast over the leading axes of the block.
 
 from torch import Tensor
 
-from consensus.core.flat import Scalar, add_scaled, column
+from consensus.core.flat import Scalar, add_scaled, scaled
 from consensus.core.layerwise import Layerwise
 
 
 def consensus_direction(total_force: Tensor, t_u: Scalar) -> Tensor:
     """Line 3: -t_u sum_j grad phi(u - z_j). (..., n) -> (..., n)."""
-    return total_force * -column(t_u)
+    return scaled(-t_u, total_force)
 
 
 def look_ahead(z: Tensor, v: Tensor, kappa: Scalar) -> Tensor:
@@ -34,7 +34,7 @@ def velocity(
 
     The regularizer is taken at z and only the loss at the look-ahead point, as (16) prints it.
     """
-    return add_scaled(v * column(kappa), -sigma, add_scaled(delta, nu, z))
+    return add_scaled(scaled(kappa, v), -sigma, add_scaled(delta, nu, z))
 
 
 def worker_direction(v: Tensor, force: Tensor, pull: Scalar) -> Tensor:

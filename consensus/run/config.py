@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -86,13 +87,9 @@ class ScheduleConfig:
     name: str
     options: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        self.make()
-
-    def make(self) -> Schedule:
-        """The schedule."""
-        schedule: Schedule = made("algorithm.schedule", SCHEDULES, self.name, self.options)
+    def make(self, key: str) -> Schedule:
+        """The schedule; `key` is where it stands, for messages."""
+        schedule: Schedule = made(key, SCHEDULES, self.name, self.options)
         return schedule
 
 
@@ -103,6 +100,16 @@ class SchedulesConfig:
     tau: ScheduleConfig
     sigma: ScheduleConfig
     lam: ScheduleConfig
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("tau", "sigma", "lam"):
+            self.make(name)
+
+    def make(self, name: str) -> Schedule:
+        """The schedule of tau, sigma or lam."""
+        config: ScheduleConfig = getattr(self, name)
+        return config.make(f"algorithm.schedule.{name}")
 
 
 @dataclass
@@ -191,6 +198,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check the fields."""
         require_one_of("model.name", self.name, MODELS)
+        free = "num_classes" not in self.options
+        require(free, "model.options", self.options, "none called num_classes: the data say it")
 
 
 @dataclass
@@ -254,12 +263,20 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("device", self.device, DEVICES)
-        if self.algorithm.name in ("easgd", "msgd"):
+        algorithm = self.algorithm
+        largest = float(torch.finfo(getattr(torch, self.dtype)).max)
+        require(
+            max(algorithm.sigma, algorithm.tau) / min(algorithm.lam, 1.0) < largest,
+            "algorithm.lam",
+            algorithm.lam,
+            f"a number for which sigma / lam and tau / lam fit {self.dtype}, below {largest:.2g}",
+        )
+        if algorithm.name in ("easgd", "msgd"):
             require(
                 self.potential.name == "quad",
                 "potential",
                 self.potential.name,
-                f"quad for algorithm={self.algorithm.name} (algorithm=consensus takes any)",
+                f"quad for algorithm={algorithm.name} (algorithm=consensus takes any)",
             )
         require(
             not (self.device == "cpu" and self.group.name == "nccl"),
@@ -291,9 +308,12 @@ def to_config(cfg: DictConfig) -> Config:
     """The typed config of a composed one; imports its plugins first, since names depend on them.
 
     Raises:
-        ConfigError: If a plugin cannot be imported or a check fails.
+        ConfigError: If a key is unknown, a plugin cannot be imported or a check fails.
     """
+    _refuse_added_keys(cfg)
     for plugin in cfg.plugins:
+        named = all(part.isidentifier() for part in plugin.split("."))
+        require(named, "plugins", repr(plugin), "names of modules on the Python path")
         try:
             importlib.import_module(plugin)
         except ImportError as error:
@@ -314,7 +334,7 @@ def explain(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:  # Hydra wraps OmegaConf's errors, which know the key
         if isinstance(cause, ConfigError):
-            return str(cause)
+            return " ".join(str(cause).split())
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             return _explain_choice(cause)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
@@ -331,14 +351,30 @@ def _explain_choice(error: MissingConfigException) -> str:
 
 def _explain_key(error: OmegaConfBaseException) -> str:
     key = str(error.full_key)
+    return _unknown(key) or f"`{key}`: {str(error).strip().splitlines()[0]}"
+
+
+def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
+    """Hydra's `+key=value` adds a key that no class has; it would be without effect."""
+    for name, child in node.items_ex(resolve=False):
+        key = ".".join(filter(None, (path, str(name))))
+        unknown = _unknown(key)
+        if unknown:
+            raise ConfigError(unknown)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _refuse_added_keys(child, key)
+
+
+def _unknown(key: str) -> str | None:
+    """The complaint about a key that the class it stands in does not have."""
     parent, _, name = key.rpartition(".")
     allowed = _allowed_keys(parent)
-    if allowed and name not in allowed:
-        near = difflib.get_close_matches(name, allowed, n=1)
-        hint = f" (did you mean `{near[0]}`?)" if near else ""
-        where = f"`{parent}`" if parent else "the top level"
-        return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"
-    return f"`{key}`: {str(error).strip().splitlines()[0]}"
+    if not allowed or name in allowed:
+        return None
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" (did you mean `{near[0]}`?)" if near else ""
+    where = f"`{parent}`" if parent else "the top level"
+    return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"
 
 
 def _allowed_keys(parent: str) -> list[str]:

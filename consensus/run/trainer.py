@@ -211,10 +211,9 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
 def scheduled(config: AlgorithmConfig, name: str) -> float | Callable[[int], Scalar]:
     """tau, sigma or lam: its constant, or its constant times its schedule."""
     base: float = getattr(config, name)
-    schedule = getattr(config.schedule, name)
-    if schedule.name == "constant":
+    if getattr(config.schedule, name).name == "constant":
         return base
-    factor = schedule.make()
+    factor = config.schedule.make(name)
     return lambda t: base * factor(t, config.iterations)
 
 

@@ -1,0 +1,207 @@
+"""Scalar profiles psi: one function of the squared size s for each potential (Table 2).
+
+With x = w / eta, a profile makes a potential by being applied to s = |x|^2, or to each s_i = x_i^2
+(potentials.py). It needs no square root of s, so gradients are finite at 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
+"""What the theory asks of phi (the paper, section 3):
+
+(A1) proper, lower semicontinuous and strictly convex; (A2) essentially smooth: differentiable
+inside its domain, with a gradient that blows up at the boundary, so that with (A1) phi is Legendre;
+(A3) twice continuously differentiable with a positive definite Hessian inside the domain;
+(A4) super-coercive: phi(w) / |w| grows without bound; (A5) phi(0) = 0 and grad phi(0) = 0.
+"""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A scalar profile psi on [0, bound), as a function of the *squared* size s.
+
+    Attributes:
+        psi: s -> psi(s), elementwise; psi(0) = 0.
+        dpsi: s -> psi'(s); where psi' is infinite at 0 this returns 0 there, since grad phi(0) = 0.
+        d2psi: s -> psi''(s); likewise 0 at 0 where it is infinite.
+        bound: The domain is s < bound.
+        radius: r >= 0 -> the rho >= 0 with 2 psi'(rho^2) rho = r, nan where there is none; None:
+            found by a safeguarded Newton iteration.
+        slope: psi' where it is a constant, so that the size need not be computed.
+        assumptions: Which of (A1) to (A5) hold; see ALL_ASSUMPTIONS.
+    """
+
+    psi: Callable[[Tensor], Tensor]
+    dpsi: Callable[[Tensor], Tensor]
+    d2psi: Callable[[Tensor], Tensor]
+    bound: float = math.inf
+    radius: Callable[[Tensor], Tensor] | None = None
+    slope: float | None = None
+    assumptions: frozenset[str] = ALL_ASSUMPTIONS
+
+    def invert(self, r: Tensor) -> Tensor:
+        """The rho >= 0 with 2 psi'(rho^2) rho = r, elementwise; nan where there is none."""
+        return solve_radius(self, r) if self.radius is None else self.radius(r)
+
+
+def solve_radius(profile: Profile, r: Tensor) -> Tensor:
+    """Solve g(rho) = 2 psi'(rho^2) rho = r for rho >= 0 by Newton's method inside a bracket.
+
+    Newton acts on log g = log r as an equation in log rho, nearly linear near 0, and converges fast
+    next to a pole; a step that leaves the bracket is replaced by bisection. nan where r exceeds the
+    range of g. Not for hot paths: the stopping test looks at the values.
+    """
+
+    def g(rho: Tensor) -> Tensor:
+        return 2.0 * profile.dpsi(rho * rho) * rho
+
+    def dg(rho: Tensor) -> Tensor:
+        s = rho * rho
+        return 2.0 * profile.dpsi(s) + 4.0 * profile.d2psi(s) * s
+
+    low = torch.zeros_like(r)
+    if math.isfinite(profile.bound):
+        high = torch.full_like(r, math.sqrt(profile.bound))
+        rho = 0.5 * high
+    else:
+        high = torch.ones_like(r)
+        for _ in range(math.ceil(math.log2(torch.finfo(r.dtype).max)) // 2):
+            short = g(high) < r
+            if not bool(short.any()):
+                break
+            high = torch.where(short, 2.0 * high, high)
+        rho = 0.5 * high
+    reachable = (r < math.inf) & ((profile.bound < math.inf) | (g(high) >= r))
+    for _ in range(200):
+        value = g(rho)
+        below = value < r
+        low, high = torch.where(below, rho, low), torch.where(below, high, rho)
+        step = value * (torch.log(value) - torch.log(r)) / dg(rho)
+        newton = rho * torch.exp(-step / rho)
+        inside = (newton > low) & (newton < high)
+        proposal = torch.where(inside, newton, 0.5 * (low + high))
+        done = (step.abs() <= torch.finfo(r.dtype).eps * rho) | (proposal == rho) | (r == 0)
+        rho = torch.where(done, rho, proposal)
+        if bool((done | ~reachable).all()):
+            break
+    return torch.where(reachable, torch.where(r == 0, 0.0, rho), math.nan)
+
+
+# -------------------------------------------------------------------------------- Table 2
+
+QUAD = Profile(  # psi = s, so phi(w) = |x|^2 as in Table 2, not half of it
+    psi=lambda s: s,
+    dpsi=torch.ones_like,
+    d2psi=torch.zeros_like,
+    radius=lambda r: 0.5 * r,
+    slope=1.0,
+)
+
+TAN = Profile(  # psi = tan s on s < pi / 2
+    psi=torch.tan,
+    dpsi=lambda s: torch.cos(s).square().reciprocal(),
+    d2psi=lambda s: 2.0 * torch.tan(s) / torch.cos(s).square(),
+    bound=0.5 * math.pi,
+)
+
+LOG = Profile(  # psi = -log(1 - s) on s < 1
+    psi=lambda s: -torch.log1p(-s),
+    dpsi=lambda s: (1.0 - s).reciprocal(),
+    d2psi=lambda s: (1.0 - s).square().reciprocal(),
+    bound=1.0,
+    radius=lambda r: r / (1.0 + torch.hypot(torch.ones_like(r), r)),
+)
+
+PSEUDO_HUBER = Profile(  # psi = sqrt(1 + s) - 1, linear growth: (A4) fails
+    psi=lambda s: s / (1.0 + torch.sqrt(1.0 + s)),
+    dpsi=lambda s: 0.5 / torch.sqrt(1.0 + s),
+    d2psi=lambda s: -0.25 * (1.0 + s) ** -1.5,
+    radius=lambda r: torch.where(r < 1.0, r / torch.sqrt((1.0 - r) * (1.0 + r)), math.nan),
+    assumptions=ALL_ASSUMPTIONS - {"A4"},
+)
+
+
+def _power_of(s: Tensor, exponent: float) -> Tensor:
+    """s^exponent with 0 at s = 0 also where the exponent is negative."""
+    power = s.sqrt() if exponent == 0.5 else s**exponent
+    return power if exponent >= 0 else torch.where(s > 0, power, 0.0)
+
+
+def power_profile(p: float, eps: float = 0.0) -> Profile:
+    """psi(s) = s^(p/2) + eps s, p > 1. (A3) fails at 0 unless p = 2, or p > 2 and eps > 0.
+
+    Raises:
+        ValueError: If p <= 1 (not differentiable at 0) or eps < 0 (not convex).
+    """
+    if not (1.0 < p < math.inf):
+        raise ValueError(f"`p` is {p}; |x|^p is a smooth convex potential for finite p > 1")
+    if not (0.0 <= eps < math.inf):
+        raise ValueError(f"`eps` is {eps}; allowed: a finite number >= 0")
+    radius: Callable[[Tensor], Tensor] | None = None
+    if eps == 0.0:
+
+        def radius(r: Tensor) -> Tensor:
+            return (r / p) ** (1.0 / (p - 1.0))
+
+    elif p == 3.0:  # 3 rho^2 + 2 eps rho = r
+
+        def radius(r: Tensor) -> Tensor:
+            return r / (eps + torch.sqrt(eps * eps + 3.0 * r))
+
+    smooth = p == 2.0 or (p > 2.0 and eps > 0.0)
+    return Profile(
+        psi=lambda s: s ** (0.5 * p) + eps * s,
+        dpsi=lambda s: (0.5 * p) * _power_of(s, 0.5 * p - 1.0) + eps,
+        d2psi=(
+            torch.zeros_like  # 0 times an overflowing 1 / s would be nan
+            if p == 2.0
+            else lambda s: (0.5 * p) * (0.5 * p - 1.0) * _power_of(s, 0.5 * p - 2.0)
+        ),
+        radius=radius,
+        assumptions=ALL_ASSUMPTIONS if smooth else ALL_ASSUMPTIONS - {"A3"},
+    )
+
+
+def _log_cosh_slope(
+    s: Tensor, series: Sequence[float], direct: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A function of s = rho^2: its power series near 0, where the direct formula cancels."""
+    near = s < (1e-3 if s.dtype == torch.float64 else 5e-2)
+    polynomial = torch.zeros_like(s)
+    for coefficient in reversed(series):
+        polynomial = polynomial * s + coefficient
+    rho = torch.where(near, 1.0, s).sqrt()  # keeps the unused branch finite
+    return torch.where(near, polynomial, direct(rho))
+
+
+# tanh(rho) / rho = 1 - s/3 + 2 s^2/15 - 17 s^3/315 + 62 s^4/2835 - 1382 s^5/155925 + ...
+_TANHC = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925)
+
+LOG_COSH = Profile(  # psi = log cosh sqrt(s), linear growth: (A4) fails
+    psi=lambda s: _log_cosh(s.sqrt()),
+    dpsi=lambda s: 0.5 * _log_cosh_slope(s, _TANHC, lambda rho: torch.tanh(rho) / rho),
+    d2psi=lambda s: (
+        0.5
+        * _log_cosh_slope(
+            s,
+            [k * c for k, c in enumerate(_TANHC)][1:],
+            lambda rho: (
+                (1.0 - torch.tanh(rho).square() - torch.tanh(rho) / rho) / (2.0 * rho * rho)
+            ),
+        )
+    ),
+    radius=lambda r: torch.where(r < 1.0, torch.atanh(r), math.nan),
+    assumptions=ALL_ASSUMPTIONS - {"A4"},
+)
+
+
+def _log_cosh(rho: Tensor) -> Tensor:
+    """Log cosh rho for rho >= 0 without overflow for large and cancellation for small rho."""
+    small = torch.log1p(2.0 * torch.sinh(0.5 * rho.clamp(max=1.0)).square())
+    large = rho + torch.log1p(torch.exp(-2.0 * rho)) - math.log(2.0)
+    return torch.where(rho < 1.0, small, large)

@@ -1,0 +1,193 @@
+"""Who may import whom: imports go downhill, and one module alone speaks to torch.distributed."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import consensus
+
+PACKAGE = Path(consensus.__file__).parent
+BELOW_ENTRIES = {"core", "registry", "comm", "server", "worker", "algorithm", "problem", "run"}
+
+# Module -> what it may import of ours. A folder speaks for its modules unless one has a line of its
+# own; each may import within itself. A new module at the top needs a line here.
+MAY_IMPORT = {
+    "consensus": {"core"},
+    "consensus.registry": set(),
+    "consensus.core": {"registry"},
+    "consensus.comm": set(),
+    "consensus.server": {"comm", "core"},
+    "consensus.worker": {"core"},
+    "consensus.algorithm": {"comm", "core", "server", "worker"},
+    "consensus.problem": {"core.flat", "registry"},
+    "consensus.run": BELOW_ENTRIES,
+    "consensus.run.config": {"algorithm", "worker", "core", "problem", "registry"},
+    "consensus.train": BELOW_ENTRIES,
+    "consensus.report": BELOW_ENTRIES,
+}
+
+
+def violations(package: Path) -> list[str]:
+    """What the modules of a package tree import against the table, one sentence each."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = ["consensus", *path.relative_to(package).with_suffix("").parts]
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if path.name == "utils.py":
+            found.append(f"{module}: a helper lives with the idea it serves")
+        line = line_of(module)
+        if line is None:
+            found.append(f"{module} has no line in the table")
+            continue
+        allowed = {f"consensus.{entry}" for entry in MAY_IMPORT[line]}
+        if line != "consensus":
+            allowed.add(line)
+        for name in imports(path, module, package):
+            if within(name, "torch.distributed") and module != "consensus.comm":
+                found.append(f"{module} imports {name}")
+            ours = within(name, "consensus")
+            if ours and not any(within(name, entry) for entry in allowed):
+                found.append(f"{module} imports {name}")
+    return found
+
+
+def line_of(module: str) -> str | None:
+    """The most special line of the table for a module."""
+    fitting = [line for line in MAY_IMPORT if within(module, line) and line != "consensus"]
+    return max(fitting, key=len) if fitting else ("consensus" if module == "consensus" else None)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def imports(path: Path, module: str, package: Path) -> set[str]:
+    """The modules that a file imports, wherever the statement stands; dotted names in full."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    aliases = {"torch": "torch"}
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+            aliases |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                folder = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                base = folder[: len(folder) - node.level + 1]
+                source = ".".join([*base, source] if source else base)
+            names |= {origin(source, alias.name, package) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            # `torch.distributed.x` works after `import torch` alone
+            name = f"{aliases.get(node.value.id)}.{node.attr}"
+            names |= {name} & {"torch.distributed"}
+    return names
+
+
+def origin(source: str, name: str, package: Path) -> str:
+    """`from source import name`: the module that it reads."""
+    path = package.joinpath(*source.split(".")[1:], name)
+    is_module = path.is_dir() or path.with_suffix(".py").is_file()
+    if source == "torch" or (within(source, "consensus") and is_module):
+        return f"{source}.{name}"
+    return source
+
+
+def test_imports_go_downhill():
+    assert violations(PACKAGE) == []
+
+
+def test_every_line_of_the_table_is_about_something():
+    for line in MAY_IMPORT:
+        path = PACKAGE.joinpath(*line.split(".")[1:])
+        assert path.is_dir() or path.with_suffix(".py").is_file(), line
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The shape of the package without its content."""
+    for path in PACKAGE.rglob("*.py"):
+        copy = tmp_path / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.touch()
+    assert violations(tmp_path) == []
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "imported"),
+    [
+        ("core/flat.py", "import consensus.comm", "consensus.comm"),
+        ("core/flat.py", "from consensus import comm", "consensus.comm"),
+        ("core/flat.py", "from ..comm import Group", "consensus.comm"),
+        ("core/flat.py", "def f():\n    import consensus.run", "consensus.run"),
+        ("core/flat.py", "from consensus import POTENTIALS", "consensus"),
+        ("core/flat.py", "import torch.distributed as d", "torch.distributed"),
+        ("core/flat.py", "from torch import distributed", "torch.distributed"),
+        ("core/flat.py", "import torch\ntorch.distributed.x", "torch.distributed"),
+        ("core/flat.py", "import torch as t\nt.distributed.x", "torch.distributed"),
+        ("run/metrics.py", "from torch.distributed import x", "torch.distributed"),
+        ("registry.py", "from consensus.core import flat", "consensus.core.flat"),
+        ("comm.py", "from consensus.core.flat import x", "consensus.core.flat"),
+        ("server.py", "import consensus.worker", "consensus.worker"),
+        ("worker.py", "import consensus.comm", "consensus.comm"),
+        ("algorithm.py", "import consensus.problem", "consensus.problem"),
+        ("problem/risk.py", "import consensus.core.updates", "consensus.core.updates"),
+        ("problem/risk.py", "import consensus.core", "consensus.core"),
+        ("run/config.py", "import consensus.run.plan", "consensus.run.plan"),
+        ("run/config.py", "import consensus.comm", "consensus.comm"),
+        ("run/trainer.py", "import consensus.train", "consensus.train"),
+        ("train.py", "from consensus import report", "consensus.report"),
+    ],
+)
+def test_the_checker_sees_an_import(tree, file, text, imported):
+    (tree / file).write_text(text)
+    module = file.removesuffix(".py").replace("/", ".")
+    assert violations(tree) == [f"consensus.{module} imports {imported}"]
+
+
+def test_the_checker_sees_packages_and_files(tree):
+    (tree / "__init__.py").write_text("from consensus.run.trainer import x")
+    (tree / "core" / "__init__.py").write_text("from ..comm import x")
+    (tree / "core" / "utils.py").touch()
+    (tree / "misc.py").touch()
+    assert violations(tree) == [
+        "consensus imports consensus.run.trainer",
+        "consensus.core imports consensus.comm",
+        "consensus.core.utils: a helper lives with the idea it serves",
+        "consensus.misc has no line in the table",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("core/layerwise.py", "from consensus.core.flat import x\nfrom . import potentials"),
+        ("core/potentials.py", "from consensus.registry import Registry"),
+        ("comm.py", "import torch.distributed as dist"),
+        (
+            "problem/risk.py",
+            "from consensus.core.flat import x\nfrom consensus.problem import data",
+        ),
+        ("run/plan.py", "from consensus.run.config import x\nimport consensus.comm"),
+        ("train.py", "from consensus.run.trainer import Trainer"),
+    ],
+)
+def test_the_checker_allows(tree, file, text):
+    (tree / file).write_text(text)
+    assert violations(tree) == []
+
+
+def test_public_names():
+    # A name is added here when it is promised to users.
+    assert set(consensus.__all__) == {
+        "POTENTIALS",
+        "Layerwise",
+        "Potential",
+        "Profile",
+        "Radial",
+        "Separable",
+    }
+    for name in consensus.__all__:
+        assert getattr(consensus, name) is not None

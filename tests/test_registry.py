@@ -1,0 +1,120 @@
+"""Tables of names: entries, options, and messages that say what would have been right."""
+
+import importlib.util
+from collections.abc import Mapping
+
+import pytest
+
+from consensus.registry import Registry
+
+
+@pytest.fixture
+def shapes():
+    table = Registry("shape")
+
+    @table.register("circle")
+    def circle(radius=1.0, filled=False):
+        return ("circle", radius, filled)
+
+    @table.register("dot")
+    def dot():
+        return ["dot"]
+
+    return table
+
+
+def test_entries_with_defaults_and_options(shapes):
+    assert shapes["circle"] == ("circle", 1.0, False)
+    assert shapes.make("circle", radius=2.0) == ("circle", 2.0, False)
+    assert shapes.make("circle", filled=True, radius=3.0) == ("circle", 3.0, True)
+    assert shapes["dot"] is not shapes["dot"]  # each made anew
+
+
+def test_options(shapes):
+    assert shapes.options("circle") == {"radius": 1.0, "filled": False}
+    assert list(shapes.options("circle")) == ["radius", "filled"]
+    assert shapes.options("dot") == {}
+
+
+def test_is_a_mapping(shapes):
+    assert isinstance(shapes, Mapping)
+    assert list(shapes) == ["circle", "dot"]
+    assert len(shapes) == 2
+    assert "dot" in shapes
+    assert "square" not in shapes
+    assert shapes.get("square") is None
+    assert dict(shapes) == {"circle": ("circle", 1.0, False), "dot": ["dot"]}
+    with pytest.raises(KeyError, match="square"):
+        shapes["square"]
+
+
+def test_looking_a_name_up_does_not_make_the_entry():
+    table, made = Registry("thing"), []
+
+    @table.register("costly")
+    def costly():
+        made.append(1)
+
+    assert "costly" in table
+    assert list(table) == ["costly"]
+    table.options("costly")
+    assert made == []
+    table["costly"]
+    assert made == [1]
+
+
+@pytest.mark.parametrize("method", ["make", "options"])
+def test_unknown_name(shapes, method):
+    with pytest.raises(ValueError, match="unknown shape `square`; known: circle, dot") as caught:
+        getattr(shapes, method)("square")
+    assert caught.value.__suppress_context__  # one line for the user, not two tracebacks
+
+
+def test_unknown_option(shapes):
+    message = "shape `circle` has no option `radios`; its options: radius, filled"
+    with pytest.raises(ValueError, match=message):
+        shapes.make("circle", radios=1.0)
+    with pytest.raises(ValueError, match="shape `dot` has no option `radius`; its options: none"):
+        shapes.make("dot", radius=1.0)
+
+
+def test_register_returns_the_factory():
+    table = Registry("thing")
+
+    def factory():
+        return 1
+
+    assert table.register("one")(factory) is factory
+    assert table.register("uno")(factory) is factory  # two names for one thing
+    assert table["one"] == table["uno"] == 1
+
+
+def test_a_name_is_not_taken_twice(shapes):
+    def other():
+        return "other"
+
+    with pytest.raises(ValueError, match=r"shape `dot` is already registered by <function .*dot"):
+        shapes.register("dot")(other)
+    assert shapes["dot"] == ["dot"]
+
+
+def test_tables_are_independent(shapes):
+    assert list(Registry("shape")) == []
+    assert len(shapes) == 2
+
+
+def test_a_module_imported_twice_registers_the_same_thing(shapes, tmp_path):
+    """As happens to a plugin under two import orders, or on a reload; the newer one counts."""
+    path = tmp_path / "plugin.py"
+    path.write_text("def build(size=1):\n    return size\n")
+    loaded = []
+    for default in (1, 2):
+        path.write_text(f"def build(size={default}):\n    return 'size', size\n# {'x' * default}\n")
+        spec = importlib.util.spec_from_file_location("plugin_of_test_registry", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        shapes.register("mine")(module.build)
+        loaded.append(module.build)
+    assert loaded[0] is not loaded[1]
+    assert shapes["mine"] == ("size", 2)
+    assert shapes.options("mine") == {"size": 2}

@@ -1,0 +1,521 @@
+"""The command as a user runs it: files, exit codes, one line for each failure, nobody left behind.
+
+Starting a process costs seconds, so most refusals go through `main` in this one; what depends on
+processes is seen with real ones.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn.functional import cross_entropy, max_pool2d, relu
+
+from consensus import train as entry
+from consensus.comm import GroupError, Launch
+from consensus.problem import DATASETS
+from consensus.run.config import Config
+from consensus.run.plan import make_plan
+from consensus.run.trainer import Trainer
+
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MARK = "CONSENSUS_TEST_MARK"
+
+
+class Ended:
+    """A command that has ended."""
+
+    def __init__(self, code: int, out: str, err: str, seconds: float, left_behind: list[str]):
+        self.code, self.out, self.err, self.seconds = code, out, err, seconds
+        self.left_behind = left_behind  # processes of it that are still alive
+
+    @property
+    def lines(self) -> list[str]:
+        """What the command itself says on stderr; torchrun adds a report of its own."""
+        return [line for line in self.err.splitlines() if line.startswith("consensus.train:")]
+
+
+def environment(**others: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCH}
+    return kept | {"OMP_NUM_THREADS": "1"} | others
+
+
+def command(*overrides: str, processes: int = 0) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(torchrun if processes else []), "-m", "consensus.train", *overrides]
+
+
+def run(folder: Path, *overrides: str, processes: int = 0, timeout: float = 120.0, **env) -> Ended:
+    """The command in a folder of its own, to its end; kills what it leaves behind."""
+    mark = uuid.uuid4().hex
+    started = time.monotonic()
+    ended = subprocess.run(
+        command(*overrides, processes=processes),
+        cwd=folder,
+        env=environment(**env, **{MARK: mark}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    seconds = time.monotonic() - started
+    left = marked(mark)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    return Ended(ended.returncode, ended.stdout, ended.stderr, seconds, left)
+
+
+def marked(mark: str) -> list[str]:
+    """The processes that inherited a mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+# ---- a run leaves what is promised
+
+CONTRACT_KEYS = {
+    "iteration",
+    "epoch",
+    "objective",
+    "train_loss",
+    "train_error",
+    "test_loss",
+    "test_error",
+    "coupling",
+    "distance",
+    "wall_s",
+    "samples_per_s",
+}
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "model.pt",
+    "convergence.png",
+    "tensorboard",
+}
+SMOKE = ["experiment=smoke", "potential=tan", "device=cpu"]
+
+
+class PlainLeNet(nn.Module):
+    """LeNet-5 of the paper as a user would write it, without this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc = nn.Linear(800, 10)
+
+    def forward(self, x):
+        x = max_pool2d(relu(self.conv1(x)), 2)
+        x = max_pool2d(relu(self.conv2(x)), 2)
+        return self.fc(x.flatten(1))
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["python", "torchrun"])
+def smoke(request, tmp_path_factory):
+    """A finished run of two workers: its folder, its command and what was said."""
+    folder = tmp_path_factory.mktemp("smoke")
+    how = [] if request.param else ["workers=2"]
+    ended = run(folder, *SMOKE, *how, "output.run_dir=run", processes=request.param)
+    assert ended.code == 0, ended.err
+    return folder / "run", how, ended
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_leaves_all_files_and_nothing_else(smoke):
+    run_dir, _, ended = smoke
+    assert {path.name for path in run_dir.iterdir()} == FILES
+    assert [path.name for path in run_dir.parent.iterdir()] == ["run"], "Hydra makes no folder"
+    assert ended.left_behind == []
+    assert ended.lines == []
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_config_loads_back(smoke, make_config):
+    run_dir, how, _ = smoke
+    saved = OmegaConf.load(run_dir / "config.yaml")
+    loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+    root = f"output.root={run_dir.parent}/runs"
+    where = [f"output.run_dir={run_dir}", root, f"data.root={run_dir.parent}/data"]
+    assert loaded == make_config(*SMOKE, *how, *where, "output.tensorboard=true")
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_metrics_and_summary(smoke):
+    run_dir, _, _ = smoke
+    rows = rows_of(run_dir)
+    assert [row["iteration"] for row in rows] == [10, 20]
+    assert rows[1]["epoch"] == pytest.approx(20 * 20 / 1437)
+    for row in rows:
+        assert row.keys() >= CONTRACT_KEYS
+        assert len(row["distance"]) == 3
+        numbers = [row[key] for key in CONTRACT_KEYS - {"distance"}] + row["distance"]
+        assert all(math.isfinite(number) and number >= 0 for number in numbers)
+    assert rows[1]["objective"] < rows[0]["objective"] < 1437 * math.log(10)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    facts = summary.pop("environment")
+    assert summary == rows[1]
+    assert facts["torch"] == torch.__version__
+    assert (facts["workers"], facts["device"], facts["seed"]) == (2, "cpu", 0)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_model_is_what_was_measured(smoke):
+    run_dir, _, _ = smoke
+    model = PlainLeNet()
+    state = torch.load(run_dir / "model.pt", weights_only=True)
+    model.load_state_dict(state)  # strict
+    data = DATASETS.make("digits")
+    with torch.no_grad():
+        logits = model(data.test_images)
+    row = rows_of(run_dir)[-1]
+    wrong = int((logits.argmax(1) != data.test_labels).sum())
+    assert row["test_error"] == pytest.approx(100 * wrong / 360, abs=1e-9)
+    loss = float(cross_entropy(logits.double(), data.test_labels, reduction="sum"))
+    assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_pictures(smoke):
+    run_dir, _, _ = smoke
+    picture = imread(run_dir / "convergence.png")
+    assert min(picture.shape[:2]) > 500
+    assert picture[..., :3].std() > 0.05
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"distance/conv1", "distance/conv2", "distance/fc", "cuts/u", "cuts/z"}
+    assert [e.step for e in events.Scalars("evaluation/objective")] == [10, 20]
+    assert [e.step for e in events.Scalars("training/minibatch_loss")] == [5, 10, 15, 20]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_screen(smoke):
+    run_dir, how, ended = smoke
+    lines = ended.out.splitlines()
+    where = "1 process on cpu" if how else "2 processes on cpu over gloo"
+    assert lines[0] == (
+        f"consensus with tan: 2 workers, {where}, lenet5 (n = 33,580, L = 3) on digits, "
+        f"20 iterations -> {run_dir}"
+    )
+    assert [line.split()[1] for line in lines if line.startswith("iteration ")] == ["10", "20"]
+    assert lines[-1] == f"results in {run_dir}"
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_finished_run_is_never_overwritten(smoke, refused):
+    run_dir, _, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert refused("experiment=smoke", f"output.run_dir={run_dir}") == (
+        f"`output.run_dir` is {run_dir}; allowed: an empty or new directory; this one holds a "
+        "finished run (summary.json)"
+    )
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+# ---- refusals: exit code 2, one line, before any process group
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """`main("lam=abc", RANK="1")`: exit code, stdout and stderr of the command, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it: so it is restored
+    monkeypatch.setattr(entry.time, "sleep", lambda seconds: None)  # of the silent ranks
+
+    def call(*overrides: str, **launch: str) -> tuple[int, str, str]:
+        for name in LAUNCH:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in launch.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["consensus.train", *overrides])
+        code = 0
+        try:
+            entry.main()
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(main, tmp_path):
+    """`refused("lam=abc")`: the line of a refusal, without the name of the command."""
+
+    def call(*overrides: str, **launch: str) -> str:
+        code, out, err = main(*overrides, **launch)
+        assert (code, out) == (2, "")
+        assert err.startswith("consensus.train: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert not torch.distributed.is_initialized()
+        return err.strip().removeprefix("consensus.train: ")
+
+    return call
+
+
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("potential=cubik", "`potential` is cubik; allowed: cubic, log, "),
+        ("potential.etta=1", "unknown key `potential.etta` (did you mean `eta`?); allowed in"),
+        ("+potential.etta=1", "unknown key `potential.etta` (did you mean `eta`?); allowed in"),
+        ("lamda=1", "unknown key `lamda`; allowed in the top level: workers, "),
+        ("algorithm.lam=abc", "`algorithm.lam`: Value 'abc'"),
+        ("algorithm.lam=-1", "`algorithm.lam` is -1.0; allowed: a number > 0"),
+        ("algorithm=3", "Config group override must be a string or a list. Got int"),
+        ("experiment=smok", "`experiment` is smok; allowed: "),
+        ("foo=[", "no viable alternative at input '['"),
+        ("workers=0", "`workers` is 0; allowed: null or >= 1"),
+        ("algorithm.batch_size=5000", "`algorithm.batch_size` is 5000; allowed: at most 1437, "),
+        ("plugins=[nowhere]", "`plugins` names nowhere; allowed: modules on the Python path"),
+        ("~algorithm", "`algorithm`: "),
+        ("+model.options.depth=2", "`model` is lenet5 {'num_classes': 10, 'depth': 2}: "),
+    ],
+)
+def test_refusals(refused, override, start, tmp_path):
+    assert refused(override, "device=cpu").startswith(start)
+    assert list(tmp_path.iterdir()) == [], "nothing was made"
+
+
+def test_refusal_of_a_file_that_is_not_yaml(refused, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\nalgorithm: [\n")
+    line = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert f'in "{file}", line 3, column 1' in line
+
+
+def test_refusals_that_know_of_the_launch(refused, tmp_path):
+    assert refused("workers=3", **TWO) == (
+        "`workers` is 3; allowed: a multiple of the 2 processes (WORLD_SIZE), or null for one each"
+    )
+    assert refused("algorithm=msgd", **TWO).startswith("`algorithm` is msgd; allowed: one process,")
+
+
+@pytest.mark.parametrize("how", ["--multirun", "-m", "hydra.mode=MULTIRUN"])
+def test_multirun_under_torchrun_is_refused(refused, how):
+    line = refused(how, "seed=1,2", "device=cpu", **TWO)
+    assert line == "--multirun under torchrun would sweep on every rank; leave it out"
+
+
+def test_only_one_rank_of_a_node_speaks(main):
+    other = TWO | {"RANK": "1", "LOCAL_RANK": "1"}
+    assert main("workers=3", **other) == (2, "", "")
+    first_of_second_node = TWO | {"RANK": "1", "LOCAL_WORLD_SIZE": "1"}
+    assert main("workers=3", **first_of_second_node)[2].count("\n") == 1
+
+
+def test_mnist_that_is_not_there_and_cannot_be_fetched(refused, monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    line = refused("data=mnist", f"data.root={tmp_path}/none", "device=cpu")
+    assert line.startswith(f"`data.root` is '{tmp_path}/none': MNIST is not in {tmp_path}/none/")
+    assert "no route to host" in line
+
+
+def test_cfg_shows_the_config_and_trains_nothing(main, tmp_path):
+    code, out, err = main("--cfg", "job", "potential=tan")
+    assert (code, err) == (0, "")
+    shown = OmegaConf.create(out)
+    assert (shown.potential.name, shown.algorithm.lam, shown.workers) == ("tan", 0.1, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- failures at run time, in this process
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/metrics.jsonl"),
+            1,
+            "rank 0: [Errno 28] No space left on device: 'runs/metrics.jsonl'",
+        ),
+        (GroupError("iteration 3: worker 1"), 1, "iteration 3: worker 1"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_may_go_wrong_is_one_line(main, monkeypatch, error, code, line):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(Trainer, "run", fail)
+    answer = main("model=logistic", "device=cpu")
+    assert answer == (code, "", f"consensus.train: {line}\n")
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), ValueError("a bug")])
+def test_a_bug_keeps_its_traceback(main, monkeypatch, bug):
+    def fail(self):
+        raise bug
+
+    monkeypatch.setattr(Trainer, "run", fail)
+    with pytest.raises(type(bug), match="a bug"):
+        main("model=logistic", "device=cpu")
+
+
+def test_a_run_directory_that_cannot_be_made(main, tmp_path):
+    (tmp_path / "file").touch()
+    overrides = ["model=logistic", "device=cpu"]
+    expected = "rank 0: cannot write the run directory: Not a directory: "
+    for where in ("run_dir", "root"):
+        code, out, err = main(*overrides, f"output.{where}={tmp_path}/file/below")
+        assert (code, out) == (1, "")
+        assert err.startswith(f"consensus.train: {expected}{tmp_path}/file/below")
+        assert err.count("\n") == 1
+
+
+def open_trainer(group, config):
+    plan = make_plan(config, Launch(group.rank, group.size, group.rank, group.size))
+    try:
+        Trainer(plan, group)
+    except GroupError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+def test_a_run_directory_that_cannot_be_made_concerns_all_ranks(ranks, make_config, tmp_path):
+    (tmp_path / "file").touch()
+    run_dir = tmp_path / "file" / "run"
+    config = make_config("model=logistic", "device=cpu", f"output.run_dir={run_dir}")
+    answers = ranks(2, open_trainer, config)
+    assert answers == [f"rank 0: cannot write the run directory: Not a directory: {run_dir}"] * 2
+
+
+# ---- real processes
+
+
+@pytest.mark.ranks
+def test_refusal_of_a_plain_process(tmp_path):
+    ended = run(tmp_path, "potential=cubik")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        "consensus.train: `potential` is cubik; allowed: cubic, log, log_cosh, log_sep, power, "
+        "pseudo_huber, quad, scaled_quad, tan, tan_sep\n"
+    )
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_refusal_under_torchrun_is_said_once(tmp_path):
+    # Both ranks look for the data; the proxy refuses at once, wherever this runs.
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    ended = run(tmp_path, "data=mnist", "data.root=none", processes=2, no_proxy="", **nowhere)
+    assert ended.code != 0
+    (line,) = ended.lines
+    assert "MNIST is not in" in line
+    assert "exitcode  : 2" in ended.err, "as torchrun reports it"
+    # torchrun's own report has a traceback of torchrun; ours would name this package.
+    assert "consensus/train.py" not in ended.err
+    assert not (tmp_path / "runs").exists()
+    assert ended.left_behind == []
+    assert ended.seconds < 60
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_on_all_ranks(tmp_path):
+    overrides = ["experiment=smoke", "device=cpu", "algorithm.sigma=1e36", "output.run_dir=run"]
+    ended = run(tmp_path, *overrides, processes=2)
+    assert ended.code != 0
+    (line,) = ended.lines
+    pattern = r"consensus\.train: iteration \d: worker ([01]) on rank \1 became non-finite, "
+    assert re.match(pattern, line)
+    assert "algorithm.sigma" in line
+    assert "exitcode  : 1" in ended.err
+    assert "consensus/train.py" not in ended.err
+    assert ended.left_behind == []
+    assert ended.seconds < 60
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left.isdisjoint({"summary.json", "model.pt"}), "nothing that looks finished"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_survivor_of_a_killed_rank_leaves_by_itself(tmp_path):
+    # Without torchrun, which would end the survivor: nobody does in a job over several nodes.
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    endless = ["algorithm.iterations=1000000", "output.eval_every=5", "output.tensorboard=false"]
+    launch = command("model=logistic", "device=cpu", "output.run_dir=run", *endless)
+    processes = []
+    try:
+        for rank in ("0", "1"):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            processes.append(
+                subprocess.Popen(
+                    launch,
+                    cwd=tmp_path,
+                    env=environment(**meeting, **numbers),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        survivor, victim = processes
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and metrics.read_text()):
+            assert survivor.poll() is None, survivor.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        victim.kill()
+        _, err = survivor.communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+    assert survivor.returncode == 1
+    lines = [line for line in err.splitlines() if line.startswith("consensus.train:")]
+    assert len(lines) == 1
+    assert re.match(r"consensus\.train: rank 0: lost a peer in `\w+`: ", lines[0])
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "summary.json").exists()
