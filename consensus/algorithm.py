@@ -48,7 +48,8 @@ class Algorithm:
     @property
     def cuts(self) -> Tensor:
         """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
-        return torch.stack([torch.zeros_like(self.worker.cuts), self.worker.cuts])
+        cuts = self.worker.cuts.sum()
+        return torch.stack([torch.zeros_like(cuts), cuts])
 
     def verify(self) -> int:
         """Check what must hold on all ranks, and return the digest of u.
@@ -140,7 +141,7 @@ class Consensus(Algorithm):
     @property
     def cuts(self) -> Tensor:
         """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
-        return torch.stack([self.server.cuts, self.worker.cuts])
+        return torch.stack([self.server.cuts, self.worker.cuts.sum()])
 
     def verify(self) -> int:
         """Replicas of u agree bit for bit, every u - z_j is feasible; returns the digest of u."""

@@ -5,6 +5,7 @@ minima and broadcasts of Algorithm 1, and the rule that a rank never raises alon
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,16 @@ class GroupError(RuntimeError):
 
 
 class PeerLostError(GroupError):
-    """A collective failed because a peer is gone or late; each rank learns it by itself."""
+    """A collective failed because a peer is gone or late; each rank learns it by itself.
+
+    Gloo reports it where the collective is waited for. NCCL's `wait` only orders the device's
+    stream: there torch's watchdog finds the lost peer after `timeout_s` and ends the process itself
+    with a report of its own.
+    """
+
+
+class LaunchError(ValueError):
+    """The environment does not describe a launch; the message names the variable."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,33 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+        Raises:
+            LaunchError: If one of them is no whole number, they contradict each other, or there is
+                more than one process and no address to meet at.
+        """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        defaults = (0, 1, 0, 1)
-        values = (int(os.environ.get(n, d)) for n, d in zip(names, defaults, strict=True))
-        return cls(*values)
+        values = []
+        for name, default in zip(names, ("0", "1", "0", "1"), strict=True):
+            text = os.environ.get(name, default)
+            if not text.isdecimal():
+                raise LaunchError(f"`{name}` is {text}; allowed: a whole number, as torchrun sets")
+            values.append(int(text))
+        launch = cls(*values)
+        if not (launch.rank < launch.size and launch.local_rank < launch.local_size):
+            raise LaunchError(
+                f"`RANK` is {launch.rank} of WORLD_SIZE {launch.size}; allowed: below"
+            )
+        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if launch.size > 1 and absent:
+            raise LaunchError(f"`{absent[0]}` is not set; with WORLD_SIZE > 1 start with torchrun")
+        return launch
+
+    def block(self, num_workers: int) -> range:
+        """The j of the workers on this process, of M = num_workers, a multiple of `size`."""
+        each = num_workers // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
 
 
 class Pending(ABC):
@@ -120,6 +152,10 @@ class Group(ABC):
 
     device: torch.device
     """Where the tensors of the collectives live."""
+
+
+# What Gloo says, as a plain RuntimeError, when the other side of a connection is gone or late.
+_LOST = re.compile(r"connect|timed? ?out|peer|socket|broken pipe|read error|write error", re.I)
 
 
 class _Done(Pending):
@@ -218,10 +254,15 @@ class ProcessGroup(Group):
 
     @contextmanager
     def reporting(self, operation: str) -> Iterator[None]:
-        """Turn a backend's error into one line that names the rank and the collective."""
+        """Turn a lost peer into one line that names the rank and the collective.
+
+        Other errors, such as two ranks that disagree on a shape, are bugs and keep their traceback.
+        """
         try:
             yield
         except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+                raise
             cause = (str(error).strip() or repr(error)).splitlines()[0]
             raise PeerLostError(
                 f"rank {self.rank}: lost a peer in `{operation}`: {cause}"

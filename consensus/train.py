@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from consensus.comm import GroupError, Launch, PeerLostError, open_group
+from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
 from consensus.run.config import (
     REFUSALS,
     ConfigError,
@@ -35,6 +35,8 @@ from consensus.run.trainer import Trainer
 
 register_schema()
 
+REFUSED = (*REFUSALS, LaunchError)
+
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def train(cfg: DictConfig) -> None:
@@ -44,16 +46,15 @@ def train(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
         config = to_config(cfg)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(config.deterministic)
         plan = make_plan(config, launch)
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)
         group = open_group(launch, plan.backend, plan.device, config.group.timeout_s)
-        try:
-            Trainer(plan, group).run()
-            group.barrier()  # nobody leaves while rank 0 still writes
-        finally:
-            group.close()
+        Trainer(plan, group).run()
+        group.close()  # after a failure the group is not closed but left: peers may hang in it
 
 
 def main() -> None:
@@ -71,24 +72,25 @@ def failures_in_one_line() -> Iterator[None]:
 
     Anything else is a bug and keeps its traceback.
     """
-    launch = Launch.from_environment()
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     try:
         yield
-    except REFUSALS as error:
-        leave(f"consensus.train: {explain(error)}", 2, speak=launch.local_rank == 0)
+    except REFUSED as error:
+        leave(explain(error), 2, speak=local_rank == "0")
     except PeerLostError as error:
-        leave(f"consensus.train: {error}", 1, speak=True)
+        leave(str(error), 1, speak=True)
     except GroupError as error:
-        leave(f"consensus.train: {error}", 1, speak=launch.rank == 0)
+        leave(str(error), 1, speak=rank == "0")
     except OSError as error:
-        leave(f"consensus.train: rank {launch.rank}: {error}", 1, speak=True)
+        leave(f"rank {rank}: {error}", 1, speak=True)
+    except KeyboardInterrupt:
+        leave("interrupted", 130, speak=rank == "0")
     except Exception as error:
         # Hydra lets a few through as they are: for `algorithm=3`, or a YAML file it cannot parse.
-        if package_that_raised(error) not in ("hydra", "yaml"):
-            raise
-        leave(f"consensus.train: {explain(error)}", 2, speak=launch.local_rank == 0)
-    except KeyboardInterrupt:
-        leave("consensus.train: interrupted", 130, speak=launch.rank == 0)
+        if package_that_raised(error) in ("hydra", "yaml"):
+            leave(explain(error), 2, speak=local_rank == "0")
+        traceback.print_exc()
+        leave(f"rank {rank}: this is a bug, see the traceback", 1, speak=True)
 
 
 def package_that_raised(error: BaseException) -> str:
@@ -101,12 +103,16 @@ def leave(message: str, code: int, speak: bool) -> NoReturn:
     """End this rank. What all ranks know, one of them says.
 
     torchrun ends all ranks as soon as one has failed, so the silent ones must not be first: they
-    wait for torchrun to end them, and leave by themselves if it does not.
+    wait for torchrun to end them. One that is still here afterwards was alone with its failure.
     """
-    if speak:
-        print(message, file=sys.stderr, flush=True)
-    else:
+    if not speak:
         time.sleep(10.0)
+        message = f"rank {os.environ.get('RANK', '0')}: {message}"
+    print(f"consensus.train: {message}", file=sys.stderr, flush=True)
+    if code != 2 and os.environ.get("WORLD_SIZE", "1") != "1":
+        # At once: the teardown of a process group waits for peers that may be gone or stuck.
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -41,7 +41,7 @@ class Worker:
     Attributes:
         z: (K, n).
         v: The velocities, 0 at the start. (K, n)
-        cuts: How often an s_j was below 1, a tensor () on the device.
+        cuts: How often each s_j was below 1. int64 (K,), on the device.
         step: The smallest s_j of the last iteration, likewise.
     """
 
@@ -64,7 +64,7 @@ class Worker:
         self.nu = nu
         self.momentum_on = momentum_on
         self.step = z.new_ones(())
-        self.cuts = torch.zeros((), dtype=torch.int64, device=z.device)
+        self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
 
     def draw(self) -> Any:
         """Line 4: the next minibatch of every worker."""
@@ -98,7 +98,7 @@ class Worker:
         if self.phi.bounded:
             s = self.phi.feasible_step(u - self.z, -d, u)  # z moves by d, u - z by -d
             self.step = s.amin()
-            self.cuts += (s < 1).sum()
+            self.cuts += s < 1
             d, v = d * column(s), v * column(s)
         self.z = self.z + d
         self.v = v

@@ -5,7 +5,14 @@ import pytest
 import torch
 from ranks import RankError
 
-from consensus.comm import GroupError, Launch, PeerLostError, Solo, choose_backend
+from consensus.comm import (
+    GroupError,
+    Launch,
+    LaunchError,
+    PeerLostError,
+    Solo,
+    choose_backend,
+)
 
 
 def collectives(group):
@@ -113,10 +120,39 @@ def test_the_pool_itself(ranks):
 def test_launch_reads_what_torchrun_sets(monkeypatch):
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert Launch.from_environment() == Launch(rank=5, size=8, local_rank=1, local_size=4)
+    for name, value, message in (
+        ("RANK", "a", "`RANK` is a; allowed: a whole number"),
+        ("RANK", "8", "`RANK` is 8 of WORLD_SIZE 8"),
+        ("MASTER_PORT", None, "`MASTER_PORT` is not set"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delenv(name) if value is None else patch.setenv(name, value)
+            with pytest.raises(LaunchError, match=message):
+                Launch.from_environment()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name)
     assert Launch.from_environment() == Launch()
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "block"), [(0, 1, [0, 1, 2, 3]), (1, 2, [2, 3]), (3, 4, [3])]
+)
+def test_workers_are_dealt_out_in_blocks(rank, size, block):
+    assert list(Launch(rank, size).block(4)) == block
+
+
+@pytest.mark.ranks
+def test_a_bug_is_not_called_a_lost_peer(ranks):
+    with pytest.raises(RankError, match="raised:") as failure:
+        ranks(2, mixed_types)
+    assert "PeerLostError" not in str(failure.value)
+
+
+def mixed_types(group):
+    group.sum_(torch.ones(2, dtype=torch.complex64 if group.rank else torch.float32).to_sparse())
 
 
 def test_auto_takes_gloo_without_a_device_of_its_own():

@@ -32,10 +32,12 @@ from consensus import train as entry
 from consensus.comm import GroupError, Launch
 from consensus.problem import DATASETS
 from consensus.run.config import Config
+from consensus.run.metrics import MetricsFiles
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
+from consensus.server import digest
 
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MARK = "CONSENSUS_TEST_MARK"
 
 
@@ -288,7 +290,14 @@ def refused(main, tmp_path):
     return call
 
 
-TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+TWO = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -336,9 +345,16 @@ def test_multirun_under_torchrun_is_refused(refused, how):
     assert line == "--multirun under torchrun would sweep on every rank; leave it out"
 
 
-def test_only_one_rank_of_a_node_speaks(main):
+def test_only_one_rank_of_a_node_speaks_at_once(main, monkeypatch):
+    slept = []
+    monkeypatch.setattr(entry.time, "sleep", slept.append)
     other = TWO | {"RANK": "1", "LOCAL_RANK": "1"}
-    assert main("workers=3", **other) == (2, "", "")
+    code, out, err = main("workers=3", **other)
+    # It says so only if torchrun has not ended it after its sleep, which is nothing here: then it
+    # was alone with its failure.
+    assert (code, out) == (2, "")
+    assert err.startswith("consensus.train: rank 1: `workers` is 3; allowed: ")
+    assert slept == [10.0]
     first_of_second_node = TWO | {"RANK": "1", "LOCAL_WORLD_SIZE": "1"}
     assert main("workers=3", **first_of_second_node)[2].count("\n") == 1
 
@@ -391,8 +407,11 @@ def test_a_bug_keeps_its_traceback(main, monkeypatch, bug):
         raise bug
 
     monkeypatch.setattr(Trainer, "run", fail)
-    with pytest.raises(type(bug), match="a bug"):
-        main("model=logistic", "device=cpu")
+    code, _, err = main("model=logistic", "device=cpu")
+    assert code == 1
+    assert err.startswith("Traceback (most recent call last):")
+    assert f"{type(bug).__name__}: a bug" in err
+    assert err.endswith("consensus.train: rank 0: this is a bug, see the traceback\n")
 
 
 def test_a_run_directory_that_cannot_be_made(main, tmp_path):
@@ -404,6 +423,39 @@ def test_a_run_directory_that_cannot_be_made(main, tmp_path):
         assert (code, out) == (1, "")
         assert err.startswith(f"consensus.train: {expected}{tmp_path}/file/below")
         assert err.count("\n") == 1
+
+
+def fill_the_disk(group, config):
+    """A run whose rank 0 cannot write its second evaluation."""
+    plan = make_plan(config, Launch(group.rank, group.size, group.rank, group.size))
+    trainer = Trainer(plan, group)
+    write, rows = MetricsFiles.evaluation, []
+
+    def evaluation(self, row):
+        rows.append(row)
+        if len(rows) == 2:
+            raise OSError(28, "No space left on device")
+        write(self, row)
+
+    MetricsFiles.evaluation = evaluation
+    try:
+        trainer.run()
+    except GroupError as error:
+        return str(error), int(digest(trainer.algorithm.u))
+    finally:
+        MetricsFiles.evaluation = write
+    return None
+
+
+@pytest.mark.ranks
+def test_a_full_disk_on_rank_0_is_raised_by_all_ranks(ranks, make_config, tmp_path):
+    overrides = ["model=logistic", "device=cpu", "experiment=smoke"]
+    config = make_config(*overrides, f"output.run_dir={tmp_path}/run")
+    answers = ranks(2, fill_the_disk, config)
+    message = f"rank 0: cannot write to {tmp_path}/run: No space left on device"
+    assert [answer[0] for answer in answers] == [message] * 2
+    assert answers[0][1] == answers[1][1]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def open_trainer(group, config):

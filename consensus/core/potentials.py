@@ -274,9 +274,10 @@ class Potential:
 
 def _largest_halving_below(t: Tensor) -> Tensor:
     """The largest of 1, 1/2, 1/4, ... strictly below t > 0, exactly; 0 for t = 0."""
-    mantissa, exponent = torch.frexp(t)  # t = mantissa 2^exponent, mantissa in [1/2, 1)
-    exponent = exponent - 1 - (mantissa == 0.5).to(exponent.dtype)
-    halving = torch.ldexp(torch.ones_like(t), exponent.clamp(max=0))
+    mantissa, _ = torch.frexp(t)  # t = mantissa 2^exponent, mantissa in [1/2, 1)
+    # The quotient is the power of two itself, and a division that has an exact result gives it;
+    # a power function need not, on every device.
+    halving = torch.where(mantissa == 0.5, 0.5 * t, t / (2.0 * mantissa))
     return torch.where(t > 1.0, 1.0, torch.where(t > 0.0, halving, 0.0))
 
 

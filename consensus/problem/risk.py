@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.dropout import _DropoutNd
 
 from consensus.core.flat import FlatLayout
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
+from consensus.problem.streams import stream_seed
 
 Batch = tuple[Tensor, Tensor]
 """Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
@@ -25,8 +27,8 @@ class Risk:
     The model serves as a function only: its own parameters are neither read nor written.
 
     Args:
-        model: Maps images (B, 1, 28, 28) to logits (B, classes). Anything random in it, such as
-            dropout, draws from torch's global generator and is not reproduced by a resumed run.
+        model: Maps images (B, 1, 28, 28) to logits (B, classes). What is random in it, such as
+            dropout, draws from torch's global generator; see `gradient`.
         reduction: "sum" or "mean" over the samples of a minibatch. The paper's step sizes belong
             to the sum.
 
@@ -47,7 +49,13 @@ class Risk:
         self.reduction = reduction
         self.losses = torch.empty(0)
 
-    def gradient(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def gradient(
+        self,
+        points: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int] | None = None,
+    ) -> Tensor:
         """The gradient of each worker's minibatch loss at its own point, `delta` of line 5.
 
         Worker by worker rather than batched by vmap, so that the bits of a worker's gradient do
@@ -57,6 +65,8 @@ class Risk:
             points: (K, n)
             images: (K, B, 1, 28, 28)
             labels: (K, B) int64
+            seeds: For torch's global generators, one for each worker's pass through a model that
+                draws random numbers; None leaves the generators alone.
 
         Returns:
             (K, n)
@@ -65,6 +75,8 @@ class Risk:
         losses = points.new_empty(len(points))
         for k in range(len(points)):
             point = points[k].detach().requires_grad_()
+            if seeds is not None:
+                torch.manual_seed(seeds[k])
             with torch.enable_grad():
                 loss = cross_entropy(
                     self._logits(point, images[k]), labels[k], reduction=self.reduction
@@ -127,6 +139,7 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
+        self._draws_inside = any(isinstance(m, _DropoutNd) for m in risk.model.modules())
 
     @property
     def losses(self) -> Tensor:
@@ -143,4 +156,8 @@ class MinibatchRisk:
 
     def gradient(self, points: Tensor, batch: Batch) -> Tensor:
         """The gradients (K, n) of the workers' minibatch losses at their points (K, n)."""
-        return self.risk.gradient(points, *batch)
+        seeds = None
+        if self._draws_inside:  # a function of (seed, worker, draw), in every layout and on resume
+            sources = self.minibatches
+            seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
+        return self.risk.gradient(points, *batch, seeds=seeds)

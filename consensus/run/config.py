@@ -17,7 +17,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from consensus.algorithm import ORDERS, U_STEP_ON
 from consensus.core.potentials import POTENTIALS, Potential
@@ -162,13 +162,33 @@ class AlgorithmConfig:
                 f"objective, {symmetric}",
             )
             require(
+                self.momentum_on == "loss",
+                "algorithm.momentum_on",
+                self.momentum_on,
+                "loss for algorithm=easgd: the elastic force acts outside the velocity",
+            )
+            require(
                 self.tau == self.sigma,
                 "algorithm.tau",
                 self.tau,
                 f"algorithm.sigma = {self.sigma}, {symmetric}",
             )
+            require(
+                self.schedule.tau == self.schedule.sigma,
+                "algorithm.schedule.tau",
+                self.schedule.tau,
+                f"the schedule of sigma, {symmetric}",
+            )
         if self.name == "msgd":
             require(self.period == 1, "algorithm.period", self.period, "1 for algorithm=msgd")
+
+    def factors(self, name: str) -> tuple[float, float]:
+        """The smallest and the largest factor of the schedule of tau, sigma or lam in this run."""
+        if getattr(self.schedule, name).name == "constant":
+            return 1.0, 1.0
+        factor = self.schedule.make(name)
+        values = [factor(t, self.iterations) for t in range(self.iterations)]
+        return min(values), max(values)
 
 
 @dataclass
@@ -179,6 +199,7 @@ class DataConfig:
     root: str
     partition: str
     alpha: float
+    options: dict[str, Any]
 
     def __post_init__(self) -> None:
         """Check the fields; make `root` absolute, so that it does not follow a later chdir."""
@@ -265,10 +286,20 @@ class Config:
         require_one_of("device", self.device, DEVICES)
         algorithm = self.algorithm
         largest = float(torch.finfo(getattr(torch, self.dtype)).max)
+        factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}
+        for name, (low, high) in factors.items():
+            require(
+                (low > 0 if name == "lam" else low >= 0) and high < math.inf,
+                f"algorithm.schedule.{name}",
+                f"a factor from {low:g} to {high:g}",
+                "finite factors > 0" if name == "lam" else "finite factors >= 0",
+            )
+        step = max(algorithm.sigma * factors["sigma"][1], algorithm.tau * factors["tau"][1])
+        lam = algorithm.lam * factors["lam"][0]
         require(
-            max(algorithm.sigma, algorithm.tau) / min(algorithm.lam, 1.0) < largest,
+            step < largest * min(lam, 1.0),
             "algorithm.lam",
-            algorithm.lam,
+            f"{lam:g}",
             f"a number for which sigma / lam and tau / lam fit {self.dtype}, below {largest:.2g}",
         )
         if algorithm.name in ("easgd", "msgd"):
@@ -316,7 +347,7 @@ def to_config(cfg: DictConfig) -> Config:
         require(named, "plugins", repr(plugin), "names of modules on the Python path")
         try:
             importlib.import_module(plugin)
-        except ImportError as error:
+        except (ImportError, SyntaxError, ValueError) as error:
             raise ConfigError(
                 f"`plugins` names {plugin}; allowed: modules on the Python path ({error})"
             ) from error
@@ -351,6 +382,8 @@ def _explain_choice(error: MissingConfigException) -> str:
 
 def _explain_key(error: OmegaConfBaseException) -> str:
     key = str(error.full_key)
+    if ".options." in key and isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"unknown key `{key}`; an option that its YAML file does not list takes a +{key}=..."
     return _unknown(key) or f"`{key}`: {str(error).strip().splitlines()[0]}"
 
 

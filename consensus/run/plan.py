@@ -66,11 +66,13 @@ class Plan:
     @property
     def local_workers(self) -> range:
         """The j of the workers on this process."""
-        block = self.num_workers // self.launch.size
-        return range(self.launch.rank * block, (self.launch.rank + 1) * block)
+        return self.launch.block(self.num_workers)
 
     def epochs(self, iterations: int) -> float:
-        """Passes of a worker over its shard, the mean over workers, after some iterations."""
+        """Images drawn over the size of the shard, the mean over workers, after some iterations.
+
+        An epoch of minibatches drops its last partial one, so it is slightly less than 1 here.
+        """
         images = iterations * self.config.algorithm.batch_size
         return sum(images / size for size in self.shard_sizes) / len(self.shard_sizes)
 
@@ -86,28 +88,34 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     device = choose_device(config, launch)
     backend = choose_backend(config.group.name, device, launch)
     require(
-        backend != "nccl" or choose_backend("auto", device, launch) == "nccl",
+        backend != "nccl" or device.type == "cuda",
         "group",
         "nccl",
-        f"gloo or auto here: {launch.local_size} processes on this node share "
-        f"{torch.cuda.device_count()} CUDA devices",
+        "gloo or auto here: NCCL moves CUDA tensors only",
     )
     dtype = getattr(torch, config.dtype)
+    options = {"root": config.data.root, **config.data.options}
     try:
-        dataset: Dataset = DATASETS.make(config.data.name, root=config.data.root)
+        dataset: Dataset = DATASETS.make(config.data.name, **options)
     except DataUnavailableError as error:
         raise ConfigError(str(error)) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"`data` is {config.data.name} {options}: {error}") from error
     dataset = dataset.to(device, dtype)
     options = {"num_classes": dataset.num_classes, **config.model.options}
     try:
         model = build_model(config.model.name, config.seed, dtype, **options).to(device)
+        with torch.no_grad():
+            logits = model(dataset.test_images[:1])  # do the model and the data fit each other?
+        if logits.shape != (1, dataset.num_classes):
+            wanted = (1, dataset.num_classes)
+            raise ValueError(f"it turns 1 image into {tuple(logits.shape)}, not logits {wanted}")
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
     shards = deal_out(config, dataset, num_workers)
-    block = num_workers // launch.size
     minibatches = [
         Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
-        for j in range(launch.rank * block, (launch.rank + 1) * block)
+        for j in launch.block(num_workers)
     ]
     risk = Risk(model, config.algorithm.loss_reduction)  # type: ignore[arg-type]
     return Plan(

@@ -38,6 +38,8 @@ class Screen:
 
     def __init__(self, iterations: int, enabled: bool, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False, quiet=not enabled)
+        if console is None and not self.console.is_terminal:
+            self.console.width = 120  # a log file has no width; do not cut numbers to 80 columns
         self._live: Progress | None = None
         if enabled and self.console.is_terminal:
             self._live = Progress(
@@ -77,12 +79,13 @@ class Screen:
             self._live.update(self._task, completed=t, news=f"minibatch loss {loss:.4g}")
 
     def evaluation(self, row: Row) -> None:
-        """One line for one evaluation."""
+        """One line for one evaluation; with the step-size cuts so far, where there were any."""
+        cuts = f"  cuts {row['cuts_u']}, {row['cuts_z']}" if row["cuts_u"] + row["cuts_z"] else ""
         self.say(
             f"iteration {row['iteration']:>6}  epoch {row['epoch']:6.2f}  "
             f"train loss {row['train_loss']:.5g} error {row['train_error']:.2f} %  "
             f"test loss {row['test_loss']:.5g} error {row['test_error']:.2f} %  "
-            f"coupling {row['coupling']:.3g}  {row['samples_per_s']:.0f} samples/s"
+            f"coupling {row['coupling']:.3g}  {row['samples_per_s']:.0f} samples/s{cuts}"
         )
 
     def table(self, rows: list[Row], title: str) -> None:

@@ -3,7 +3,8 @@
 import io
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -46,6 +47,22 @@ class Trainer:
         self.watch = FiniteWatch(plan.device)
         self.run_dir = open_run_dir(plan.config, group)
         self.rows: list[Row] = []
+        self._problem: str | None = None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what rank 0 alone writes: keep a failure for `agree`, never raise alone."""
+        try:
+            yield
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            self._problem = (
+                self._problem or f"cannot write to {self.run_dir}: {error.strerror}{where}"
+            )
+
+    def agree(self) -> None:
+        """Raise on all ranks if rank 0 could not write. A collective."""
+        self.group.raise_together(self._problem)
 
     def run(self) -> Row:
         """Train to the end; return the last evaluation.
@@ -59,9 +76,14 @@ class Trainer:
         self.resumed_at, self.resumed_t = self.started, 0  # of the clock behind samples_per_s
         files = None
         if self.group.rank == 0:
-            files = MetricsFiles(self.run_dir, plan.risk.layout.layer_names, output.tensorboard)
+            with self.writing():
+                layers = plan.risk.layout.layer_names
+                files = MetricsFiles(self.run_dir, layers, output.tensorboard)
+        self.agree()
         with Screen(iterations, enabled=self.group.rank == 0) as screen:
             screen.say(self.introduction())
+            if self.config.workers not in (None, plan.num_workers):
+                screen.say(f"workers={self.config.workers} has no effect: mSGD is one worker")
             for t in range(iterations):
                 self.algorithm.step(t)
                 self.watch.observe(t, self.algorithm.worker.z)
@@ -71,9 +93,11 @@ class Trainer:
                     self.look(done, files, screen)
                 if evaluate:
                     self.evaluate(done, files, screen)
-            if files is not None:
-                files.close()
-        self.finish()
+            with self.writing():
+                if files is not None:
+                    files.close()
+                self.finish()
+            self.agree()
         screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
         screen.say(f"results in {self.run_dir}")
         return self.rows[-1]
@@ -89,7 +113,8 @@ class Trainer:
         values = {"training/minibatch_loss": loss, "training/smallest_s_j": float(worker.step)}
         if isinstance(self.algorithm, Consensus):
             values["training/s_u"] = float(self.algorithm.server.step)
-        files.scalars(values, done)
+        with self.writing():
+            files.scalars(values, done)
 
     def evaluate(self, done: int, files: MetricsFiles | None, screen: Screen) -> None:
         """Measure on all ranks, verify what must agree, write on rank 0."""
@@ -102,9 +127,11 @@ class Trainer:
         row["samples_per_s"] = samples / seconds
         row["digest"] = f"{digest & (2**64 - 1):016x}"
         self.rows.append(row)
-        if files is not None:
-            files.evaluation(row)
-        screen.evaluation(row)
+        with self.writing():
+            if files is not None:
+                files.evaluation(row)
+            screen.evaluation(row)
+        self.agree()
         # Evaluation is not training: the next samples_per_s starts here.
         self.resumed_at, self.resumed_t = time.perf_counter(), done
 
@@ -161,7 +188,10 @@ class FiniteWatch:
         self._first = torch.full((), self._never, dtype=torch.int64, device=device)
 
     def observe(self, t: int, z: Tensor) -> None:
-        """After iteration t. One pass over z (K, n): a sum is finite only if its terms are."""
+        """After iteration t. One pass over z (K, n): a sum is finite only if its terms are.
+
+        Terms so large that their sum overflows count as non-finite too; they have diverged.
+        """
         self._first = torch.where(torch.isfinite(z.sum()), self._first, self._first.clamp(max=t))
 
     def check(self, group: Group, workers: range) -> None:

@@ -193,3 +193,40 @@ def test_minibatch_risk_needs_one_batch_size():
     sources = [Minibatches(torch.arange(6), size, 0, 0) for size in (2, 3)]
     with pytest.raises(AssertionError, match="one batch size"):
         MinibatchRisk(Risk(model, "sum"), pool, sources)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(784, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.fc(self.drop(images.flatten(1)))
+
+
+def test_dropout_depends_on_seed_worker_and_draw_only():
+    """The masks of worker 1 are the same alone, beside worker 0, and after a restart."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 1, 28, 28, generator=generator, dtype=torch.float64)
+    labels = torch.arange(12) % 3
+    dataset = Dataset(images, labels, images, labels, 3)
+    risk = Risk(Dropping().double(), "sum")
+    point = risk.layout.flatten(risk.model)
+
+    def gradients(workers, position, noise):
+        sources = [Minibatches(torch.arange(12), 4, 7, worker) for worker in workers]
+        for source in sources:
+            source.position = position
+        oracle = MinibatchRisk(risk, dataset, sources)
+        torch.manual_seed(noise)  # whatever happened before must not matter
+        return oracle.gradient(point.repeat(len(workers), 1), oracle.draw())
+
+    beside = gradients([0, 1], 5, noise=1)
+    assert torch.equal(gradients([1], 5, noise=2)[0], beside[1])
+    same_batch = [Minibatches(torch.arange(4), 4, 7, 0), Minibatches(torch.arange(4), 4, 7, 1)]
+    oracle = MinibatchRisk(risk, dataset, same_batch)
+    images, labels = oracle.draw()
+    batch = images[:1].expand_as(images), labels[:1].expand_as(labels)
+    first, second = oracle.gradient(point.repeat(2, 1), batch)
+    assert not torch.equal(first, second), "workers have masks of their own"

@@ -56,7 +56,7 @@ def measure_at_points(group, config):
     algorithm.server.u = u
     algorithm.worker.z = z[list(plan.local_workers)]
     algorithm.server.cuts += 3  # the same on all ranks
-    algorithm.worker.cuts += sum(j + 1 for j in plan.local_workers)  # worker j: j + 1
+    algorithm.worker.cuts += torch.tensor([j + 1 for j in plan.local_workers])
     row = measure(algorithm, plan, group, t=100)
     return row, int(digest(algorithm.u)), algorithm.verify()
 

@@ -19,6 +19,8 @@ ROW = {
     "test_error": 2.5,
     "coupling": 0.012345,
     "samples_per_s": 1234.56,
+    "cuts_u": 0,
+    "cuts_z": 0,
 }
 
 
