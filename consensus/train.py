@@ -84,7 +84,8 @@ def failures_in_one_line() -> Iterator[None]:
     except OSError as error:
         leave(f"rank {rank}: {error}", 1, speak=True)
     except KeyboardInterrupt:
-        leave("interrupted", 130, speak=rank == "0")
+        # Whoever interrupts reaches all ranks: none has to wait for another.
+        leave("interrupted" if rank == "0" else None, 130)
     except Exception as error:
         # Hydra lets a few through as they are: for `algorithm=3`, or a YAML file it cannot parse.
         if package_that_raised(error) in ("hydra", "yaml"):
@@ -99,8 +100,8 @@ def package_that_raised(error: BaseException) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def leave(message: str, code: int, speak: bool) -> NoReturn:
-    """End this rank. What all ranks know, one of them says.
+def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
+    """End this rank. What all ranks know, one of them says; None says nothing.
 
     torchrun ends all ranks as soon as one has failed, so the silent ones must not be first: they
     wait for torchrun to end them. One that is still here afterwards was alone with its failure.
@@ -108,7 +109,8 @@ def leave(message: str, code: int, speak: bool) -> NoReturn:
     if not speak:
         time.sleep(10.0)
         message = f"rank {os.environ.get('RANK', '0')}: {message}"
-    print(f"consensus.train: {message}", file=sys.stderr, flush=True)
+    if message is not None:
+        print(f"consensus.train: {message}", file=sys.stderr, flush=True)
     if code != 2 and os.environ.get("WORLD_SIZE", "1") != "1":
         # At once: the teardown of a process group waits for peers that may be gone or stuck.
         sys.stdout.flush()

@@ -13,6 +13,7 @@ each rank evaluates u on its share of both data sets and adds what its own worke
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class MetricsFiles:
             # Imported where it is used: the ranks above 0 need not spend the time.
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _tell_of_threads_but_tensorboards
             self._events = SummaryWriter(str(run_dir / "tensorboard"))
         self._layer_names = layer_names
 
@@ -113,6 +115,12 @@ class MetricsFiles:
         self._jsonl.close()
         if self._events is not None:
             self._events.close()
+
+
+def _tell_of_threads_but_tensorboards(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard raises what its writing thread met again, where we call it; once is enough."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)
 
 
 def to_json(row: Row, indent: int | None = None) -> str:
