@@ -61,6 +61,10 @@ class Size:
         """A bound on `norm(x)` that broadcasts against (..., G) and is cheap to compute."""
         raise NotImplementedError
 
+    def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
+        """The larger root t of |x + t d|^2 = bound, inf where d = 0. (..., n) -> (..., G)."""
+        raise NotImplementedError
+
     def over(self, layers: Sequence[tuple[int, int]]) -> "Size":
         """The same notion of size, layer by layer."""
         raise NotImplementedError
@@ -84,6 +88,11 @@ class Separable(Size):
     def largest(self, x: Tensor) -> Tensor:
         """max_i |x_i|: one number instead of n."""
         return x.abs().amax(-1, keepdim=True)
+
+    def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
+        """(R - x_i sign d_i) / |d_i|, R = sqrt(bound): linear, since x_i is one number."""
+        radius = bound.sqrt() if isinstance(bound, Tensor) else math.sqrt(bound)
+        return (radius - x * d.sign()) / d.abs()
 
     def over(self, layers: Sequence[tuple[int, int]]) -> "Separable":
         """Itself: a sum over coordinates is a sum over layers already."""
@@ -125,6 +134,13 @@ class Radial(Size):
     def largest(self, x: Tensor) -> Tensor:
         """|x_l| itself."""
         return self.norm(x)
+
+    def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
+        """The larger root of a quadratic, in the form that subtracts no nearly equal numbers."""
+        a, b, c = self.inner(d, d), self.inner(x, d), self.inner(x, x) - bound
+        root = (b * b - a * c).sqrt()
+        t = torch.where(b > 0, -c / (b + root), (root - b) / a)
+        return torch.where(a > 0, t, math.inf)
 
     def over(self, layers: Sequence[tuple[int, int]]) -> "Radial":
         """One size for each of the given layers."""
@@ -244,14 +260,10 @@ class Potential:
         return _largest_halving_below(self._boundary_step(w, d, shrunk))
 
     def _boundary_step(self, w: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
-        """The larger root t of |x + t d|^2 = bound, smallest over groups, at least 0. -> (...)."""
-        x, d = self._scaled(w), self._scaled(d)
-        a, b, c = self.size.inner(d, d), self.size.inner(x, d), self._sizes(x) - bound
-        root = (b * b - a * c).sqrt()
-        # Two forms of one root; each avoids the subtraction of nearly equal numbers.
-        t = torch.where(b > 0, -c / (b + root), (root - b) / a)
-        t = torch.where(a > 0, t, math.inf)
-        return t.nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0.0).amin(-1)
+        """The t >= 0 where the first group of x + t d reaches the bound, 0 if past it. -> (...)."""
+        t = self.size.exit(self._scaled(w), self._scaled(d), bound)
+        # A group is past the bound where the root is negative, or complex (nan).
+        return t.amin(-1).nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0.0)
 
     def _scale_for(self, w: Tensor) -> float | Tensor:
         return self.scale.to(w) if isinstance(self.scale, Tensor) else self.scale
