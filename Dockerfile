@@ -1,6 +1,6 @@
 # docker build -t consensus .
-# docker run --rm --gpus all -v "$PWD/runs:/work/runs" consensus                 (experiment=digits)
-# docker run --rm -e NPROC=2 -v "$PWD/runs:/work/runs" consensus experiment=smoke potential=tan
+# docker run --rm --gpus all -v "$PWD/runs:/srv/consensus/runs" consensus                 (experiment=digits)
+# docker run --rm -e NPROC=2 -v "$PWD/runs:/srv/consensus/runs" consensus experiment=smoke potential=tan
 #
 # The mounted folder must be writable for user id 1000 (else: docker run --user "$(id -u)" ...).
 FROM python:3.11-slim
@@ -25,9 +25,9 @@ COPY launch launch
 RUN uv pip install --no-deps --build-constraint requirements.lock .
 
 RUN useradd --create-home --uid 1000 consensus \
-    && install --directory --owner consensus --group consensus /work /work/runs
+    && install --directory --owner consensus --group consensus /srv/consensus /srv/consensus/runs
 USER consensus
-WORKDIR /work
+WORKDIR /srv/consensus
 
 # NPROC processes on this container's GPUs or cores; arguments are Hydra overrides.
 ENTRYPOINT ["/opt/consensus/launch/local.sh"]

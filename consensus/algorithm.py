@@ -5,6 +5,7 @@ draw and differentiate meanwhile, lets the server move u, and the workers move z
 and the minibatch gradients depend on z^t only, so hiding the communication changes no iterate.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ StepSize = Scalar | Callable[[int], Scalar]
 """A constant, or a schedule: a function of the iteration t = 0, 1, ..."""
 
 
-class Algorithm:
+class Algorithm(ABC):
     """What the trainer sees: a step, the consensus variable, and the state behind it.
 
     Attributes:
@@ -36,14 +37,14 @@ class Algorithm:
     phi: Layerwise
     lam: StepSize
 
+    @abstractmethod
     def step(self, t: int) -> None:
         """Iteration t = 0, 1, ... on every rank."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def u(self) -> Tensor:
         """The consensus variable. (n,)."""
-        raise NotImplementedError
 
     @property
     def cuts(self) -> Tensor:
@@ -51,13 +52,13 @@ class Algorithm:
         cuts = self.worker.cuts.sum()
         return torch.stack([torch.zeros_like(cuts), cuts])
 
+    @abstractmethod
     def verify(self) -> int:
         """Check what must hold on all ranks, and return the digest of u.
 
         Raises:
             GroupError: If it does not hold, on every rank.
         """
-        raise NotImplementedError
 
 
 class Consensus(Algorithm):

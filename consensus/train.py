@@ -22,14 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
-from consensus.run.config import (
-    REFUSALS,
-    ConfigError,
-    config_dir,
-    explain,
-    register_schema,
-    to_config,
-)
+from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.config import ConfigError
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
 

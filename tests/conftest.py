@@ -9,7 +9,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from ranks import RankPool
 
-from consensus.run.config import Config, config_dir, register_schema, to_config
+from consensus.run.compose import config_dir, register_schema, to_config
+from consensus.run.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))

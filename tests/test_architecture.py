@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "consensus.problem": {"core.flat", "registry"},
     "consensus.run": BELOW_ENTRIES,
     "consensus.run.config": {"algorithm", "worker", "core", "problem", "registry"},
+    "consensus.run.compose": {"run.config"},
     "consensus.train": BELOW_ENTRIES,
     "consensus.report": BELOW_ENTRIES,
 }

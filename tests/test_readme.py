@@ -10,7 +10,7 @@ import pytest
 
 from consensus.comm import Launch, Solo
 from consensus.core.potentials import POTENTIALS
-from consensus.run.config import REFUSALS, explain
+from consensus.run.compose import REFUSALS, explain
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
 
@@ -48,6 +48,7 @@ def test_the_library_example_runs():
 
 
 def test_the_plugin_example_runs(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(POTENTIALS, "_factories", dict(POTENTIALS._factories))
     (tmp_path / "my_potentials.py").write_text(PLUGIN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     overrides = re.search(

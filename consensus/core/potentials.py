@@ -23,6 +23,7 @@ To add a potential, register a function that makes it; its keyword arguments bec
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -42,32 +43,32 @@ from consensus.registry import Registry
 # ---------------------------------------------------------------------------- two notions of size
 
 
-class Size:
+class Size(ABC):
     """Groups of coordinates that share one s. A block (..., n) has sizes (..., G)."""
 
+    @abstractmethod
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner product of each group. (..., n), (..., n) -> (..., G)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, factor: Tensor, x: Tensor) -> Tensor:
         """Each coordinate times the factor of its group. (..., G), (..., n) -> (..., n)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
         """Length of each group. (..., n) -> (..., G)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def largest(self, x: Tensor) -> Tensor:
         """A bound on `norm(x)` that broadcasts against (..., G) and is cheap to compute."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """The larger root t of |x + t d|^2 = bound, inf where d = 0. (..., n) -> (..., G)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def over(self, layers: Sequence[tuple[int, int]]) -> "Size":
         """The same notion of size, layer by layer."""
-        raise NotImplementedError
 
 
 class Separable(Size):

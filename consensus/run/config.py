@@ -1,23 +1,15 @@
 """The typed configuration of a run: every key, and every check that needs no data.
 
-YAML files under configs/ hold the values, these classes their types. Hydra merges the two, so a
-misspelt key or a wrong type is refused wherever it stands; `to_config` converts once, and nothing
-below the entry sees a DictConfig. Each class checks its own fields; `consensus.run.plan` checks
-what depends on the launch and the data.
+YAML files under configs/ hold the values, these classes their types (compose.py joins them). Each
+class checks its own fields; plan.py checks what depends on the launch and the data.
 """
 
-import difflib
-import importlib
 import math
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from consensus.algorithm import ORDERS, U_STEP_ON
 from consensus.core.potentials import POTENTIALS, Potential
@@ -315,105 +307,3 @@ class Config:
             self.group.name,
             "auto or gloo with device=cpu: NCCL moves CUDA tensors only",
         )
-
-
-def register_schema() -> None:
-    """Make the types known to Hydra under the name that configs/train.yaml lists first."""
-    ConfigStore.instance().store(name="schema", node=Config)
-
-
-def config_dir() -> str:
-    """Absolute directory of the YAML files: in the installed package, else beside it.
-
-    Raises:
-        FileNotFoundError: If they are in neither place; the installation is broken.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "configs", package.parent / "configs"):
-        if (candidate / "train.yaml").is_file():
-            return str(candidate)
-    raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
-
-
-def to_config(cfg: DictConfig) -> Config:
-    """The typed config of a composed one; imports its plugins first, since names depend on them.
-
-    Raises:
-        ConfigError: If a key is unknown, a plugin cannot be imported or a check fails.
-    """
-    _refuse_added_keys(cfg)
-    for plugin in cfg.plugins:
-        named = all(part.isidentifier() for part in plugin.split("."))
-        require(named, "plugins", repr(plugin), "names of modules on the Python path")
-        try:
-            importlib.import_module(plugin)
-        except (ImportError, SyntaxError, ValueError) as error:
-            raise ConfigError(
-                f"`plugins` names {plugin}; allowed: modules on the Python path ({error})"
-            ) from error
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config)
-    return config
-
-
-REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
-"""Everything that is the user's mistake: the entries turn it into one line and exit code 2."""
-
-
-def explain(error: BaseException) -> str:
-    """One line for a refusal: the key, the value, and what is allowed."""
-    cause: BaseException | None = error
-    while cause is not None:  # Hydra wraps OmegaConf's errors, which know the key
-        if isinstance(cause, ConfigError):
-            return " ".join(str(cause).split())
-        if isinstance(cause, MissingConfigException) and cause.options is not None:
-            return _explain_choice(cause)
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _explain_key(cause)
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
-
-
-def _explain_choice(error: MissingConfigException) -> str:
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    allowed = ", ".join(sorted(error.options or ()))
-    return f"`{group}` is {choice}; allowed: {allowed}"
-
-
-def _explain_key(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key)
-    if ".options." in key and isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return f"unknown key `{key}`; an option that its YAML file does not list takes a +{key}=..."
-    return _unknown(key) or f"`{key}`: {str(error).strip().splitlines()[0]}"
-
-
-def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
-    """Hydra's `+key=value` adds a key that no class has; it would be without effect."""
-    for name, child in node.items_ex(resolve=False):
-        key = ".".join(filter(None, (path, str(name))))
-        unknown = _unknown(key)
-        if unknown:
-            raise ConfigError(unknown)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            _refuse_added_keys(child, key)
-
-
-def _unknown(key: str) -> str | None:
-    """The complaint about a key that the class it stands in does not have."""
-    parent, _, name = key.rpartition(".")
-    allowed = _allowed_keys(parent)
-    if not allowed or name in allowed:
-        return None
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" (did you mean `{near[0]}`?)" if near else ""
-    where = f"`{parent}`" if parent else "the top level"
-    return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"
-
-
-def _allowed_keys(parent: str) -> list[str]:
-    """The fields of the dataclass at a dotted path, [] if there is none."""
-    node: Any = Config
-    for name in parent.split(".") if parent else ():
-        types = {field.name: field.type for field in fields(node)} if is_dataclass(node) else {}
-        node = types.get(name)
-    return [field.name for field in fields(node)] if is_dataclass(node) else []

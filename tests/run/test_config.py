@@ -12,8 +12,9 @@ from consensus.comm import Launch
 from consensus.core.potentials import POTENTIALS
 from consensus.problem import DATASETS, MODELS
 from consensus.registry import Registry
-from consensus.run import config as config_module
-from consensus.run.config import REFUSALS, Config, ConfigError, config_dir, explain
+from consensus.run import compose as compose_module
+from consensus.run.compose import REFUSALS, config_dir, explain
+from consensus.run.config import Config, ConfigError
 from consensus.run.plan import choose_device, count_workers, make_plan
 
 CONFIGS = Path(config_dir())
@@ -194,8 +195,8 @@ def test_data_files_hold_the_defaults_of_the_table(name):
 
 
 def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_path):
-    module = tmp_path / "consensus" / "run" / "config.py"
-    monkeypatch.setattr(config_module, "__file__", str(module))
+    module = tmp_path / "consensus" / "run" / "compose.py"
+    monkeypatch.setattr(compose_module, "__file__", str(module))
     with pytest.raises(FileNotFoundError, match=r"no configs/train\.yaml"):
         config_dir()
     for folder in (tmp_path / "configs", tmp_path / "consensus" / "configs"):
