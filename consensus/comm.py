@@ -67,10 +67,10 @@ class Launch:
                 raise LaunchError(f"`{name}` is {text}; allowed: a whole number, as torchrun sets")
             values.append(int(text))
         launch = cls(*values)
-        if not (launch.rank < launch.size and launch.local_rank < launch.local_size):
-            raise LaunchError(
-                f"`RANK` is {launch.rank} of WORLD_SIZE {launch.size}; allowed: below"
-            )
+        for name, rank, size in zip(names[::2], values[::2], values[1::2], strict=True):
+            if rank >= size:
+                of = f"{'LOCAL_' if 'LOCAL' in name else ''}WORLD_SIZE"
+                raise LaunchError(f"`{name}` is {rank}; allowed: below {of} = {size}")
         absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if launch.size > 1 and absent:
             raise LaunchError(f"`{absent[0]}` is not set; with WORLD_SIZE > 1 start with torchrun")

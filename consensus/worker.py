@@ -42,7 +42,7 @@ class Worker:
         z: (K, n).
         v: The velocities, 0 at the start. (K, n)
         cuts: How often each s_j was below 1. int64 (K,), on the device.
-        step: The smallest s_j of the last iteration, likewise.
+        step: The smallest s_j of the last iteration, a tensor () on the device.
     """
 
     def __init__(

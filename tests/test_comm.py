@@ -125,7 +125,8 @@ def test_launch_reads_what_torchrun_sets(monkeypatch):
     assert Launch.from_environment() == Launch(rank=5, size=8, local_rank=1, local_size=4)
     for name, value, message in (
         ("RANK", "a", "`RANK` is a; allowed: a whole number"),
-        ("RANK", "8", "`RANK` is 8 of WORLD_SIZE 8"),
+        ("RANK", "8", "`RANK` is 8; allowed: below WORLD_SIZE = 8"),
+        ("LOCAL_RANK", "4", "`LOCAL_RANK` is 4; allowed: below LOCAL_WORLD_SIZE = 4"),
         ("MASTER_PORT", None, "`MASTER_PORT` is not set"),
     ):
         with monkeypatch.context() as patch:
