@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consensus.comm import Group
-from consensus.core.flat import Scalar
+from consensus.core.flat import Scalar, part_of
 from consensus.core.layerwise import Layerwise
 from consensus.server import Server, digest
 from consensus.worker import Worker
@@ -51,6 +51,18 @@ class Algorithm(ABC):
         """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
         cuts = self.worker.cuts.sum()
         return torch.stack([torch.zeros_like(cuts), cuts])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that survives an iteration; all else is a function of t, seed and config.
+
+        Keys `worker/...` have a row for each worker of this process, (K, ...); whatever else there
+        is, is equal on all ranks. Not copies: the next step may change them.
+        """
+        return {f"worker/{key}": rows for key, rows in self.worker.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from copies of what `state_dict` returned, on any device."""
+        self.worker.load_state_dict(part_of(state, "worker"))
 
     @abstractmethod
     def verify(self) -> int:
@@ -143,6 +155,16 @@ class Consensus(Algorithm):
     def cuts(self) -> Tensor:
         """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
         return torch.stack([self.server.cuts, self.worker.cuts.sum()])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that survives an iteration: the workers, and `server/...`."""
+        server = {f"server/{key}": value for key, value in self.server.state_dict().items()}
+        return super().state_dict() | server
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from copies of what `state_dict` returned, on any device."""
+        super().load_state_dict(state)
+        self.server.load_state_dict(part_of(state, "server"))
 
     def verify(self) -> int:
         """Replicas of u agree bit for bit, every u - z_j is feasible; returns the digest of u."""

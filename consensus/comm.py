@@ -4,8 +4,12 @@ The only module that imports torch.distributed. Everything above it sees a `Grou
 minima and broadcasts of Algorithm 1, and the rule that a rank never raises alone.
 """
 
+import copy
 import os
 import re
+import socket
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +28,9 @@ class GroupError(RuntimeError):
 
 class PeerLostError(GroupError):
     """A collective failed because a peer is gone or late; each rank learns it by itself.
+
+    The message names the peer where the store of the group knows it: a rank that failed left its
+    last words there, one that was killed or stopped no longer shows that it lives.
 
     Gloo reports it where the collective is waited for. NCCL's `wait` only orders the device's
     stream: there torch's watchdog finds the lost peer after `timeout_s` and ends the process itself
@@ -44,16 +51,20 @@ class Launch:
         size: Number of processes.
         local_rank: Of this process, on its node.
         local_size: Number of processes on this node.
+        restart: How often torchrun has started these processes again (--max-restarts).
+        name: Of the launch, the same before and after a restart; "" for a plain python.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    restart: int = 0
+    name: str = ""
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and what torchrun says of restarts.
 
         Raises:
             LaunchError: If one of them is no whole number, they contradict each other, or there is
@@ -66,7 +77,12 @@ class Launch:
             if not text.isdecimal():
                 raise LaunchError(f"`{name}` is {text}; allowed: a whole number, as torchrun sets")
             values.append(int(text))
-        launch = cls(*values)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if not restart.isdecimal():
+            name = "TORCHELASTIC_RESTART_COUNT"
+            raise LaunchError(f"`{name}` is {restart}; allowed: a whole number, as torchrun sets")
+        rank, size, local_rank, local_size = values
+        launch = cls(rank, size, local_rank, local_size, int(restart), _launch_name())
         for name, rank, size in zip(names[::2], values[::2], values[1::2], strict=True):
             if rank >= size:
                 of = f"{'LOCAL_' if 'LOCAL' in name else ''}WORLD_SIZE"
@@ -80,6 +96,23 @@ class Launch:
         """The j of the workers on this process, of M = num_workers, a multiple of `size`."""
         each = num_workers // self.size
         return range(self.rank * each, (self.rank + 1) * each)
+
+
+def _launch_name() -> str:
+    """The --rdzv-id of this torchrun; where it has none, its process, which restarts outlive."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if name != "none":
+        return name
+    return f"{socket.gethostname()}:{os.getppid()}:{_started(os.getppid())}"
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since boot; "" where there is no /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 class Pending(ABC):
@@ -132,8 +165,20 @@ class Group(ABC):
         """Wait for all ranks."""
 
     @abstractmethod
+    def side(self) -> "Group":
+        """A second group of the same ranks for tensors on the CPU. A collective.
+
+        A thread may use it while another thread uses this one.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Leave the group; no collective may follow."""
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around what may fail on this rank alone: leave word of it for the peers it abandons."""
+        yield
 
     def raise_together(self, problem: str | None) -> None:
         """Raise on all ranks if any rank has a problem; every rank must call this.
@@ -148,7 +193,8 @@ class Group(ABC):
             return
         problems = self.gather_objects(problem)
         rank = next(rank for rank, text in enumerate(problems) if text)
-        raise GroupError(f"rank {rank}: {problems[rank]}")
+        text = str(problems[rank])
+        raise GroupError(text if text.startswith("rank ") else f"rank {rank}: {text}")
 
     device: torch.device
     """Where the tensors of the collectives live."""
@@ -205,6 +251,10 @@ class Solo(Group):
     def barrier(self) -> None:
         """Nothing to wait for."""
 
+    def side(self) -> "Solo":
+        """Another like it."""
+        return Solo("cpu")
+
     def close(self) -> None:
         """Nothing to leave."""
 
@@ -229,6 +279,9 @@ class ProcessGroup(Group):
         timeout_s: After which a collective that waits for a peer fails. Seconds.
         init_method: Where the processes meet: "env://" under torchrun.
 
+    Attributes:
+        handle: What torch's own collective functions take.
+
     Raises:
         PeerLostError: If the processes do not meet.
     """
@@ -242,15 +295,23 @@ class ProcessGroup(Group):
         init_method: str = "env://",
     ) -> None:
         self.rank, self.size, self.device = launch.rank, launch.size, device
+        self._timeout = timedelta(seconds=timeout_s)
+        self._signs: _SignsOfLife | None = None
         with self.reporting("start"):
+            place = dist.rendezvous(init_method, launch.rank, launch.size, timeout=self._timeout)
+            store, _, _ = next(iter(place))
+            store.set_timeout(self._timeout)
             dist.init_process_group(
                 backend,
-                init_method=init_method,
+                store=dist.PrefixStore("group", store),
                 rank=launch.rank,
                 world_size=launch.size,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=self._timeout,
                 device_id=device if backend == "nccl" else None,  # binds NCCL to its device
             )
+            assert dist.group.WORLD is not None
+            self.handle: dist.ProcessGroup = dist.group.WORLD
+            self._signs = _SignsOfLife(dist.PrefixStore("alive", store), launch)
 
     @contextmanager
     def reporting(self, operation: str) -> Iterator[None]:
@@ -264,9 +325,32 @@ class ProcessGroup(Group):
             if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
                 raise
             cause = (str(error).strip() or repr(error)).splitlines()[0]
+            who = self._signs.missing() if self._signs is not None else ""
             raise PeerLostError(
-                f"rank {self.rank}: lost a peer in `{operation}`: {cause}"
+                f"rank {self.rank}: lost a peer in `{operation}`: {who or cause}"
             ) from error
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around what may fail on this rank alone: leave word of it for the peers it abandons."""
+        try:
+            yield
+        except GroupError:
+            raise  # the others know, or have lost the same peer
+        except BaseException as error:
+            if self._signs is not None:
+                self._signs.last_words(f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+
+    def side(self) -> "ProcessGroup":
+        """A Gloo group of the same ranks."""
+        side = copy.copy(self)
+        side.device = torch.device("cpu")
+        with self.reporting("start"):
+            handle = dist.new_group(backend="gloo", timeout=self._timeout)
+        assert isinstance(handle, dist.ProcessGroup)
+        side.handle = handle
+        return side
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """All-reduce with SUM."""
@@ -275,19 +359,19 @@ class ProcessGroup(Group):
     def min_(self, tensor: Tensor) -> Tensor:
         """All-reduce with MIN."""
         with self.reporting("min"):
-            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.handle)
         return tensor
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Broadcast from rank 0."""
         with self.reporting("broadcast"):
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self.handle)
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Pending:
         """Asynchronous all-reduce with SUM."""
         with self.reporting("sum"):
-            work = dist.all_reduce(tensor, dist.ReduceOp.SUM, async_op=True)
+            work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.handle, async_op=True)
         assert work is not None
         return _Work(self, work, tensor)
 
@@ -295,32 +379,108 @@ class ProcessGroup(Group):
         """All-gather."""
         pieces = [torch.empty_like(tensor) for _ in range(self.size)]
         with self.reporting("gather"):
-            dist.all_gather(pieces, tensor)
+            dist.all_gather(pieces, tensor, group=self.handle)
         return torch.stack(pieces)
 
     def share(self, value: Any) -> Any:
         """Broadcast of a pickled object from rank 0."""
         box = [value]
         with self.reporting("share"):
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.handle)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """All-gather of pickled objects."""
         values: list[Any] = [None] * self.size
         with self.reporting("gather"):
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.handle)
         return values
 
     def barrier(self) -> None:
         """Barrier."""
         with self.reporting("barrier"):
-            dist.barrier()
+            dist.barrier(group=self.handle)
 
     def close(self) -> None:
-        """Destroy the process group."""
+        """Destroy the process group, and its sides with it."""
+        if self._signs is not None:
+            self._signs.stop()
+            self._signs = None
+        if hasattr(self, "handle"):
+            del self.handle  # the last reference closes the connections, which peers notice
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _SignsOfLife:
+    """Who lives, and who said why it died, in the key-value store at which the group has met.
+
+    A thread counts upwards in the store for as long as the process runs; a rank that is killed, or
+    stopped, or whose machine is gone, no longer counts. Read after a collective has failed, never
+    before: nothing waits for it.
+    """
+
+    EVERY_S = 0.5
+
+    def __init__(self, store: dist.Store, launch: Launch) -> None:
+        self._rank, self._size = launch.rank, launch.size
+        self._store = store.clone()  # a connection of its own: no other thread waits on it
+        self._store.set_timeout(timedelta(seconds=5.0))
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._store.set(f"count/{self._rank}", "0")
+        self._thread = threading.Thread(target=self._count, name="signs-of-life", daemon=True)
+        self._thread.start()
+
+    def _count(self) -> None:
+        beats = 0
+        while not self._stopped.wait(self.EVERY_S):
+            beats += 1
+            try:
+                with self._lock:
+                    self._store.set(f"count/{self._rank}", str(beats))
+            except RuntimeError:
+                return  # the store is gone, and the launcher with it
+
+    def last_words(self, text: str) -> None:
+        """Say why this rank ends."""
+        try:
+            with self._lock:
+                self._store.set(f"words/{self._rank}", text)
+        except RuntimeError:
+            pass  # nobody is left to read it
+
+    def missing(self) -> str:
+        """Which ranks failed, with what, and which give no sign of life; "" if nobody knows."""
+        try:
+            before = self._read("count")
+            time.sleep(3 * self.EVERY_S)
+            after, words = self._read("count"), self._read("words")
+        except RuntimeError:
+            return ""
+        said = [f"rank {rank} failed: {text}" for rank, text in sorted(words.items())]
+        silent = [
+            rank
+            for rank in range(self._size)
+            if rank != self._rank and rank not in words and before.get(rank) == after.get(rank)
+        ]
+        if silent:
+            ranks = ", ".join(map(str, silent))
+            said.append(f"no sign of life from rank {ranks} (killed, stopped or cut off)")
+        return "; ".join(said)
+
+    def _read(self, kind: str) -> dict[int, str]:
+        found = {}
+        with self._lock:
+            for rank in range(self._size):
+                if self._store.check([f"{kind}/{rank}"]):
+                    found[rank] = self._store.get(f"{kind}/{rank}").decode(errors="replace")
+        return found
+
+    def stop(self) -> None:
+        """End the counting, and wait for it: a thread in C++ must not meet Python's own end."""
+        self._stopped.set()
+        self._thread.join()
 
 
 def choose_backend(name: str, device: torch.device, launch: Launch) -> str:

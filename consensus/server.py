@@ -74,6 +74,16 @@ class Server:
         self.u = self.u + d
         return self.u
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What survives an iteration: `u` (n,), `step` () and `cuts` ()."""
+        return {"u": self.u, "step": self.step, "cuts": self.cuts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from copies of what `state_dict` returned, on any device."""
+        self.u = state["u"].to(self.u, copy=True)
+        self.step = state["step"].to(self.step, copy=True)
+        self.cuts = state["cuts"].to(self.cuts, copy=True)
+
     def verify_replicas(self) -> int:
         """Check that all ranks hold the same bits of u; return their digest.
 

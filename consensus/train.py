@@ -4,7 +4,8 @@ torchrun --standalone --nproc-per-node=4 -m consensus.train KEY=VALUE ...
 python -m consensus.train workers=4 KEY=VALUE ...
 
 Exit codes: 0 the run is complete; 1 it failed at run time; 2 the config was refused, before any
-process group opened; 130 interrupted.
+process group opened; 75 it was asked to stop (SIGTERM, SIGUSR1) and left a checkpoint; 128 + the
+signal, it was and could not; 130 interrupted.
 """
 
 import os
@@ -25,7 +26,8 @@ from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import ConfigError
 from consensus.run.plan import make_plan
-from consensus.run.trainer import Trainer
+from consensus.run.signals import follow_launcher
+from consensus.run.trainer import RunStopped, Trainer
 
 register_schema()
 
@@ -47,7 +49,8 @@ def train(cfg: DictConfig) -> None:
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)
         group = open_group(launch, plan.backend, plan.device, config.group.timeout_s)
-        Trainer(plan, group).run()
+        with group.telling():
+            Trainer(plan, group).run()
         group.close()  # after a failure the group is not closed but left: peers may hang in it
 
 
@@ -56,6 +59,7 @@ def main() -> None:
     # Hydra would print what its composition raises in several lines and exit with 1. Failures of
     # the task itself are told inside it, before Hydra adds a line of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    follow_launcher()
     with failures_in_one_line():
         train()
 
@@ -75,6 +79,9 @@ def failures_in_one_line() -> Iterator[None]:
         leave(str(error), 1, speak=True)
     except GroupError as error:
         leave(str(error), 1, speak=rank == "0")
+    except RunStopped as stopped:
+        # All ranks are here, with nothing left to do: none has to wait for another.
+        leave(str(stopped) if rank == "0" else None, stopped.code)
     except OSError as error:
         leave(f"rank {rank}: {error}", 1, speak=True)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from consensus.core.flat import Scalar, column
+from consensus.core.flat import Scalar, column, part_of
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead, velocity, worker_direction
 
@@ -24,6 +24,12 @@ class Oracle(Protocol):
 
     def gradient(self, points: Tensor, batch: Any) -> Tensor:
         """Line 5: the gradient of each worker's minibatch loss at its point. (K, n) -> (K, n)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next `draw` depends on, each (K, ...). Asked for at checkpoints only."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned."""
 
 
 class Worker:
@@ -65,6 +71,18 @@ class Worker:
         self.momentum_on = momentum_on
         self.step = z.new_ones(())
         self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What survives an iteration, a row for each worker: `z`, `v`, `cuts` and `oracle/...`."""
+        own = {"z": self.z, "v": self.v, "cuts": self.cuts}
+        return own | {f"oracle/{key}": rows for key, rows in self.oracle.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from copies of what `state_dict` returned, on any device."""
+        self.z = state["z"].to(self.z, copy=True)
+        self.v = state["v"].to(self.v, copy=True)
+        self.cuts = state["cuts"].to(self.cuts, copy=True)
+        self.oracle.load_state_dict(part_of(state, "oracle"))
 
     def draw(self) -> Any:
         """Line 4: the next minibatch of every worker."""

@@ -111,6 +111,8 @@ CONTRACT_KEYS = {
     "samples_per_s",
 }
 FILES = {
+    ".lock",
+    "checkpoints",
     "config.yaml",
     "metrics.jsonl",
     "summary.json",
@@ -186,6 +188,8 @@ def test_smoke_metrics_and_summary(smoke):
     assert rows[1]["objective"] < rows[0]["objective"] < 1437 * math.log(10)
     summary = json.loads((run_dir / "summary.json").read_text())
     facts = summary.pop("environment")
+    assert summary.pop("best") == {"iteration": 20, "test_error": rows[1]["test_error"]}
+    assert summary.pop("checkpoints").keys() == {"written", "wait_s", "write_s"}
     assert summary == rows[1]
     assert facts["torch"] == torch.__version__
     assert (facts["workers"], facts["device"], facts["seed"]) == (2, "cpu", 0)
@@ -243,7 +247,7 @@ def test_a_finished_run_is_never_overwritten(smoke, refused):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert refused("experiment=smoke", f"output.run_dir={run_dir}") == (
         f"`output.run_dir` is {run_dir}; allowed: an empty or new directory; this one holds a "
-        "finished run (summary.json)"
+        "finished run (summary.json); resume=auto continues it"
     )
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 

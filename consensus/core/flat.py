@@ -34,6 +34,12 @@ def add_scaled(y: Tensor, a: Scalar, x: Tensor) -> Tensor:
     return torch.add(y, x, alpha=a)
 
 
+def part_of(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
+    """The entries `owner/...` of a state, without the prefix."""
+    prefix = f"{owner}/"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 @dataclass(frozen=True)
 class FlatLayout:
     """Where each parameter and each layer of a module lies in its flat vector.

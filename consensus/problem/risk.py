@@ -146,6 +146,15 @@ class MinibatchRisk:
         """The minibatch losses (K,) of the last `gradient`, on the device."""
         return self.risk.losses
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The `position` of each worker: how many minibatches it has drawn. (K,) int64, CPU."""
+        return {"position": torch.tensor([source.position for source in self.minibatches])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue after that many draws: shuffles and dropout are functions of the position."""
+        for source, position in zip(self.minibatches, state["position"].tolist(), strict=True):
+            source.position = position
+
     def draw(self) -> Batch:
         """The next minibatch of every worker: images (K, B, 1, 28, 28), labels (K, B)."""
         index = torch.cat([source.draw() for source in self.minibatches])  # one gather for all K

@@ -22,6 +22,7 @@ ALGORITHMS = ("consensus", "easgd", "msgd")
 BACKENDS = ("auto", "gloo", "nccl")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "float64")
+RESUME = ("never", "auto")  # or a path
 REDUCTIONS = ("sum", "mean")
 
 
@@ -237,14 +238,22 @@ class OutputConfig:
     run_dir: str | None
     name: str | None
     eval_every: int
+    checkpoint_every: int | None
+    keep_checkpoints: int
     log_every: int
     tensorboard: bool
 
     def __post_init__(self) -> None:
         """Check the fields; make the paths absolute."""
-        for name in ("eval_every", "log_every"):
+        for name in ("eval_every", "keep_checkpoints", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"output.{name}", value, "a whole number >= 1")
+        require(
+            self.checkpoint_every is None or self.checkpoint_every >= 1,
+            "output.checkpoint_every",
+            self.checkpoint_every,
+            "a whole number >= 1, or null for no checkpoints",
+        )
         if self.name is not None:
             plain = self.name != "" and "/" not in self.name
             require(plain, "output.name", repr(self.name), "a word without `/`")
@@ -262,6 +271,7 @@ class Config:
     dtype: str
     device: str
     deterministic: bool
+    resume: str
     plugins: list[str]
     potential: PotentialConfig
     algorithm: AlgorithmConfig
@@ -276,6 +286,15 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("device", self.device, DEVICES)
+        require(self.resume != "", "resume", "''", "never, auto, or a path")
+        require(
+            self.resume != "auto" or self.output.run_dir is not None,
+            "resume",
+            "auto",
+            "never or a path, unless output.run_dir says which run to continue",
+        )
+        if self.resume not in RESUME:
+            self.resume = str(Path(self.resume).expanduser().resolve())
         algorithm = self.algorithm
         largest = float(torch.finfo(getattr(torch, self.dtype)).max)
         factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}

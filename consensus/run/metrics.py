@@ -14,6 +14,7 @@ import json
 import math
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from consensus.algorithm import Algorithm, value_at
 from consensus.comm import Group
 from consensus.core.updates import coupling, regularizer
+from consensus.run.files import write_whole
 from consensus.run.plan import Plan
 
 Row = dict[str, Any]
@@ -70,6 +72,30 @@ def _share(group: Group, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     )
 
 
+METRICS = "metrics.jsonl"
+
+
+def rows_until(run_dir: Path, t: int) -> list[Row]:
+    """The evaluations of a run up to iteration t, in order, each once.
+
+    A run that was killed may have written more of them, and its last line in part.
+    """
+    try:
+        lines = (run_dir / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    rows: list[Row] = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            after = row["iteration"] > (rows[-1]["iteration"] if rows else 0)
+        except (ValueError, TypeError, KeyError):
+            continue
+        if after and row["iteration"] <= t:
+            rows.append(row)
+    return rows
+
+
 class MetricsFiles:
     """metrics.jsonl and TensorBoard events of a run; rank 0 alone makes one.
 
@@ -77,23 +103,45 @@ class MetricsFiles:
         run_dir: Exists already.
         layer_names: Names of the L layers, for the distances.
         tensorboard: Whether to write events too.
+        rows: The evaluations that a continued run keeps.
+        continues_after: The iteration it continues after; TensorBoard then leaves out what the same
+            directory holds of later ones. None: the directory is new.
     """
 
-    def __init__(self, run_dir: Path, layer_names: tuple[str, ...], tensorboard: bool) -> None:
-        self._jsonl = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+    def __init__(
+        self,
+        run_dir: Path,
+        layer_names: tuple[str, ...],
+        tensorboard: bool,
+        rows: Sequence[Row] = (),
+        continues_after: int | None = None,
+    ) -> None:
+        self._layer_names = layer_names
+        path = run_dir / METRICS
+        content = "".join(to_json(row) + "\n" for row in rows).encode()
+        if path.exists() or content:
+            write_whole(path, content)
+        self._jsonl = path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
             # Imported where it is used: the ranks above 0 need not spend the time.
             from torch.utils.tensorboard import SummaryWriter
 
             threading.excepthook = _tell_of_threads_but_tensorboards
-            self._events = SummaryWriter(str(run_dir / "tensorboard"))
-        self._layer_names = layer_names
+            purge = None if continues_after is None else continues_after + 1
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+            if continues_after is None:
+                for row in rows:
+                    self._show(row)
 
     def evaluation(self, row: Row) -> None:
         """Append one evaluation, a line that is whole on disk when this returns."""
         self._jsonl.write(to_json(row) + "\n")
         self._jsonl.flush()
+        self._show(row)
+
+    def _show(self, row: Row) -> None:
+        """One evaluation on TensorBoard."""
         scalars = {
             f"evaluation/{key}": value
             for key, value in row.items()
@@ -109,6 +157,13 @@ class MetricsFiles:
         if self._events is not None:
             for key, value in values.items():
                 self._events.add_scalar(key, value, t)
+
+    def sync(self) -> None:
+        """Everything so far to the disk: a checkpoint that appears after this relies on it."""
+        self._jsonl.flush()
+        os.fsync(self._jsonl.fileno())
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close."""
@@ -134,16 +189,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

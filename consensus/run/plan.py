@@ -5,7 +5,6 @@ nobody is left waiting. Needs the launch (how many processes) and the data, but 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from consensus.problem import (
     partition,
 )
 from consensus.run.config import Config, ConfigError, require
+from consensus.run.directory import Origin, find_origin
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Plan:
     Attributes:
         config: The run.
         launch: The processes.
+        origin: Where the run writes, and from where it continues.
         num_workers: M.
         device: Of this process.
         backend: "gloo" or "nccl"; without meaning for one process.
@@ -44,6 +45,7 @@ class Plan:
 
     config: Config
     launch: Launch
+    origin: Origin
     num_workers: int
     device: torch.device
     backend: str
@@ -84,7 +86,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         ConfigError: If the config asks for what this launch or this data cannot give.
     """
     num_workers = count_workers(config, launch)
-    refuse_used_directory(config)
+    origin = find_origin(config, launch, num_workers)
     device = choose_device(config, launch)
     backend = choose_backend(config.group.name, device, launch)
     require(
@@ -121,6 +123,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     return Plan(
         config,
         launch,
+        origin,
         num_workers,
         device,
         backend,
@@ -151,26 +154,6 @@ def count_workers(config: Config, launch: Launch) -> int:
         f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each",
     )
     return num_workers
-
-
-def refuse_used_directory(config: Config) -> None:
-    """Raise if `output.run_dir` holds a run already: nothing of it may be overwritten."""
-    if config.output.run_dir is None:
-        return
-    run_dir = Path(config.output.run_dir)
-    require(
-        not run_dir.exists() or run_dir.is_dir(),
-        "output.run_dir",
-        run_dir,
-        "a directory, or a path where none exists yet",
-    )
-    for name, state in (("summary.json", "a finished"), ("metrics.jsonl", "an unfinished")):
-        require(
-            not (run_dir / name).exists(),
-            "output.run_dir",
-            run_dir,
-            f"an empty or new directory; this one holds {state} run ({name})",
-        )
 
 
 def choose_device(config: Config, launch: Launch) -> torch.device:

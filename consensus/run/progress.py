@@ -69,6 +69,11 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
+    def begin(self, start: int) -> None:
+        """The run begins after `start` iterations: those of before do not count for the speed."""
+        if self._live is not None:
+            self._live.reset(self._task, start=True, completed=start)
+
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False)

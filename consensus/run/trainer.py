@@ -5,27 +5,42 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from pathlib import Path
+from signal import Signals
 
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor
 
 from consensus.algorithm import Algorithm, Consensus, Msgd
-from consensus.comm import Group, GroupError
+from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
-from consensus.run.config import AlgorithmConfig, Config
-from consensus.run.metrics import MetricsFiles, Row, measure, to_json, write_whole
+from consensus.run.checkpoint import Manifest, candidates, choose, load, set_aside
+from consensus.run.checkpoint_writer import CheckpointWriter, Facts
+from consensus.run.config import AlgorithmConfig
+from consensus.run.directory import RunDirectory
+from consensus.run.files import write_whole
+from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
 from consensus.run.report import draw
-from consensus.server import Server
+from consensus.run.signals import StopSignals
+from consensus.run.watch import Watch
+from consensus.server import Server, digest
 from consensus.worker import Worker
 
 
+class RunStopped(Exception):  # noqa: N818  (no error: it was asked for)
+    """All ranks leave because one was asked to; the message says what is left."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+TRY_AGAIN = 75
+"""Exit code of a run that was asked to stop and left a checkpoint: sysexits.h's EX_TEMPFAIL."""
+
+
 class Trainer:
-    """One run. The same on every rank; rank 0 alone writes files and speaks.
+    """One run. The same on every rank; rank 0 alone speaks and writes, all but checkpoints.
 
     Args:
         plan: What is trained.
@@ -33,10 +48,11 @@ class Trainer:
 
     Attributes:
         run_dir: Where rank 0 writes.
-        rows: The evaluations so far.
+        rows: The evaluations so far, those before a resume included.
+        best: Iteration and test error of the evaluation with the lowest.
 
     Raises:
-        GroupError: If rank 0 cannot make the run directory, on every rank.
+        GroupError: If rank 0 cannot make or lock the run directory, on every rank.
     """
 
     def __init__(self, plan: Plan, group: Group) -> None:
@@ -44,10 +60,23 @@ class Trainer:
         self.config = plan.config
         self.group = group
         self.algorithm = build_algorithm(plan, group)
-        self.watch = FiniteWatch(plan.device)
-        self.run_dir = open_run_dir(plan.config, group)
+        self.directory = RunDirectory(plan.origin, plan.config, plan.launch, group)
+        self.run_dir = self.directory.path
         self.rows: list[Row] = []
+        self.best: dict[str, float] | None = None
+        self.files: MetricsFiles | None = None
         self._problem: str | None = None
+        output = plan.config.output
+        self.writer: CheckpointWriter | None = None
+        if output.checkpoint_every is not None:
+            self.writer = CheckpointWriter(
+                self.run_dir,
+                plan.config,
+                group.side(),
+                (plan.local_workers, plan.num_workers),
+                output.keep_checkpoints,
+                before_publish=self._sync_metrics,
+            )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -60,52 +89,163 @@ class Trainer:
                 self._problem or f"cannot write to {self.run_dir}: {error.strerror}{where}"
             )
 
+    @property
+    def problem(self) -> str | None:
+        """Why this rank cannot go on; None if it can."""
+        return self._problem or (self.writer.problem if self.writer is not None else None)
+
     def agree(self) -> None:
-        """Raise on all ranks if rank 0 could not write. A collective."""
-        self.group.raise_together(self._problem)
+        """Raise on all ranks if one of them could not write. A collective."""
+        self.group.raise_together(self.problem)
 
     def run(self) -> Row:
         """Train to the end; return the last evaluation.
 
         Raises:
             GroupError: On every rank, if one of them failed.
+            RunStopped: On every rank, if one of them was asked to stop.
         """
-        plan, output = self.plan, self.config.output
-        iterations = self.config.algorithm.iterations
-        self.started = time.perf_counter()
-        self.resumed_at, self.resumed_t = self.started, 0  # of the clock behind samples_per_s
-        files = None
-        if self.group.rank == 0:
-            with self.writing():
-                layers = plan.risk.layout.layer_names
-                files = MetricsFiles(self.run_dir, layers, output.tensorboard)
-        self.agree()
-        with Screen(iterations, enabled=self.group.rank == 0) as screen:
-            screen.say(self.introduction())
-            if self.config.workers not in (None, plan.num_workers):
-                screen.say(f"workers={self.config.workers} has no effect: mSGD is one worker")
-            for t in range(iterations):
-                self.algorithm.step(t)
-                self.watch.observe(t, self.algorithm.worker.z)
-                done = t + 1
-                evaluate = done % output.eval_every == 0 or done == iterations
-                if done % output.log_every == 0 or evaluate:
-                    self.look(done, files, screen)
-                if evaluate:
-                    self.evaluate(done, files, screen)
-            with self.writing():
-                if files is not None:
-                    files.close()
-                self.finish()
-            self.agree()
+        signals = StopSignals(self.config.group.timeout_s)
+        screen = Screen(self.config.algorithm.iterations, enabled=self.group.rank == 0)
+        try:
+            with screen:
+                self._run(signals, screen)
+        except PeerLostError:
+            raise
+        except GroupError:
+            self._finish_writing()  # a checkpoint from before the failure is a good one
+            raise
+        finally:
+            signals.close()
+            if self.files is not None:
+                self.files.close()
+            self.directory.close()
         screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
         screen.say(f"results in {self.run_dir}")
         return self.rows[-1]
 
-    def look(self, done: int, files: MetricsFiles | None, screen: Screen) -> None:
-        """Is everything finite? And, on rank 0, the cheap numbers."""
-        self.watch.check(self.group, self.plan.local_workers)
-        if files is None:
+    def _run(self, signals: StopSignals, screen: Screen) -> None:
+        config, output = self.config, self.config.output
+        iterations = config.algorithm.iterations
+        screen.say(self.introduction())
+        if self.directory.warning:
+            screen.say(self.directory.warning)
+        if config.workers not in (None, self.plan.num_workers):
+            screen.say(f"workers={config.workers} has no effect: mSGD is one worker")
+        start = self.restore(screen)
+        self.files = self.open_files(start)
+        watch = Watch(self.group, len(self.plan.local_workers), output.log_every)
+        screen.begin(start)
+        self.resumed_at, self.resumed_t = time.perf_counter(), start  # behind samples_per_s
+        for t in range(start, iterations):
+            self.algorithm.step(t)
+            watch.observe(t, self.algorithm.worker.z)
+            done = t + 1
+            log = done % output.log_every == 0
+            evaluate = done % output.eval_every == 0 or done == iterations
+            save = self.writer is not None and (
+                done % (output.checkpoint_every or iterations) == 0 or done == iterations
+            )
+            if not (log or evaluate or save or watch.due(done)):
+                continue
+            signal = watch.look(done, signals.received, self.problem)
+            if log or evaluate:
+                self.log(done, screen)
+            if evaluate:
+                self.evaluate(done, screen)
+            if save:
+                self.save(done)
+            if signal and done < iterations:
+                self.stop(done, signal, saved=save)
+        if not self.rows or self.rows[-1]["iteration"] != iterations:
+            self.evaluate(iterations, screen)  # a checkpoint without its row, or one that grew
+        if self.writer is not None:
+            self.writer.wait()
+        self.agree()
+        with self.writing():
+            if self.files is not None:
+                self.files.close()
+            self.finish()
+        self.agree()
+
+    def restore(self, screen: Screen) -> int:
+        """Continue from the newest good checkpoint of the plan's source, if there is one.
+
+        Returns:
+            The iterations done.
+
+        Raises:
+            GroupError: If there are checkpoints and none of them is good, on every rank.
+        """
+        origin = self.plan.origin
+        self.started = time.perf_counter()
+        if origin.source is None:
+            return 0
+        paths = candidates(origin.source) if self.group.rank == 0 else []
+        path = choose(paths, self.group, screen.say)
+        if path is None:
+            # Killed before its first checkpoint, a run begins again. But never over one whose
+            # checkpoints are all damaged: that is for a person to decide.
+            damaged = self.group.share(bool(paths))
+            self.group.raise_together(
+                f"no checkpoint in {origin.source} can be read: begin again in a new directory"
+                if damaged
+                else None
+            )
+            screen.say(f"no checkpoint in {origin.source} yet: begins again at iteration 0")
+            with self.writing():
+                if self.group.rank == 0:
+                    set_aside(self.run_dir, 0)
+            self.agree()
+            return 0
+        manifest = Manifest.read(path)
+        problem = None
+        try:
+            state = load(path, self.algorithm.state_dict(), self.plan.local_workers)
+        except GroupError as error:
+            problem = str(error)
+        self.group.raise_together(problem)
+        self.algorithm.load_state_dict(state)
+        found = f"{self.algorithm.verify() & (2**64 - 1):016x}"
+        self.group.raise_together(
+            None
+            if found == manifest.digest
+            else f"checkpoint {path}: u has the digest {found} instead of {manifest.digest}"
+        )
+        t = manifest.iteration
+        self.started -= manifest.wall_s
+        self.best = manifest.best
+        with self.writing():
+            if self.group.rank == 0:
+                run = path.parent.parent if origin.source == path else origin.source
+                self.rows = rows_until(run, t)
+                if origin.continues:
+                    set_aside(self.run_dir, t)
+                    if t < self.config.algorithm.iterations:
+                        (self.run_dir / "summary.json").unlink(missing_ok=True)
+        self.agree()
+        self.rows = self.group.share(self.rows)
+        screen.say(f"continues {path} at iteration {t:,}")
+        return t
+
+    def open_files(self, start: int) -> MetricsFiles | None:
+        """metrics.jsonl and TensorBoard on rank 0, with what a continued run keeps of them."""
+        files = None
+        if self.group.rank == 0:
+            with self.writing():
+                files = MetricsFiles(
+                    self.run_dir,
+                    self.plan.risk.layout.layer_names,
+                    self.config.output.tensorboard,
+                    self.rows,
+                    continues_after=start if self.plan.origin.continues else None,
+                )
+        self.agree()
+        return files
+
+    def log(self, done: int, screen: Screen) -> None:
+        """The cheap numbers, on rank 0."""
+        if self.files is None:
             return
         worker = self.algorithm.worker
         loss = float(self.plan.oracle.losses.mean())
@@ -114,26 +254,66 @@ class Trainer:
         if isinstance(self.algorithm, Consensus):
             values["training/s_u"] = float(self.algorithm.server.step)
         with self.writing():
-            files.scalars(values, done)
+            self.files.scalars(values, done)
 
-    def evaluate(self, done: int, files: MetricsFiles | None, screen: Screen) -> None:
+    def evaluate(self, done: int, screen: Screen) -> None:
         """Measure on all ranks, verify what must agree, write on rank 0."""
         seconds = time.perf_counter() - self.resumed_at
         samples = (done - self.resumed_t) * self.config.algorithm.batch_size
         samples *= self.plan.num_workers
-        digest = self.algorithm.verify()
+        digest_of_u = self.algorithm.verify()
         row = measure(self.algorithm, self.plan, self.group, done)
         row["wall_s"] = time.perf_counter() - self.started
         row["samples_per_s"] = samples / seconds
-        row["digest"] = f"{digest & (2**64 - 1):016x}"
+        row["digest"] = f"{digest_of_u & (2**64 - 1):016x}"
         self.rows.append(row)
+        if self.best is None or row["test_error"] < self.best["test_error"]:
+            self.best = {"iteration": done, "test_error": row["test_error"]}
         with self.writing():
-            if files is not None:
-                files.evaluation(row)
+            if self.files is not None:
+                self.files.evaluation(row)
             screen.evaluation(row)
         self.agree()
         # Evaluation is not training: the next samples_per_s starts here.
         self.resumed_at, self.resumed_t = time.perf_counter(), done
+
+    def save(self, done: int) -> None:
+        """Begin a checkpoint; the training goes on as soon as its copy is made."""
+        assert self.writer is not None
+        wall_s = time.perf_counter() - self.started
+        facts = Facts(done, int(digest(self.algorithm.u)), wall_s, self.best)
+        self.writer.write(self.algorithm.state_dict(), facts)
+
+    def stop(self, done: int, signal: int, saved: bool) -> None:
+        """Write a checkpoint and leave, all ranks together.
+
+        Raises:
+            RunStopped: Always, or GroupError if the checkpoint could not be written.
+        """
+        name = Signals(signal).name
+        if self.writer is None:
+            raise RunStopped(
+                f"{name}: stopped at iteration {done} without a checkpoint "
+                "(output.checkpoint_every=null)",
+                128 + signal,
+            )
+        if not saved:
+            self.save(done)
+        self._finish_writing()
+        self.agree()
+        raise RunStopped(
+            f"{name}: stopped at iteration {done} with a checkpoint; to continue: "
+            f"resume=auto output.run_dir={self.run_dir}",
+            TRY_AGAIN,
+        )
+
+    def _finish_writing(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+
+    def _sync_metrics(self) -> None:
+        if self.files is not None:
+            self.files.sync()
 
     def finish(self) -> None:
         """Rank 0 writes the model, the figure and, last of all, the summary."""
@@ -143,7 +323,13 @@ class Trainer:
         torch.save(self.plan.risk.layout.state_dict(self.algorithm.u), buffer)
         write_whole(self.run_dir / "model.pt", buffer.getvalue())
         draw({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
-        summary = self.rows[-1] | {"environment": self.environment()}
+        summary = self.rows[-1] | {"best": self.best, "environment": self.environment()}
+        if self.writer is not None:
+            summary["checkpoints"] = {
+                "written": self.writer.written,
+                "wait_s": self.writer.wait_s,
+                "write_s": self.writer.write_s,
+            }
         write_whole(self.run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
 
     def introduction(self) -> str:
@@ -175,41 +361,6 @@ class Trainer:
             "backend": self.plan.backend if self.plan.launch.size > 1 else "none",
             "seed": self.config.seed,
         }
-
-
-class FiniteWatch:
-    """Remembers when a z_j of this process first stopped being finite, without synchronizing.
-
-    u itself is no witness: it is spoilt on all ranks one iteration after one of them.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._never = torch.iinfo(torch.int64).max
-        self._first = torch.full((), self._never, dtype=torch.int64, device=device)
-
-    def observe(self, t: int, z: Tensor) -> None:
-        """After iteration t. One pass over z (K, n): a sum is finite only if its terms are.
-
-        Terms so large that their sum overflows count as non-finite too; they have diverged.
-        """
-        self._first = torch.where(torch.isfinite(z.sum()), self._first, self._first.clamp(max=t))
-
-    def check(self, group: Group, workers: range) -> None:
-        """Raise on all ranks if a z_j anywhere became non-finite. A collective.
-
-        Raises:
-            GroupError: Naming the first iteration and rank.
-        """
-        first = group.gather(self._first).tolist()
-        t = min(first)
-        if t < self._never:
-            rank = first.index(t)
-            j = [rank * len(workers), (rank + 1) * len(workers) - 1]
-            who = f"worker {j[0]}" if j[0] == j[1] else f"one of the workers {j[0]} to {j[1]}"
-            raise GroupError(
-                f"iteration {t + 1}: {who} on rank {rank} became non-finite, and u with it; "
-                "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
-            )
 
 
 def build_algorithm(plan: Plan, group: Group) -> Algorithm:
@@ -245,42 +396,3 @@ def scheduled(config: AlgorithmConfig, name: str) -> float | Callable[[int], Sca
         return base
     factor = config.schedule.make(name)
     return lambda t: base * factor(t, config.iterations)
-
-
-def open_run_dir(config: Config, group: Group) -> Path:
-    """Rank 0 makes the run directory and writes the config; everyone learns its path.
-
-    Raises:
-        GroupError: If it cannot be made, on every rank.
-    """
-    run_dir, problem = None, None
-    if group.rank == 0:
-        try:
-            run_dir = _make_run_dir(config)
-            OmegaConf.save(OmegaConf.structured(config), run_dir / "config.yaml")
-        except OSError as error:
-            problem = f"cannot write the run directory: {error.strerror}: {error.filename}"
-    group.raise_together(problem)
-    path: Path = group.share(run_dir)
-    return path
-
-
-def _make_run_dir(config: Config) -> Path:
-    output = config.output
-    if output.run_dir is not None:
-        path = Path(output.run_dir)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    algorithm, potential = config.algorithm.name, config.potential.name
-    name = output.name or f"{algorithm}-{potential}-{config.data.name}"
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    root = Path(output.root)
-    root.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, 1000):  # two runs may start within a second
-        path = root / (stamp if attempt == 1 else f"{stamp}-{attempt}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        return path
-    raise FileExistsError(17, "no free name for a run directory", str(root / stamp))

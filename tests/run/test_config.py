@@ -58,6 +58,7 @@ CONTRACT = {
     "dtype": "float32",
     "device": "auto",
     "deterministic": False,
+    "resume": "never",
     "plugins": [],
     "potential.name": "quad",
     "potential.eta": 1.0,
@@ -208,10 +209,13 @@ def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_pa
 # ---- misspelt keys, wrong types, what Hydra and OmegaConf say
 
 TOP = (
-    "workers, seed, dtype, device, deterministic, plugins, potential, algorithm, data, model, "
-    "group, output"
+    "workers, seed, dtype, device, deterministic, resume, plugins, potential, algorithm, data, "
+    "model, group, output"
 )
-IN_OUTPUT = "allowed in `output`: root, run_dir, name, eval_every, log_every, tensorboard"
+IN_OUTPUT = (
+    "allowed in `output`: root, run_dir, name, eval_every, checkpoint_every, keep_checkpoints, "
+    "log_every, tensorboard"
+)
 
 
 @pytest.mark.parametrize(
@@ -672,10 +676,10 @@ def test_directories_that_hold_a_run_are_refused(plan_refusal, make_config, tmp_
     assert make_plan(config, Launch()).config is config  # an empty one is welcome
     (run_dir / "metrics.jsonl").touch()
     line = plan_refusal(Launch(), f"output.run_dir={run_dir}")
-    assert line == f"{start} an unfinished run (metrics.jsonl)"
+    assert line == f"{start} an unfinished run (metrics.jsonl); resume=auto continues it"
     (run_dir / "summary.json").touch()
     line = plan_refusal(Launch(), f"output.run_dir={run_dir}")
-    assert line == f"{start} a finished run (summary.json)"
+    assert line == f"{start} a finished run (summary.json); resume=auto continues it"
     file = run_dir / "summary.json"
     assert plan_refusal(Launch(), f"output.run_dir={file}") == (
         f"`output.run_dir` is {file}; allowed: a directory, or a path where none exists yet"

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from consensus.comm import Launch, Solo
-from consensus.run.metrics import MetricsFiles, measure, to_json, write_whole
+from consensus.run.files import write_whole
+from consensus.run.metrics import MetricsFiles, measure, to_json
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm
 from consensus.server import digest
@@ -237,8 +238,8 @@ def test_without_tensorboard_there_is_no_folder_of_it(tmp_path):
 
 
 def test_evaluations_are_appended(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
-    files = MetricsFiles(tmp_path, ("conv1", "fc"), tensorboard=False)
+    kept = [{"iteration": 1}]
+    files = MetricsFiles(tmp_path, ("conv1", "fc"), tensorboard=False, rows=kept)
     files.evaluation(ROW)
     files.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
