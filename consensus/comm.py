@@ -453,9 +453,11 @@ class _SignsOfLife:
     def missing(self) -> str:
         """Which ranks failed, with what, and which give no sign of life; "" if nobody knows."""
         try:
+            with self._lock:
+                self._store.set(f"waited/{self._rank}", "1")
             before = self._read("count")
             time.sleep(3 * self.EVERY_S)
-            after, words = self._read("count"), self._read("words")
+            after, words, waited = (self._read(kind) for kind in ("count", "words", "waited"))
         except RuntimeError:
             return ""
         said = [f"rank {rank} failed: {text}" for rank, text in sorted(words.items())]
@@ -467,6 +469,9 @@ class _SignsOfLife:
         if silent:
             ranks = ", ".join(map(str, silent))
             said.append(f"no sign of life from rank {ranks} (killed, stopped or cut off)")
+        late = [rank for rank in range(self._size) if rank not in waited]
+        if not said and late:  # the others have waited in vain as this rank has
+            said.append(f"rank {', '.join(map(str, late))} lives but did not come in time")
         return "; ".join(said)
 
     def _read(self, kind: str) -> dict[int, str]:

@@ -33,7 +33,8 @@ command=(
     --nproc-per-node="$nproc"
     # No --tee and no --local-ranks-filter: only rank 0 writes to the console anyhow, so whatever another rank
     # prints is a failure that must be seen; and rank 0 keeps the terminal, which --tee would take away.
-    # No --max-restarts: a run that is started again begins anew.
+    # No --max-restarts: whoever watches a run on one machine starts it again with resume=auto. With it, a rank
+    # that dies has all of them restarted, and the run continues from its last checkpoint by itself.
     -m consensus.train "$@"
 )
 {
