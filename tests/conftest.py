@@ -1,5 +1,6 @@
 """Fixtures of all tests: real rank processes, the composed config, and the real MNIST if there."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from consensus.run.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
+
+# torch.distributed.checkpoint logs every call; a failing test would print thousands of them.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

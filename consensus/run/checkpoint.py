@@ -1,16 +1,17 @@
 """What a checkpoint is, and how it is read: trusting nothing.
 
-    checkpoints/00000500/   manifest.json       what it is, and the hash of every other file
+    checkpoints/00000500/   manifest.json       what it is, which tensor lies where, and the hash of
+                                                every other file
                             config.yaml         the run
-                            .metadata           which tensor lies where    (torch.distributed's)
-                            __RANK_0.distcp     the tensors                (likewise)
+                            __RANK_0.distcp     the tensors, written by torch.distributed.checkpoint
 
 The tensors are keyed by worker (`worker/3/z`), not by rank: any number of processes can read them.
+The index is JSON: torch's own, `.metadata`, is a pickle, and is neither written nor ever read.
 
-Data flow of a read: manifest (its own digest, then the format), the hash of every file, the pickled
-index with an unpickler that knows eleven harmless names, keys, shapes and dtypes, and at last the
-digest of u. What fails a hash is damaged: it is named and the checkpoint before it is used. What
-passes and still is not ours is refused, and nothing of it has been executed.
+Data flow of a read: manifest (its own digest, then the format), the hash of every file, keys,
+shapes and dtypes, the tensors by torch.load(weights_only=True), and at last the digest of u. What
+fails a hash is damaged: it is named and the checkpoint before it is used. What passes and still is
+not ours is refused, and nothing of it has been executed.
 
 What is not in a checkpoint is a function of what is: shuffles, minibatches and dropout of (seed,
 worker, position), schedules and the phase of the communication period of the iteration.
@@ -18,7 +19,7 @@ worker, position), schedules and the phase of the communication period of the it
 
 import hashlib
 import json
-import pickle
+import math
 import re
 import shutil
 import warnings
@@ -43,9 +44,9 @@ FORMAT = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
-INDEX = ".metadata"
 _NAME = re.compile(r"\d{8,}")
-_FILE = re.compile(r"\.metadata|config\.yaml|__\d+_\d+\.distcp")
+_TENSORS = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
+_HEX_64, _HEX_256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 
 # One process, no process group: torch warns each time that it will do what it is asked to do.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -53,6 +54,25 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 class DamagedError(RuntimeError):
     """A checkpoint that is not as it was written; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies, and what it is.
+
+    Attributes:
+        dtype: Such as "torch.float32".
+        shape: Of the whole tensor; it is stored in one piece.
+        file: Its name in the checkpoint.
+        offset: Of its first byte.
+        length: In bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,7 @@ class Manifest:
         best: Iteration and test error of the evaluation with the lowest, if there was one.
         torch: The version that wrote it.
         files: Name -> bytes and SHA-256.
+        tensors: Key -> place.
     """
 
     iteration: int
@@ -76,9 +97,10 @@ class Manifest:
     best: dict[str, float] | None
     torch: str
     files: dict[str, tuple[int, str]]
+    tensors: dict[str, Place]
 
     def to_json(self) -> bytes:
-        """With the format, and a digest over everything else."""
+        """With the format, and a digest over everything else: so in every format there will be."""
         content = {"format": FORMAT, **asdict(self)}
         return _json(content | {"sha256": _digest(content)}, indent=2)
 
@@ -92,26 +114,68 @@ class Manifest:
         """
         try:
             content = json.loads((checkpoint / MANIFEST).read_bytes())
-            stated = content.pop("format"), content.pop("sha256")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DamagedError(f"no readable {MANIFEST} ({brief(error)})") from error
-        version, sha256 = stated
-        if type(version) is int and version > FORMAT:
+            sha256 = content.pop("sha256")
+            intact = sha256 == _digest(content)
+            version = content.pop("format")
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
+            raise DamagedError(f"no readable {MANIFEST} ({brief(e)})") from e
+        if not intact or not _whole(version, least=1):
+            raise DamagedError(f"{MANIFEST} is not as it was written")
+        if version > FORMAT:
             raise ConfigError(
                 f"`resume` finds {checkpoint} in format {version}; allowed: up to {FORMAT}, which "
                 "this version reads"
             )
-        if version != FORMAT or sha256 != _digest({"format": FORMAT, **content}):
-            raise DamagedError(f"{MANIFEST} is not as it was written")
         try:
-            files = {name: (int(size), str(sha)) for name, (size, sha) in content["files"].items()}
-            manifest = cls(**content | {"files": files})
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            files = {name: (size, sha) for name, (size, sha) in content["files"].items()}
+            tensors = {
+                key: Place(**place | {"shape": tuple(place["shape"])})
+                for key, place in content["tensors"].items()
+            }
+            manifest = cls(**content | {"files": files, "tensors": tensors})
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             raise DamagedError(f"{MANIFEST} lacks something ({brief(error)})") from error
-        strange = [name for name in files if not _FILE.fullmatch(name)]
-        if strange or INDEX not in files or CONFIG not in files:
-            raise DamagedError(f"{MANIFEST} lists the wrong files")
+        manifest._require_sound()
         return manifest
+
+    def _require_sound(self) -> None:
+        """Raise DamagedError unless every value is of its type and within its bounds."""
+        best = {} if self.best is None else self.best
+        checks = {
+            "iteration": _whole(self.iteration),
+            "num_workers": _whole(self.num_workers, least=1),
+            "digest": _matches(_HEX_64, self.digest),
+            "wall_s": _number(self.wall_s) and self.wall_s >= 0,
+            "best": isinstance(best, dict) and all(map(_number, best.values())),
+            "torch": isinstance(self.torch, str),
+            "files": CONFIG in self.files
+            and all(name == CONFIG or _matches(_TENSORS, name) for name in self.files)
+            and all(_whole(size) and _matches(_HEX_256, sha) for size, sha in self.files.values()),
+            "tensors": all(
+                isinstance(place.dtype, str)
+                and all(map(_whole, place.shape))
+                and _matches(_TENSORS, place.file)
+                and _whole(place.offset)
+                and _whole(place.length)
+                and place.offset + place.length <= self.files.get(place.file, (0, ""))[0]
+                for place in self.tensors.values()
+            ),
+        }
+        wrong = [name for name, good in checks.items() if not good]
+        if wrong:
+            raise DamagedError(f"{MANIFEST} has impossible {' and '.join(wrong)}")
+
+
+def _whole(x: Any, least: int = 0) -> bool:
+    return type(x) is int and x >= least
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def _matches(pattern: re.Pattern[str], x: Any) -> bool:
+    return isinstance(x, str) and pattern.fullmatch(x) is not None
 
 
 def _json(content: Any, indent: int | None = None) -> bytes:
@@ -152,18 +216,22 @@ def candidates(path: Path) -> list[Path]:
 
 
 def inspect(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest and the config of a checkpoint, after looking at all but the tensors.
+    """The manifest and the config of a checkpoint; the tensors are left to the ranks.
 
     Raises:
-        DamagedError: If the manifest, the config or the index is not as it was written.
-        ConfigError: If it holds what no checkpoint of ours holds, or a later version wrote it.
+        DamagedError: If the manifest or the config is not as it was written.
+        ConfigError: If the config is none, or a later version wrote the checkpoint.
     """
     manifest = Manifest.read(checkpoint)
-    for name in (CONFIG, INDEX):
-        _require_intact(checkpoint, manifest, name)
-    read_index(checkpoint)
-    config = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG), resolve=False)
-    assert isinstance(config, dict)
+    _require_intact(checkpoint, manifest, CONFIG)
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG), resolve=False)
+    except Exception as error:  # two parsers, each with errors of its own
+        config = brief(error)
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"`resume` finds no config in {checkpoint / CONFIG}; allowed: a checkpoint of ours"
+        )
     return manifest, {str(key): value for key, value in config.items()}
 
 
@@ -229,68 +297,6 @@ def set_aside(run_dir: Path, iteration: int) -> None:
 
 # ---- reading tensors
 
-_HARMLESS = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes the classes of an index and dtypes; importing anything else is refused before it is."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise ConfigError(
-            f"it names {module}.{name}; allowed: tensors only (nothing of it was executed)"
-        )
-
-
-def read_index(checkpoint: Path) -> "Metadata":
-    """Which tensors a checkpoint holds, and where.
-
-    Raises:
-        DamagedError: If it cannot be read.
-        ConfigError: If it would run code, or points outside the checkpoint.
-    """
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
-    where = f"`resume` finds {checkpoint / INDEX}"
-    try:
-        with (checkpoint / INDEX).open("rb") as file:
-            index = _Unpickler(file).load()
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    except Exception as error:  # a pickle may fail in any way
-        raise DamagedError(f"{INDEX} cannot be read ({brief(error)})") from error
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise ConfigError(f"{where}: it is no index; allowed: what a checkpoint of ours holds")
-    for key, tensor in index.state_dict_metadata.items():
-        if not isinstance(tensor, TensorStorageMetadata):
-            raise ConfigError(f"{where}: {key} is a pickled object; allowed: tensors only")
-    for place in index.storage_data.values():
-        name = getattr(place, "relative_path", None)
-        inside = isinstance(name, str) and _FILE.fullmatch(name) is not None
-        if not inside or getattr(place, "transform_descriptors", None):
-            raise ConfigError(f"{where}: it reads {name}; allowed: its own files")
-    return index
-
 
 def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
     """The state of these workers, written by any number of processes.
@@ -305,39 +311,58 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    class Reader(dcp.FileSystemReader):
-        """torch's reader, with our index instead of its unpickling."""
-
-        def read_metadata(self, *args: Any, **kwargs: Any) -> "Metadata":
-            return read_index(checkpoint)
 
     fresh = {
         key: torch.empty_like(value, device="cpu").contiguous() for key, value in state.items()
     }
     wanted = by_worker(fresh, workers)
     try:
-        held = read_index(checkpoint).state_dict_metadata
-        for key, tensor in wanted.items():
-            entry = held.get(key)
-            if not isinstance(entry, TensorStorageMetadata):
-                raise GroupError(f"checkpoint {checkpoint} lacks {key}")
-            found, needed = (
-                f"{tuple(size)} {dtype}"
-                for size, dtype in (
-                    (entry.size, entry.properties.dtype),
-                    (tensor.shape, tensor.dtype),
-                )
-            )
-            if found != needed:
-                raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
-        dcp.load(wanted, storage_reader=Reader(checkpoint), no_dist=True)
-    except CheckpointException as error:
-        raise GroupError(f"checkpoint {checkpoint}: {first_failure(error.failures)}") from error
+        held = Manifest.read(checkpoint).tensors
     except (DamagedError, ConfigError) as error:
         raise GroupError(f"checkpoint {checkpoint}: {error}") from error
+    for key, tensor in wanted.items():
+        if key not in held:
+            raise GroupError(f"checkpoint {checkpoint} lacks {key}")
+        found = f"{held[key].shape} {held[key].dtype}"
+        needed = f"{tuple(tensor.shape)} {tensor.dtype}"
+        if found != needed:
+            raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
+    index = _index({key: (tensor, held[key]) for key, tensor in wanted.items()})
+
+    class Reader(dcp.FileSystemReader):
+        """torch's reader, with our index instead of its unpickling."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> "Metadata":
+            return index
+
+    try:
+        dcp.load(wanted, storage_reader=Reader(checkpoint), no_dist=True)
+    except CheckpointException as error:
+        raise GroupError(f"checkpoint {checkpoint}: {first_failure(error.failures)[1]}") from error
     return fresh
+
+
+def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
+    """The places as torch.distributed.checkpoint wants to be told."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    tensors: dict[str, Any] = {}
+    places = {}
+    for key, (tensor, place) in wanted.items():
+        start = torch.Size([0] * tensor.dim())
+        chunk = ChunkStorageMetadata(start, tensor.shape)
+        properties = TensorProperties.create_from_tensor(tensor)
+        tensors[key] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+        info = _StorageInfo(place.file, place.offset, place.length)
+        places[MetadataIndex(key, start)] = info
+    return Metadata(tensors, storage_data=places)
 
 
 def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
@@ -352,7 +377,7 @@ def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
     return rows
 
 
-def first_failure(failures: Mapping[int, tuple[BaseException, Any]]) -> str:
+def first_failure(failures: Mapping[int, tuple[BaseException, Any]]) -> tuple[int, str]:
     """The rank and the reason, of what torch.distributed.checkpoint collects from all ranks."""
     rank, (cause, _) = sorted(failures.items())[0]
-    return f"rank {rank}: {brief(cause)}"
+    return rank, brief(cause)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -27,6 +28,7 @@ from consensus.run.checkpoint import (
     FOLDER,
     MANIFEST,
     Manifest,
+    Place,
     brief,
     by_worker,
     file_digest,
@@ -62,7 +64,7 @@ class CheckpointWriter:
     Attributes:
         problem: Why the last write failed, None if it did not.
         written: Number of checkpoints.
-        wait_s: Seconds for which the training thread has waited in all.
+        wait_s: Seconds for which `write` has kept the training waiting in all.
         write_s: Seconds for which the second thread has worked.
     """
 
@@ -93,34 +95,25 @@ class CheckpointWriter:
         Waits for the copy, and before it for the checkpoint that is still being written, if any:
         one copy exists at a time.
         """
-        with self._waiting():
-            self._join()
-            if self.problem is not None:
-                return  # the run is about to end with it
-            if not self._copy:
-                self._copy = {key: torch.empty_like(x, device="cpu") for key, x in state.items()}
-            for key, value in state.items():
-                self._copy[key].copy_(value)
+        started = time.perf_counter()
+        self.wait()
+        if self.problem is not None:
+            return  # the run is about to end with it
+        if not self._copy:
+            self._copy = {key: torch.empty_like(x, device="cpu") for key, x in state.items()}
+        for key, value in state.items():
+            self._copy[key].copy_(value)
+        self.wait_s += time.perf_counter() - started
         self._thread = threading.Thread(
             target=self._work, args=(facts,), name="checkpoint", daemon=True
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
-        with self._waiting():
-            self._join()
-
-    def _join(self) -> None:
+        """Until nothing is being written; for the end of a run."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.wait_s += time.perf_counter() - started
 
     def _work(self, facts: Facts) -> None:
         started = time.perf_counter()
@@ -148,8 +141,7 @@ class CheckpointWriter:
                     shutil.rmtree(aside, ignore_errors=True)
                     aside.mkdir(parents=True)
                     (aside / CONFIG).write_bytes(self.config)
-            with self._together(final):
-                self._save(aside)
+            tensors = self._save(aside, final)
             files = self._hash(aside, final)
             with self._together(final):
                 if first:
@@ -162,6 +154,7 @@ class CheckpointWriter:
                         facts.best,
                         torch.__version__,
                         files,
+                        tensors,
                     )
                     write_whole(aside / MANIFEST, manifest.to_json())
                     self._publish(aside, final)
@@ -182,21 +175,48 @@ class CheckpointWriter:
             problem = brief(error)
         self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
 
-    def _save(self, aside: Path) -> None:
+    def _save(self, aside: Path, final: Path) -> dict[str, Place]:
+        """Every rank's tensors to files. Returns where they lie, on rank 0."""
         # Imported where it is used: see checkpoint.py.
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
+
+        places: dict[str, Place] = {}
+
+        class Writer(dcp.FileSystemWriter):
+            """torch's writer, with our index instead of its pickle."""
+
+            def write_data(self, plan: Any, planner: Any) -> Any:
+                try:
+                    return super().write_data(plan, planner)
+                except RuntimeError as error:  # torch.save hides what the disk has said
+                    cause = error.__context__
+                    raise cause if isinstance(cause, OSError) else error from error
+
+            def finish(self, metadata: Any, results: Any) -> None:
+                for written in (item for of_rank in results for item in of_rank):
+                    tensor = metadata.state_dict_metadata[written.index.fqn]
+                    where = written.storage_data
+                    places[written.index.fqn] = Place(
+                        str(tensor.properties.dtype),
+                        tuple(tensor.size),
+                        where.relative_path,
+                        where.offset,
+                        where.length,
+                    )
 
         side = self.side
         try:
             dcp.save(
                 by_worker(self._copy, self.workers),
-                storage_writer=dcp.FileSystemWriter(aside, sync_files=True),
+                storage_writer=Writer(aside, sync_files=True),
                 process_group=side.handle if isinstance(side, ProcessGroup) else None,
                 no_dist=not isinstance(side, ProcessGroup),
             )
         except CheckpointException as error:  # a BaseException, on all ranks alike
-            raise OSError(first_failure(error.failures)) from error
+            rank, why = first_failure(error.failures)
+            raise GroupError(f"rank {rank}: cannot write checkpoint {final}: {why}") from error
+        return places
 
     def _hash(self, aside: Path, final: Path) -> dict[str, tuple[int, str]]:
         """Bytes and SHA-256 of every file, each rank its share."""
