@@ -32,6 +32,7 @@ from consensus.run.trainer import RunStopped, Trainer
 register_schema()
 
 REFUSED = (*REFUSALS, LaunchError)
+PATIENCE_S = 5.0  # torchrun looks every 0.1 s whether a rank has failed
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
@@ -108,7 +109,7 @@ def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
     wait for torchrun to end them. One that is still here afterwards was alone with its failure.
     """
     if not speak:
-        time.sleep(10.0)
+        time.sleep(PATIENCE_S)
         message = f"rank {os.environ.get('RANK', '0')}: {message}"
     if message is not None:
         print(f"consensus.train: {message}", file=sys.stderr, flush=True)
