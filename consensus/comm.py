@@ -5,11 +5,13 @@ minima and broadcasts of Algorithm 1, and the rule that a rank never raises alon
 """
 
 import copy
+import hashlib
 import os
 import re
 import socket
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -301,6 +303,7 @@ class ProcessGroup(Group):
             place = dist.rendezvous(init_method, launch.rank, launch.size, timeout=self._timeout)
             store, _, _ = next(iter(place))
             store.set_timeout(self._timeout)
+            store = dist.PrefixStore(_meet(store, launch, timeout_s), store)
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore("group", store),
@@ -410,6 +413,46 @@ class ProcessGroup(Group):
             del self.handle  # the last reference closes the connections, which peers notice
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, launch: Launch, timeout_s: float) -> str:
+    """A name that this start of all ranks has and no other: a part of the store for them alone.
+
+    torchrun keeps one store over all its restarts. What it holds may be of ranks that are dead, the
+    addresses at which Gloo would seek them as well, and nothing in the environment tells one start
+    from another on all nodes alike. So each rank calls itself by a number that nobody had before;
+    rank 0 publishes whom it sees, again and again, until all of them have found themselves on it.
+
+    Raises:
+        PeerLostError: If they have not after `timeout_s`.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"rank/{launch.rank}", mine)
+    deadline = time.monotonic() + timeout_s
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    while True:
+        if launch.rank == 0:
+            seen = ",".join(read(f"rank/{rank}") for rank in range(launch.size))
+            store.set("seen", seen)
+        else:
+            seen = read("seen")
+        met = hashlib.sha256(seen.encode()).hexdigest()
+        if seen.split(",")[launch.rank :][:1] == [mine]:
+            store.set(f"{met}/{launch.rank}", "here")
+            if launch.rank == 0 and all(read(f"{met}/{rank}") for rank in range(launch.size)):
+                store.set(f"{met}/all", "here")
+            if read(f"{met}/all"):
+                return met
+        if time.monotonic() > deadline:
+            absent = [rank for rank in range(launch.size) if not read(f"{met}/{rank}")]
+            raise PeerLostError(
+                f"rank {launch.rank}: lost a peer in `start`: rank {', '.join(map(str, absent))} "
+                f"did not come within {timeout_s:g} s"
+            )
+        time.sleep(0.05)
 
 
 class _SignsOfLife:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 
 # torch.distributed.checkpoint logs every call; a failing test would print thousands of them.
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL)
+logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["scripts/setup", "scripts/train", "scripts/check", "scripts/test", "scripts/wheel_check"]
+SCRIPTS = [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").iterdir())]
 SHELL = [*SCRIPTS, "launch/local.sh", ".ci/run"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

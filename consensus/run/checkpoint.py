@@ -18,13 +18,10 @@ worker, position), schedules and the phase of the communication period of the it
 """
 
 import hashlib
-import json
-import math
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,163 +31,18 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError
 from consensus.run.config import ConfigError
+from consensus.run.manifest import CONFIG, MANIFEST, DamagedError, Manifest, Place, brief
 
 # torch.distributed.checkpoint is imported where it is used. It brings sympy, two seconds that a
 # refused command, `--help` or a run without checkpoints need not wait for.
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-FORMAT = 1
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-CONFIG = "config.yaml"
 _NAME = re.compile(r"\d{8,}")
-_TENSORS = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
-_HEX_64, _HEX_256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 
 # One process, no process group: torch warns each time that it will do what it is asked to do.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-
-
-class DamagedError(RuntimeError):
-    """A checkpoint that is not as it was written; the message says what is wrong."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies, and what it is.
-
-    Attributes:
-        dtype: Such as "torch.float32".
-        shape: Of the whole tensor; it is stored in one piece.
-        file: Its name in the checkpoint.
-        offset: Of its first byte.
-        length: In bytes.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        iteration: Iterations done.
-        num_workers: M.
-        digest: Of u, 16 hexadecimal digits.
-        wall_s: Seconds of training so far, those before a resume included.
-        best: Iteration and test error of the evaluation with the lowest, if there was one.
-        torch: The version that wrote it.
-        files: Name -> bytes and SHA-256.
-        tensors: Key -> place.
-    """
-
-    iteration: int
-    num_workers: int
-    digest: str
-    wall_s: float
-    best: dict[str, float] | None
-    torch: str
-    files: dict[str, tuple[int, str]]
-    tensors: dict[str, Place]
-
-    def to_json(self) -> bytes:
-        """With the format, and a digest over everything else: so in every format there will be."""
-        content = {"format": FORMAT, **asdict(self)}
-        return _json(content | {"sha256": _digest(content)}, indent=2)
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> "Manifest":
-        """The manifest of a checkpoint.
-
-        Raises:
-            DamagedError: If it is not as it was written.
-            ConfigError: If a later version of this program wrote it.
-        """
-        try:
-            content = json.loads((checkpoint / MANIFEST).read_bytes())
-            sha256 = content.pop("sha256")
-            intact = sha256 == _digest(content)
-            version = content.pop("format")
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
-            raise DamagedError(f"no readable {MANIFEST} ({brief(e)})") from e
-        if not intact or not _whole(version, least=1):
-            raise DamagedError(f"{MANIFEST} is not as it was written")
-        if version > FORMAT:
-            raise ConfigError(
-                f"`resume` finds {checkpoint} in format {version}; allowed: up to {FORMAT}, which "
-                "this version reads"
-            )
-        try:
-            files = {name: (size, sha) for name, (size, sha) in content["files"].items()}
-            tensors = {
-                key: Place(**place | {"shape": tuple(place["shape"])})
-                for key, place in content["tensors"].items()
-            }
-            manifest = cls(**content | {"files": files, "tensors": tensors})
-        except (TypeError, ValueError, AttributeError, LookupError) as error:
-            raise DamagedError(f"{MANIFEST} lacks something ({brief(error)})") from error
-        manifest._require_sound()
-        return manifest
-
-    def _require_sound(self) -> None:
-        """Raise DamagedError unless every value is of its type and within its bounds."""
-        best = {} if self.best is None else self.best
-        checks = {
-            "iteration": _whole(self.iteration),
-            "num_workers": _whole(self.num_workers, least=1),
-            "digest": _matches(_HEX_64, self.digest),
-            "wall_s": _number(self.wall_s) and self.wall_s >= 0,
-            "best": isinstance(best, dict) and all(map(_number, best.values())),
-            "torch": isinstance(self.torch, str),
-            "files": CONFIG in self.files
-            and all(name == CONFIG or _matches(_TENSORS, name) for name in self.files)
-            and all(_whole(size) and _matches(_HEX_256, sha) for size, sha in self.files.values()),
-            "tensors": all(
-                isinstance(place.dtype, str)
-                and all(map(_whole, place.shape))
-                and _matches(_TENSORS, place.file)
-                and _whole(place.offset)
-                and _whole(place.length)
-                and place.offset + place.length <= self.files.get(place.file, (0, ""))[0]
-                for place in self.tensors.values()
-            ),
-        }
-        wrong = [name for name, good in checks.items() if not good]
-        if wrong:
-            raise DamagedError(f"{MANIFEST} has impossible {' and '.join(wrong)}")
-
-
-def _whole(x: Any, least: int = 0) -> bool:
-    return type(x) is int and x >= least
-
-
-def _number(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
-
-
-def _matches(pattern: re.Pattern[str], x: Any) -> bool:
-    return isinstance(x, str) and pattern.fullmatch(x) is not None
-
-
-def _json(content: Any, indent: int | None = None) -> bytes:
-    return json.dumps(content, indent=indent, sort_keys=True).encode()
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(_json(content)).hexdigest()
-
-
-def brief(error: BaseException) -> str:
-    """The reason of an error in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def file_digest(path: Path) -> tuple[int, str]:

@@ -24,12 +24,7 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError, ProcessGroup
 from consensus.run.checkpoint import (
-    CONFIG,
     FOLDER,
-    MANIFEST,
-    Manifest,
-    Place,
-    brief,
     by_worker,
     file_digest,
     first_failure,
@@ -37,6 +32,7 @@ from consensus.run.checkpoint import (
 )
 from consensus.run.config import Config
 from consensus.run.files import sync, write_whole
+from consensus.run.manifest import CONFIG, MANIFEST, Manifest, Place, brief
 
 
 @dataclass(frozen=True)

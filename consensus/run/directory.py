@@ -21,9 +21,10 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from consensus.comm import Group, GroupError, Launch
-from consensus.run.checkpoint import DamagedError, candidates, inspect, list_checkpoints
+from consensus.run.checkpoint import candidates, inspect, list_checkpoints
 from consensus.run.config import RESUME, Config, require
 from consensus.run.files import write_whole
+from consensus.run.manifest import DamagedError
 
 LOCK = ".lock"
 

@@ -12,11 +12,12 @@ import torch
 from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
-from consensus.run.checkpoint import Manifest, candidates, choose, load, set_aside
+from consensus.run.checkpoint import candidates, choose, load, set_aside
 from consensus.run.checkpoint_writer import CheckpointWriter, Facts
 from consensus.run.config import AlgorithmConfig
 from consensus.run.directory import RunDirectory
 from consensus.run.files import write_whole
+from consensus.run.manifest import Manifest
 from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen

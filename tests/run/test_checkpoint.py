@@ -27,9 +27,6 @@ from omegaconf import OmegaConf
 from consensus.comm import GroupError, Solo
 from consensus.run import checkpoint_writer
 from consensus.run.checkpoint import (
-    DamagedError,
-    Manifest,
-    Place,
     by_worker,
     candidates,
     choose,
@@ -42,6 +39,7 @@ from consensus.run.checkpoint import (
 from consensus.run.checkpoint_writer import CheckpointWriter, Facts
 from consensus.run.compose import config_dir, register_schema, to_config
 from consensus.run.config import ConfigError
+from consensus.run.manifest import DamagedError, Manifest, Place
 from consensus.server import digest
 
 M, N = 4, 6  # workers, coordinates
@@ -593,6 +591,8 @@ def test_a_damaged_checkpoint_is_named_and_skipped(config, tmp_path, name, damag
     assert len(said) == 1
     assert str(newer) in said[0]
     assert name in said[0].replace(str(newer), "")
+    if damage in (truncate, halve, empty, grow) and name != "manifest.json":
+        assert "bytes instead of" in said[0]
     with pytest.raises(DamagedError, match=re.escape(name)):
         verify_files(newer, Solo())
     if name != "__0_0.distcp":  # only the ranks look at the tensors

@@ -1,0 +1,422 @@
+"""No run is ever lost: processes are killed at any moment, and the run ends as if nobody had.
+
+Real processes, Gloo, SIGKILL. A run that was killed and continued is compared with one that was
+not: the bits of the model, every row of metrics.jsonl, every number on TensorBoard.
+
+CONSENSUS_KILLS (8) runs are killed, CONSENSUS_KILL_SEED (0) decides how; scripts/kill_test: 50.
+"""
+
+import functools
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import rows_of
+from test_train import run as run_command
+
+import consensus
+from consensus.comm import Solo
+from consensus.run.checkpoint import choose, list_checkpoints, load
+from consensus.run.manifest import Manifest
+from consensus.server import digest
+from launch import Ranks
+
+KILLS = int(os.environ.get("CONSENSUS_KILLS", "8"))
+SEED = os.environ.get("CONSENSUS_KILL_SEED", "0")
+
+PLUGIN = """
+from torch import nn
+from consensus.problem import MODELS
+
+@MODELS.register("dropout")
+def dropout(num_classes=10, hidden=16):
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, hidden),
+        nn.Dropout(0.3),
+        nn.ReLU(),
+        nn.Linear(hidden, num_classes),
+    )
+"""
+
+ITERATIONS, EVAL_EVERY = 60, 10
+# What a resume could lose has an effect here: velocities, cuts of a bounded domain, shuffles and
+# dropout, the phase of the period, a schedule. Checkpoints do not fall on evaluations.
+RUN = [
+    "experiment=smoke",
+    "device=cpu",
+    "plugins=[dropout_model]",
+    "model=logistic",
+    "model.name=dropout",
+    "potential=tan",
+    "potential.eta=0.2",
+    "algorithm.batch_size=8",
+    f"algorithm.iterations={ITERATIONS}",
+    "algorithm.period=2",
+    "algorithm.schedule.sigma.name=cosine",
+    "+algorithm.schedule.sigma.options.final=0.1",
+    f"output.eval_every={EVAL_EVERY}",
+    "output.log_every=5",
+    "output.checkpoint_every=7",
+    "group.timeout_s=60",
+]
+HERE = ["resume=auto", "output.run_dir=run"]
+CLOCKS = ("wall_s", "samples_per_s")
+
+
+# ---- runs, and what they leave
+
+
+@dataclass
+class Finished:
+    """What must not depend on how often a run was killed."""
+
+    rows: list[dict[str, Any]]
+    best: dict[str, float]
+    model: dict[str, torch.Tensor]
+    scalars: dict[str, list[tuple[int, float]]]
+
+
+def read(run_dir: Path) -> Finished:
+    rows = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run_dir)]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert {key: summary[key] for key in rows[-1]} == rows[-1]
+    model = torch.load(run_dir / "model.pt", weights_only=True)
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    scalars = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag != "evaluation/samples_per_s"
+    }
+    return Finished(rows, summary["best"], model, scalars)
+
+
+def require_sound(run_dir: Path) -> None:
+    """One u everywhere: on all ranks, in the last row, in the checkpoint and in model.pt."""
+    folder = run_dir / "checkpoints"
+    assert [path.name for path in folder.iterdir() if not path.name.isdecimal()] == []
+    newest = list_checkpoints(run_dir)[0]
+    manifest = Manifest.read(newest)
+    assert choose([newest], Solo(), pytest.fail) == newest
+    model = torch.load(run_dir / "model.pt", weights_only=True)
+    u = torch.cat([tensor.flatten() for tensor in model.values()])
+    expected = f"{int(digest(u)) & (2**64 - 1):016x}"
+    last = rows_of(run_dir)[-1]  # its digest was compared between the ranks
+    assert (last["digest"], manifest.digest) == (expected, expected)
+    workers = range(manifest.num_workers)
+    rows = torch.zeros(len(workers), len(u), dtype=u.dtype)
+    counts = torch.zeros(len(workers), dtype=torch.int64)
+    state = {
+        "server/u": u,
+        "worker/z": rows,
+        "worker/v": rows,
+        "worker/cuts": counts,
+        "worker/oracle/position": counts,
+    }
+    state = load(newest, state, workers)
+    assert torch.equal(state["server/u"], u)
+    assert state["worker/oracle/position"].tolist() == [last["iteration"]] * len(workers)
+    assert int(state["worker/cuts"].sum()) == last["cuts_z"]
+
+
+def require_equal(found: Finished, expected: Finished) -> None:
+    steps = [row["iteration"] for row in found.rows]
+    assert steps == list(range(EVAL_EVERY, ITERATIONS + 1, EVAL_EVERY))
+    assert [step for step, _ in found.scalars["evaluation/objective"]] == steps
+    assert found.rows == expected.rows
+    assert found.best == expected.best
+    assert found.model.keys() == expected.model.keys()
+    assert all(torch.equal(found.model[key], expected.model[key]) for key in expected.model)
+    assert found.scalars == expected.scalars
+
+
+@dataclass
+class Timing:
+    """Of an uninterrupted run: seconds until its ranks have met, and until it ends."""
+
+    met_s: float
+    end_s: float
+
+
+@dataclass
+class Reference:
+    """A run that nobody killed."""
+
+    finished: Finished
+    timing: Timing
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> dict[str, str]:
+    """The environment in which `plugins=[dropout_model]` and `plugins=[faults]` are found."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "dropout_model.py").write_text(PLUGIN)
+    package = Path(consensus.__file__).parents[1]
+    return {"PYTHONPATH": f"{folder}:{Path(__file__).parent}:{package}"}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, plugin) -> Callable[[int], Reference]:
+    """`reference(size)`: the uninterrupted run of `size` ranks."""
+
+    @functools.cache
+    def make(size: int) -> Reference:
+        warm_up(tmp_path_factory.mktemp("warm"))
+        folder = tmp_path_factory.mktemp("reference")
+        started = time.monotonic()
+        with Ranks(size, [*RUN, *HERE], folder, plugin) as ranks:
+            while not has_met(ranks):
+                assert not ranks.ended, ranks.err(0)
+                time.sleep(0.01)
+            met_s = time.monotonic() - started
+            assert ranks.wait(120) == [0] * size, ranks.err(0)
+            end_s = time.monotonic() - started
+        require_sound(folder / "run")
+        finished = read(folder / "run")
+        last = finished.rows[-1]
+        assert min(last["cuts_u"], last["cuts_z"]) > 0, "the line search has to do something"
+        return Reference(finished, Timing(met_s, end_s))
+
+    return make
+
+
+@functools.cache
+def warm_up(folder: Path) -> None:
+    """The first rank waits for the imports; no clock should."""
+    with Ranks(1, ["--help"], folder) as ranks:
+        ranks.wait(120)
+
+
+def has_met(ranks: Ranks) -> bool:
+    """Whether the group is open: rank 0 of this attempt has locked the run directory."""
+    try:
+        return json.loads((ranks.cwd / "run" / ".lock").read_text())["pid"] == ranks.pids[0]
+    except (OSError, ValueError):
+        return False
+
+
+def is_writing(folder: Path) -> bool:
+    return any((folder / "run" / "checkpoints").glob(".*.tmp"))
+
+
+def require_obituary(ranks: Ranks, victim: int) -> None:
+    """The others end by themselves, each with one line that names the killed rank."""
+    started = time.monotonic()
+    codes = ranks.wait(20)
+    assert time.monotonic() - started < 10, "the others should not have waited so long"
+    assert codes[victim] == -9
+    complete = (ranks.cwd / "run" / "summary.json").exists()
+    for rank in range(ranks.size):
+        if rank == victim or (complete and codes[rank] == 0):
+            continue
+        assert codes[rank] == 1, ranks.err(rank)
+        (line,) = ranks.lines(rank)
+        pattern = (
+            rf"consensus\.train: rank {rank}: lost a peer in `\w+`: "
+            r"no sign of life from rank ([\d, ]+) \(killed, stopped or cut off\)"
+        )
+        match = re.fullmatch(pattern, line)
+        assert match, line
+        named = match[1].split(", ")
+        assert str(victim) in named, line
+        assert len(named) == 1 or ranks.size > 2, line
+        assert "Traceback" not in ranks.err(rank)
+
+
+# ---- kills at random moments
+
+
+@dataclass
+class Tally:
+    """What became of the runs that were killed."""
+
+    runs: int = 0
+    kills: int = 0
+    while_writing: int = 0
+    equal: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runs} runs, {self.kills} kills, {self.while_writing} of them while a "
+            f"checkpoint was written; {self.equal} runs equal to the uninterrupted one"
+        )
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Tally]:
+    tally = Tally()
+    yield tally
+    print(f"\n{tally}")  # for `pytest -s`
+    if KILLS >= 50:
+        assert tally.while_writing >= KILLS / 10, "the kills have to meet the writing as well"
+
+
+def kill_at_random(chance: random.Random, ranks: Ranks, timing: Timing, tally: Tally) -> None:
+    """One rank or all, in the start, later, or while a checkpoint is written."""
+    victim = chance.choice([*range(ranks.size), *["all"] * ranks.size])
+    moment = chance.choice(["start", "later", "later", "checkpoint", "checkpoint"])
+    share = chance.random()
+    wait_s = share * (timing.met_s if moment == "start" else timing.end_s - timing.met_s)
+    if moment != "start":
+        sleep_until(lambda: has_met(ranks) or ranks.ended)
+    end = time.monotonic() + wait_s
+    sleep_until(lambda: time.monotonic() > end or ranks.ended)
+    if moment == "checkpoint":
+        sleep_until(lambda: is_writing(ranks.cwd) or ranks.ended)
+    if ranks.ended:
+        assert ranks.wait(20) == [0] * ranks.size, ranks.err(0)
+        return  # too late
+    met = has_met(ranks)
+    writing = is_writing(ranks.cwd)
+    if victim == "all":
+        ranks.kill_all()
+    else:
+        ranks.kill(victim)
+    writing = writing and is_writing(ranks.cwd)
+    tally.kills += 1
+    tally.while_writing += writing
+    if victim != "all" and met:
+        require_obituary(ranks, victim)
+
+
+def sleep_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.001)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_run_ends_as_if_nobody_had_killed_it(number, reference, plugin, tally, tmp_path):
+    chance = random.Random(f"{SEED}/{number}")
+    size = 4 if number % 4 == 3 else 2
+    expected = reference(size)
+    tally.runs += 1
+    for _ in range(chance.choice([1, 1, 2, 3])):
+        with Ranks(size, [*RUN, *HERE], tmp_path, plugin) as ranks:
+            kill_at_random(chance, ranks, expected.timing, tally)
+    with Ranks(size, [*RUN, *HERE], tmp_path, plugin) as ranks:
+        assert ranks.wait(120) == [0] * size, ranks.err(0)
+    require_sound(tmp_path / "run")
+    require_equal(read(tmp_path / "run"), expected.finished)
+    tally.equal += 1
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (4, 2)])
+def test_the_others_name_the_killed_rank_and_end(size, victim, plugin, tmp_path):
+    fault = {"kind": "kill", "rank": victim, "iteration": 30}
+    plugins = "plugins=[dropout_model,faults]"
+    environment = plugin | {"FAULTS": json.dumps([fault])}
+    with Ranks(size, [*RUN, *HERE, plugins], tmp_path, environment) as ranks:
+        require_obituary(ranks, victim)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# ---- on other numbers of processes
+
+
+@pytest.mark.ranks
+def test_four_workers_go_on_in_two_processes_and_then_in_one(tmp_path):
+    # The layouts form sums in different orders, so they differ by rounding from the start. A convex
+    # smooth loss and a quadratic coupling with stable steps contract that; ReLU, pooling and the
+    # halvings of a line search would turn it into jumps.
+    overrides = [
+        "experiment=smoke",
+        "device=cpu",
+        "dtype=float64",
+        "workers=4",
+        "model=logistic",
+        "potential=quad",
+        "algorithm.sigma=0.001",
+        "algorithm.iterations=150",
+        "output.eval_every=10",
+        "output.checkpoint_every=7",
+        "group.timeout_s=60",
+    ]
+    chance = random.Random(f"{SEED}/layouts")
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    with Ranks(4, [*overrides, *HERE], tmp_path / "whole") as ranks:
+        assert ranks.wait(120) == [0] * 4, ranks.err(0)
+    folder, done = tmp_path / "killed", 0
+    for size in (4, 2):
+        with Ranks(size, [*overrides, *HERE], folder) as ranks:
+            sleep_until(lambda done=done, ranks=ranks: newest(folder) > done or ranks.ended)
+            time.sleep(chance.uniform(0, 0.1))
+            assert not ranks.ended, "too late to kill it"
+            ranks.kill_all()
+            assert ranks.wait(20) == [-9] * size
+        done = newest(folder)
+    with Ranks(1, [*overrides, *HERE], folder) as ranks:
+        assert ranks.wait(120) == [0], ranks.err(0)
+        assert f"{done:08d} at iteration {done}" in ranks.out(0)
+    for name in ("whole", "killed"):
+        require_sound(tmp_path / name / "run")
+    expected, found = read(tmp_path / "whole" / "run"), read(folder / "run")
+    assert [row["iteration"] for row in found.rows] == list(range(10, 151, 10))
+    for key, tensor in expected.model.items():
+        assert float((found.model[key] - tensor).abs().max()) < 1e-9
+    for row, other in zip(expected.rows, found.rows, strict=True):
+        for key in row.keys() - {"digest"}:
+            assert other[key] == pytest.approx(row[key], rel=1e-9, abs=1e-9), key
+
+
+def newest(folder: Path) -> int:
+    checkpoints = list_checkpoints(folder / "run")
+    return int(checkpoints[0].name) if checkpoints else 0
+
+
+# ---- torchrun starts them again
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_torchrun_restarts_until_the_run_is_complete(reference, plugin, tmp_path):
+    faults = [
+        {"kind": "kill", "rank": 1, "iteration": 30, "attempt": 0},
+        {"kind": "kill", "rank": 0, "iteration": 45, "attempt": 1},
+    ]
+    expected = reference(2).finished
+    environment = plugin | {"PET_MAX_RESTARTS": "3", "FAULTS": json.dumps(faults)}  # --max-restarts
+    overrides = [*RUN, "plugins=[dropout_model,faults]"]
+    ended = run_command(tmp_path, *overrides, processes=2, timeout=300, **environment)
+    assert ended.code == 0, ended.err
+    assert ended.left_behind == []
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    resumed = [int(t) for t in re.findall(r"continues \S+ at iteration (\d+)", ended.out)]
+    assert len(resumed) == 2
+    assert 14 <= resumed[0] < 30 <= resumed[1] < 45
+    require_sound(run_dir)
+    require_equal(read(run_dir), expected)
+
+
+# ---- twice the same
+
+
+@pytest.mark.ranks
+def test_a_deterministic_run_repeats_itself(plugin, tmp_path):
+    overrides = [*RUN, *HERE, "deterministic=true"]
+    finished = []
+    for name in ("once", "again", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            fault = json.dumps([{"kind": "kill", "rank": "all", "iteration": 33}])
+            faulty = [*overrides, "plugins=[dropout_model,faults]"]
+            with Ranks(2, faulty, folder, plugin | {"FAULTS": fault}) as ranks:
+                assert -9 in ranks.wait(60)
+        with Ranks(2, overrides, folder, plugin) as ranks:
+            assert ranks.wait(60) == [0, 0], ranks.err(0)
+        require_sound(folder / "run")
+        finished.append(read(folder / "run"))
+    for other in finished[1:]:
+        require_equal(other, finished[0])
