@@ -2,7 +2,8 @@
 
 A table maps a name to a *factory*, a function whose keyword arguments with defaults are the
 options of that entry. `TABLE[name]` is the entry with its defaults, `TABLE.make(name, **options)`
-with others. Users add their own with the same decorator that the built-in ones use:
+with others; what a factory annotates as bool, int or float is checked before it is called. Users
+add their own with the same decorator that the built-in ones use:
 
     @POTENTIALS.register("mine")
     def mine(sharpness: float = 2.0) -> Potential: ...
@@ -10,6 +11,7 @@ with others. Users add their own with the same decorator that the built-in ones 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -53,15 +55,17 @@ class Registry(Mapping[str, T], Generic[T]):
         """The entry `name` with the given options.
 
         Raises:
-            ValueError: If the name or an option is unknown; the message lists what is known.
+            ValueError: If the name or an option is unknown, or an option is not of the type that it
+                is annotated with; the message lists what is allowed.
         """
-        allowed = self.options(name)
+        allowed = inspect.signature(self._factory(name)).parameters
         for option in options:
             if option not in allowed:
                 known = ", ".join(allowed) or "none"
                 raise ValueError(
                     f"{self.kind} `{name}` has no option `{option}`; its options: {known}"
                 )
+            options[option] = _typed(option, options[option], allowed[option].annotation)
         return self._factory(name)(**options)
 
     def _factory(self, name: str) -> Callable[..., T]:
@@ -84,6 +88,24 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._factories)
+
+
+_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+
+
+def _typed(option: str, value: Any, annotation: Any) -> Any:
+    """The value, refused if its parameter is annotated as a bool, an int or a float and it is not.
+
+    A whole number serves as a float and becomes one; a text is no truth value.
+    """
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    given = type(value).__name__
+    if name not in _TYPES or given == name:
+        return value
+    if (given, name) == ("int", "float"):
+        with suppress(OverflowError):
+            return float(value)
+    raise ValueError(f"`{option}` is {value}; allowed: {_TYPES[name]}")
 
 
 def _origin(factory: Callable[..., Any]) -> tuple[str, str]:

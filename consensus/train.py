@@ -8,10 +8,12 @@ process group opened; 75 it was asked to stop (SIGTERM, SIGUSR1) and left a chec
 signal, it was and could not; 130 interrupted.
 """
 
+import io
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -23,7 +25,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
-from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.compose import (
+    REFUSALS,
+    config_dir,
+    explain,
+    refuse_unknown_switches,
+    register_schema,
+    to_config,
+)
 from consensus.run.config import ConfigError
 from consensus.run.plan import make_plan
 from consensus.run.signals import follow_launcher
@@ -60,8 +69,12 @@ def main() -> None:
     # Hydra would print what its composition raises in several lines and exit with 1. Failures of
     # the task itself are told inside it, before Hydra adds a line of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what no encoding does
     follow_launcher()
     with failures_in_one_line():
+        refuse_unknown_switches()
+        warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
         train()
 
 
@@ -112,7 +125,8 @@ def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
         time.sleep(PATIENCE_S)
         message = f"rank {os.environ.get('RANK', '0')}: {message}"
     if message is not None:
-        print(f"consensus.train: {message}", file=sys.stderr, flush=True)
+        line = " ".join(message.split())  # a path, or a name, may hold line breaks
+        print(f"consensus.train: {line}", file=sys.stderr, flush=True)
     if code != 2 and os.environ.get("WORLD_SIZE", "1") != "1":
         # At once: the teardown of a process group waits for peers that may be gone or stuck.
         sys.stdout.flush()

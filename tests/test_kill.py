@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def dropout(num_classes=10, hidden=16):
 """
 
 ITERATIONS, EVAL_EVERY = 60, 10
+TIMEOUT_S = 30
 # What a resume could lose has an effect here: velocities, cuts of a bounded domain, shuffles and
 # dropout, the phase of the period, a schedule. Checkpoints do not fall on evaluations.
 RUN = [
@@ -67,7 +69,7 @@ RUN = [
     f"output.eval_every={EVAL_EVERY}",
     "output.log_every=5",
     "output.checkpoint_every=7",
-    "group.timeout_s=60",
+    f"group.timeout_s={TIMEOUT_S}",
 ]
 HERE = ["resume=auto", "output.run_dir=run"]
 CLOCKS = ("wall_s", "samples_per_s")
@@ -210,9 +212,8 @@ def is_writing(folder: Path) -> bool:
 
 def require_obituary(ranks: Ranks, victim: int) -> None:
     """The others end by themselves, each with one line that names the killed rank."""
-    started = time.monotonic()
-    codes = ranks.wait(20)
-    assert time.monotonic() - started < 10, "the others should not have waited so long"
+    # In training they notice at once, but a connection that is being opened may wait its time out.
+    codes = ranks.wait(TIMEOUT_S + 20)
     assert codes[victim] == -9
     complete = (ranks.cwd / "run" / "summary.json").exists()
     for rank in range(ranks.size):
@@ -260,8 +261,8 @@ def tally() -> Iterator[Tally]:
         assert tally.while_writing >= KILLS / 10, "the kills have to meet the writing as well"
 
 
-def kill_at_random(chance: random.Random, ranks: Ranks, timing: Timing, tally: Tally) -> None:
-    """One rank or all, in the start, later, or while a checkpoint is written."""
+def kill_at_random(chance: random.Random, ranks: Ranks, timing: Timing, tally: Tally) -> bool:
+    """One rank or all, in the start, later, or while a checkpoint is written; False if too late."""
     victim = chance.choice([*range(ranks.size), *["all"] * ranks.size])
     moment = chance.choice(["start", "later", "later", "checkpoint", "checkpoint"])
     share = chance.random()
@@ -274,7 +275,7 @@ def kill_at_random(chance: random.Random, ranks: Ranks, timing: Timing, tally: T
         sleep_until(lambda: is_writing(ranks.cwd) or ranks.ended)
     if ranks.ended:
         assert ranks.wait(20) == [0] * ranks.size, ranks.err(0)
-        return  # too late
+        return False
     met = has_met(ranks)
     writing = is_writing(ranks.cwd)
     if victim == "all":
@@ -286,6 +287,7 @@ def kill_at_random(chance: random.Random, ranks: Ranks, timing: Timing, tally: T
     tally.while_writing += writing
     if victim != "all" and met:
         require_obituary(ranks, victim)
+    return True
 
 
 def sleep_until(condition: Callable[[], bool]) -> None:
@@ -300,9 +302,15 @@ def test_a_killed_run_ends_as_if_nobody_had_killed_it(number, reference, plugin,
     size = 4 if number % 4 == 3 else 2
     expected = reference(size)
     tally.runs += 1
-    for _ in range(chance.choice([1, 1, 2, 3])):
+    killed, wanted = 0, chance.choice([1, 1, 2, 3])
+    while killed < wanted:
         with Ranks(size, [*RUN, *HERE], tmp_path, plugin) as ranks:
-            kill_at_random(chance, ranks, expected.timing, tally)
+            if kill_at_random(chance, ranks, expected.timing, tally):
+                killed += 1
+            elif killed:
+                break  # it is complete
+            else:
+                shutil.rmtree(tmp_path / "run")
     with Ranks(size, [*RUN, *HERE], tmp_path, plugin) as ranks:
         assert ranks.wait(120) == [0] * size, ranks.err(0)
     require_sound(tmp_path / "run")
@@ -317,7 +325,11 @@ def test_the_others_name_the_killed_rank_and_end(size, victim, plugin, tmp_path)
     plugins = "plugins=[dropout_model,faults]"
     environment = plugin | {"FAULTS": json.dumps([fault])}
     with Ranks(size, [*RUN, *HERE, plugins], tmp_path, environment) as ranks:
+        while ranks.codes[victim] is None:
+            time.sleep(0.01)
+        started = time.monotonic()
         require_obituary(ranks, victim)
+        assert time.monotonic() - started < TIMEOUT_S / 2, "they should not have waited it out"
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

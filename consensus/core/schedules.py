@@ -43,7 +43,14 @@ def step(every: int = 10_000, factor: float = 0.1) -> Schedule:
         raise ValueError(f"`every` is {every}; allowed: a whole number >= 1")
     if not 0.0 < factor < math.inf:
         raise ValueError(f"`factor` is {factor}; allowed: a finite number > 0")
-    return lambda t, iterations: factor ** (t // every)
+
+    def power(t: int, iterations: int) -> float:
+        try:
+            return factor ** (t // every)
+        except OverflowError:
+            return math.inf
+
+    return power
 
 
 def _decay(shape: Callable[[float], float], final: float, warmup: int) -> Schedule:

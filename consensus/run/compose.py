@@ -8,8 +8,9 @@ import difflib
 import importlib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +35,21 @@ def config_dir() -> str:
         if (candidate / "train.yaml").is_file():
             return str(candidate)
     raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
+
+
+def refuse_unknown_switches() -> None:
+    """What begins with `-` is read by argparse, which would tell a mistake in several lines.
+
+    Raises:
+        ConfigError: If Hydra does not know one of them, or its value.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --hydra-help lists what Hydra knows besides KEY=VALUE")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args()
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -72,7 +88,7 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _explain_key(cause)
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"
 
 
 def _explain_choice(error: MissingConfigException) -> str:

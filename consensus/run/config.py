@@ -50,8 +50,25 @@ def made(key: str, table: Registry[Any], name: str, options: dict[str, Any]) -> 
     require_one_of(f"{key}.name", name, table)
     try:
         return table.make(name, **options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"`{key}.options` is {options}: {error}") from error
+
+
+def absolute(key: str, path: str) -> str:
+    """A path that does not follow a later chdir.
+
+    Raises:
+        ConfigError: If its user is unknown, a name in it is too long, or it may not be looked at.
+    """
+    try:
+        found = Path(path).expanduser().resolve()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"`{key}` is {path}; allowed: the path of a file or folder ({cause})"
+        ) from error
+    return str(found)
 
 
 @dataclass
@@ -180,7 +197,8 @@ class AlgorithmConfig:
         if getattr(self.schedule, name).name == "constant":
             return 1.0, 1.0
         factor = self.schedule.make(name)
-        values = [factor(t, self.iterations) for t in range(self.iterations)]
+        last, stride = self.iterations - 1, 1 + self.iterations // 100_000  # enough of a long run
+        values = [factor(t, self.iterations) for t in (*range(0, last, stride), last)]
         return min(values), max(values)
 
 
@@ -199,7 +217,7 @@ class DataConfig:
         require_one_of("data.name", self.name, DATASETS)
         require_one_of("data.partition", self.partition, PARTITIONS)
         require(0 < self.alpha < math.inf, "data.alpha", self.alpha, "a finite number > 0")
-        self.root = str(Path(self.root).expanduser().resolve())
+        self.root = absolute("data.root", self.root)
 
 
 @dataclass
@@ -257,9 +275,9 @@ class OutputConfig:
         if self.name is not None:
             plain = self.name != "" and "/" not in self.name
             require(plain, "output.name", repr(self.name), "a word without `/`")
-        self.root = str(Path(self.root).expanduser().resolve())
+        self.root = absolute("output.root", self.root)
         if self.run_dir is not None:
-            self.run_dir = str(Path(self.run_dir).expanduser().resolve())
+            self.run_dir = absolute("output.run_dir", self.run_dir)
 
 
 @dataclass
@@ -294,7 +312,7 @@ class Config:
             "never or a path, unless output.run_dir says which run to continue",
         )
         if self.resume not in RESUME:
-            self.resume = str(Path(self.resume).expanduser().resolve())
+            self.resume = absolute("resume", self.resume)
         algorithm = self.algorithm
         largest = float(torch.finfo(getattr(torch, self.dtype)).max)
         factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}
@@ -312,6 +330,12 @@ class Config:
             "algorithm.lam",
             f"{lam:g}",
             f"a number for which sigma / lam and tau / lam fit {self.dtype}, below {largest:.2g}",
+        )
+        require(
+            algorithm.weight_decay < largest,
+            "algorithm.weight_decay",
+            algorithm.weight_decay,
+            f"a number that fits {self.dtype}, below {largest:.2g}",
         )
         if algorithm.name in ("easgd", "msgd"):
             require(

@@ -4,6 +4,7 @@ Every rank makes the same plan from the same config, so a mistake is found on al
 nobody is left waiting. Needs the launch (how many processes) and the data, but no communication.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +113,9 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         if logits.shape != (1, dataset.num_classes):
             wanted = (1, dataset.num_classes)
             raise ValueError(f"it turns 1 image into {tuple(logits.shape)}, not logits {wanted}")
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
+    require_memory(model, num_workers // launch.size, device)
     shards = deal_out(config, dataset, num_workers)
     minibatches = [
         Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
@@ -165,6 +167,21 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
+def require_memory(model: nn.Module, workers: int, device: torch.device) -> None:
+    """Refuse more workers on this process than its memory has room for z, v and gradients of."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    bytes_each = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    require(
+        workers <= memory // bytes_each,
+        "workers",
+        f"{workers} on one process",
+        f"at most {memory // bytes_each}, whose z, v and gradients fit its memory",
+    )
+
+
 def deal_out(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
     """The training indices of each of the M workers.
 
@@ -191,9 +208,21 @@ def deal_out(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]
 
 
 def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtype) -> Layerwise:
-    """The layer-wise potential over the layers of the model."""
+    """The layer-wise potential over the layers of the model.
+
+    Raises:
+        ConfigError: If its numbers do not fit the layers or the dtype.
+    """
     try:
         phi = Layerwise(config.potential.make(), risk.layout.layers, config.potential.eta)
     except ValueError as error:
         raise ConfigError(f"`potential.options` is {config.potential.options}: {error}") from error
-    return phi.to(torch.empty(0, device=device, dtype=dtype))
+    phi = phi.to(torch.empty(0, device=device, dtype=dtype))
+    origin = torch.zeros(risk.layout.size, device=device, dtype=dtype)
+    require(  # a number that overflows gives inf * 0 there
+        bool(phi.value(origin).isfinite()) and bool(phi.grad(origin).isfinite().all()),
+        "potential",
+        f"{config.potential.name} with eta = {config.potential.eta} and {config.potential.options}",
+        f"numbers for which phi and its gradient at 0 are finite in {config.dtype}",
+    )
+    return phi

@@ -1,6 +1,7 @@
 """Figures and tables from metrics files alone."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,10 +74,10 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
-        for label, rows in runs.items():
+        for rows in runs.values():
             values = [float("nan") if row[key] is None else row[key] for row in rows]
             iterations = [row["iteration"] for row in rows]
-            axis.plot(iterations, values, marker=".", label=label)
+            axis.plot(iterations, values, marker=".", label="run")
         positive = any((row[key] or 0) > 0 for rows in runs.values() for row in rows)
         if key in ("objective", "train_loss") and positive:
             axis.set_yscale("log")
@@ -84,8 +85,13 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("iteration")
-    axes[0][0].legend()
-    figure.savefig(path, dpi=150)
+    # Set afterwards: a label that begins with `_` is left out, and one with `$` read as a formula.
+    for text, label in zip(axes[0][0].legend().get_texts(), runs, strict=True):
+        text.set_parse_math(False)
+        text.set_text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in label))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # draws a box
+        figure.savefig(path, dpi=150)
 
 
 def comparison_table(runs: Mapping[str, Sequence[Row]]) -> Table:

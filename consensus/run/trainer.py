@@ -140,7 +140,7 @@ class Trainer:
         self.resumed_at, self.resumed_t = time.perf_counter(), start  # behind samples_per_s
         for t in range(start, iterations):
             self.algorithm.step(t)
-            watch.observe(t, self.algorithm.worker.z)
+            watch.observe(t, self.algorithm.u, self.algorithm.worker.z)
             done = t + 1
             log = done % output.log_every == 0
             evaluate = done % output.eval_every == 0 or done == iterations
@@ -161,6 +161,8 @@ class Trainer:
         if not self.rows or self.rows[-1]["iteration"] != iterations:
             self.evaluate(iterations, screen)  # a checkpoint without its row, or one that grew
         if self.writer is not None:
+            if start == iterations and not self.plan.origin.continues:
+                self.save(iterations)  # a new run that begins where it ends has a checkpoint too
             self.writer.wait()
         self.agree()
         with self.writing():

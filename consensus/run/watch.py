@@ -28,19 +28,22 @@ class Watch:
         self.workers = workers
         self.log_every = log_every
         self._never = torch.iinfo(torch.int64).max
+        # 2 t where a z_j of this rank was the first, 2 t + 1 where u was: z_j goes before u.
         self._first = torch.full((), self._never, dtype=torch.int64, device=group.device)
         self._last: int | None = None  # the iteration at the last look
         self._clock = time.perf_counter()
         self._stride = 1
 
-    def observe(self, t: int, z: Tensor) -> None:
-        """After iteration t: remember when a z_j stopped being finite, without synchronizing.
+    def observe(self, t: int, u: Tensor, z: Tensor) -> None:
+        """After iteration t: remember when a z_j or u stopped being finite, without synchronizing.
 
-        u itself is no witness: it is spoilt on all ranks one iteration after one of them. One pass
-        over z (K, n): a sum is finite only if its terms are. Terms so large that their sum
-        overflows count as non-finite too; they have diverged.
+        u is spoilt on all ranks at once, one iteration after the z_j of one of them, or by itself.
+        One pass over each, (n,) and (K, n): a sum is finite only if its terms are. Terms so large
+        that their sum overflows count as non-finite too; they have diverged.
         """
-        self._first = torch.where(torch.isfinite(z.sum()), self._first, self._first.clamp(max=t))
+        u_at = torch.where(torch.isfinite(u.sum()), self._never, 2 * t + 1)
+        z_or_u_at = torch.where(torch.isfinite(z.sum()), u_at, 2 * t)
+        self._first = torch.minimum(self._first, z_or_u_at)
 
     def due(self, done: int) -> bool:
         """Whether it is time to look again, after `done` iterations; the same on all ranks."""
@@ -78,13 +81,15 @@ class Watch:
         return int(max(signals))
 
     def _require_finite(self, first: list[int]) -> None:
-        t = min(first)
-        if t == self._never:
+        earliest = min(first)
+        if earliest == self._never:
             return
-        rank = first.index(t)
+        t, u_alone = divmod(earliest, 2)
+        rank = first.index(earliest)
         j = [rank * self.workers, (rank + 1) * self.workers - 1]
         who = f"worker {j[0]}" if j[0] == j[1] else f"one of the workers {j[0]} to {j[1]}"
+        what = "u" if u_alone else f"{who} on rank {rank}"
         raise GroupError(
-            f"iteration {t + 1}: {who} on rank {rank} became non-finite, and u with it; "
+            f"iteration {t + 1}: {what} became non-finite{'' if u_alone else ', and u with it'}; "
             "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
         )

@@ -359,12 +359,11 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (
             ["potential=cubic", "potential.options.eps=-1"],
-            "`potential.options` is {'eps': -1}: `eps` is -1; allowed: a finite number >= 0",
+            "`potential.options` is {'eps': -1}: `eps` is -1.0; allowed: a finite number >= 0",
         ),
         (
             ["potential=cubic", "potential.options.eps=abc"],
-            "`potential.options` is {'eps': 'abc'}: '<=' not supported between instances of "
-            "'float' and 'str'",
+            "`potential.options` is {'eps': 'abc'}: `eps` is abc; allowed: a number",
         ),
         (["algorithm.name=adam"], "`algorithm.name` is adam; allowed: consensus, easgd, msgd"),
         (
