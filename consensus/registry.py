@@ -12,6 +12,7 @@ add their own with the same decorator that the built-in ones use:
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -90,7 +91,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._factories)
 
 
-_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+_TYPES: dict[str, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+}
 
 
 def _typed(option: str, value: Any, annotation: Any) -> Any:
@@ -99,13 +104,14 @@ def _typed(option: str, value: Any, annotation: Any) -> Any:
     A whole number serves as a float and becomes one; a text is no truth value.
     """
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-    given = type(value).__name__
-    if name not in _TYPES or given == name:
+    if name not in _TYPES:
         return value
-    if (given, name) == ("int", "float"):
+    kind, allowed = _TYPES[name]
+    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # True is an int
+    if fits:
         with suppress(OverflowError):
-            return float(value)
-    raise ValueError(f"`{option}` is {value}; allowed: {_TYPES[name]}")
+            return float(value) if kind is Real else value
+    raise ValueError(f"`{option}` is {value}; allowed: {allowed}")
 
 
 def _origin(factory: Callable[..., Any]) -> tuple[str, str]:

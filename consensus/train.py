@@ -54,7 +54,9 @@ def train(cfg: DictConfig) -> None:
         config = to_config(cfg)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(config.deterministic)
+        if config.deterministic != torch.are_deterministic_algorithms_enabled():
+            # Only where it changes something: it imports torch's compiler, which takes seconds.
+            torch.use_deterministic_algorithms(config.deterministic)
         plan = make_plan(config, launch)
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)

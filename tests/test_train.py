@@ -358,7 +358,7 @@ def test_only_one_rank_of_a_node_speaks_at_once(main, monkeypatch):
     # was alone with its failure.
     assert (code, out) == (2, "")
     assert err.startswith("consensus.train: rank 1: `workers` is 3; allowed: ")
-    assert slept == [10.0]
+    assert slept == [entry.PATIENCE_S]
     first_of_second_node = TWO | {"RANK": "1", "LOCAL_WORLD_SIZE": "1"}
     assert main("workers=3", **first_of_second_node)[2].count("\n") == 1
 

@@ -62,7 +62,7 @@ def absolute(key: str, path: str) -> str:
     """
     try:
         found = Path(path).expanduser().resolve()
-        found.exists()
+        found.exists()  # raises now what a look at it would raise later
     except (OSError, RuntimeError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
