@@ -8,7 +8,7 @@ is computed here from u and the z_j and from README's table, not by the code und
     exit code 1   an iterate became non-finite, or the run directory cannot be made: one line
     exit code 2   refused in one line, and no file was touched
 
-`CONSENSUS_EXAMPLES=5000 pytest tests/test_any_config.py` tries more of them.
+`CONSENSUS_EXAMPLES=500 pytest tests/test_any_config.py` tries more of them.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from consensus import train as entry
 from consensus.problem import DATASETS, Dataset
 from consensus.run import trainer as trainer_module
 
-EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "150"))
 SECONDS = 60.0  # no command may take longer
 BYTES = 4 << 30  # nor more memory than this
 TRAIN, TEST = 40, 20  # images
