@@ -29,6 +29,7 @@ from consensus.run.compose import (
     REFUSALS,
     config_dir,
     explain,
+    full_key,
     refuse_unknown_switches,
     register_schema,
     to_config,
@@ -105,7 +106,7 @@ def failures_in_one_line() -> Iterator[None]:
         leave("interrupted" if rank == "0" else None, 130)
     except Exception as error:
         # Hydra lets a few through as they are: for `algorithm=3`, or a YAML file it cannot parse.
-        if package_that_raised(error) in ("hydra", "yaml"):
+        if package_that_raised(error) in ("hydra", "yaml") or full_key(error):
             leave(explain(error), 2, speak=local_rank == "0")
         traceback.print_exc()
         leave(f"rank {rank}: this is a bug, see the traceback", 1, speak=True)

@@ -6,6 +6,7 @@ is refused wherever it stands. `to_config` converts once; nothing below the entr
 
 import difflib
 import importlib
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,12 +81,12 @@ REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 def explain(error: BaseException) -> str:
     """One line for a refusal: the key, the value, and what is allowed."""
     cause: BaseException | None = error
-    while cause is not None:  # Hydra wraps OmegaConf's errors, which know the key
+    while cause is not None:  # Hydra quotes OmegaConf's errors, which say more
         if isinstance(cause, ConfigError):
             return " ".join(str(cause).split())
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             return _explain_choice(cause)
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        if full_key(cause) and not isinstance(cause, HydraException):
             return _explain_key(cause)
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"
@@ -97,8 +98,18 @@ def _explain_choice(error: MissingConfigException) -> str:
     return f"`{group}` is {choice}; allowed: {allowed}"
 
 
-def _explain_key(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key)
+def full_key(error: BaseException) -> str:
+    """The key that OmegaConf names in what it raises, "" if it does not.
+
+    It is an attribute of OmegaConf's own errors alone. Python's, like the OverflowError for a
+    number with 400 digits, name it in their text.
+    """
+    named = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
+    return str(getattr(error, "full_key", None) or (named[1] if named else ""))
+
+
+def _explain_key(error: BaseException) -> str:
+    key = full_key(error)
     if ".options." in key and isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"unknown key `{key}`; an option that its YAML file does not list takes a +{key}=..."
     return _unknown(key) or f"`{key}`: {str(error).strip().splitlines()[0]}"
