@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -304,17 +304,46 @@ class ProcessGroup(Group):
             store, _, _ = next(iter(place))
             store.set_timeout(self._timeout)
             store = dist.PrefixStore(_meet(store, launch, timeout_s), store)
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("group", store),
-                rank=launch.rank,
-                world_size=launch.size,
-                timeout=self._timeout,
-                device_id=device if backend == "nccl" else None,  # binds NCCL to its device
-            )
-            assert dist.group.WORLD is not None
-            self.handle: dist.ProcessGroup = dist.group.WORLD
             self._signs = _SignsOfLife(dist.PrefixStore("alive", store), launch)
+
+            def connect() -> None:
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore("group", store),
+                    rank=launch.rank,
+                    world_size=launch.size,
+                    timeout=self._timeout,
+                    device_id=device if backend == "nccl" else None,  # binds NCCL to its device
+                )
+
+            # NCCL belongs to the thread whose device is set, and has a watchdog of its own.
+            connect() if backend == "nccl" else self._in_time(connect)
+        assert dist.group.WORLD is not None
+        self.handle: dist.ProcessGroup = dist.group.WORLD
+
+    def _in_time(self, connect: Callable[[], Any]) -> Any:
+        """Let Gloo connect. It waits for each peer in turn, and the timeout is for all of them.
+
+        Raises:
+            RuntimeError: If it fails, or is not done in time; then it is left to itself.
+        """
+        results: list[Any] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                results.append(connect())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, name="connect", daemon=True)
+        thread.start()
+        thread.join(self._timeout.total_seconds())
+        if errors:
+            raise errors[0]
+        if not results:
+            raise dist.DistNetworkError("not all ranks were connected in time")
+        return results[0]
 
     @contextmanager
     def reporting(self, operation: str) -> Iterator[None]:
@@ -350,7 +379,7 @@ class ProcessGroup(Group):
         side = copy.copy(self)
         side.device = torch.device("cpu")
         with self.reporting("start"):
-            handle = dist.new_group(backend="gloo", timeout=self._timeout)
+            handle = self._in_time(lambda: dist.new_group(backend="gloo", timeout=self._timeout))
         assert isinstance(handle, dist.ProcessGroup)
         side.handle = handle
         return side

@@ -1,9 +1,11 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import RankError
 from torch.distributed import TCPStore
 
@@ -95,6 +97,29 @@ def test_the_survivor_of_a_closed_group_gets_the_error(ranks, tmp_path):
     message = ranks(2, survive, str(tmp_path))[0]
     assert message.startswith("rank 0: lost a peer in `sum`: ")
     assert "\n" not in message
+
+
+def connect_slowly(group):
+    # Gloo gives each peer the timeout, one after another: with some that died while they were
+    # connecting it waits for a multiple of it.
+    group._timeout = timedelta(seconds=1.0)
+    connect = dist.new_group
+    dist.new_group = lambda **_: time.sleep(20.0)
+    started = time.monotonic()
+    try:
+        group.side()
+    except PeerLostError as error:
+        return str(error), time.monotonic() - started
+    finally:
+        dist.new_group = connect
+    return None
+
+
+@pytest.mark.ranks
+def test_the_timeout_is_for_all_connections_together(ranks):
+    for rank, (message, seconds) in enumerate(ranks(2, connect_slowly)):
+        assert message.startswith(f"rank {rank}: lost a peer in `start`: ")
+        assert seconds < 10.0
 
 
 def refuse(group):

@@ -143,7 +143,7 @@ def require_equal(found: Finished, expected: Finished) -> None:
 
 @dataclass
 class Timing:
-    """Of an uninterrupted run: seconds until its ranks have met, between checkpoints, to the end."""
+    """Of an uninterrupted run: seconds until its ranks meet, between checkpoints, to the end."""
 
     met_s: float
     between_s: float
