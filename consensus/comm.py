@@ -299,6 +299,7 @@ class ProcessGroup(Group):
         self.rank, self.size, self.device = launch.rank, launch.size, device
         self._timeout = timedelta(seconds=timeout_s)
         self._signs: _SignsOfLife | None = None
+        self._sides: list[ProcessGroup] = []
         with self.reporting("start"):
             place = dist.rendezvous(init_method, launch.rank, launch.size, timeout=self._timeout)
             store, _, _ = next(iter(place))
@@ -382,6 +383,7 @@ class ProcessGroup(Group):
             handle = self._in_time(lambda: dist.new_group(backend="gloo", timeout=self._timeout))
         assert isinstance(handle, dist.ProcessGroup)
         side.handle = handle
+        self._sides.append(side)
         return side
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -434,12 +436,18 @@ class ProcessGroup(Group):
             dist.barrier(group=self.handle)
 
     def close(self) -> None:
-        """Destroy the process group, and its sides with it."""
+        """Destroy the process group, and its sides with it.
+
+        Whoever still holds a side must not keep its threads: one that is left when the process ends
+        may abort it.
+        """
         if self._signs is not None:
             self._signs.stop()
             self._signs = None
-        if hasattr(self, "handle"):
-            del self.handle  # the last reference closes the connections, which peers notice
+        for group in (*self._sides, self):
+            if hasattr(group, "handle"):
+                del group.handle  # the last reference closes the connections, which peers notice
+        self._sides.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -2,6 +2,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_the_timeout_is_for_all_connections_together(ranks):
     for rank, (message, seconds) in enumerate(ranks(2, connect_slowly)):
         assert message.startswith(f"rank {rank}: lost a peer in `start`: ")
         assert seconds < 10.0
+
+
+def gloo_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def close_with_a_side(group):
+    side = group.side()
+    side.barrier()
+    before = gloo_threads()
+    group.close()
+    deadline = time.monotonic() + 10.0  # the kernel takes a moment to forget a thread
+    while gloo_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return before, gloo_threads(), hasattr(side, "handle")
+
+
+@pytest.mark.ranks
+def test_a_closed_group_leaves_no_thread_that_could_abort_the_end_of_the_process(ranks):
+    for before, after, held in ranks(2, close_with_a_side):
+        assert before
+        assert (after, held) == ([], False)
 
 
 def refuse(group):
