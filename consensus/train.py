@@ -8,6 +8,7 @@ process group opened; 75 it was asked to stop (SIGTERM, SIGUSR1) and left a chec
 signal, it was and could not; 130 interrupted.
 """
 
+import atexit
 import io
 import os
 import sys
@@ -15,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import hydra
@@ -79,6 +80,11 @@ def main() -> None:
         refuse_unknown_switches()
         warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
         train()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Modules of torch that are imported while a group is open keep its threads to the very end
+        # of Python, where they now and then abort a process that has done its work.
+        atexit._run_exitfuncs()
+        end(0)
 
 
 @contextmanager
@@ -131,10 +137,15 @@ def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
         line = " ".join(message.split())  # a path, or a name, may hold line breaks
         print(f"consensus.train: {line}", file=sys.stderr, flush=True)
     if code != 2 and os.environ.get("WORLD_SIZE", "1") != "1":
-        # At once: the teardown of a process group waits for peers that may be gone or stuck.
-        sys.stdout.flush()
-        os._exit(code)
+        end(code)  # the teardown of a process group waits for peers that may be gone or stuck
     sys.exit(code)
+
+
+def end(code: int) -> NoReturn:
+    """End this process at once."""
+    with suppress(OSError):  # nobody may be left to read it
+        sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

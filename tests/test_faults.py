@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_train import command, environment, marked, run
 
+import consensus
 from consensus.server import digest
 from launch import Ranks
 
@@ -50,6 +51,13 @@ def final(folder: Path) -> tuple[str, list[int], bytes]:
     manifest = json.loads((folder / "run/checkpoints/00000040/manifest.json").read_text())
     assert of_model == rows[-1]["digest"] == manifest["digest"], "replicas, file and checkpoint"
     return of_model, [row["iteration"] for row in rows], u.numpy().tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """The first rank of a session waits for all imports; LATEST_S is not for them."""
+    with Ranks(1, ["--help"], tmp_path_factory.mktemp("warm")) as ranks:
+        ranks.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +344,16 @@ def wait_until(condition, seconds: float = 90.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_run_that_ends_well_says_goodbye(tmp_path):
+    # Its processes end before Python does, but not before what was registered for the end.
+    (tmp_path / "goodbye.py").write_text(
+        "import atexit, os, pathlib\n"
+        "atexit.register(lambda: pathlib.Path(f'left-{os.environ[\"RANK\"]}').touch())\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}:{Path(consensus.__file__).parents[1]}"}
+    with Ranks(2, [*RUN, "plugins=[goodbye]"], tmp_path, env) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.err(0)
+        assert "results in" in ranks.out(0)
+    assert {path.name for path in tmp_path.glob("left-*")} == {"left-0", "left-1"}
