@@ -4,6 +4,10 @@ Data flow of one iteration: every rank sums grad phi(u - z_j) over its own worke
 adds the ranks up (while the minibatch gradients are computed), every rank applies the same update
 to its own copy of u. Rank 0's copy is the one that is evaluated and saved; the others are checked
 against it, bit for bit.
+
+With a bounded domain the ranks also agree on the smallest feasible step. On the CPU the all-reduce
+carries how far each rank's u - z_j are from 0, which settles it nearly always; a second collective
+is left for the times near the boundary.
 """
 
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ class PendingForce:
     """sum_j grad phi(u - z_j) on its way, and the w = u - z_j it belongs to.
 
     Attributes:
-        force: Its handle; a tensor (n,).
+        force: Its handle; a tensor (n,), with the reach of each rank behind it on the CPU.
         w: (K, n) for the line search, None where the domain is everything.
     """
 
@@ -50,12 +54,23 @@ class Server:
         self.group = group
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
+        # On the CPU a branch is free and a collective is not; on a GPU it is the other way round.
+        branches = phi.bounded and group.size > 1 and u.device.type == "cpu"
+        self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
 
     def start(self, z: Tensor) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j). z is (K, n)."""
         w = self.u - z
-        force = self.group.start_sum(self.phi.grad(w).sum(0))
-        return PendingForce(force, w if self.phi.bounded else None)
+        if not self.phi.bounded:
+            return PendingForce(self.group.start_sum(self.phi.grad(w).sum(0)), None)
+        n = len(self.u)
+        message = self.u.new_zeros(n + self.group.size * self._slot)
+        torch.sum(self.phi.grad(w), 0, out=message[:n])
+        if self._slot:
+            # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
+            slots = message[n:].view(self.group.size, self._slot)
+            slots[self.group.rank] = self.phi.reach(w).amax(0)
+        return PendingForce(self.group.start_sum(message), w)
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
         """Line 3, second half: wait, cut the step, move u. Returns u+ (n,).
@@ -64,15 +79,23 @@ class Server:
             pending: What `start` returned; u has not changed since.
             t_u: tau or tau / lam.
         """
-        d = consensus_direction(pending.force.wait(), t_u)
+        force, reaches = pending.force.wait().tensor_split([len(self.u)])
+        d = consensus_direction(force, t_u)
         if pending.w is not None:
-            # The smallest step over all workers is safe for each of them: dom phi is convex.
-            s = self.phi.feasible_step(pending.w, d, self.u).amin()
-            self.step = self.group.min_(s)
+            self.step = self._common_step(pending.w, d, reaches)
             self.cuts += self.step < 1
             d = d * self.step
         self.u = self.u + d
         return self.u
+
+    def _common_step(self, w: Tensor, d: Tensor, reaches: Tensor) -> Tensor:
+        """The smallest s_u over all workers: safe for each of them, since dom phi is convex."""
+        if self._slot:
+            # The same numbers on all ranks, so the same answer: all leave out the collective.
+            reach = reaches.view(-1, self._slot).amax(0)
+            if self.phi.surely_feasible(reach, d, self.u):
+                return torch.ones_like(self.step)
+        return self.group.min_(self.phi.feasible_step(w, d, self.u).amin())
 
     def state_dict(self) -> dict[str, Tensor]:
         """What survives an iteration: `u` (n,), `step` () and `cuts` ()."""
