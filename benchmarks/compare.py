@@ -360,7 +360,7 @@ def compare(workload: str, launch: Launch, group: Group, rounds: int, seconds: f
     for i in range(rounds):
         for name, make in table.items():
             # One step in ten communicates: of fewer steps a period of 10 would show none or all.
-            n = 10 if name.endswith("period 10") else steps
+            n = max(10, steps) if name.endswith("period 10") else steps
             found[name].append(
                 block(lambda make=make: make(problem, group), n, group, sample=i == 0)
             )

@@ -123,11 +123,11 @@ class Consensus(Algorithm):
         if t % self.period:
             return self.step_alone(t)
         t_u, sigma, pull = self.step_sizes(t)  # line 2
-        before = self.server.u
-        pending = self.server.start(self.worker.z)  # line 3, the all-reduce begins
+        before = self.server.u.clone() if self.order == "jacobi" else None
+        pending = self.server.start(self.worker.z, self.worker.scratch)  # line 3, the sum begins
         delta = self.worker.gradient(self.worker.draw())  # lines 4 and 5, meanwhile
         u = self.server.finish(pending, t_u)  # line 3
-        anchor = u if self.order == "gauss_seidel" else before
+        anchor = u if before is None else before
         self.worker.update(delta, sigma, pull, u, anchor)  # line 6
         return None
 

@@ -23,22 +23,22 @@ from consensus.core.updates import consensus_direction
 
 @dataclass
 class PendingForce:
-    """sum_j grad phi(u - z_j) on its way, and the w = u - z_j it belongs to.
+    """sum_j grad phi(u - z_j) on its way, and the z_j it belongs to.
 
     Attributes:
         force: Its handle; a tensor (n,), with the reach of each rank behind it on the CPU.
-        w: (K, n) for the line search, None where the domain is everything.
+        z: (K, n) for the line search.
     """
 
     force: Pending
-    w: Tensor | None
+    z: Tensor
 
 
 class Server:
     """Replicated u.
 
     Args:
-        u: The start, equal on all ranks. (n,)
+        u: The start, equal on all ranks; a copy is taken. (n,)
         phi: The layer-wise potential (18).
         group: The processes of the run.
 
@@ -49,7 +49,7 @@ class Server:
     """
 
     def __init__(self, u: Tensor, phi: Layerwise, group: Group) -> None:
-        self.u = u
+        self.u = u.clone()
         self.phi = phi
         self.group = group
         self.step = u.new_ones(())
@@ -57,45 +57,48 @@ class Server:
         # On the CPU a branch is free and a collective is not; on a GPU it is the other way round.
         branches = phi.bounded and group.size > 1 and u.device.type == "cpu"
         self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
+        self._message = u.new_empty(len(u) + group.size * self._slot)
 
-    def start(self, z: Tensor) -> PendingForce:
-        """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j). z is (K, n)."""
-        w = self.u - z
-        if not self.phi.bounded:
-            return PendingForce(self.group.start_sum(self.phi.grad(w).sum(0)), None)
-        n = len(self.u)
-        message = self.u.new_zeros(n + self.group.size * self._slot)
-        torch.sum(self.phi.grad(w), 0, out=message[:n])
-        if self._slot:
-            # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
-            slots = message[n:].view(self.group.size, self._slot)
-            slots[self.group.rank] = self.phi.reach(w).amax(0)
-        return PendingForce(self.group.start_sum(message), w)
-
-    def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
-        """Line 3, second half: wait, cut the step, move u. Returns u+ (n,).
+    def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
+        """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).
 
         Args:
-            pending: What `start` returned; u has not changed since.
+            z: (K, n)
+            scratch: Memory like z that may be overwritten.
+        """
+        n = len(self.u)
+        w = torch.sub(self.u, z, out=scratch)
+        if self._slot:
+            # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
+            slots = self._message[n:].zero_().view(self.group.size, self._slot)
+            slots[self.group.rank] = self.phi.reach(w).amax(0)
+        torch.sum(self.phi.grad_(w), 0, out=self._message[:n])
+        return PendingForce(self.group.start_sum(self._message), z)
+
+    def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
+        """Line 3, second half: wait, cut the step, move u in place. Returns u+ (n,).
+
+        Args:
+            pending: What `start` returned; neither u nor z has changed since.
             t_u: tau or tau / lam.
         """
         force, reaches = pending.force.wait().tensor_split([len(self.u)])
-        d = consensus_direction(force, t_u)
-        if pending.w is not None:
-            self.step = self._common_step(pending.w, d, reaches)
+        d = consensus_direction(force, t_u, out=force)
+        if self.phi.bounded:
+            self.step = self._common_step(pending.z, d, reaches)
             self.cuts += self.step < 1
-            d = d * self.step
-        self.u = self.u + d
+            d *= self.step
+        self.u += d
         return self.u
 
-    def _common_step(self, w: Tensor, d: Tensor, reaches: Tensor) -> Tensor:
+    def _common_step(self, z: Tensor, d: Tensor, reaches: Tensor) -> Tensor:
         """The smallest s_u over all workers: safe for each of them, since dom phi is convex."""
         if self._slot:
             # The same numbers on all ranks, so the same answer: all leave out the collective.
             reach = reaches.view(-1, self._slot).amax(0)
             if self.phi.surely_feasible(reach, d, self.u):
                 return torch.ones_like(self.step)
-        return self.group.min_(self.phi.feasible_step(w, d, self.u).amin())
+        return self.group.min_(self.phi.feasible_step(self.u - z, d, self.u).amin())
 
     def state_dict(self) -> dict[str, Tensor]:
         """What survives an iteration: `u` (n,), `step` () and `cuts` ()."""

@@ -23,7 +23,10 @@ class Oracle(Protocol):
         """Line 4: one minibatch for each of the K workers."""
 
     def gradient(self, points: Tensor, batch: Any) -> Tensor:
-        """Line 5: the gradient of each worker's minibatch loss at its point. (K, n) -> (K, n)."""
+        """Line 5: the gradient of each worker's minibatch loss at its point. (K, n) -> (K, n).
+
+        The caller overwrites both the points and the result.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next `draw` depends on, each (K, ...). Asked for at checkpoints only."""
@@ -36,7 +39,7 @@ class Worker:
     """K copies z_j of the model with their velocities.
 
     Args:
-        z: The start. (K, n)
+        z: The start; a copy is taken. (K, n)
         oracle: Minibatches and gradients.
         phi: The layer-wise potential (18).
         kappa: Momentum, in [0, 1).
@@ -47,6 +50,7 @@ class Worker:
     Attributes:
         z: (K, n).
         v: The velocities, 0 at the start. (K, n)
+        scratch: (K, n), what lies between two statements; overwritten by every method.
         cuts: How often each s_j was below 1. int64 (K,), on the device.
         step: The smallest s_j of the last iteration, a tensor () on the device.
     """
@@ -62,8 +66,9 @@ class Worker:
         momentum_on: str = "loss",
     ) -> None:
         assert momentum_on in MOMENTUM_ON, momentum_on
-        self.z = z
+        self.z = z.clone()
         self.v = torch.zeros_like(z)
+        self.scratch = torch.empty_like(z)
         self.oracle = oracle
         self.phi = phi
         self.kappa = kappa
@@ -93,7 +98,8 @@ class Worker:
 
         These points need not be feasible: only the loss is evaluated there.
         """
-        return self.oracle.gradient(look_ahead(self.z, self.v, self.kappa), batch)
+        point = look_ahead(self.z, self.v, self.kappa, out=self.scratch)
+        return self.oracle.gradient(point, batch)
 
     def update(
         self, delta: Tensor, sigma: Scalar, pull: Scalar | None, u: Tensor, anchor: Tensor
@@ -101,22 +107,26 @@ class Worker:
         """Line 6: move z and v.
 
         Args:
-            delta: Minibatch gradients. (K, n)
+            delta: Minibatch gradients; overwritten. (K, n)
             sigma: Step size.
             pull: sigma / lam; None in an iteration without coupling.
             u: u+, which u - z_j must stay feasible against. (n,)
             anchor: Where the coupling pulls to: u+ (Gauss-Seidel) or u (Jacobi). (n,)
         """
-        v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu)
+        v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu, out=self.v)
         d = v
         if pull is not None:
-            d = worker_direction(v, self.phi.grad(anchor - self.z), pull)
+            force = self.phi.grad_(torch.sub(anchor, self.z, out=self.scratch))
+            d = worker_direction(v, force, pull, out=delta)
             if self.momentum_on == "objective":
-                v = d
+                v.copy_(d)
         if self.phi.bounded:
-            s = self.phi.feasible_step(u - self.z, -d, u)  # z moves by d, u - z by -d
+            # z moves by d, so z - u moves by d; dom phi is symmetric.
+            w = torch.sub(self.z, u, out=self.scratch)
+            s = self.phi.feasible_step(w, d, u)
             self.step = s.amin()
             self.cuts += s < 1
-            d, v = d * column(s), v * column(s)
-        self.z = self.z + d
-        self.v = v
+            v *= column(s)
+            if d is not v:
+                d *= column(s)
+        self.z += d

@@ -22,16 +22,17 @@ def column(a: Scalar) -> Scalar:
     return a.unsqueeze(-1) if isinstance(a, Tensor) and a.ndim > 0 else a
 
 
-def scaled(a: Scalar, x: Tensor) -> Tensor:
+def scaled(a: Scalar, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The product a x for blocks (..., n), a number or a tensor `a` (...); in the dtype of x."""
-    return x * (column(a).to(x) if isinstance(a, Tensor) else a)  # type: ignore[union-attr]
+    factor = column(a).to(x) if isinstance(a, Tensor) else a  # type: ignore[union-attr]
+    return torch.mul(x, factor, out=out)
 
 
-def add_scaled(y: Tensor, a: Scalar, x: Tensor) -> Tensor:
+def add_scaled(y: Tensor, a: Scalar, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The sum y + a x for blocks (..., n), in one pass for a number or a tensor `a` (...)."""
     if isinstance(a, Tensor):
-        return torch.addcmul(y, column(a).to(y), x)  # type: ignore[union-attr]
-    return torch.add(y, x, alpha=a)
+        return torch.addcmul(y, column(a).to(y), x, out=out)  # type: ignore[union-attr]
+    return torch.add(y, x, alpha=a, out=out)
 
 
 def part_of(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:

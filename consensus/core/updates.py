@@ -8,7 +8,8 @@ One iteration, for every worker j:
              z_j+ = z_j + s_j (v_j+ + (sigma / lam) grad phi(u+ - z_j)),  v_j+ scaled by s_j
 
 The steps s_u and s_j are `Potential.feasible_step`. Hyperparameters are numbers, or tensors that
-broadcast over the leading axes of the block.
+broadcast over the leading axes of the block. Results go to `out` where it is given, which may be an
+argument: a model may be so large that its vectors have to be written in place.
 """
 
 from torch import Tensor
@@ -17,29 +18,37 @@ from consensus.core.flat import Scalar, add_scaled, scaled
 from consensus.core.layerwise import Layerwise
 
 
-def consensus_direction(total_force: Tensor, t_u: Scalar) -> Tensor:
+def consensus_direction(total_force: Tensor, t_u: Scalar, out: Tensor | None = None) -> Tensor:
     """Line 3: -t_u sum_j grad phi(u - z_j). (..., n) -> (..., n)."""
-    return scaled(-t_u, total_force)
+    return scaled(-t_u, total_force, out)
 
 
-def look_ahead(z: Tensor, v: Tensor, kappa: Scalar) -> Tensor:
+def look_ahead(z: Tensor, v: Tensor, kappa: Scalar, out: Tensor | None = None) -> Tensor:
     """Nesterov's look-ahead point z + kappa v, where (16) takes the loss gradient. (..., n)."""
-    return add_scaled(z, kappa, v)
+    return add_scaled(z, kappa, v, out)
 
 
 def velocity(
-    v: Tensor, delta: Tensor, z: Tensor, kappa: Scalar, sigma: Scalar, nu: Scalar
+    v: Tensor,
+    delta: Tensor,
+    z: Tensor,
+    kappa: Scalar,
+    sigma: Scalar,
+    nu: Scalar,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Line 6: kappa v - sigma (delta + nu z). (..., n) -> (..., n).
 
-    The regularizer is taken at z and only the loss at the look-ahead point, as (16) prints it.
+    The regularizer is taken at z and only the loss at the look-ahead point, as (16) prints it. With
+    `out`, delta holds delta + nu z afterwards.
     """
-    return add_scaled(scaled(kappa, v), -sigma, add_scaled(delta, nu, z))
+    gradient = add_scaled(delta, nu, z, None if out is None else delta)
+    return add_scaled(scaled(kappa, v, out), -sigma, gradient, out)
 
 
-def worker_direction(v: Tensor, force: Tensor, pull: Scalar) -> Tensor:
+def worker_direction(v: Tensor, force: Tensor, pull: Scalar, out: Tensor | None = None) -> Tensor:
     """Line 6: v + pull grad phi(u - z), pull = sigma / lam. (..., n) -> (..., n)."""
-    return add_scaled(v, pull, force)
+    return add_scaled(v, pull, force, out)
 
 
 def regularizer(z: Tensor, nu: Scalar) -> Tensor:

@@ -55,6 +55,7 @@ class Risk:
         images: Tensor,
         labels: Tensor,
         seeds: Sequence[int] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The gradient of each worker's minibatch loss at its own point, `delta` of line 5.
 
@@ -67,21 +68,23 @@ class Risk:
             labels: (K, B) int64
             seeds: For torch's global generators, one for each worker's pass through a model that
                 draws random numbers; None leaves the generators alone.
+            out: Where the gradients go, if given. (K, n)
 
         Returns:
             (K, n)
         """
-        gradients = torch.empty_like(points)
+        gradients = torch.empty_like(points) if out is None else out
         losses = points.new_empty(len(points))
         for k in range(len(points)):
-            point = points[k].detach().requires_grad_()
+            views = self.layout.unflatten(points[k].detach())
+            leaves = [view.requires_grad_() for view in views.values()]
             if seeds is not None:
                 torch.manual_seed(seeds[k])
             with torch.enable_grad():
-                loss = cross_entropy(
-                    self._logits(point, images[k]), labels[k], reduction=self.reduction
-                )
-            (gradients[k],) = torch.autograd.grad(loss, point)
+                logits = functional_call(self.model, views, (images[k],))
+                loss = cross_entropy(logits, labels[k], reduction=self.reduction)
+            found = torch.autograd.grad(loss, leaves)
+            torch.cat([gradient.reshape(-1) for gradient in found], out=gradients[k])
             losses[k] = loss.detach()
         self.losses = losses
         return gradients
@@ -139,6 +142,7 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
+        self._gradients: Tensor | None = None
         self._draws_inside = any(isinstance(m, _DropoutNd) for m in risk.model.modules())
 
     @property
@@ -164,9 +168,14 @@ class MinibatchRisk:
         return images.view(*shape, *images.shape[1:]), labels.view(shape)
 
     def gradient(self, points: Tensor, batch: Batch) -> Tensor:
-        """The gradients (K, n) of the workers' minibatch losses at their points (K, n)."""
+        """The gradients (K, n) of the workers' minibatch losses at their points (K, n).
+
+        In memory that the next call overwrites: a large vector is not allocated in every iteration.
+        """
         seeds = None
         if self._draws_inside:  # a function of (seed, worker, draw), in every layout and on resume
             sources = self.minibatches
             seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
-        return self.risk.gradient(points, *batch, seeds=seeds)
+        if self._gradients is None:
+            self._gradients = torch.empty_like(points)
+        return self.risk.gradient(points, *batch, seeds=seeds, out=self._gradients)

@@ -951,3 +951,35 @@ def test_a_potential_of_ones_own_needs_no_registration():
     assert error(p.grad(x), mp_grad(phi, exact(x))) < 1e-14
     assert error(p.conjugate_grad(p.grad(x)), exact(x)) < 1e-12
     assert Radial() is not Radial()  # sizes hold no shared state
+
+
+# --------------------------------------------------------------------------- in place, in pieces
+
+
+@every
+@both_dtypes
+@pytest.mark.parametrize("layers", [None, [(0, 3), (3, 20), (20, 31)]])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_grad_in_place_and_in_pieces_is_grad(monkeypatch, case, dtype, layers, chunk):
+    p = case.make() if layers is None else Layerwise(case.make(), layers, eta=0.7)
+    generator = torch.Generator().manual_seed(3)
+    w = 0.1 * torch.randn(2, 3, 31, generator=generator, dtype=F64).to(dtype)
+    if case.bound < mp.inf:
+        w[1, 2] *= 100.0  # outside: nan in whole groups
+    expected = p.grad(w)
+    if chunk is not None:
+        monkeypatch.setattr(potentials, "CHUNK", chunk)
+    found = w.clone()
+    assert p.grad_(found) is found
+    tolerance = 20 * torch.finfo(dtype).eps  # a sum of pieces is another order of summation
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [torch.full((31,), 2.0), torch.tensor([[[0.5]], [[2.0]]])])
+def test_a_scale_is_cut_with_its_coordinates(monkeypatch, scale):
+    w = 0.1 * torch.randn(2, 3, 31, generator=torch.Generator().manual_seed(3))
+    scale = scale * torch.linspace(1.0, 2.0, scale.shape[-1])
+    p = Potential(POTENTIALS["tan"].profile, Separable(), scale)
+    expected = p.grad(w)
+    monkeypatch.setattr(potentials, "CHUNK", 7)
+    torch.testing.assert_close(p.grad_(w.clone()), expected, rtol=1e-6, atol=0.0)
