@@ -22,6 +22,7 @@ import statistics
 import threading
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ POTENTIALS_TIMED = ("quad", "cubic", "tan", "log", "tan_sep")
 # ---- what is timed
 
 
-class Method:
+class Method(ABC):
     """A way to train. `step(t)` is iteration t on this rank.
 
     Attributes:
@@ -65,8 +66,8 @@ class Method:
     waited_s: float | None = None
     payload = 0
 
-    def step(self, t: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, t: int) -> None: ...
 
 
 class _Timed(Pending):
@@ -151,8 +152,8 @@ class OurConsensus(Method):
         phi = Layerwise(POTENTIALS[potential], layout.layers, eta=1.0)
         self.meter = Metered(group)
         self.algorithm = Consensus(
-            Server(u, phi, self.meter),  # type: ignore[arg-type]
-            Worker(u.unsqueeze(0).clone(), oracle, phi, kappa=KAPPA, nu=NU),
+            Server(u, phi, self.meter),
+            Worker(u.unsqueeze(0), oracle, phi, kappa=KAPPA, nu=NU),
             tau=TAU,
             sigma=SIGMA,
             lam=LAM,

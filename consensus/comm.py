@@ -317,8 +317,10 @@ class ProcessGroup(Group):
                     device_id=device if backend == "nccl" else None,  # binds NCCL to its device
                 )
 
-            # NCCL belongs to the thread whose device is set, and has a watchdog of its own.
-            connect() if backend == "nccl" else self._in_time(connect)
+            if backend == "nccl":  # it wants the thread whose device is set, and has a watchdog
+                connect()
+            else:
+                self._in_time(connect)
         assert dist.group.WORLD is not None
         self.handle: dist.ProcessGroup = dist.group.WORLD
 
