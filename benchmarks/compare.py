@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
-from consensus.comm import Group, Launch, Pending, Solo, open_group
+from consensus.comm import Group, Launch, Pending, RepeatedSum, Solo, open_group
 from consensus.problem import Dataset, Minibatches, MinibatchRisk, Risk, build_model
 from consensus.server import Server
 from consensus.worker import Worker
@@ -79,6 +79,19 @@ class _Timed(Pending):
             return self._pending.wait()
 
 
+class _TimedSum(RepeatedSum):
+    def __init__(self, repeated: RepeatedSum, meter: "Metered") -> None:
+        self._repeated, self._meter = repeated, meter
+
+    @property
+    def message(self) -> Tensor:
+        return self._repeated.message
+
+    def start(self) -> Pending:
+        self._meter.payload += self.message.nbytes
+        return _Timed(self._repeated.start(), self._meter)
+
+
 class Metered:
     """A group that counts what is sent and for how long it is waited."""
 
@@ -95,9 +108,8 @@ class Metered:
         yield
         self.waited_s += time.perf_counter() - started
 
-    def start_sum(self, tensor: Tensor) -> Pending:
-        self.payload += tensor.nbytes
-        return _Timed(self._group.start_sum(tensor), self)
+    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+        return _TimedSum(self._group.repeated_sum(numel, like), self)
 
     def min_(self, tensor: Tensor) -> Tensor:
         self.payload += tensor.nbytes

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from consensus.shared_memory import PeersGoneError, SharedSum, available
 
 
 class GroupError(RuntimeError):
@@ -125,6 +128,22 @@ class Pending(ABC):
         """The sum over all ranks, in the tensor that was handed in."""
 
 
+class RepeatedSum(ABC):
+    """A sum of tensors of one shape that is formed again and again, in memory made for it."""
+
+    @property
+    @abstractmethod
+    def message(self) -> Tensor:
+        """Where this rank writes its summand; its own from `wait` to `start`."""
+
+    @abstractmethod
+    def start(self) -> Pending:
+        """Begin the sum of all messages. What `wait` returns is for reading, until `start`.
+
+        It may be memory of all ranks, or `message` itself, which may be written to.
+        """
+
+
 class Group(ABC):
     """Collectives over the processes of a run. All ranks call them in the same order.
 
@@ -149,6 +168,10 @@ class Group(ABC):
     @abstractmethod
     def start_sum(self, tensor: Tensor) -> Pending:
         """Begin `sum_` and return at once, so that a gradient can be computed meanwhile."""
+
+    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+        """`start_sum` of vectors (numel,) like a tensor, by the fastest way. A collective."""
+        return _SumOfTensors(self, like.new_empty(numel))
 
     @abstractmethod
     def gather(self, tensor: Tensor) -> Tensor:
@@ -214,6 +237,18 @@ class _Done(Pending):
         return self._tensor
 
 
+class _SumOfTensors(RepeatedSum):
+    def __init__(self, group: Group, message: Tensor) -> None:
+        self._group, self._message = group, message
+
+    @property
+    def message(self) -> Tensor:
+        return self._message
+
+    def start(self) -> Pending:
+        return self._group.start_sum(self._message)
+
+
 class Solo(Group):
     """One process: every collective is the identity, and no process group exists."""
 
@@ -271,6 +306,23 @@ class _Work(Pending):
         return self._tensor
 
 
+class _SumInSharedMemory(RepeatedSum, Pending):
+    def __init__(self, group: "ProcessGroup", shared: SharedSum) -> None:
+        self._group, self._shared = group, shared
+
+    @property
+    def message(self) -> Tensor:
+        return self._shared.message
+
+    def start(self) -> Pending:
+        self._shared.start()
+        return self
+
+    def wait(self) -> Tensor:
+        with self._group.reporting("sum"):
+            return self._shared.wait()
+
+
 class ProcessGroup(Group):
     """Many processes, one torch.distributed process group.
 
@@ -280,6 +332,7 @@ class ProcessGroup(Group):
         device: Of the tensors that will be reduced.
         timeout_s: After which a collective that waits for a peer fails. Seconds.
         init_method: Where the processes meet: "env://" under torchrun.
+        shared_memory: Whether repeated sums may use it: on one machine, for tensors on the CPU.
 
     Attributes:
         handle: What torch's own collective functions take.
@@ -295,8 +348,11 @@ class ProcessGroup(Group):
         device: torch.device,
         timeout_s: float,
         init_method: str = "env://",
+        shared_memory: bool = True,
     ) -> None:
         self.rank, self.size, self.device = launch.rank, launch.size, device
+        self._shared_memory = may_share_memory(launch, shared_memory)
+        self._shared_sums: list[SharedSum] = []
         self._timeout = timedelta(seconds=timeout_s)
         self._signs: _SignsOfLife | None = None
         self._sides: list[ProcessGroup] = []
@@ -357,7 +413,8 @@ class ProcessGroup(Group):
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+            lost = isinstance(error, dist.DistError | PeersGoneError)
+            if not lost and not _LOST.search(str(error)):
                 raise
             cause = (str(error).strip() or repr(error)).splitlines()[0]
             who = self._signs.missing() if self._signs is not None else ""
@@ -411,6 +468,48 @@ class ProcessGroup(Group):
         assert work is not None
         return _Work(self, work, tensor)
 
+    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+        """In shared memory where all ranks have it and the tensors are on the CPU."""
+        shared = None
+        if like.device.type == "cpu" and numel > 0:
+            shared = self._share_memory(numel, like.dtype)
+        return super().repeated_sum(numel, like) if shared is None else shared
+
+    def _share_memory(self, numel: int, dtype: torch.dtype) -> "_SumInSharedMemory | None":
+        """The sum in memory of all ranks, or None on all ranks if one of them cannot."""
+        if not self._all(self._shared_memory):
+            return None
+        path, problem = "", ""
+        if self.rank == 0:
+            try:
+                path = SharedSum.reserve(self.size, numel, dtype)
+            except OSError as error:
+                problem = str(error)
+        path = self.share(path)
+        shared = None
+        if path:
+            try:
+                timeout_s = self._timeout.total_seconds()
+                shared = SharedSum(path, self.rank, self.size, numel, dtype, timeout_s)
+            except OSError as error:
+                problem = str(error)
+        together = self._all(shared is not None)
+        if path and self.rank == 0:
+            SharedSum.forget(path)
+        if shared is not None and together:
+            self._shared_sums.append(shared)
+            return _SumInSharedMemory(self, shared)
+        if shared is not None:
+            shared.close()
+        if problem:
+            warnings.warn(
+                f"rank {self.rank}: no shared memory, sums go through Gloo: {problem}", stacklevel=2
+            )
+        return None
+
+    def _all(self, here: bool) -> bool:
+        return bool(self.min_(torch.tensor([int(here)], device=self.device)).item())
+
     def gather(self, tensor: Tensor) -> Tensor:
         """All-gather."""
         pieces = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -446,6 +545,9 @@ class ProcessGroup(Group):
         if self._signs is not None:
             self._signs.stop()
             self._signs = None
+        for shared in self._shared_sums:
+            shared.close()
+        self._shared_sums.clear()
         for group in (*self._sides, self):
             if hasattr(group, "handle"):
                 del group.handle  # the last reference closes the connections, which peers notice
@@ -582,8 +684,19 @@ def choose_backend(name: str, device: torch.device, launch: Launch) -> str:
     return "nccl" if own_device and dist.is_nccl_available() else "gloo"
 
 
-def open_group(launch: Launch, backend: str, device: torch.device, timeout_s: float) -> Group:
+def may_share_memory(launch: Launch, wanted: bool) -> bool:
+    """Whether sums may be formed in shared memory: all ranks on one machine that can."""
+    return wanted and launch.local_size == launch.size and available()
+
+
+def open_group(
+    launch: Launch,
+    backend: str,
+    device: torch.device,
+    timeout_s: float,
+    shared_memory: bool = True,
+) -> Group:
     """The group of this run: `Solo` for one process, otherwise a `ProcessGroup`."""
     if launch.size == 1:
         return Solo(device)
-    return ProcessGroup(launch, backend, device, timeout_s)
+    return ProcessGroup(launch, backend, device, timeout_s, shared_memory=shared_memory)

@@ -57,7 +57,7 @@ class Server:
         # On the CPU a branch is free and a collective is not; on a GPU it is the other way round.
         branches = phi.bounded and group.size > 1 and u.device.type == "cpu"
         self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
-        self._message = u.new_empty(len(u) + group.size * self._slot)
+        self._sum = group.repeated_sum(len(u) + group.size * self._slot, u)
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).
@@ -68,12 +68,13 @@ class Server:
         """
         n = len(self.u)
         w = torch.sub(self.u, z, out=scratch)
+        message = self._sum.message
         if self._slot:
             # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
-            slots = self._message[n:].zero_().view(self.group.size, self._slot)
+            slots = message[n:].zero_().view(self.group.size, self._slot)
             slots[self.group.rank] = self.phi.reach(w).amax(0)
-        torch.sum(self.phi.grad_(w), 0, out=self._message[:n])
-        return PendingForce(self.group.start_sum(self._message), z)
+        torch.sum(self.phi.grad_(w), 0, out=message[:n])
+        return PendingForce(self._sum.start(), z)
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
         """Line 3, second half: wait, cut the step, move u in place. Returns u+ (n,).
@@ -83,7 +84,7 @@ class Server:
             t_u: tau or tau / lam.
         """
         force, reaches = pending.force.wait().tensor_split([len(self.u)])
-        d = consensus_direction(force, t_u, out=force)
+        d = consensus_direction(force, t_u, out=self._sum.message[: len(self.u)])
         if self.phi.bounded:
             self.step = self._common_step(pending.z, d, reaches)
             self.cuts += self.step < 1

@@ -62,7 +62,10 @@ def train(cfg: DictConfig) -> None:
         plan = make_plan(config, launch)
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)
-        group = open_group(launch, plan.backend, plan.device, config.group.timeout_s)
+        options = config.group
+        group = open_group(
+            launch, plan.backend, plan.device, options.timeout_s, options.shared_memory
+        )
         with group.telling():
             Trainer(plan, group).run()
         group.close()  # after a failure the group is not closed but left: peers may hang in it

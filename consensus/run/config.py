@@ -240,6 +240,7 @@ class GroupConfig:
 
     name: str
     timeout_s: float
+    shared_memory: bool
 
     def __post_init__(self) -> None:
         """Check the fields."""
