@@ -480,22 +480,24 @@ class ProcessGroup(Group):
         if not self._all(self._shared_memory):
             return None
         path, problem = "", ""
+        shared = None
         if self.rank == 0:
             try:
                 path = SharedSum.reserve(self.size, numel, dtype)
             except OSError as error:
                 problem = str(error)
-        path = self.share(path)
-        shared = None
-        if path:
-            try:
+        try:
+            place = self.share(path)
+            if place:
                 timeout_s = self._timeout.total_seconds()
-                shared = SharedSum(path, self.rank, self.size, numel, dtype, timeout_s)
-            except OSError as error:
-                problem = str(error)
-        together = self._all(shared is not None)
-        if path and self.rank == 0:
-            SharedSum.forget(path)
+                try:
+                    shared = SharedSum(place, self.rank, self.size, numel, dtype, timeout_s)
+                except OSError as error:
+                    problem = str(error)
+            together = self._all(shared is not None)
+        finally:
+            if path:  # all have it open, or none will
+                SharedSum.forget(path)
         if shared is not None and together:
             self._shared_sums.append(shared)
             return _SumInSharedMemory(self, shared)

@@ -87,13 +87,16 @@ class SharedSum:
         self._rank, self._size, self._timeout = rank, size, timeout_s
         self._t = 0
         slot, slots = _layout(size, numel, dtype)
-        memory = torch.from_file(
-            path, shared=True, size=_num_bytes(size, numel, dtype), dtype=torch.uint8
-        )
-        # A lock on byte r of the file shows that rank r lives: the kernel takes it back at its end.
-        # After the mapping, since a process that closes any handle of a file loses its locks on it.
-        self._file = os.open(path, os.O_RDWR)
-        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        self._file = os.open(path, os.O_RDWR)  # `from_file` would make what it does not find
+        try:
+            num_bytes = _num_bytes(size, numel, dtype)
+            memory = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+            # A lock on byte r shows that rank r lives: the kernel takes it back at its end. After
+            # the mapping, since a process that closes any handle of a file loses its locks on it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except (OSError, RuntimeError) as error:
+            os.close(self._file)
+            raise OSError(f"{path}: {error}") from error
 
         head: Any = memory[: 2 * size * LINE * 8].numpy()
         counters = memoryview(head).cast("q")

@@ -108,6 +108,39 @@ def test_without_room_one_line_and_the_group_is_used(ranks):
     assert [rest for _, *rest in answers] == [["_SumOfTensors", [3.0] * 3]] * 2
 
 
+def another_folder(group):
+    """Rank 1 does not find the file: another machine, whatever torchrun says."""
+    share = group.share
+    group.share = lambda value: share(value) + (".elsewhere" if group.rank == 1 else "")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        repeated = group.repeated_sum(3, torch.empty(0))
+    repeated.message.fill_(group.rank + 1.0)
+    return len(told), type(repeated).__name__, repeated.start().wait().tolist()
+
+
+def test_a_rank_that_does_not_see_the_memory_makes_none_of_its_own(ranks):
+    before = leftovers()
+    answers = ranks(2, another_folder)
+    assert answers == [(told, "_SumOfTensors", [3.0] * 3) for told in (0, 1)]
+    assert leftovers() == before
+
+
+def lose_at_the_start(group):
+    def lost(_):
+        raise PeerLostError("rank 1 is gone")
+
+    group.share = lost
+    with pytest.raises(PeerLostError):
+        group.repeated_sum(3, torch.empty(0))
+
+
+def test_a_peer_lost_at_the_start_leaves_no_memory_behind(ranks):
+    before = leftovers()
+    ranks(2, lose_at_the_start)
+    assert leftovers() == before
+
+
 def test_memory_that_is_not_there_is_an_error_and_no_signal():
     # Touching memory that a full file system cannot give ends a process by SIGBUS.
     before = leftovers()
