@@ -1,0 +1,421 @@
+"""The step that a GPU would replay is the step of a run, and the tables say what arithmetic says.
+
+There is no GPU in most places. `Tape` stands in for a CUDA graph: like one it repeats the
+operations of one call on the memory that they had, runs no Python of the step, and refuses a
+number that the host reads.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import gpu
+from consensus import POTENTIALS, Layerwise
+
+ROOT = Path(__file__).resolve().parents[1]
+SIGMA = 1e-3
+CPU = torch.device("cpu")
+HOST_READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+
+
+class HostReadError(Exception):
+    pass
+
+
+class Tape(TorchDispatchMode):
+    """The operations of a function, to be repeated on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in HOST_READS:
+            raise HostReadError(str(func))
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                # A view, and what is written in place, is there already.
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(step):
+    with Tape() as tape:
+        step()
+    return tape.replay
+
+
+def spread(algorithm, eta):
+    """Workers that start apart, a coupling that is stable at 0, steps that meet the boundary."""
+    worker = algorithm.worker
+    noise = torch.randn(worker.z.shape, generator=torch.Generator().manual_seed(1))
+    noise = noise.to(worker.z)
+    for start, stop in algorithm.phi.layers:
+        part = noise[:, start:stop]
+        worker.z[:, start:stop] += 0.02 * part / part.norm(dim=1, keepdim=True)
+    algorithm.sigma, algorithm.tau, algorithm.lam = SIGMA, eta**2 / 40, 10 * SIGMA / eta**2
+    algorithm.require_feasible()
+
+
+def pair(device, potential, gradients="loop"):
+    """A run as it is, and one from static memory, with the same start and minibatches."""
+    # So narrow that a few steps are cut; where many are, rounding grows to 1e-3 in 50 iterations.
+    eta = {"quad": 1.0, "tan_sep": 5e-3}.get(potential, 0.05)
+    made = [
+        gpu.lenet5(
+            device,
+            potential,
+            kind,
+            static=static,
+            num_images=50,
+            batch_size=5,
+            dtype=torch.float64,
+            eta=eta,
+        )
+        for kind, static in (("loop", False), (gradients, True))
+    ]
+    for algorithm in made:
+        spread(algorithm, eta)
+    return made
+
+
+def compare(plain, step, steps, tolerance):
+    start, static = plain.u.clone(), step.algorithm
+    for t in range(steps):  # ten of them are an epoch
+        plain.step(t)
+        step()
+    assert (plain.u - start).norm() > 0.05
+    assert (plain.u - static.u).abs().max() <= tolerance
+    assert (plain.worker.z - static.worker.z).abs().max() <= tolerance
+    assert (plain.worker.v - static.worker.v).abs().max() <= tolerance
+    assert torch.equal(plain.cuts, static.cuts)
+
+
+# ---- lenet5
+
+
+@pytest.mark.parametrize("potential", ["quad", "tan", "log", "tan_sep"])
+def test_a_replayed_step_is_the_step_of_a_run(potential):
+    plain, static = pair(CPU, potential)
+    step = gpu.StaticStep(static, record)
+    assert torch.equal(plain.u, static.u)  # recording has left no trace
+    assert torch.equal(plain.worker.z, static.worker.z)
+    compare(plain, step, steps=50, tolerance=1e-12)
+    assert (int(plain.cuts.sum()) > 0) == (potential != "quad")  # the line search had work to do
+
+
+def test_without_a_recorder_the_static_step_runs_anew():
+    plain, static = pair(CPU, "tan")
+    compare(plain, gpu.StaticStep(static, None), steps=12, tolerance=1e-12)
+
+
+def test_a_batched_step_can_be_replayed_and_sums_in_another_order():
+    plain, static = pair(CPU, "tan", gradients="vmap")
+    compare(plain, gpu.StaticStep(static, record), steps=50, tolerance=1e-12)
+
+
+def test_step_sizes_in_tensors_follow_a_schedule():
+    plain, static = pair(CPU, "tan")
+    sigma, tau = torch.tensor(0.0), torch.tensor(0.0)
+    plain.sigma, plain.tau = (lambda t: 1e-3 / (1 + t)), (lambda t: 1e-5 * (1 + t))
+    static.sigma, static.tau = sigma.double(), tau.double()
+    step = gpu.StaticStep(static, record)
+    for t in range(12):
+        static.sigma.fill_(1e-3 / (1 + t))
+        static.tau.fill_(1e-5 * (1 + t))
+        plain.step(t)
+        step()
+    assert (plain.u - static.u).abs().max() <= 1e-12
+    assert (plain.worker.z - static.worker.z).abs().max() <= 1e-12
+    static.sigma = plain.sigma
+    with pytest.raises(AssertionError, match="would stand still"):
+        gpu.StaticStep(static, record)
+
+
+def test_the_recorder_refuses_a_step_that_asks_the_host():
+    _, static = pair(CPU, "tan")
+    static.phi = static.server.phi = static.worker.phi = Layerwise(
+        POTENTIALS["tan"], static.phi.layers, eta=0.05
+    )  # on a CPU it compares, and branches
+    with pytest.raises(HostReadError):
+        gpu.StaticStep(static, record)
+
+
+def test_a_step_that_moves_its_state_is_found():
+    _, static = pair(CPU, "quad")
+    step = static.step
+
+    def moves(t):
+        step(t)
+        static.worker.v = static.worker.v.clone()
+
+    static.step = moves
+    with pytest.raises(AssertionError, match="moved its state"):
+        gpu.StaticStep(static, record)
+
+
+def test_batched_gradients_are_those_of_separate_models():
+    plain = gpu.lenet5(CPU, "quad", "vmap", static=False, num_images=100, dtype=torch.float64)
+    oracle = plain.worker.oracle
+    points = plain.u + 0.01 * torch.randn(4, plain.u.numel(), dtype=torch.float64)
+    images, labels = oracle.draw()
+    found = oracle.gradient(points, (images, labels))
+    for k in range(4):
+        model = gpu.build_model("lenet5", 0, torch.float64, num_classes=10)
+        torch.nn.utils.vector_to_parameters(points[k], model.parameters())
+        loss = cross_entropy(model(images[k]), labels[k], reduction="sum")
+        loss.backward()
+        expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        torch.testing.assert_close(found[k], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(oracle.losses[k], loss.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gradients", gpu.GRADIENTS)
+@pytest.mark.parametrize("potential", gpu.TABLE_2)
+def test_off_the_cpu_no_line_asks_the_host(potential, gradients):
+    # Tensors on "meta" take every branch that is not for the CPU, and have no number to give.
+    risk = gpu.GRADIENTS[gradients](gpu.build_model("lenet5", 0, torch.float32), "sum")
+    n = risk.layout.size
+    u, z = torch.zeros(n, device="meta"), torch.zeros(4, n, device="meta")
+    phi = Layerwise(POTENTIALS[potential], risk.layout.layers, eta=0.5)
+    server = gpu.Server(u, phi, gpu.Solo("meta"))
+    worker = gpu.Worker(z, None, phi, nu=1e-4)
+    images = torch.zeros(4, 5, 1, 28, 28, device="meta")
+    labels = torch.zeros(4, 5, dtype=torch.int64, device="meta")
+    pending = server.start(worker.z, worker.scratch)
+    delta = risk.gradient(worker.z, images, labels)
+    u = server.finish(pending, 1e-3)
+    worker.update(delta, 1e-3, 1e-2, u, u)
+    assert worker.z.shape == (4, n)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(phi.contains(u))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradients", ["loop", "vmap"])
+@pytest.mark.parametrize("potential", ["quad", "tan", "log", "tan_sep"])
+def test_a_cuda_graph_is_the_step_of_a_run(potential, gradients):
+    device = torch.device("cuda")
+    plain, static = pair(device, potential, gradients)
+    step = gpu.StaticStep(static, gpu.cuda_graph)
+    compare(plain, step, steps=50, tolerance=1e-9)  # atomics: each run sums in an order of its own
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("potential", ["quad", "tan", "tan_sep"])
+def test_no_step_waits_for_the_device(potential):
+    device = torch.device("cuda")
+    plain, static = pair(device, potential)
+    step = gpu.StaticStep(static, gpu.cuda_graph)
+    step()  # the first of an epoch brings a permutation from the host
+    plain.step(0)
+    assert gpu.host_syncs(step, device) == 0
+    assert gpu.host_syncs(lambda: plain.step(1), device) == 0
+    assert gpu.host_syncs(lambda: plain.u.sum().item(), device) >= 1
+
+
+# ---- vector
+
+
+def test_least_vectors_by_hand():
+    # One worker. Line 3: u, z, and u again. Line 6: u, delta, v, z, and v, z again; passes before:
+    # u, z (norms, or the step of u), and u, delta, v, z (the step of z).
+    expected = {
+        "quad": (3, 6),
+        "cubic": (3 + 2, 6 + 2),
+        "tan": (3 + 2, 6 + 4),
+        "tan_sep": (3 + 2, 6 + 4),
+        "log": (3 + 2, 6 + 4),
+        "log_sep": (3 + 2, 6 + 4),
+        "pseudo_huber": (3, 6),  # separable and not bounded: nothing has to be known first
+    }
+    for name, vectors in expected.items():
+        phi = Layerwise(POTENTIALS[name], [(0, 3), (3, 5)])
+        assert tuple(gpu.least_vectors(phi, line) for line in ("line 3", "line 6")) == vectors
+    quad, tan = (Layerwise(POTENTIALS[name], [(0, 5)]) for name in ("quad", "tan"))
+    assert gpu.least_vectors(quad, "line 6", num_workers=4) == 1 + 4 * 3 + 4 * 2
+    assert gpu.least_vectors(tan, "line 3", num_workers=4) == (1 + 4) + (1 + 4 + 1)
+
+
+@pytest.mark.parametrize("potential", gpu.TABLE_2)
+def test_the_timed_lines_are_lines_3_and_6(potential):
+    n, layers = 1000, 16
+    coupling = gpu.Coupling(CPU, potential, n)
+    u, z, delta = (x.clone() for x in (coupling.server.u, coupling.worker.z[0], coupling.delta[0]))
+    for start, stop in coupling.phi.layers:
+        assert stop - start in (n // layers, n // layers + 1)
+        assert (u - z)[start:stop].norm() == pytest.approx(0.3, rel=0.4)
+    assert len(coupling.phi.layers) == layers
+    coupling.lines["line 3"]()
+    phi = POTENTIALS[potential]
+
+    def force(w):
+        return torch.cat([phi.grad(w[start:stop]) for start, stop in coupling.phi.layers])
+
+    u = u - gpu.TAU * force(u - z)
+    torch.testing.assert_close(coupling.server.u, u)
+    coupling.lines["line 6"]()
+    v = -gpu.SIGMA * (delta + gpu.NU * z)
+    torch.testing.assert_close(coupling.worker.v[0], v, atol=1e-9, rtol=1e-5)
+    z = z + v + gpu.SIGMA / gpu.LAM * force(u - z)
+    torch.testing.assert_close(coupling.worker.z[0], z)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_line_is_the_line():
+    eager = gpu.Coupling(CPU, "tan_sep", 10_000)
+    fused = gpu.Coupling(CPU, "tan_sep", 10_000, gpu.Unbranched)
+    call, why = gpu.compiled(fused.lines["line 6"])
+    assert call is not None, why
+    call()
+    for _ in range(2):
+        eager.lines["line 6"]()
+    torch.testing.assert_close(fused.worker.z, eager.worker.z)
+    torch.testing.assert_close(fused.worker.v, eager.worker.v, atol=1e-9, rtol=1e-5)
+
+
+# ---- models
+
+
+def test_the_models_are_as_large_as_their_names_say():
+    with torch.device("meta"):
+        resnet, gpt = gpu.ResNet(), gpu.Gpt()
+    resnet50, gpt2 = 25_557_032, 124_439_808  # as published
+    untied = -50_257 * 768 + 2 * 25_152 * 768
+    assert sum(p.numel() for p in resnet.parameters()) == resnet50
+    assert sum(p.numel() for p in gpt.parameters()) == gpt2 + untied
+    assert untied / gpt2 < 3e-4
+    for model in (resnet, gpt):
+        assert list(model.buffers()) == []
+
+
+def test_a_token_does_not_see_those_after_it():
+    model = gpu.gpt2(CPU, True).model
+    tokens = torch.arange(16).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, 10] = 63
+    with torch.no_grad():
+        same = (model(tokens) == model(changed)).all(1)
+    assert same.tolist() == [True] * 10 + [False] * 6
+
+
+@pytest.mark.parametrize("name", gpu.MODELS)
+def test_the_oracle_of_a_model_is_its_gradient(name):
+    workload = gpu.MODELS[name](CPU, True)
+    oracle = gpu.ResidentBatches(workload)
+    point = oracle.risk.layout.flatten(workload.model)
+    oracle.draw()
+    inputs, labels = oracle.draw()
+    assert torch.equal(inputs[0], workload.inputs[1])
+    found = oracle.gradient(point.unsqueeze(0), (inputs, labels))
+    cross_entropy(workload.model(workload.inputs[1]), workload.labels[1]).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in workload.model.parameters()])
+    torch.testing.assert_close(found[0], expected)
+    other = gpu.ResidentBatches(workload)
+    other.load_state_dict(oracle.state_dict())
+    assert torch.equal(other.draw()[0], oracle.draw()[0])
+
+
+def test_the_labels_of_gpt2_are_the_next_tokens():
+    workload = gpu.gpt2(CPU, True)
+    inputs, labels = workload.inputs[0], workload.labels[0].view(workload.inputs[0].shape)
+    assert torch.equal(labels[:, :-1], inputs[:, 1:])
+
+
+# ---- the tables
+
+
+def test_the_tables(tmp_path, monkeypatch, capsys):
+    def no_compiler(*args, **kwargs):
+        def call():
+            raise RuntimeError("No working C++ compiler found\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.chdir(tmp_path)
+    command = "--device cpu --quick --potentials quad tan --models resnet50 gpt2 --n 2e4"
+    gpu.main([*command.split(), "--json", "rows.json", "--trace", "traces"])
+    found = json.loads((tmp_path / "rows.json").read_text())
+    printed = capsys.readouterr().out.splitlines()
+    modes = [(row["potential"], row["gradients"], row["mode"]) for row in found["lenet5"]]
+    assert modes == [
+        (potential, gradients, mode)
+        for potential in ("quad", "tan")
+        for gradients in ("loop", "vmap")
+        for mode in ("eager", "static")
+    ]
+    for row in found["lenet5"]:
+        assert row["steps_per_s"] == pytest.approx(1e3 / row["ms"])
+        assert row["seconds_for_30000"] == pytest.approx(30 * row["ms"])
+        assert row["host_syncs"] is None
+    copy = found["vector"]["copy_bytes_per_s"]
+    assert found["vector"]["n"] == 20_000
+    vectors = {"quad": {"line 3": 3, "line 6": 6}, "tan": {"line 3": 5, "line 6": 10}}
+    assert len(found["vector"]["rows"]) == 2 * 2 * 2
+    for row in found["vector"]["rows"]:
+        assert row["bytes"] == vectors[row["potential"]][row["line"]] * 4 * 20_000
+        if row["mode"] == "compiled":
+            assert row["ms"] is None
+            assert row["absent"] == "No working C++ compiler found"
+        else:
+            assert row["bytes_per_s"] == pytest.approx(1e3 * row["bytes"] / row["ms"])
+            assert row["share_of_copy"] == pytest.approx(row["bytes_per_s"] / copy)
+    assert sum(line.endswith("absent: No working C++ compiler found") for line in printed) == 4
+    methods = [(row["model"], row["method"]) for row in found["models"]]
+    assert methods == [(m, x) for m in ("resnet50", "gpt2") for x in ("local", "quad", "tan")]
+    for row in found["models"]:
+        assert (row["ratio_to_local"] == 1.0) or (row["method"] != "local")
+    traces = {path.name: path for path in (tmp_path / "traces").iterdir()}
+    assert set(traces) == {
+        *(f"lenet5-tan-{g}-{mode}.json" for g in ("loop", "vmap") for mode in ("eager", "static")),
+        *(f"vector-{p}-line{line}-eager.json" for p in ("quad", "tan") for line in (3, 6)),
+    }
+    events = json.loads(traces["lenet5-tan-loop-static.json"].read_text())["traceEvents"]
+    count = sum(event.get("name") == "aten::index_select" for event in events)
+    assert count == 5 * 2  # images and labels in each of five steps
+    assert sum("aten::convolution_backward" in line for line in printed) >= 1
+
+
+def test_what_it_refuses(capsys):
+    for arguments, message in (
+        (["--n", "20.5"], "20.5; allowed: a whole number, at least 16"),
+        (["--n", "many"], "invalid whole_number value: 'many'"),
+        (["--models", "bert"], "invalid choice: 'bert'"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            gpu.main(arguments)
+        assert refused.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_absent_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(["--device", "cuda"])
+    assert refused.value.code == 2
+    assert "`--device` is cuda, and torch finds none; allowed here: cpu" in capsys.readouterr().err
+
+
+def test_it_needs_torch_alone():
+    absent = ("hydra", "omegaconf", "torchvision", "sklearn", "matplotlib", "rich", "tensorboard")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
