@@ -23,7 +23,6 @@ together, their replicas of u are compared, bit for bit, before their times coun
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -54,8 +53,9 @@ SIGMA, TAU, LAM, KAPPA, NU, BATCH = 1e-4, 1e-4, 0.1, 0.9, 1e-4, 20
 TIMEOUT_S = 120.0
 
 WARM_UP = 2  # steps: the first one touches memory and fills caches, the second tells the duration
-VECTORS = 11  # of n, alive at once at most: u, the message, z, v, two scratches, start, temporaries
-PROCESS_BYTES = 500 << 20  # of a process that has imported torch
+VECTORS = 9  # of n, alive at once: u, the message, z, v, scratch, gradient, and temporaries
+DIGEST_BYTES = 512 << 20  # at most, for what it computes with, and what the allocator keeps of it
+PROCESS_BYTES = 512 << 20  # of a process that has imported torch
 PROCESSES_OF_PERIOD = 2
 
 
@@ -314,7 +314,6 @@ def measure(points: Sequence[Point], group: Group, repetitions: int, seconds: fl
                 row.cuts = int(subject.cuts.sum())
                 row.digest = subject.verify()
             del subject  # before the next one is built: there may be room for one only
-            gc.collect()
     return rows
 
 
@@ -381,7 +380,7 @@ def measure_all(plan: Plan, panels: Sequence[str]) -> tuple[list[Row], list[str]
     rows: list[Row] = []
     left_out: list[str] = []
     if "n" in panels:
-        sizes, left_out = affordable("n", plan.sizes, lambda n: 4 * VECTORS * n)
+        sizes, left_out = affordable("n", plan.sizes, bytes_of_size)
         rows += measure(points_of_n(sizes), Solo(), plan.repetitions, plan.seconds)
     if "workers" in panels:
         rows += measure(points_of_workers(plan.workers), Solo(), plan.repetitions, plan.seconds)
@@ -428,6 +427,11 @@ def affordable(
         for value in large
     ]
     return [value for value in values if value not in large], sentences
+
+
+def bytes_of_size(n: int) -> int:
+    """What a process grows by that steps on n coordinates in float32."""
+    return DIGEST_BYTES + 4 * VECTORS * n
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> float:
@@ -693,10 +697,11 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
         "period": "H, iterations to a communication",
     }
     law_of = {law.series: law for law in laws if law.panel == panel}
-    for i, ((where, series), own) in enumerate(by_series(rows).items()):
+    colors = {"copy": "C7", "alone": "C7", "quad": "C0", "tan": "C1", "tan_sep": "C2"}
+    for (where, series), own in by_series(rows).items():
         if where != panel:
             continue
-        color = "C7" if series in ("copy", "alone") else f"C{i % 7}"
+        color = colors[series]
         own = sorted(own, key=lambda row: row.x)
         xs, ms = [row.x for row in own], [1e3 * row.seconds for row in own]
         below = [m - 1e3 * min(row.samples) for m, row in zip(ms, own, strict=True)]
@@ -708,20 +713,18 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
             ratio = xs[-1] / xs[0]
             grid = [xs[0] * ratio ** (i / 200) for i in range(201)]
             axes.plot(grid, [1e3 * law.at(x) for x in grid], "--", color=color, linewidth=1)
-    xs = sorted({row.x for row in rows if row.panel == panel})
     if panel == "n":
         axes.set_xscale("log")
         axes.set_yscale("log")
     else:
+        axes.set_ylim(bottom=0.0)
+    if panel in ("processes", "period"):
+        ticks = sorted({row.x for row in rows if row.panel == panel})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(xs, [str(x) for x in xs])
-        if panel == "workers":
-            axes.set_yscale("log", base=2)
-        else:
-            axes.set_ylim(bottom=0.0)
+        axes.set_xticks(ticks, [str(x) for x in ticks])
     axes.set_title(titles[panel])
     axes.set_xlabel(labels[panel])
-    axes.set_ylabel("ms for one iteration")
+    axes.set_ylabel("ms for one iteration, median and range")
     axes.legend(fontsize="small")
 
 
