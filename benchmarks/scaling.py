@@ -2,15 +2,16 @@
 
 Run by scripts/bench_scaling. One thread in each process; c cores; four panels:
 
-    n          coordinates, on a quadratic whose gradient costs one pass    a + b n
+    n          coordinates, on a quadratic whose gradient costs one pass    a + b n, a + p copy(n)
     workers    M workers in one process, LeNet-5, batch 20                  a + b M
     processes  P processes of one worker each, LeNet-5                      t(1) max(1, P / c)
     period     H iterations from one communication to the next,             a + b / H
                two processes, LeNet-5
 
-What the processes take beyond their law is communication, and waiting for one another. Beside the
-potentials there are `copy`, which copies a vector of n and tells what a pass over memory costs, and
-`alone`, which never communicates.
+A pass over memory costs what `copy` takes, which copies one vector of n: its b is another one where
+the vectors fit into a cache, so the same is said in passes p as well. What the processes take
+beyond their law is communication, waiting for one another, and cores that are shared unevenly; to
+tell them apart, `alone` never communicates.
 
 Data flow: a panel is a list of points, a point is something that steps. All points are visited in
 turn, there and back, again and again, so that what the machine does otherwise strikes all; a visit
@@ -519,12 +520,10 @@ class Line(Law):
     Attributes:
         a: Seconds.
         b: Seconds per coordinate, per worker, per communication.
-        passes: b in copies of a vector, where copies were measured.
     """
 
     a: float
     b: float
-    passes: float | None = None
 
     def at(self, x: float) -> float:
         """Seconds of one step."""
@@ -536,8 +535,29 @@ class Line(Law):
             return f"{start} + {1e3 * self.b:.3g} ms / H"
         if self.panel == "workers":
             return f"{start} + {1e3 * self.b:.3g} ms M"
-        passes = "" if self.passes is None else f" ({self.passes:.1f} passes)"
-        return f"{start} + {1e9 * self.b:.3g} ns n{passes}"
+        return f"{start} + {1e9 * self.b:.3g} ns n"
+
+
+@dataclass(frozen=True)
+class Passes(Law):
+    """a + p copy(n): the caches make a copy faster or slower, and all the rest with it.
+
+    Attributes:
+        a: Seconds.
+        passes: p.
+        copies: What a copy of n numbers was measured to take, n -> seconds.
+    """
+
+    a: float
+    passes: float
+    copies: dict[int, float]
+
+    def at(self, x: float) -> float:
+        """Seconds of one step, at an n that was measured."""
+        return self.a + self.passes * self.copies[int(x)]
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.a:.3g} ms + {self.passes:.1f} copies"
 
 
 @dataclass(frozen=True)
@@ -584,18 +604,18 @@ def fit(xs: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def laws_of(rows: Sequence[Row], cores: int) -> list[Law]:
-    """The law of each series that has points enough to tell it."""
+    """The laws of each series with points enough to tell them; `Passes` comes after `Line`."""
     laws: list[Law] = []
-    per_copy: float | None = None
+    copies = {row.x: row.seconds for row in rows if row.series == "copy"}
     for (panel, series), own in by_series(rows).items():
         if panel == "processes":
-            ones = [row.seconds for row in own if row.x == 1]
-            laws += [SharedCores(panel, series, t1, cores) for t1 in ones]
+            laws += [SharedCores(panel, series, row.seconds, cores) for row in own if row.x == 1]
         elif len({row.x for row in own}) >= 2:
-            a, b = fit([regressor(panel, row.x) for row in own], [row.seconds for row in own])
-            per_copy = b if series == "copy" else per_copy
-            passes = b / per_copy if panel == "n" and per_copy else None
-            laws.append(Line(panel, series, a, b, passes))
+            seconds = [row.seconds for row in own]
+            laws.append(Line(panel, series, *fit([regressor(panel, r.x) for r in own], seconds)))
+            if panel == "n" and series != "copy":
+                a, passes = fit([copies[row.x] for row in own], seconds)
+                laws.append(Passes(panel, series, a, passes, copies))
     return laws
 
 
@@ -620,8 +640,8 @@ LETTERS = {"n": "n", "workers": "M", "processes": "P", "period": "H"}
 
 
 def show(rows: Sequence[Row], laws: Sequence[Law]) -> None:
-    """A table: each point beside its law, and then the laws."""
-    law_of = {(law.panel, law.series): law for law in laws}
+    """A table: each point beside its first law, and then the laws."""
+    law_of = {(law.panel, law.series): law for law in reversed(laws)}
     copies = {row.x: row.seconds for row in rows if row.series == "copy"}
     print(f"{'panel':10} {'series':8} {'':>15} {'ms':>10} {'law':>10} {'/ law':>6}")
     for row in rows:
@@ -696,7 +716,6 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
         "processes": "P, processes",
         "period": "H, iterations to a communication",
     }
-    law_of = {law.series: law for law in laws if law.panel == panel}
     colors = {"copy": "C7", "alone": "C7", "quad": "C0", "tan": "C1", "tan_sep": "C2"}
     for (where, series), own in by_series(rows).items():
         if where != panel:
@@ -706,13 +725,15 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
         xs, ms = [row.x for row in own], [1e3 * row.seconds for row in own]
         below = [m - 1e3 * min(row.samples) for m, row in zip(ms, own, strict=True)]
         above = [1e3 * max(row.samples) - m for m, row in zip(ms, own, strict=True)]
-        law = law_of.get(series)
-        label = series if law is None else f"{series}: {law}"
+        its_laws = [law for law in laws if (law.panel, law.series) == (panel, series)]
+        label = f"{series}: {', '.join(map(str, its_laws))}" if its_laws else series
         axes.errorbar(xs, ms, (below, above), fmt="o", color=color, markersize=4, label=label)
-        if law is not None:
-            ratio = xs[-1] / xs[0]
-            grid = [xs[0] * ratio ** (i / 200) for i in range(201)]
-            axes.plot(grid, [1e3 * law.at(x) for x in grid], "--", color=color, linewidth=1)
+        for law in its_laws:
+            measured_only = isinstance(law, Passes)
+            grid = [xs[0] * (xs[-1] / xs[0]) ** (i / 200) for i in range(201)]
+            curve = [float(x) for x in xs] if measured_only else grid
+            style = ":" if measured_only else "--"
+            axes.plot(curve, [1e3 * law.at(x) for x in curve], style, color=color, linewidth=1)
     if panel == "n":
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -725,7 +746,7 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
     axes.set_title(titles[panel])
     axes.set_xlabel(labels[panel])
     axes.set_ylabel("ms for one iteration, median and range")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower left" if panel == "period" else "best")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # a folder of commands, not a package
 
 import scaling  # noqa: E402
-from scaling import Line, Point, Row, SharedCores  # noqa: E402
+from scaling import Line, Passes, Point, Row, SharedCores  # noqa: E402
 
 N = 33_580
 SIZES = [10.0**k for k in (4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8)]
@@ -63,15 +63,18 @@ def test_laws_by_hand():
         *rows("period", "quad", {1: 5.0, 2: 4.0, 4: 3.5}),
         *rows("workers", "quad", {4: 1.0}),  # a single point has no line
     ]
-    copy, quad, tan, alone, period = scaling.laws_of(found, cores=2)
+    copy, quad, in_copies, tan, alone, period = scaling.laws_of(found, cores=2)
     assert copy.b == pytest.approx(1e-9)
-    assert (quad.a, quad.b, quad.passes) == pytest.approx((1e-6, 12e-9, 12.0))
-    assert (tan.a, tan.b, tan.passes) == (pytest.approx(0.5), pytest.approx(2.0), None)
+    assert (quad.a, quad.b) == pytest.approx((1e-6, 12e-9))
+    assert (in_copies.a, in_copies.passes) == pytest.approx((1e-6, 12.0))
+    assert in_copies.at(1000) == pytest.approx(13e-6)
+    assert (tan.a, tan.b) == pytest.approx((0.5, 2.0))
     assert [alone.at(p) for p in (1, 2, 4, 8)] == [3.0, 3.0, 6.0, 12.0]
     assert (period.a, period.b) == pytest.approx((3.0, 2.0))
     assert period.at(64) == pytest.approx(3.0 + 2.0 / 64)
     assert scaling.deviation(alone, found) == pytest.approx(0.1)
-    assert "12 ns n (12.0 passes)" in str(quad)
+    assert str(quad) == "0.001 ms + 12 ns n"
+    assert str(in_copies) == "0.001 ms + 12.0 copies"
     assert "/ H" in str(period)
     assert "max(1, P / 2)" in str(alone)
 
@@ -113,29 +116,31 @@ def clock(monkeypatch):
 
 def test_points_are_visited_there_and_back_and_the_median_counts(clock):
     log: list = []
-    slow = Clocked(clock, 1.0, log, "a")
 
-    def noise():
-        slow.seconds = 50.0  # from the second visit on, which stays alone in what follows
-        return Clocked(clock, 2.0, log, "b")
+    class Disturbed(Clocked):
+        def step(self, t: int) -> None:  # 2 + 4 steps to a visit; the second one is disturbed
+            self.seconds = 50.0 if 6 <= sum(name == "a" for name, _ in log) < 12 else 1.0
+            super().step(t)
 
-    points = [Point("n", "a", 1, lambda: slow), Point("n", "b", 2, noise)]
-    a, b = scaling.measure(points, Solo(), 1, seconds=4.0)
-    assert (a.samples, a.steps) == ([1.0], 4)
-    assert (b.samples, b.steps) == ([2.0], 2)
-    assert (a.cuts, a.digest) == (3, 17)
-
-    log.clear()
-    slow.seconds = 1.0
     points = [
-        Point("n", "a", 1, lambda: slow),
+        Point("n", "a", 1, lambda: Disturbed(clock, 1.0, log, "a")),
         Point("n", "b", 2, lambda: Clocked(clock, 2.0, log, "b")),
     ]
-    rows = scaling.measure(points, Solo(), 3, seconds=4.0)
-    visits = [name for i, (name, _) in enumerate(log) if i == 0 or log[i - 1][0] != name]
-    assert visits == ["a", "b", "a", "b"]  # a b | b a | a b
-    assert [len(row.samples) for row in rows] == [3, 3]
-    assert Row("n", "a", 1, [1.0, 50.0, 2.0]).seconds == 2.0
+    a, b = scaling.measure(points, Solo(), 3, seconds=4.0)
+    changes = [name for i, (name, _) in enumerate(log) if i == 0 or log[i - 1][0] != name]
+    assert changes == ["a", "b", "a", "b"]  # a b, b a, a b
+    assert (a.steps, a.samples, a.seconds) == (4, [1.0, 50.0, 1.0], 1.0)
+    assert (b.steps, b.samples, b.seconds) == (2, [2.0, 2.0, 2.0], 2.0)
+    assert (a.panel, a.series, a.x, a.cuts, a.digest) == ("n", "a", 1, 3, 17)
+
+
+def test_the_samples_of_all_starts_are_joined():
+    def row(x: int, samples: list[float]) -> Row:
+        return Row("processes", "quad", x, samples, cuts=1)
+
+    one, two = scaling.joined([row(1, [1.0, 2.0]), row(2, [4.0]), row(1, [3.0]), row(2, [5.0])])
+    assert (one.x, one.samples, one.cuts) == (1, [1.0, 2.0, 3.0], 2)
+    assert (two.x, two.samples, two.cuts) == (2, [4.0, 5.0], 2)
 
 
 def test_a_point_stays_in_memory_only_if_it_is_kept(clock):
@@ -238,7 +243,9 @@ def test_the_workers_of_a_process_draw_for_themselves():
 def test_what_is_alone_never_moves_u():
     algorithm = scaling.on_lenet5("quad", [0], Solo())
     u, z = algorithm.u.clone(), algorithm.worker.z.clone()
-    scaling.Alone(algorithm).step(0)
+    alone = scaling.Alone(algorithm)
+    for t in range(2):  # at t = 0 all workers are at u, which no step would move
+        alone.step(t)
     assert torch.equal(algorithm.u, u)
     assert not torch.equal(algorithm.worker.z, z)
 
@@ -347,7 +354,8 @@ def test_the_table_compares_each_point_with_its_law(capsys):
         Row("processes", "tan", 4, [5e-3]),
     ]
     laws = [
-        Line("n", "quad", 0.0, 10e-9, 10.0),
+        Line("n", "quad", 0.0, 10e-9),
+        Passes("n", "quad", 1e-6, 8.0, {1000: 1e-6}),
         SharedCores("processes", "tan", 2e-3, 2),
     ]
     scaling.show(rows, laws)
@@ -357,7 +365,8 @@ def test_the_table_compares_each_point_with_its_law(capsys):
         "n quad n = 1,000 0.012 0.010 1.20 12.00 ns a coordinate, 12.0 copies",
         "processes tan P = 1 2.000 2.000 1.00 +0.000 ms beyond the law",
         "processes tan P = 4 5.000 4.000 1.25 +1.000 ms beyond the law",
-        "law: n quad 0 ms + 10 ns n (10.0 passes), at most 20 % off",
+        "law: n quad 0 ms + 10 ns n, at most 20 % off",
+        "law: n quad 0.001 ms + 8.0 copies, at most 33 % off",
         "law: processes tan 2 ms max(1, P / 2), at most 25 % off",
     ]
 
@@ -418,7 +427,9 @@ def test_the_command_from_end_to_end(tmp_path):
     assert {rows["processes", "alone", p]["digest"] for p in (1, 2)} == {still}
     moved = [row["digest"] for key, row in rows.items() if key[0] in ("workers", "period")]
     assert still not in moved
-    assert {(law["panel"], law["series"]) for law in found["laws"]} == {key[:2] for key in rows}
+    laws = [(law["panel"], law["series"]) for law in found["laws"]]
+    assert set(laws) == {key[:2] for key in rows}
+    assert [laws.count(("n", s)) for s in ("copy", "quad", "tan", "tan_sep")] == [1, 2, 2, 2]
     assert found["left_out"] == []
     lines = done.stdout.splitlines()
     assert len(lines) == 1 + len(rows) + len(found["laws"])
