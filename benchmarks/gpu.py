@@ -1,7 +1,7 @@
 """What an iteration costs on one GPU: launches, memory traffic, and what large models pay.
 
     scripts/bench_gpu --json gpu.json --trace traces --models resnet50 gpt2
-    python -m benchmarks.gpu ...          the same from a checkout in which nothing is installed
+    python -m benchmarks.gpu ...          the same with the torch that is there already
 
 Three questions, each with a table:
 
@@ -93,7 +93,7 @@ def synchronize(device: torch.device) -> None:
 def block_ms(call: Call, device: torch.device, calls: int) -> float:
     """Milliseconds of one of `calls` calls in a row."""
     if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):
             call()
@@ -222,10 +222,7 @@ class ResidentMinibatches(MinibatchRisk):
 
     def draw(self) -> Batch:
         """Images (K, B, 1, 28, 28) and labels (K, B) of the samples in `index`."""
-        shape = (len(self.minibatches), self.batch_size)
-        images = self.dataset.train_images.index_select(0, self.index)
-        labels = self.dataset.train_labels.index_select(0, self.index)
-        return images.view(*shape, *images.shape[1:]), labels.view(shape)
+        return self.gather(self.index)
 
 
 def cuda_graph(step: Call) -> Call:
@@ -234,7 +231,7 @@ def cuda_graph(step: Call) -> Call:
     The step must not read a number of the device on the host, and must write what it changes in
     place: a replay repeats the kernels on the addresses that they had.
     """
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries set themselves up here, which may not be recorded
         for _ in range(3):

@@ -132,7 +132,7 @@ class Quadratic:
         """There is nothing to draw."""
 
     def gradient(self, points: Tensor, batch: None) -> Tensor:
-        """C z, in memory that the next call overwrites. (K, n) -> (K, n)."""
+        """The gradient c z, in memory that the next call overwrites. (K, n) -> (K, n)."""
         del batch
         if self._gradient is None:
             self._gradient = torch.empty_like(points)

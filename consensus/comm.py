@@ -121,11 +121,11 @@ def _started(pid: int) -> str:
 
 
 class Pending(ABC):
-    """A sum on its way; the tensor must not be touched before `wait`."""
+    """A sum on its way; what was handed in must not be touched before `wait`."""
 
     @abstractmethod
     def wait(self) -> Tensor:
-        """The sum over all ranks, in the tensor that was handed in."""
+        """The sum over all ranks."""
 
 
 class RepeatedSum(ABC):
@@ -134,13 +134,14 @@ class RepeatedSum(ABC):
     @property
     @abstractmethod
     def message(self) -> Tensor:
-        """Where this rank writes its summand; its own from `wait` to `start`."""
+        """Where this rank writes its summand, from `wait` to `start`. (numel,)."""
 
     @abstractmethod
     def start(self) -> Pending:
-        """Begin the sum of all messages. What `wait` returns is for reading, until `start`.
+        """Begin the sum of all messages.
 
-        It may be memory of all ranks, or `message` itself, which may be written to.
+        What `wait` returns is for reading, until the next `start`: it may be memory of all ranks,
+        or `message` itself, which may be written to. (numel,)
         """
 
 
@@ -167,7 +168,7 @@ class Group(ABC):
 
     @abstractmethod
     def start_sum(self, tensor: Tensor) -> Pending:
-        """Begin `sum_` and return at once, so that a gradient can be computed meanwhile."""
+        """Begin `sum_`, in the tensor, so that a gradient can be computed meanwhile."""
 
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
         """`start_sum` of vectors (numel,) like a tensor, by the fastest way. A collective."""
@@ -469,7 +470,11 @@ class ProcessGroup(Group):
         return _Work(self, work, tensor)
 
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
-        """In shared memory where all ranks have it and the tensors are on the CPU."""
+        """In shared memory where all ranks have it and the tensors are on the CPU.
+
+        Raises:
+            PeerLostError: If a peer does not answer.
+        """
         shared = None
         if like.device.type == "cpu" and numel > 0:
             shared = self._share_memory(numel, like.dtype)

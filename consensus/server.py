@@ -55,7 +55,7 @@ class Server:
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
         # On the CPU a branch is free and a collective is not; on a GPU it is the other way round.
-        branches = phi.bounded and group.size > 1 and u.device.type == "cpu"
+        branches = phi.bounded and u.device.type == "cpu"
         self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
         self._sum = group.repeated_sum(len(u) + group.size * self._slot, u)
 

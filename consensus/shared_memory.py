@@ -72,7 +72,7 @@ class SharedSum:
     Args:
         path: What `reserve` returned.
         rank: Of this process, among `size` of this machine.
-        size: P.
+        size: P, at least 2.
         numel: n.
         dtype: Of the numbers.
         timeout_s: After which `wait` gives up.
@@ -108,8 +108,8 @@ class SharedSum:
         bounds = torch.linspace(0, numel, size + 1, dtype=torch.float64).long().tolist()
         self._part = slice(bounds[rank], bounds[rank + 1])
 
-    @classmethod
-    def reserve(cls, size: int, numel: int, dtype: torch.dtype) -> str:
+    @staticmethod
+    def reserve(size: int, numel: int, dtype: torch.dtype) -> str:
         """Make the file, for the other ranks to open; whoever made it removes it by `forget`.
 
         Raises:

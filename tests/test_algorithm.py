@@ -404,14 +404,18 @@ def test_the_sum_travels_while_the_gradient_is_computed(order):
     assert group.log == ["start sum", "gradient", "wait"], "and there is no other collective"
 
 
-def test_a_bounded_domain_costs_one_minimum_more_and_no_coupling_costs_nothing():
+@pytest.mark.parametrize(("reach", "asked"), [(0.2, []), (0.95, ["min"])])
+def test_a_bounded_domain_costs_a_minimum_near_its_boundary_alone(reach, asked):
+    w = start_u() - start_z()
+    farthest = max(np.linalg.norm(w[:, a:b], axis=1).max() for a, b in LAYERS)
     group = Recorder()
-    algorithm = build(group, name="tan", period=2)
+    eta = farthest / (reach * math.sqrt(math.pi / 2))
+    algorithm = build(group, name="tan", eta=eta, period=2, tau=1e-6, sigma=1e-6)
     group.log.clear()
     algorithm.step(0)
-    assert group.log == ["start sum", "wait", "min"]
+    assert group.log == ["start sum", "wait", *asked]
     algorithm.step(1)
-    assert group.log == ["start sum", "wait", "min"], "between communications nothing is sent"
+    assert group.log == ["start sum", "wait", *asked], "between communications nothing is sent"
 
 
 def flip_a_bit(group, where):

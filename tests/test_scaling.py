@@ -12,17 +12,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks import scaling
+from benchmarks.scaling import Line, Passes, Point, Row, SharedCores
 from consensus.comm import GroupError, Solo
 from consensus.core.layerwise import Layerwise
 from consensus.problem import build_model
 from consensus.server import digest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # a folder of commands, not a package
-
-import scaling  # noqa: E402
-from scaling import Line, Passes, Point, Row, SharedCores  # noqa: E402
-
 N = 33_580
 SIZES = [10.0**k for k in (4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8)]
 

@@ -161,7 +161,10 @@ class MinibatchRisk:
 
     def draw(self) -> Batch:
         """The next minibatch of every worker: images (K, B, 1, 28, 28), labels (K, B)."""
-        index = torch.cat([source.draw() for source in self.minibatches])  # one gather for all K
+        return self.gather(torch.cat([source.draw() for source in self.minibatches]))
+
+    def gather(self, index: Tensor) -> Batch:
+        """The samples `index` (K B,), at once for all workers, as `draw` returns them."""
         shape = (len(self.minibatches), self.batch_size)
         images = self.dataset.train_images.index_select(0, index)
         labels = self.dataset.train_labels.index_select(0, index)
