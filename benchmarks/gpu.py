@@ -8,10 +8,11 @@ Three questions, each with a table:
     lenet5   4 workers on one device, LeNet-5, batch 20: a step is some hundred small kernels, and
              launching them costs more than running them. `Consensus.step` as it is, and the same
              step captured once as a CUDA graph and replayed, so that no Python runs inside it. The
-             gradients worker by worker, or batched over the workers by vmap, which sums in another
-             order: its numbers are equal up to rounding only.
-    vector   lines 3 and 6 alone on vectors of n coordinates, each potential of Table 2, eagerly and
-             compiled: bytes per second beside those of a copy.
+             gradients worker by worker; side by side, each worker on a stream of its own; or
+             batched over the workers by vmap, which sums in another order.
+    vector   lines 3 and 6 alone on vectors of n coordinates, each potential of Table 2, by the
+             operations of torch, by the kernels of core/fused.py, and by what torch.compile makes
+             of those operations: bytes per second beside those of a copy.
     models   --models: one worker with a model as large as ResNet-50 or GPT-2 small; its step
              without coupling, and with quad and tan. In float32 with torch's defaults: in lower
              precision the gradients take less time, and the coupling a larger share of it.
@@ -23,19 +24,9 @@ Data flow: a function per table builds the problem, hands a callable to `median_
 rows. Times are medians over blocks of calls; on a GPU between two events on its stream, which hold
 the time in which the device waits for the host.
 
-Bytes. A pass that is fused into one kernel reads each vector that it needs once, and writes once.
-With K workers, line 3 reads u and the z_j and writes u: K + 2 vectors of n coordinates. Line 6
-reads u and the delta_j, v_j, z_j, and writes the v_j, z_j: 5 K + 1. That is all for `quad`. Where a
-number is needed that depends on all coordinates, another pass comes before, which only reads:
-
-    radial    the norms |u - z_j| of the layers come before the forces
-    bounded   the length of the step comes before the step
-
-One such pass is enough for both. In line 3 it reads u and the z_j, K + 1: the force of a radial
-potential is a combination of the w_j = u - z_j of a layer, so the step follows from their inner
-products, and a separable force is known at once. In line 6 it reads u and the z_j, K + 1, for the
-norms alone (`cubic`), and u and the delta_j, v_j, z_j, 3 K + 1, for a bounded potential. The table
-has these least bytes over the measured time. What fits into a cache can surpass 100 % of the copy.
+Bytes. The table has what the kernels of core/fused.py read and write, counted there, over the
+measured time, also where the operations of torch do the same in more passes. What fits into a cache
+can surpass 100 % of the copy.
 """
 
 import argparse
@@ -67,6 +58,8 @@ SIGMA, TAU, LAM, KAPPA, NU = 1e-4, 1e-4, 0.1, 0.9, 1e-4
 WORKERS, BATCH = 4, 20
 ITERATIONS = 30_000  # of the paper's runs
 TABLE_2 = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
+
+MODES = ("eager", "fused", "compiled")
 
 Call = Callable[[], object]
 Capture = Callable[[Call], Call]
@@ -197,8 +190,59 @@ class BatchedRisk(Risk):
         return cross_entropy(self._logits(point, images), labels, reduction=self.reduction)
 
 
-GRADIENTS: dict[str, type[Risk]] = {"loop": Risk, "vmap": BatchedRisk}
-"""How the K gradients are computed: worker by worker, or batched."""
+class ConcurrentRisk(Risk):
+    """`Risk`, the same operations, each worker on a stream of its own.
+
+    One worker's kernels are too small to fill a GPU. In a captured graph the streams become
+    branches that run side by side.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._streams: list[torch.cuda.Stream] = []
+
+    def gradient(
+        self,
+        points: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `Risk.gradient`."""
+        if points.device.type != "cuda":
+            return super().gradient(points, images, labels, seeds, out)
+        gradients = torch.empty_like(points) if out is None else out
+        main, losses = torch.cuda.current_stream(), points.new_empty(len(points))
+        while len(self._streams) < len(points):
+            self._streams.append(torch.cuda.Stream())
+        for k, side in enumerate(self._streams[: len(points)]):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                own = slice(k, k + 1)
+                super().gradient(points[own], images[own], labels[own], None, gradients[own])
+                losses[own] = self.losses
+        for side in self._streams:
+            main.wait_stream(side)
+        self.losses = losses
+        return gradients
+
+
+GRADIENTS: dict[str, type[Risk]] = {
+    "loop": Risk,
+    "streams": ConcurrentRisk,
+    "vmap": BatchedRisk,
+}
+"""How the K gradients are computed: worker by worker, each on its own stream, or batched."""
+
+VARIANTS = (
+    ("loop", "plain"),
+    ("loop", "eager"),
+    ("loop", "graph"),
+    ("streams", "graph"),
+    ("vmap", "graph"),
+)
+"""Gradients and mode: without the kernels of core/fused.py, with them, and replayed."""
 
 
 class ResidentMinibatches(MinibatchRisk):
@@ -293,6 +337,7 @@ def lenet5(
     *,
     static: bool,
     num_images: int,
+    fused: bool = True,
     batch_size: int = BATCH,
     dtype: torch.dtype = torch.float32,
     eta: float = 1.0,
@@ -305,6 +350,7 @@ def lenet5(
         gradients: A name in GRADIENTS.
         static: For `StaticStep`; otherwise as a run has it.
         num_images: N.
+        fused: Whether a GPU uses the kernels of core/fused.py.
         batch_size: B.
         dtype: Of images and parameters.
         eta: Width of the potential.
@@ -322,8 +368,8 @@ def lenet5(
     phi = kind(POTENTIALS[potential], risk.layout.layers, eta)
     z = u.expand(WORKERS, -1)
     return Consensus(
-        Server(u, phi, Solo(device)),
-        Worker(z, oracle, phi, kappa=KAPPA, nu=NU),
+        Server(u, phi, Solo(device), fused=fused),
+        Worker(z, oracle, phi, kappa=KAPPA, nu=NU, fused=fused),
         tau=TAU,
         sigma=SIGMA,
         lam=LAM,
@@ -352,25 +398,30 @@ def step_rows(
 ) -> list[StepRow]:
     """Eager and replayed, worker by worker and batched."""
     rows = []
+    on_gpu = device.type == "cuda"
     for potential in potentials:
-        for gradients in GRADIENTS:
-            for static in (False, True):
-                algorithm = lenet5(
-                    device, potential, gradients, static=static, num_images=num_images
-                )
-                mode, call = "eager", counted(algorithm)
-                if static:
-                    on_gpu = device.type == "cuda"
-                    mode = "graph" if on_gpu else "static"
-                    call = StaticStep(algorithm, cuda_graph if on_gpu else None)
-                ms = median_ms(call, device, effort)
-                syncs = host_syncs(call, device)
-                if trace and potential == potentials[-1]:
-                    save_trace(call, device, trace / f"lenet5-{potential}-{gradients}-{mode}.json")
-                require_finite(algorithm)
-                rows.append(
-                    StepRow(potential, gradients, mode, ms, 1e3 / ms, ITERATIONS * ms / 1e3, syncs)
-                )
+        for gradients, mode in VARIANTS:
+            static = mode == "graph"
+            algorithm = lenet5(
+                device,
+                potential,
+                gradients,
+                static=static,
+                num_images=num_images,
+                fused=mode != "plain",
+            )
+            call = counted(algorithm)
+            if static:
+                call = StaticStep(algorithm, cuda_graph if on_gpu else None)
+                mode = "graph" if on_gpu else "static"
+            ms = median_ms(call, device, effort)
+            syncs = host_syncs(call, device)
+            if trace and potential == potentials[-1]:
+                save_trace(call, device, trace / f"lenet5-{potential}-{gradients}-{mode}.json")
+            require_finite(algorithm)
+            rows.append(
+                StepRow(potential, gradients, mode, ms, 1e3 / ms, ITERATIONS * ms / 1e3, syncs)
+            )
     return rows
 
 
@@ -404,6 +455,7 @@ class Coupling:
         n: The number of coordinates, in layers of equal size.
         kind: `Layerwise` as a run has it, or `Unbranched` where no number may go to the host.
         num_layers: L.
+        fused: Whether a GPU uses the kernels of core/fused.py.
 
     Attributes:
         lines: "line 3" and "line 6", each a call without arguments.
@@ -416,6 +468,8 @@ class Coupling:
         n: int,
         kind: type[Layerwise] = Layerwise,
         num_layers: int = 16,
+        *,
+        fused: bool = True,
     ) -> None:
         random = torch.Generator(device).manual_seed(0)
         ends = [i * n // num_layers for i in range(num_layers + 1)]
@@ -425,8 +479,9 @@ class Coupling:
         z = torch.randn(1, n, generator=random, device=device).mul_(0.3 * math.sqrt(num_layers / n))
         z += u
         self.phi = phi
-        self.server = Server(u, phi, Solo(device))
-        self.worker = Worker(z, cast(Oracle, None), phi, kappa=KAPPA, nu=NU)  # draws nothing
+        self.server = Server(u, phi, Solo(device), fused=fused)
+        oracle = cast(Oracle, None)  # nothing is drawn
+        self.worker = Worker(z, oracle, phi, kappa=KAPPA, nu=NU, fused=fused)
         self.delta = torch.randn(1, n, generator=random, device=device).mul_(1e-3)
         self.lines: dict[str, Call] = {"line 3": self.line_3, "line 6": self.line_6}
 
@@ -440,15 +495,13 @@ class Coupling:
         self.worker.update(self.delta, SIGMA, SIGMA / LAM, u, u)
 
 
-def least_vectors(phi: Layerwise, line: str, num_workers: int = 1) -> int:
-    """Vectors of n coordinates that a line must read or write; counted at the top of this file."""
+def vectors_moved(phi: Layerwise, line: str, num_workers: int = 1) -> int:
+    """Vectors of n coordinates that the kernels read or write; counted in core/fused.py."""
     k = num_workers
     norms = isinstance(phi.size, Radial) and phi.profile.slope is None
     if line == "line 3":
-        return k + 2 + (k + 1 if norms or phi.bounded else 0)
-    if phi.bounded:
-        return 5 * k + 1 + (3 * k + 1)
-    return 5 * k + 1 + (k + 1 if norms else 0)
+        return k + 2 + 3 + (k + 1 if norms else 0) + (k + 2 if phi.bounded else 0)
+    return 5 * k + 1 + (3 * k + 1 if phi.bounded else k + 1 if norms else 0)
 
 
 def copy_bytes_per_s(device: torch.device, n: int, effort: Effort) -> float:
@@ -483,8 +536,9 @@ def vector_row(
     trace: Path | None,
 ) -> VectorRow:
     """One line of one potential. `copy` is the bandwidth to compare with, in bytes per second."""
-    coupling = Coupling(device, potential, n, Layerwise if mode == "eager" else Unbranched)
-    size = least_vectors(coupling.phi, line) * coupling.server.u.nbytes
+    kind = Unbranched if mode == "compiled" else Layerwise
+    coupling = Coupling(device, potential, n, kind, fused=mode == "fused")
+    size = vectors_moved(coupling.phi, line) * coupling.server.u.nbytes
     call: Call | None = coupling.lines[line]
     if mode == "compiled":
         call, why = compiled(coupling.lines[line])
@@ -507,13 +561,14 @@ def vector_rows(
     effort: Effort,
     copy: float,
     trace: Path | None,
+    modes: Sequence[str],
 ) -> list[VectorRow]:
-    """Both lines, eager and compiled; traces of two potentials, one without and one with norms."""
+    """Both lines in each mode; traces of two potentials, one without and one with norms."""
     rows = []
     for potential in potentials:
         traced = trace if potential in ("quad", "tan") else None
         for line in ("line 3", "line 6"):
-            for mode in ("eager", "compiled"):
+            for mode in modes:
                 rows.append(vector_row(device, n, potential, line, mode, effort, copy, traced))
                 torch.compiler.reset()  # lets go of the vectors before there are new ones
     return rows
@@ -767,7 +822,7 @@ def show_steps(rows: list[StepRow]) -> None:
 def show_vectors(rows: list[VectorRow], n: int, copy: float) -> None:
     """The table of vector."""
     print(f"\nn = {n:,}, one worker; a copy moves {copy / 1e9:.0f} GB/s")
-    print(f"{'potential':10}{'line':8}{'mode':10}{'ms':>9}{'least MB':>10}{'GB/s':>8}{'/ copy':>8}")
+    print(f"{'potential':10}{'line':8}{'mode':10}{'ms':>9}{'MB':>10}{'GB/s':>8}{'/ copy':>8}")
     for row in rows:
         head = f"{row.potential:10}{row.line:8}{row.mode:10}"
         if row.ms is None or row.bytes_per_s is None or row.share_of_copy is None:
@@ -814,6 +869,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=[])
     parser.add_argument("--potentials", nargs="+", choices=TABLE_2, default=list(TABLE_2))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of vector")
     parser.add_argument("--n", type=whole_number, help="of vector: 1e8 on a GPU, 1e6 on a CPU")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument(
@@ -843,7 +899,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "vector" in options.parts:
         effort = Effort(3, 5) if quick else Effort(7, 10)
         copy = copy_bytes_per_s(device, n, effort)
-        vectors = vector_rows(device, n, options.potentials, effort, copy, trace)
+        vectors = vector_rows(device, n, options.potentials, effort, copy, trace, options.modes)
         show_vectors(vectors, n, copy)
         content["vector"] = {
             "n": n,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError, Pending
 from consensus.core.flat import Scalar
+from consensus.core.fused import fused_kernels, shared_by_all
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import consensus_direction
 
@@ -41,6 +42,7 @@ class Server:
         u: The start, equal on all ranks; a copy is taken. (n,)
         phi: The layer-wise potential (18).
         group: The processes of the run.
+        fused: Whether a GPU may use the kernels of core/fused.py, equal up to rounding.
 
     Attributes:
         u: The consensus variable. (n,)
@@ -48,7 +50,7 @@ class Server:
         cuts: How often s_u was below 1, likewise.
     """
 
-    def __init__(self, u: Tensor, phi: Layerwise, group: Group) -> None:
+    def __init__(self, u: Tensor, phi: Layerwise, group: Group, *, fused: bool = True) -> None:
         self.u = u.clone()
         self.phi = phi
         self.group = group
@@ -58,6 +60,7 @@ class Server:
         branches = phi.bounded and u.device.type == "cpu"
         self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
         self._sum = group.repeated_sum(len(u) + group.size * self._slot, u)
+        self._fused = fused_kernels(phi, u) if fused else None
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).
@@ -67,8 +70,11 @@ class Server:
             scratch: Memory like z that may be overwritten.
         """
         n = len(self.u)
-        w = torch.sub(self.u, z, out=scratch)
         message = self._sum.message
+        if self._fused is not None:
+            self._fused.forces(self.u, z, out=message)
+            return PendingForce(self._sum.start(), z)
+        w = torch.sub(self.u, z, out=scratch)
         if self._slot:
             # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
             slots = message[n:].zero_().view(self.group.size, self._slot)
@@ -84,9 +90,15 @@ class Server:
             t_u: tau or tau / lam.
         """
         force, reaches = pending.force.wait().tensor_split([len(self.u)])
+        if self._fused is not None and shared_by_all(t_u):
+            if self.phi.bounded:
+                self._fused.consensus_step(self.u, pending.z, force, t_u, self.step)
+                self.group.min_(self.step)
+            self._fused.move_consensus(self.u, force, t_u, self.step, self.cuts)
+            return self.u
         d = consensus_direction(force, t_u, out=self._sum.message[: len(self.u)])
         if self.phi.bounded:
-            self.step = self._common_step(pending.z, d, reaches)
+            self.step.copy_(self._common_step(pending.z, d, reaches))
             self.cuts += self.step < 1
             d *= self.step
         self.u += d
@@ -107,9 +119,9 @@ class Server:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of what `state_dict` returned, on any device."""
-        self.u = state["u"].to(self.u, copy=True)
-        self.step = state["step"].to(self.step, copy=True)
-        self.cuts = state["cuts"].to(self.cuts, copy=True)
+        self.u.copy_(state["u"])
+        self.step.copy_(state["step"])
+        self.cuts.copy_(state["cuts"])
 
     def verify_replicas(self) -> int:
         """Check that all ranks hold the same bits of u; return their digest.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, column, part_of
+from consensus.core.fused import fused_kernels, shared_by_all
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead, velocity, worker_direction
 
@@ -46,6 +47,7 @@ class Worker:
         nu: Weight of R(z) = (nu / 2) |z|^2.
         momentum_on: "loss": the velocity carries loss and R, the coupling acts outside it, which is
             mEASGD; "objective": the coupling passes through the velocity as well.
+        fused: Whether a GPU may use the kernels of core/fused.py, equal up to rounding.
 
     Attributes:
         z: (K, n).
@@ -64,6 +66,7 @@ class Worker:
         kappa: Scalar = 0.9,
         nu: Scalar = 0.0,
         momentum_on: str = "loss",
+        fused: bool = True,
     ) -> None:
         assert momentum_on in MOMENTUM_ON, momentum_on
         self.z = z.clone()
@@ -76,6 +79,7 @@ class Worker:
         self.momentum_on = momentum_on
         self.step = z.new_ones(())
         self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        self._fused = fused_kernels(phi, z) if fused else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What survives an iteration, a row for each worker: `z`, `v`, `cuts` and `oracle/...`."""
@@ -84,9 +88,9 @@ class Worker:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of what `state_dict` returned, on any device."""
-        self.z = state["z"].to(self.z, copy=True)
-        self.v = state["v"].to(self.v, copy=True)
-        self.cuts = state["cuts"].to(self.cuts, copy=True)
+        self.z.copy_(state["z"])
+        self.v.copy_(state["v"])
+        self.cuts.copy_(state["cuts"])
         self.oracle.load_state_dict(part_of(state, "oracle"))
 
     def draw(self) -> Any:
@@ -113,6 +117,25 @@ class Worker:
             u: u+, which u - z_j must stay feasible against. (n,)
             anchor: Where the coupling pulls to: u+ (Gauss-Seidel) or u (Jacobi). (n,)
         """
+        if (
+            self._fused is not None
+            and shared_by_all(self.kappa, sigma, self.nu, pull)
+            and (anchor is u or not self.phi.bounded)
+        ):
+            self._fused.move_workers(
+                self.z,
+                self.v,
+                delta,
+                anchor,
+                kappa=self.kappa,
+                sigma=sigma,
+                nu=self.nu,
+                pull=pull,
+                through=self.momentum_on == "objective",
+                step=self.step,
+                cuts=self.cuts,
+            )
+            return
         v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu, out=self.v)
         d = v
         if pull is not None:
@@ -124,7 +147,7 @@ class Worker:
             # z moves by d, so z - u moves by d; dom phi is symmetric.
             w = torch.sub(self.z, u, out=self.scratch)
             s = self.phi.feasible_step(w, d, u)
-            self.step = s.amin()
+            self.step.copy_(s.amin())
             self.cuts += s < 1
             v *= column(s)
             if d is not v:

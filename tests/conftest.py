@@ -13,6 +13,9 @@ from ranks import RankPool
 from consensus.run.compose import config_dir, register_schema, to_config
 from consensus.run.config import Config
 
+if not torch.cuda.is_available():  # read by Triton when it is imported, which torch does late
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 

@@ -234,24 +234,23 @@ def test_no_step_waits_for_the_device(potential):
 # ---- vector
 
 
-def test_least_vectors_by_hand():
-    # One worker. Line 3: u, z, and u again. Line 6: u, delta, v, z, and v, z again; passes before:
-    # u, z (norms, or the step of u), and u, delta, v, z (the step of z).
+def test_vectors_moved_by_hand():
+    # One worker. Line 3: u, z -> message; message, u -> u. Line 6: u, delta, v, z -> v, z. Before:
+    # u, z for norms; u, z, message for the step of u; u, delta, v, z for the step of z.
     expected = {
-        "quad": (3, 6),
-        "cubic": (3 + 2, 6 + 2),
-        "tan": (3 + 2, 6 + 4),
-        "tan_sep": (3 + 2, 6 + 4),
-        "log": (3 + 2, 6 + 4),
-        "log_sep": (3 + 2, 6 + 4),
-        "pseudo_huber": (3, 6),  # separable and not bounded: nothing has to be known first
+        "quad": (3 + 3, 6),
+        "cubic": (2 + 3 + 3, 2 + 6),
+        "tan": (2 + 3 + 3 + 3, 4 + 6),
+        "tan_sep": (3 + 3 + 3, 4 + 6),
+        "log": (2 + 3 + 3 + 3, 4 + 6),
+        "log_sep": (3 + 3 + 3, 4 + 6),
     }
     for name, vectors in expected.items():
         phi = Layerwise(POTENTIALS[name], [(0, 3), (3, 5)])
-        assert tuple(gpu.least_vectors(phi, line) for line in ("line 3", "line 6")) == vectors
+        assert tuple(gpu.vectors_moved(phi, line) for line in ("line 3", "line 6")) == vectors
     quad, tan = (Layerwise(POTENTIALS[name], [(0, 5)]) for name in ("quad", "tan"))
-    assert gpu.least_vectors(quad, "line 6", num_workers=4) == 1 + 4 * 3 + 4 * 2
-    assert gpu.least_vectors(tan, "line 3", num_workers=4) == (1 + 4) + (1 + 4 + 1)
+    assert gpu.vectors_moved(quad, "line 6", num_workers=4) == 1 + 4 * 3 + 4 * 2
+    assert gpu.vectors_moved(tan, "line 3", num_workers=4) == (1 + 4) + (1 + 4 + 1) * 2 + 3
 
 
 @pytest.mark.parametrize("potential", gpu.TABLE_2)
@@ -360,8 +359,13 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
     assert modes == [
         (potential, gradients, mode)
         for potential in ("quad", "tan")
-        for gradients in ("loop", "vmap")
-        for mode in ("eager", "static")
+        for gradients, mode in (
+            ("loop", "plain"),
+            ("loop", "eager"),
+            ("loop", "static"),
+            ("streams", "static"),
+            ("vmap", "static"),
+        )
     ]
     for row in found["lenet5"]:
         assert row["steps_per_s"] == pytest.approx(1e3 / row["ms"])
@@ -369,8 +373,8 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
         assert row["host_syncs"] is None
     copy = found["vector"]["copy_bytes_per_s"]
     assert found["vector"]["n"] == 20_000
-    vectors = {"quad": {"line 3": 3, "line 6": 6}, "tan": {"line 3": 5, "line 6": 10}}
-    assert len(found["vector"]["rows"]) == 2 * 2 * 2
+    vectors = {"quad": {"line 3": 6, "line 6": 6}, "tan": {"line 3": 11, "line 6": 10}}
+    assert len(found["vector"]["rows"]) == 2 * 2 * 3
     for row in found["vector"]["rows"]:
         assert row["bytes"] == vectors[row["potential"]][row["line"]] * 4 * 20_000
         if row["mode"] == "compiled":
@@ -386,8 +390,14 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
         assert (row["ratio_to_local"] == 1.0) or (row["method"] != "local")
     traces = {path.name: path for path in (tmp_path / "traces").iterdir()}
     assert set(traces) == {
-        *(f"lenet5-tan-{g}-{mode}.json" for g in ("loop", "vmap") for mode in ("eager", "static")),
-        *(f"vector-{p}-line{line}-eager.json" for p in ("quad", "tan") for line in (3, 6)),
+        *(f"lenet5-tan-loop-{mode}.json" for mode in ("plain", "eager", "static")),
+        *(f"lenet5-tan-{gradients}-static.json" for gradients in ("streams", "vmap")),
+        *(
+            f"vector-{potential}-line{line}-{mode}.json"
+            for potential in ("quad", "tan")
+            for line in (3, 6)
+            for mode in ("eager", "fused")
+        ),
     }
     events = json.loads(traces["lenet5-tan-loop-static.json"].read_text())["traceEvents"]
     count = sum(event.get("name") == "aten::index_select" for event in events)

@@ -7,6 +7,7 @@ With x = w / eta, a profile makes a potential by being applied to s = |x|^2, or 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class Profile:
             found by a safeguarded Newton iteration.
         slope: psi' where it is a constant, so that the size need not be computed.
         assumptions: Which of (A1) to (A5) hold; see ALL_ASSUMPTIONS.
+        kernel: Its name in kernels.py, where psi' is written once more for a GPU; None: there, and
+            everywhere, the operations of torch do.
     """
 
     psi: Callable[[Tensor], Tensor]
@@ -43,6 +46,7 @@ class Profile:
     radius: Callable[[Tensor], Tensor] | None = None
     slope: float | None = None
     assumptions: frozenset[str] = ALL_ASSUMPTIONS
+    kernel: Literal["quad", "cube", "tan", "log"] | None = None
 
     def invert(self, r: Tensor) -> Tensor:
         """The rho >= 0 with 2 psi'(rho^2) rho = r, elementwise; nan where there is none."""
@@ -100,6 +104,7 @@ QUAD = Profile(  # psi = s, so phi(w) = |x|^2 as in Table 2, not half of it
     d2psi=torch.zeros_like,
     radius=lambda r: 0.5 * r,
     slope=1.0,
+    kernel="quad",
 )
 
 TAN = Profile(  # psi = tan s on s < pi / 2
@@ -107,6 +112,7 @@ TAN = Profile(  # psi = tan s on s < pi / 2
     dpsi=lambda s: torch.cos(s).square().reciprocal(),
     d2psi=lambda s: 2.0 * torch.tan(s) / torch.cos(s).square(),
     bound=0.5 * math.pi,
+    kernel="tan",
 )
 
 LOG = Profile(  # psi = -log(1 - s) on s < 1
@@ -115,6 +121,7 @@ LOG = Profile(  # psi = -log(1 - s) on s < 1
     d2psi=lambda s: (1.0 - s).square().reciprocal(),
     bound=1.0,
     radius=lambda r: r / (1.0 + torch.hypot(torch.ones_like(r), r)),
+    kernel="log",
 )
 
 PSEUDO_HUBER = Profile(  # psi = sqrt(1 + s) - 1, linear growth: (A4) fails
@@ -164,6 +171,7 @@ def power_profile(p: float, eps: float = 0.0) -> Profile:
         ),
         radius=radius,
         assumptions=ALL_ASSUMPTIONS if smooth else ALL_ASSUMPTIONS - {"A3"},
+        kernel="cube" if p == 3.0 and eps == 0.0 else None,
     )
 
 

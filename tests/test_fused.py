@@ -1,0 +1,177 @@
+"""The kernels that a GPU runs, here by Triton's interpreter on the CPU, against the plain formulas.
+
+The expected values come from `Layerwise` and updates.py, which tests of their own check against
+closed forms. On a GPU the same tests run the compiled kernels.
+"""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from consensus import POTENTIALS, Layerwise
+from consensus.core.fused import Fused, fused_kernels
+from consensus.core.updates import consensus_direction, velocity, worker_direction
+
+# NumPy, which interprets, warns where a lane divides by zero that no one asks.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+TABLE_2 = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
+NUMBERS = {"kappa": 0.9, "sigma": 0.3, "nu": 0.01}
+LAYERS = {
+    "one": [(0, 100)],
+    "crossing": [(0, 70), (70, 71), (71, 90), (90, 275), (275, 300)],
+    "aligned": [(0, 64), (64, 192), (192, 256)],
+}
+
+
+def make(name, layers="crossing", eta=1.0, dtype=torch.float64, num_workers=3, spread=0.3):
+    """Potential, kernels and a start inside the domain: |w_l| / eta near `spread`, at most 1."""
+    phi = Layerwise(POTENTIALS[name], LAYERS[layers], eta)
+    n = LAYERS[layers][-1][1]
+    random = torch.Generator().manual_seed(3)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    u = noise(n)
+    w = noise(num_workers, n)
+    for start, stop in LAYERS[layers]:
+        part = w[:, start:stop]
+        part *= spread * eta / part.norm(dim=1, keepdim=True)
+    z, v, delta = u - w, noise(num_workers, n) * 0.1 * eta, noise(num_workers, n) * 0.1 * eta
+    tensors = [x.to(DEVICE, dtype) for x in (u, z, v, delta)]
+    return phi, Fused(phi, tensors[0], block=64), *tensors
+
+
+def close(a, b, dtype=torch.float64):
+    rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (2e-5, 2e-6)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("name", TABLE_2)
+def test_the_sum_of_forces(name, layers, dtype):
+    phi, fused, u, z, *_ = make(name, layers, eta=0.7, dtype=dtype)
+    out = torch.full_like(u, torch.nan)
+    fused.forces(u, z, out)
+    close(out, phi.grad(u - z).sum(0), dtype)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_a_force_outside_the_domain_is_not_a_number(name):
+    phi, fused, u, z, *_ = make(name, num_workers=1)
+    z[0, 70] = u[70] - 2.0  # the second layer has one coordinate
+    out = torch.empty_like(u)
+    fused.forces(u, z, out)
+    assert bool(out[70].isnan()) == phi.bounded
+    assert not out[:70].isnan().any()
+    assert not out[71:].isnan().any()
+
+
+@pytest.mark.parametrize("t_u", [1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("name", TABLE_2)
+def test_line_3(name, layers, t_u):
+    phi, fused, u, z, *_ = make(name, layers, eta=0.7, spread=0.9)
+    force = phi.grad(u - z).sum(0)
+    d = consensus_direction(force, t_u)
+    expected = phi.feasible_step(u - z, d, u).amin()
+    step, cuts = u.new_full((), torch.nan), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    moved = u.clone()
+    if phi.bounded:
+        fused.consensus_step(u, z, force, t_u, step)
+        assert torch.equal(step, expected)
+    fused.move_consensus(moved, force, t_u, step, cuts)
+    close(moved, u + expected * d)
+    assert int(cuts) == int(expected < 1)
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("pull", [None, 1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("name", TABLE_2)
+def test_line_6(name, layers, pull, through):
+    phi, fused, u, z, v, delta = make(name, layers, eta=0.7, spread=0.9)
+    new = velocity(v, delta, z, **NUMBERS)
+    d = new if pull is None else worker_direction(new, phi.grad(u - z), pull)
+    s = phi.feasible_step(z - u, d, u)
+    new = d if through and pull is not None else new
+    expected_z, expected_v = z + s[:, None] * d, s[:, None] * new
+    step, cuts = u.new_ones(()), torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
+    z, v = z.clone(), v.clone()
+    fused.move_workers(z, v, delta, u, **NUMBERS, pull=pull, through=through, step=step, cuts=cuts)
+    close(z, expected_z)
+    close(v, expected_v)
+    assert torch.equal(step, s.amin())
+    assert torch.equal(cuts, 5 + (s < 1))
+
+
+def test_the_cases_of_line_6_meet_the_boundary():
+    cut = set()
+    for pull in (1e-3, 0.1, 1.0, 30.0):
+        phi, _, u, z, v, delta = make("tan", eta=0.7, spread=0.9)
+        d = worker_direction(velocity(v, delta, z, **NUMBERS), phi.grad(u - z), pull)
+        cut |= set(phi.feasible_step(z - u, d, u).tolist())
+    assert 1.0 in cut
+    assert len(cut) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["tan", "log", "tan_sep", "log_sep"])
+def test_the_stored_point_stays_inside_where_the_pull_and_the_velocity_cancel(name, dtype):
+    """v+ = -c w (1 - tiny): their sum is all rounding, in a line search from inner products."""
+    phi, fused, u, z, v, delta = make(name, eta=1e-3, dtype=dtype, spread=0.999)
+    pull = 1e6
+    v.copy_(-(1 / 0.9) * pull * phi.grad(u - z) * (1 - 1e-5))
+    delta.zero_()
+    step, cuts = u.new_ones(()), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    for _ in range(3):
+        fused.move_workers(
+            z, v, delta, u, kappa=0.9, sigma=1.0, nu=0.0, pull=pull, through=False,
+            step=step, cuts=cuts,
+        )  # fmt: skip
+        assert bool(phi.contains(u - z).all())
+
+
+def test_halvings_are_exact_powers_of_two_below():
+    """The exit of one coordinate is known: tan_sep from 0 by d leaves at sqrt(pi / 2) / d."""
+    phi = Layerwise(POTENTIALS["log_sep"], [(0, 1)])
+    u, z = (
+        torch.zeros(1, dtype=torch.float64, device=DEVICE),
+        torch.zeros(1, 1, device=DEVICE).double(),
+    )
+    fused = Fused(phi, u, block=16)
+    step = u.new_ones(())
+    for d, expected in ((0.99, 1.0), (1.0, 0.5), (1.01, 0.5), (2.0, 0.25), (1e3, 2.0**-10)):
+        fused.consensus_step(u, z, torch.full_like(u, -d), 1.0, step)
+        assert float(step) == expected
+
+
+def test_where_the_kernels_serve():
+    u = torch.zeros(100)
+    phi = Layerwise(POTENTIALS["tan"], LAYERS["one"])
+    assert fused_kernels(phi, u) is None  # a CPU
+    assert Fused.knows(phi)
+    assert not Fused.knows(Layerwise(POTENTIALS["log_cosh"], LAYERS["one"]))
+    assert not Fused.knows(
+        Layerwise(POTENTIALS["tan"], LAYERS["one"], torch.tensor([[1.0], [2.0]]))
+    )
+
+
+def test_the_force_of_tan_is_accurate_up_to_its_pole_in_float32():
+    """Against float64: 1 / cos^2 loses as many digits as s = pi / 2 - gap has, and no more."""
+    phi = Layerwise(POTENTIALS["tan_sep"], [(0, 2000)])
+    s = torch.cat([torch.linspace(1e-4, 1.5, 1000), math.pi / 2 - torch.logspace(-0.1, -5, 1000)])
+    w = s.sqrt().to(DEVICE)
+    out = torch.empty_like(w)
+    Fused(phi, w, block=1024).forces(w, torch.zeros(1, 2000, device=DEVICE), out)
+    s = w.square().double()  # what the kernel takes the cosine of, rounded
+    expected = 2 * w.double() / s.cos().square()
+    allowed = 4e-7 + 4 * 6e-8 * s * s.tan().abs()  # the conditioning of 1 / cos^2 at s
+    assert bool(((out.double() / expected - 1).abs() <= allowed).all())
