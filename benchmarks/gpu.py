@@ -7,7 +7,7 @@ Three questions, each with a table:
 
     lenet5   4 workers on one device, LeNet-5, batch 20: a step is some hundred small kernels, and
              launching them costs more than running them. `Consensus.step` as it is, and the same
-             step captured once as a CUDA graph and replayed, so that no Python runs inside it. The
+             step recorded as a CUDA graph and replayed (consensus/replay.py), as a run does it. The
              gradients worker by worker; side by side, each worker on a stream of its own; or
              batched over the workers by vmap, which sums in another order.
     vector   lines 3 and 6 alone on vectors of n coordinates, each potential of Table 2, by the
@@ -30,6 +30,7 @@ can surpass 100 % of the copy.
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -51,6 +52,7 @@ from consensus import POTENTIALS, Layerwise, Radial
 from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Solo
 from consensus.problem import Batch, Dataset, Minibatches, MinibatchRisk, Risk, build_model
+from consensus.replay import Replay, cuda_graph
 from consensus.server import Server
 from consensus.worker import Oracle, Worker
 
@@ -62,8 +64,6 @@ TABLE_2 = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
 MODES = ("eager", "fused", "compiled")
 
 Call = Callable[[], object]
-Capture = Callable[[Call], Call]
-"""Runs a function a few times and returns what repeats it."""
 
 
 # ---- how it is timed
@@ -152,20 +152,6 @@ def save_trace(call: Call, device: torch.device, path: Path, calls: int = 5) -> 
 # ---- lenet5: the whole step, replayed
 
 
-class Unbranched(Layerwise):
-    """The same potential, which never asks the host.
-
-    On a CPU the line search first compares |x| + |d| with the radius, and branches on the answer;
-    what is recorded once must not. Where it would have found 1 at once, the boundary step is far
-    above 1: the same numbers.
-    """
-
-    def surely_feasible(self, reach: Tensor, d: Tensor, u: Tensor) -> bool:
-        """Never sure."""
-        del reach, d, u
-        return False
-
-
 class BatchedRisk(Risk):
     """`Risk` with the gradients of all workers in one pass: vmap of grad.
 
@@ -183,56 +169,17 @@ class BatchedRisk(Risk):
     ) -> Tensor:
         """As `Risk.gradient`: (K, n), (K, B, ...), (K, B) -> (K, n). Nothing random inside."""
         assert seeds is None, "a batched pass draws no random numbers of one worker"
-        gradients, self.losses = vmap(grad_and_value(self._loss))(points, images, labels)
+        gradients, losses = vmap(grad_and_value(self._loss))(points, images, labels)
+        if self.losses.shape != losses.shape:
+            self.losses = torch.empty_like(losses)
+        self.losses.copy_(losses)
         return gradients if out is None else out.copy_(gradients)
 
     def _loss(self, point: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(self._logits(point, images), labels, reduction=self.reduction)
 
 
-class ConcurrentRisk(Risk):
-    """`Risk`, the same operations, each worker on a stream of its own.
-
-    One worker's kernels are too small to fill a GPU. In a captured graph the streams become
-    branches that run side by side.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._streams: list[torch.cuda.Stream] = []
-
-    def gradient(
-        self,
-        points: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        seeds: Sequence[int] | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """As `Risk.gradient`."""
-        if points.device.type != "cuda":
-            return super().gradient(points, images, labels, seeds, out)
-        gradients = torch.empty_like(points) if out is None else out
-        main, losses = torch.cuda.current_stream(), points.new_empty(len(points))
-        while len(self._streams) < len(points):
-            self._streams.append(torch.cuda.Stream())
-        for k, side in enumerate(self._streams[: len(points)]):
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                own = slice(k, k + 1)
-                super().gradient(points[own], images[own], labels[own], None, gradients[own])
-                losses[own] = self.losses
-        for side in self._streams:
-            main.wait_stream(side)
-        self.losses = losses
-        return gradients
-
-
-GRADIENTS: dict[str, type[Risk]] = {
-    "loop": Risk,
-    "streams": ConcurrentRisk,
-    "vmap": BatchedRisk,
-}
+GRADIENTS: dict[str, type[Risk]] = {"loop": Risk, "streams": Risk, "vmap": BatchedRisk}
 """How the K gradients are computed: worker by worker, each on its own stream, or batched."""
 
 VARIANTS = (
@@ -245,97 +192,11 @@ VARIANTS = (
 """Gradients and mode: without the kernels of core/fused.py, with them, and replayed."""
 
 
-class ResidentMinibatches(MinibatchRisk):
-    """`MinibatchRisk` whose draw reads a buffer of indices that lies still.
-
-    The same minibatches in two halves: `refill`, between two steps, writes the indices of the next;
-    `draw`, in the step, gathers what the buffer says.
-
-    Attributes:
-        index: The samples of the next `draw`, worker after worker. int64 (K B,), on the device.
-    """
-
-    def __init__(self, risk: Risk, dataset: Dataset, minibatches: Sequence[Minibatches]) -> None:
-        super().__init__(risk, dataset, minibatches)
-        size = len(minibatches) * self.batch_size
-        self.index = torch.zeros(size, dtype=torch.int64, device=dataset.train_labels.device)
-
-    def refill(self) -> None:
-        """One kernel; once an epoch also a new permutation, which comes from the host."""
-        torch.cat([source.draw() for source in self.minibatches], out=self.index)
-
-    def draw(self) -> Batch:
-        """Images (K, B, 1, 28, 28) and labels (K, B) of the samples in `index`."""
-        return self.gather(self.index)
-
-
-def cuda_graph(step: Call) -> Call:
-    """Record a step and return its replay, one launch.
-
-    The step must not read a number of the device on the host, and must write what it changes in
-    place: a replay repeats the kernels on the addresses that they had.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up here, which may not be recorded
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-class StaticStep:
-    """Iterations of `Consensus.step` on memory that stays where it is.
-
-    Calling it writes the next indices into the buffer of the oracle, and runs or replays the step.
-    Step sizes are constants, or tensors () that the caller writes to between two calls. The period
-    is 1.
-
-    Args:
-        algorithm: With a `ResidentMinibatches`; its state is left as it is.
-        capture: What records the step, `cuda_graph` on a GPU; None: run it every time.
-    """
-
-    def __init__(self, algorithm: Consensus, capture: Capture | None) -> None:
-        oracle = algorithm.worker.oracle
-        assert isinstance(oracle, ResidentMinibatches)
-        assert algorithm.period == 1, "every step is replayed alike"
-        sizes = (algorithm.tau, algorithm.sigma, algorithm.lam)
-        assert not any(callable(size) for size in sizes), "a schedule would stand still"
-        self.algorithm = algorithm
-        self.oracle = oracle
-        self._run: Call = self._step
-        if capture is not None:
-            before = self._addresses()
-            saved = {key: value.clone() for key, value in algorithm.state_dict().items()}
-            self._run = capture(self._step)
-            assert self._addresses() == before, "the step moved its state to other memory"
-            for key, value in algorithm.state_dict().items():
-                value.copy_(saved[key])
-
-    def __call__(self) -> None:
-        """The next iteration."""
-        self.oracle.refill()
-        self._run()
-
-    def _step(self) -> None:
-        self.algorithm.step(0)
-
-    def _addresses(self) -> list[int]:
-        server, worker = self.algorithm.server, self.algorithm.worker
-        state = (server.u, server.cuts, worker.z, worker.v, worker.cuts, self.oracle.index)
-        return [tensor.data_ptr() for tensor in state]
-
-
 def lenet5(
     device: torch.device,
     potential: str,
     gradients: str,
     *,
-    static: bool,
     num_images: int,
     fused: bool = True,
     batch_size: int = BATCH,
@@ -348,7 +209,6 @@ def lenet5(
         device: Of everything.
         potential: A name in POTENTIALS.
         gradients: A name in GRADIENTS.
-        static: For `StaticStep`; otherwise as a run has it.
         num_images: N.
         fused: Whether a GPU uses the kernels of core/fused.py.
         batch_size: B.
@@ -362,10 +222,9 @@ def lenet5(
     everything = torch.arange(num_images, device=device)
     minibatches = [Minibatches(everything, batch_size, seed=0, worker=j) for j in range(WORKERS)]
     risk = GRADIENTS[gradients](build_model("lenet5", 0, dtype, num_classes=10), "sum")
-    oracle = (ResidentMinibatches if static else MinibatchRisk)(risk, dataset, minibatches)
+    oracle = MinibatchRisk(risk, dataset, minibatches)
     u = risk.layout.flatten(risk.model).to(device)
-    kind = Unbranched if static else Layerwise
-    phi = kind(POTENTIALS[potential], risk.layout.layers, eta)
+    phi = Layerwise(POTENTIALS[potential], risk.layout.layers, eta)
     z = u.expand(WORKERS, -1)
     return Consensus(
         Server(u, phi, Solo(device), fused=fused),
@@ -401,20 +260,17 @@ def step_rows(
     on_gpu = device.type == "cuda"
     for potential in potentials:
         for gradients, mode in VARIANTS:
-            static = mode == "graph"
             algorithm = lenet5(
-                device,
-                potential,
-                gradients,
-                static=static,
-                num_images=num_images,
-                fused=mode != "plain",
+                device, potential, gradients, num_images=num_images, fused=mode != "plain"
             )
-            call = counted(algorithm)
-            if static:
-                call = StaticStep(algorithm, cuda_graph if on_gpu else None)
+            step = algorithm.step
+            if mode == "graph":
+                record = cuda_graph if on_gpu else as_it_is
+                step = Replay(algorithm, record=record, side_by_side=gradients == "streams").step
                 mode = "graph" if on_gpu else "static"
-            ms = median_ms(call, device, effort)
+            call = counted(step)
+            fewer = Effort(effort.blocks, max(1, effort.calls // 5))
+            ms = median_ms(call, device, effort if mode == "graph" else fewer)
             syncs = host_syncs(call, device)
             if trace and potential == potentials[-1]:
                 save_trace(call, device, trace / f"lenet5-{potential}-{gradients}-{mode}.json")
@@ -425,16 +281,21 @@ def step_rows(
     return rows
 
 
-def counted(algorithm: Algorithm) -> Call:
+def counted(step: Callable[[int], None]) -> Call:
     """A call that is the next iteration."""
     t = -1
 
-    def step() -> None:
+    def call() -> None:
         nonlocal t
         t += 1
-        algorithm.step(t)
+        step(t)
 
-    return step
+    return call
+
+
+def as_it_is(call: Call) -> Call:
+    """In place of a record: the step runs anew, from the same memory."""
+    return call
 
 
 def require_finite(algorithm: Algorithm) -> None:
@@ -444,6 +305,20 @@ def require_finite(algorithm: Algorithm) -> None:
 
 
 # ---- vector: lines 3 and 6 alone
+
+
+class Unbranched(Layerwise):
+    """The same potential, which never asks the host: for the compiler.
+
+    On a CPU the line search first compares |x| + |d| with the radius, and branches on the answer;
+    what is compiled as one graph must not. Where it would have found 1 at once, the boundary step
+    is far above 1: the same numbers.
+    """
+
+    def surely_feasible(self, reach: Tensor, d: Tensor, u: Tensor) -> bool:
+        """Never sure."""
+        del reach, d, u
+        return False
 
 
 class Coupling:
@@ -570,7 +445,8 @@ def vector_rows(
         for line in ("line 3", "line 6"):
             for mode in modes:
                 rows.append(vector_row(device, n, potential, line, mode, effort, copy, traced))
-                torch.compiler.reset()  # lets go of the vectors before there are new ones
+                torch.compiler.reset()  # lets go of the vectors before there are new ones,
+                gc.collect()  # and so does this: a Coupling refers to itself
     return rows
 
 
@@ -795,7 +671,7 @@ def model_rows(device: torch.device, name: str, quick: bool, effort: Effort) -> 
     rows: list[ModelRow] = []
     for method in ("local", "quad", "tan"):
         algorithm = one_worker(workload, None if method == "local" else method)
-        ms = median_ms(counted(algorithm), device, effort)
+        ms = median_ms(counted(algorithm.step), device, effort)
         require_finite(algorithm)
         n, layers = algorithm.u.numel(), len(algorithm.phi.layers)
         local = rows[0].ms if rows else ms

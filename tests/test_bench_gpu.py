@@ -1,9 +1,4 @@
-"""The step that a GPU would replay is the step of a run, and the tables say what arithmetic says.
-
-There is no GPU in most places. `Tape` stands in for a CUDA graph: like one it repeats the
-operations of one call on the memory that they had, runs no Python of the step, and refuses a
-number that the host reads.
-"""
+"""What the benchmark of a GPU times is Algorithm 1, and its tables say what arithmetic says."""
 
 import json
 import os
@@ -14,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import gpu
 from consensus import POTENTIALS, Layerwise
@@ -25,154 +17,11 @@ from consensus import POTENTIALS, Layerwise
 ROOT = Path(__file__).resolve().parents[1]
 SIGMA = 1e-3
 CPU = torch.device("cpu")
-HOST_READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
-
-
-class HostReadError(Exception):
-    pass
-
-
-class Tape(TorchDispatchMode):
-    """The operations of a function, to be repeated on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in HOST_READS:
-            raise HostReadError(str(func))
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, result in self.operations:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                # A view, and what is written in place, is there already.
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def record(step):
-    with Tape() as tape:
-        step()
-    return tape.replay
-
-
-def spread(algorithm, eta):
-    """Workers that start apart, a coupling that is stable at 0, steps that meet the boundary."""
-    worker = algorithm.worker
-    noise = torch.randn(worker.z.shape, generator=torch.Generator().manual_seed(1))
-    noise = noise.to(worker.z)
-    for start, stop in algorithm.phi.layers:
-        part = noise[:, start:stop]
-        worker.z[:, start:stop] += 0.02 * part / part.norm(dim=1, keepdim=True)
-    algorithm.sigma, algorithm.tau, algorithm.lam = SIGMA, eta**2 / 40, 10 * SIGMA / eta**2
-    algorithm.require_feasible()
-
-
-def pair(device, potential, gradients="loop"):
-    """A run as it is, and one from static memory, with the same start and minibatches."""
-    # So narrow that a few steps are cut; where many are, rounding grows to 1e-3 in 50 iterations.
-    eta = {"quad": 1.0, "tan_sep": 5e-3}.get(potential, 0.05)
-    made = [
-        gpu.lenet5(
-            device,
-            potential,
-            kind,
-            static=static,
-            num_images=50,
-            batch_size=5,
-            dtype=torch.float64,
-            eta=eta,
-        )
-        for kind, static in (("loop", False), (gradients, True))
-    ]
-    for algorithm in made:
-        spread(algorithm, eta)
-    return made
-
-
-def compare(plain, step, steps, tolerance):
-    start, static = plain.u.clone(), step.algorithm
-    for t in range(steps):  # ten of them are an epoch
-        plain.step(t)
-        step()
-    assert (plain.u - start).norm() > 0.05
-    assert (plain.u - static.u).abs().max() <= tolerance
-    assert (plain.worker.z - static.worker.z).abs().max() <= tolerance
-    assert (plain.worker.v - static.worker.v).abs().max() <= tolerance
-    assert torch.equal(plain.cuts, static.cuts)
-
-
 # ---- lenet5
 
 
-@pytest.mark.parametrize("potential", ["quad", "tan", "log", "tan_sep"])
-def test_a_replayed_step_is_the_step_of_a_run(potential):
-    plain, static = pair(CPU, potential)
-    step = gpu.StaticStep(static, record)
-    assert torch.equal(plain.u, static.u)  # recording has left no trace
-    assert torch.equal(plain.worker.z, static.worker.z)
-    compare(plain, step, steps=50, tolerance=1e-12)
-    assert (int(plain.cuts.sum()) > 0) == (potential != "quad")  # the line search had work to do
-
-
-def test_without_a_recorder_the_static_step_runs_anew():
-    plain, static = pair(CPU, "tan")
-    compare(plain, gpu.StaticStep(static, None), steps=12, tolerance=1e-12)
-
-
-def test_a_batched_step_can_be_replayed_and_sums_in_another_order():
-    plain, static = pair(CPU, "tan", gradients="vmap")
-    compare(plain, gpu.StaticStep(static, record), steps=50, tolerance=1e-12)
-
-
-def test_step_sizes_in_tensors_follow_a_schedule():
-    plain, static = pair(CPU, "tan")
-    sigma, tau = torch.tensor(0.0), torch.tensor(0.0)
-    plain.sigma, plain.tau = (lambda t: 1e-3 / (1 + t)), (lambda t: 1e-5 * (1 + t))
-    static.sigma, static.tau = sigma.double(), tau.double()
-    step = gpu.StaticStep(static, record)
-    for t in range(12):
-        static.sigma.fill_(1e-3 / (1 + t))
-        static.tau.fill_(1e-5 * (1 + t))
-        plain.step(t)
-        step()
-    assert (plain.u - static.u).abs().max() <= 1e-12
-    assert (plain.worker.z - static.worker.z).abs().max() <= 1e-12
-    static.sigma = plain.sigma
-    with pytest.raises(AssertionError, match="would stand still"):
-        gpu.StaticStep(static, record)
-
-
-def test_the_recorder_refuses_a_step_that_asks_the_host():
-    _, static = pair(CPU, "tan")
-    static.phi = static.server.phi = static.worker.phi = Layerwise(
-        POTENTIALS["tan"], static.phi.layers, eta=0.05
-    )  # on a CPU it compares, and branches
-    with pytest.raises(HostReadError):
-        gpu.StaticStep(static, record)
-
-
-def test_a_step_that_moves_its_state_is_found():
-    _, static = pair(CPU, "quad")
-    step = static.step
-
-    def moves(t):
-        step(t)
-        static.worker.v = static.worker.v.clone()
-
-    static.step = moves
-    with pytest.raises(AssertionError, match="moved its state"):
-        gpu.StaticStep(static, record)
-
-
 def test_batched_gradients_are_those_of_separate_models():
-    plain = gpu.lenet5(CPU, "quad", "vmap", static=False, num_images=100, dtype=torch.float64)
+    plain = gpu.lenet5(CPU, "quad", "vmap", num_images=100, dtype=torch.float64)
     oracle = plain.worker.oracle
     points = plain.u + 0.01 * torch.randn(4, plain.u.numel(), dtype=torch.float64)
     images, labels = oracle.draw()
@@ -206,29 +55,6 @@ def test_off_the_cpu_no_line_asks_the_host(potential, gradients):
     assert worker.z.shape == (4, n)
     with pytest.raises(RuntimeError, match="meta"):
         bool(phi.contains(u))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("gradients", ["loop", "vmap"])
-@pytest.mark.parametrize("potential", ["quad", "tan", "log", "tan_sep"])
-def test_a_cuda_graph_is_the_step_of_a_run(potential, gradients):
-    device = torch.device("cuda")
-    plain, static = pair(device, potential, gradients)
-    step = gpu.StaticStep(static, gpu.cuda_graph)
-    compare(plain, step, steps=50, tolerance=1e-9)  # atomics: each run sums in an order of its own
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("potential", ["quad", "tan", "tan_sep"])
-def test_no_step_waits_for_the_device(potential):
-    device = torch.device("cuda")
-    plain, static = pair(device, potential)
-    step = gpu.StaticStep(static, gpu.cuda_graph)
-    step()  # the first of an epoch brings a permutation from the host
-    plain.step(0)
-    assert gpu.host_syncs(step, device) == 0
-    assert gpu.host_syncs(lambda: plain.step(1), device) == 0
-    assert gpu.host_syncs(lambda: plain.u.sum().item(), device) >= 1
 
 
 # ---- vector

@@ -290,6 +290,7 @@ class Config:
     dtype: str
     device: str
     deterministic: bool
+    cuda_graph: bool
     resume: str
     plugins: list[str]
     potential: PotentialConfig

@@ -29,7 +29,16 @@ from consensus.run.manifest import DamagedError
 LOCK = ".lock"
 
 # What may differ between a run and its continuation: where it runs, what it leaves, how long it is.
-_FREE = ("output", "group", "device", "deterministic", "resume", "plugins", "workers")
+_FREE = (
+    "output",
+    "group",
+    "device",
+    "deterministic",
+    "cuda_graph",
+    "resume",
+    "plugins",
+    "workers",
+)
 _FREE_KEYS = ("data.root", "algorithm.iterations")
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from signal import Signals
 
 import torch
+from torch import Tensor
 
 from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
+from consensus.replay import Replay, why_not
 from consensus.run.checkpoint import candidates, choose, load, set_aside
 from consensus.run.checkpoint_writer import CheckpointWriter, Facts
 from consensus.run.config import AlgorithmConfig
@@ -138,9 +140,9 @@ class Trainer:
         watch = Watch(self.group, len(self.plan.local_workers), output.log_every)
         screen.begin(start)
         self.resumed_at, self.resumed_t = time.perf_counter(), start  # behind samples_per_s
+        step = self.steps(watch, screen)
         for t in range(start, iterations):
-            self.algorithm.step(t)
-            watch.observe(t, self.algorithm.u, self.algorithm.worker.z)
+            step(t)
             done = t + 1
             log = done % output.log_every == 0
             evaluate = done % output.eval_every == 0 or done == iterations
@@ -170,6 +172,21 @@ class Trainer:
                 self.files.close()
             self.finish()
         self.agree()
+
+    def steps(self, watch: Watch, screen: Screen) -> Callable[[int], None]:
+        """An iteration and the look at what it left, replayed where that can be."""
+        algorithm = self.algorithm
+
+        def observe(t: int | Tensor) -> None:
+            watch.observe(t, algorithm.u, algorithm.worker.z)
+
+        def step(t: int) -> None:
+            algorithm.step(t)
+            observe(t)
+
+        if not self.config.cuda_graph or why_not(algorithm, self.group.size):
+            return step
+        return Replay(algorithm, observe, refused=screen.say).step
 
     def restore(self, screen: Screen) -> int:
         """Continue from the newest good checkpoint of the plan's source, if there is one.

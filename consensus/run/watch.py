@@ -34,7 +34,7 @@ class Watch:
         self._clock = time.perf_counter()
         self._stride = 1
 
-    def observe(self, t: int, u: Tensor, z: Tensor) -> None:
+    def observe(self, t: int | Tensor, u: Tensor, z: Tensor) -> None:
         """After iteration t: remember when a z_j or u stopped being finite, without synchronizing.
 
         u is spoilt on all ranks at once, one iteration after the z_j of one of them, or by itself.
@@ -43,7 +43,7 @@ class Watch:
         """
         u_at = torch.where(torch.isfinite(u.sum()), self._never, 2 * t + 1)
         z_or_u_at = torch.where(torch.isfinite(z.sum()), u_at, 2 * t)
-        self._first = torch.minimum(self._first, z_or_u_at)
+        torch.minimum(self._first, z_or_u_at, out=self._first)
 
     def due(self, done: int) -> bool:
         """Whether it is time to look again, after `done` iterations; the same on all ranks."""

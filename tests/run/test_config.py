@@ -58,6 +58,7 @@ CONTRACT = {
     "dtype": "float32",
     "device": "auto",
     "deterministic": False,
+    "cuda_graph": True,
     "resume": "never",
     "plugins": [],
     "potential.name": "quad",
@@ -209,8 +210,8 @@ def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_pa
 # ---- misspelt keys, wrong types, what Hydra and OmegaConf say
 
 TOP = (
-    "workers, seed, dtype, device, deterministic, resume, plugins, potential, algorithm, data, "
-    "model, group, output"
+    "workers, seed, dtype, device, deterministic, cuda_graph, resume, plugins, potential, "
+    "algorithm, data, model, group, output"
 )
 IN_OUTPUT = (
     "allowed in `output`: root, run_dir, name, eval_every, checkpoint_every, keep_checkpoints, "
