@@ -320,6 +320,11 @@ class Unbranched(Layerwise):
         del reach, d, u
         return False
 
+    def surely_inside(self, s: Tensor) -> bool:
+        """Never sure."""
+        del s
+        return False
+
 
 class Coupling:
     """Lines 3 and 6 of one worker, with a vector of noise in place of the minibatch gradient.
@@ -617,7 +622,6 @@ class ResidentBatches:
         self.risk = Risk(workload.model, "mean")
         self.workload = workload
         self.position = 0
-        self._gradients: Tensor | None = None
 
     def draw(self) -> Batch:
         """Inputs (1, B, ...) and labels (1, rows)."""
@@ -626,10 +630,8 @@ class ResidentBatches:
         return self.workload.inputs[i : i + 1], self.workload.labels[i : i + 1]
 
     def gradient(self, points: Tensor, batch: Batch) -> Tensor:
-        """(1, n) -> (1, n), in memory that the next call overwrites."""
-        if self._gradients is None:
-            self._gradients = torch.empty_like(points)
-        return self.risk.gradient(points, *batch, out=self._gradients)
+        """(1, n) -> (1, n), in the same memory."""
+        return self.risk.gradient(points, *batch, out=points)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The `position`. (1,)."""

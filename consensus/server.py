@@ -17,8 +17,8 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError, Pending
 from consensus.core.flat import Scalar
-from consensus.core.fused import fused_kernels, shared_by_all
 from consensus.core.layerwise import Layerwise
+from consensus.core.lines import lines_for, shared_by_all
 from consensus.core.updates import consensus_direction
 
 
@@ -42,7 +42,8 @@ class Server:
         u: The start, equal on all ranks; a copy is taken. (n,)
         phi: The layer-wise potential (18).
         group: The processes of the run.
-        fused: Whether a GPU may use the kernels of core/fused.py, equal up to rounding.
+        fused: Whether large vectors, and those on a GPU, go the ways of core/lines.py, equal up to
+            rounding.
 
     Attributes:
         u: The consensus variable. (n,)
@@ -60,7 +61,7 @@ class Server:
         branches = phi.bounded and u.device.type == "cpu"
         self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
         self._sum = group.repeated_sum(len(u) + group.size * self._slot, u)
-        self._fused = fused_kernels(phi, u) if fused else None
+        self._lines = lines_for(phi, u) if fused else None
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).
@@ -71,15 +72,20 @@ class Server:
         """
         n = len(self.u)
         message = self._sum.message
-        if self._fused is not None:
-            self._fused.forces(self.u, z, out=message)
-            return PendingForce(self._sum.start(), z)
-        w = torch.sub(self.u, z, out=scratch)
+        if self._lines is not None:
+            reach = self._lines.forces(self.u, z, out=message[:n])
+        else:
+            w, reach = torch.sub(self.u, z, out=scratch), None
+            if self._slot:
+                force, reach = self.phi.grad_and_reach_(w)
+            else:
+                force = self.phi.grad_(w)
+            torch.sum(force, 0, out=message[:n])
         if self._slot:
             # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
+            assert reach is not None
             slots = message[n:].zero_().view(self.group.size, self._slot)
-            slots[self.group.rank] = self.phi.reach(w).amax(0)
-        torch.sum(self.phi.grad_(w), 0, out=message[:n])
+            slots[self.group.rank] = reach.amax(0)
         return PendingForce(self._sum.start(), z)
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
@@ -90,28 +96,33 @@ class Server:
             t_u: tau or tau / lam.
         """
         force, reaches = pending.force.wait().tensor_split([len(self.u)])
-        if self._fused is not None and shared_by_all(t_u):
+        if self._lines is not None and shared_by_all(t_u):
             if self.phi.bounded:
-                self._fused.consensus_step(self.u, pending.z, force, t_u, self.step)
-                self.group.min_(self.step)
-            self._fused.move_consensus(self.u, force, t_u, self.step, self.cuts)
+                reach = reaches.view(-1, self._slot).amax(0) if self._slot else None
+                agreed = self._lines.consensus_step(self.u, pending.z, force, t_u, self.step, reach)
+                if not agreed:
+                    self.group.min_(self.step)
+            self._lines.move_consensus(self.u, force, t_u, self.step, self.cuts)
             return self.u
         d = consensus_direction(force, t_u, out=self._sum.message[: len(self.u)])
-        if self.phi.bounded:
-            self.step.copy_(self._common_step(pending.z, d, reaches))
+        if self.phi.bounded and not self._sure_of(reaches, d):
+            # The smallest s_u over all workers: safe for each of them, since dom phi is convex.
+            s = self.phi.feasible_step(self.u - pending.z, d, self.u).amin()
+            self.step.copy_(self.group.min_(s))
             self.cuts += self.step < 1
             d *= self.step
         self.u += d
         return self.u
 
-    def _common_step(self, z: Tensor, d: Tensor, reaches: Tensor) -> Tensor:
-        """The smallest s_u over all workers: safe for each of them, since dom phi is convex."""
-        if self._slot:
-            # The same numbers on all ranks, so the same answer: all leave out the collective.
-            reach = reaches.view(-1, self._slot).amax(0)
-            if self.phi.surely_feasible(reach, d, self.u):
-                return torch.ones_like(self.step)
-        return self.group.min_(self.phi.feasible_step(self.u - z, d, self.u).amin())
+    def _sure_of(self, reaches: Tensor, d: Tensor) -> bool:
+        """Whether s_u is 1, which then is set. All ranks know the same, and answer the same."""
+        if not self._slot:
+            return False
+        reach = reaches.view(-1, self._slot).amax(0)
+        sure = self.phi.surely_feasible(reach, d, self.u)
+        if sure:
+            self.step.fill_(1.0)
+        return sure
 
     def state_dict(self) -> dict[str, Tensor]:
         """What survives an iteration: `u` (n,), `step` () and `cuts` ()."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, column, part_of
-from consensus.core.fused import fused_kernels, shared_by_all
 from consensus.core.layerwise import Layerwise
+from consensus.core.lines import lines_for, shared_by_all
 from consensus.core.updates import look_ahead, velocity, worker_direction
 
 MOMENTUM_ON = ("loss", "objective")
@@ -26,7 +26,8 @@ class Oracle(Protocol):
     def gradient(self, points: Tensor, batch: Any) -> Tensor:
         """Line 5: the gradient of each worker's minibatch loss at its point. (K, n) -> (K, n).
 
-        The caller overwrites both the points and the result.
+        The caller overwrites both the points and the result, which may be the same memory: a
+        vector less, where models are large.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -47,12 +48,14 @@ class Worker:
         nu: Weight of R(z) = (nu / 2) |z|^2.
         momentum_on: "loss": the velocity carries loss and R, the coupling acts outside it, which is
             mEASGD; "objective": the coupling passes through the velocity as well.
-        fused: Whether a GPU may use the kernels of core/fused.py, equal up to rounding.
+        fused: Whether large vectors, and those on a GPU, go the ways of core/lines.py, equal up to
+            rounding.
 
     Attributes:
         z: (K, n).
         v: The velocities, 0 at the start. (K, n)
-        scratch: (K, n), what lies between two statements; overwritten by every method.
+        scratch: (K, n), for the look-ahead points, and for what lies between two statements; every
+            method may overwrite it.
         cuts: How often each s_j was below 1. int64 (K,), on the device.
         step: The smallest s_j of the last iteration, a tensor () on the device.
     """
@@ -79,7 +82,7 @@ class Worker:
         self.momentum_on = momentum_on
         self.step = z.new_ones(())
         self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        self._fused = fused_kernels(phi, z) if fused else None
+        self._lines = lines_for(phi, z) if fused else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What survives an iteration, a row for each worker: `z`, `v`, `cuts` and `oracle/...`."""
@@ -118,11 +121,11 @@ class Worker:
             anchor: Where the coupling pulls to: u+ (Gauss-Seidel) or u (Jacobi). (n,)
         """
         if (
-            self._fused is not None
+            self._lines is not None
             and shared_by_all(self.kappa, sigma, self.nu, pull)
             and (anchor is u or not self.phi.bounded)
         ):
-            self._fused.move_workers(
+            self._lines.move_workers(
                 self.z,
                 self.v,
                 delta,
@@ -137,16 +140,22 @@ class Worker:
             )
             return
         v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu, out=self.v)
-        d = v
+        d, reach = v, None
         if pull is not None:
-            force = self.phi.grad_(torch.sub(anchor, self.z, out=self.scratch))
+            w = torch.sub(anchor, self.z, out=self.scratch)
+            if self.phi.bounded and anchor is u:
+                force, reach = self.phi.grad_and_reach_(w)
+            else:
+                force = self.phi.grad_(w)
             d = worker_direction(v, force, pull, out=delta)
             if self.momentum_on == "objective":
                 v.copy_(d)
-        if self.phi.bounded:
+        branches = u.device.type == "cpu"  # on a GPU, asking would wait for it
+        if branches and reach is not None and self.phi.surely_feasible(reach, d, u):
+            self.step.fill_(1.0)
+        elif self.phi.bounded:
             # z moves by d, so z - u moves by d; dom phi is symmetric.
-            w = torch.sub(self.z, u, out=self.scratch)
-            s = self.phi.feasible_step(w, d, u)
+            s = self.phi.feasible_step(self.z - u, d, u, reach)
             self.step.copy_(s.amin())
             self.cuts += s < 1
             v *= column(s)

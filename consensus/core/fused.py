@@ -2,8 +2,7 @@
 
 `Layerwise` and updates.py say what is computed, one operation of torch after another, and each of
 them reads and writes vectors of n coordinates. Here the same is done by the kernels of kernels.py.
-`fused_kernels` says where they serve; everywhere else, and on every CPU, the operations of torch
-do. The two agree up to rounding.
+lines.py says where they serve; everywhere else the operations of torch do.
 
 Bytes. With K workers, in vectors of n coordinates, and the message of the all-reduce in memory:
 
@@ -21,7 +20,6 @@ taken at once. Where the two parts of d cancel, what is left of their rounding i
 boundary moved inwards by it, as `Potential.feasible_step` does for the rounding of u - z.
 """
 
-import importlib.util
 import math
 from types import ModuleType
 from typing import Any
@@ -34,18 +32,8 @@ from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import Separable
 
 
-def fused_kernels(phi: Layerwise, like: Tensor) -> "Fused | None":
-    """The kernels for this potential where they serve: a GPU, Triton, a profile they know.
-
-    None otherwise: a profile of the user's own, weights of coordinates, eta as a tensor.
-    """
-    if like.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    return Fused(phi, like) if Fused.knows(phi) else None
-
-
 class Fused:
-    """The kernels with their tables and memory, for one potential and one device.
+    """`Lines` for one potential on a GPU: the kernels with their tables and memory.
 
     Args:
         phi: A potential for which `knows` is true.
@@ -87,13 +75,8 @@ class Fused:
         self._needs_norms = not self._how["SEPARABLE"] and phi.profile.slope is None
         self._memory: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    @staticmethod
-    def knows(phi: Layerwise) -> bool:
-        """Whether the kernels have the profile, with one scale for all coordinates."""
-        return phi.profile.kernel is not None and isinstance(phi.scale, float)
-
     def forces(self, u: Tensor, z: Tensor, out: Tensor) -> None:
-        """Line 3: sum_k grad phi(u - z_k). (n,), (K, n) -> out (n,)."""
+        """As in `Lines`; the reach stays on the device, where nothing is decided by it."""
         factors = self._factors(u, z)
         self._kernels.forces[(self._tiles,)](
             out,
@@ -109,16 +92,18 @@ class Fused:
         )
 
     def consensus_step(
-        self, u: Tensor, z: Tensor, force: Tensor, t_u: Scalar, step: Tensor
-    ) -> None:
-        """The smallest s_u over the K workers, to step (). `force` (n,) is the sum over all."""
+        self, u: Tensor, z: Tensor, force: Tensor, t_u: Scalar, step: Tensor, reach: Tensor | None
+    ) -> bool:
+        """As in `Lines`: of the workers of this rank alone."""
+        del reach
         self._set({3: t_u})
         self._search(3, u, z, z, force, True, step, None)
+        return False
 
     def move_consensus(
         self, u: Tensor, force: Tensor, t_u: Scalar, step: Tensor, cuts: Tensor
     ) -> None:
-        """Line 3: u -= step t_u force in place; counts a step below 1 in cuts ()."""
+        """As in `Lines`."""
         self._set({3: t_u})
         self._kernels.move_u[(self._tiles,)](
             u,
@@ -146,21 +131,7 @@ class Fused:
         step: Tensor,
         cuts: Tensor,
     ) -> None:
-        """Line 6 in place of z and v (K, n), with the line search if phi is bounded.
-
-        Args:
-            z: The workers. (K, n)
-            v: Their velocities. (K, n)
-            delta: The minibatch gradients. (K, n)
-            u: The consensus variable. (n,)
-            kappa: Momentum.
-            sigma: Step size.
-            nu: Weight of R.
-            pull: sigma / lam, or None without coupling.
-            through: Whether the coupling passes through the velocity.
-            step: Gets the smallest s_k. ()
-            cuts: Is raised where s_k is below 1. int64 (K,)
-        """
+        """As in `Lines`."""
         coupled = pull is not None
         self._set({4: sigma, 6: kappa, 7: nu})
         if pull is not None:
@@ -275,8 +246,3 @@ class Fused:
             elif self._known.get(i) != value:
                 self._numbers[i].fill_(value)
                 self._known[i] = value
-
-
-def shared_by_all(*sizes: Scalar | None) -> bool:
-    """Whether no hyperparameter differs between the workers: the kernels take one number each."""
-    return not any(isinstance(size, Tensor) and size.ndim > 0 for size in sizes)

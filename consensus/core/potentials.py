@@ -67,6 +67,10 @@ class Size(ABC):
         """A bound on `norm(x)` that broadcasts against (..., G) and is cheap to compute."""
 
     @abstractmethod
+    def length(self, x: Tensor) -> Tensor:
+        """A coarser bound on `norm(x)`, and cheaper still. (..., n) -> (..., 1)."""
+
+    @abstractmethod
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """The larger root t of |x + t d|^2 = bound, inf where d = 0. (..., n) -> (..., G)."""
 
@@ -98,6 +102,10 @@ class Separable(Size):
         """max_i |x_i|: one number instead of n."""
         # Without a vector of the |x_i|; torch.aminmax along an axis is ten times as slow.
         return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+
+    def length(self, x: Tensor) -> Tensor:
+        """max_i |x_i|."""
+        return self.largest(x)
 
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """(R - x_i sign d_i) / |d_i|, R = sqrt(bound): linear, since x_i is one number."""
@@ -159,6 +167,11 @@ class Radial(Size):
     def largest(self, x: Tensor) -> Tensor:
         """|x_l| itself."""
         return self.norm(x)
+
+    def length(self, x: Tensor) -> Tensor:
+        """|x|, of all layers together."""
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return length
 
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """The larger root of a quadratic, in the form that subtracts no nearly equal numbers."""
@@ -251,6 +264,16 @@ class Potential:
         factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
         return self._scaled_(self.size.scale_(factor, x))
 
+    def grad_and_reach_(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """`grad_` and `reach`, which share their work. (..., n) -> (..., n), (..., G or 1)."""
+        if isinstance(self.size, Separable) or self.profile.slope is not None:
+            reach = self.reach(w)
+            return self.grad_(w), reach
+        x = self._scaled_(w)
+        s = self._sizes(x)
+        factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
+        return self._scaled_(self.size.scale_(factor, x)), s.sqrt()
+
     def hvp(self, w: Tensor, v: Tensor) -> Tensor:
         """The Hessian of phi at w times v. (..., n), (..., n) -> (..., n)."""
         x, v = self._scaled(w), self._scaled(v)
@@ -283,7 +306,7 @@ class Potential:
             return torch.full_like((w * d)[..., 0], math.inf)
         return self._boundary_step(w, d, self.profile.bound)
 
-    def feasible_step(self, w: Tensor, d: Tensor, u: Tensor) -> Tensor:
+    def feasible_step(self, w: Tensor, d: Tensor, u: Tensor, reach: Tensor | None = None) -> Tensor:
         """The line search of section 6: the largest of 1, 1/2, 1/4, ... that keeps w + t d inside.
 
         The paper halves until the point is inside. dom phi is convex, so the answer is the largest
@@ -303,15 +326,18 @@ class Potential:
             w: The point, inside dom phi. (..., n)
             d: The direction. (..., n)
             u: The minuend of w = u - z; its magnitude decides the rounding. Broadcasts against w.
+            reach: Of w, where it is known. (..., G or 1)
 
         Returns:
             The step. (...)
         """
         if not self.bounded:
             return torch.ones_like((w * d)[..., 0])
-        if w.device.type == "cpu" and self.surely_feasible(self.reach(w), d, u):
-            return torch.ones_like(w[..., 0])
-        shrunk = self._safe_radius(u).clamp(min=0.0).square()
+        if w.device.type == "cpu":
+            reach = self.reach(w) if reach is None else reach
+            if self.surely_feasible(reach, d, u):
+                return torch.ones_like(w[..., 0])
+        shrunk = self._safe_radius(self.reach(u)).clamp(min=0.0).square()
         return _largest_halving_below(self._boundary_step(w, d, shrunk))
 
     def reach(self, w: Tensor) -> Tensor:
@@ -331,13 +357,21 @@ class Potential:
             d: The direction, which broadcasts against w. (..., n)
             u: As in `feasible_step`.
         """
-        return bool((reach + self.reach(d) <= 0.875 * self._safe_radius(u)).all())
+        of_d, of_u = (self.size.length(self._scaled(x)) for x in (d, u))
+        if self.far_inside(reach, of_d, of_u):
+            return True
+        return self.far_inside(reach, self.reach(d), self.reach(u))
 
-    def _safe_radius(self, u: Tensor) -> Tensor:
+    def far_inside(self, reach: Tensor, reach_of_d: Tensor, reach_of_u: Tensor) -> bool:
+        """`surely_feasible` by what is known of w, d and u. Each (..., G or 1)."""
+        safe = self._safe_radius(reach_of_u)
+        return bool((reach + reach_of_d <= 0.875 * safe).all())
+
+    def _safe_radius(self, reach_of_u: Tensor) -> Tensor:
         """The radius of dom phi in units of x, less what the rounding of u - z may hide."""
         radius = math.sqrt(self.profile.bound)
-        eps = torch.finfo(u.dtype).eps
-        return radius - eps * (32.0 * radius + 4.0 * self.reach(u))
+        eps = torch.finfo(reach_of_u.dtype).eps
+        return radius - eps * (32.0 * radius + 4.0 * reach_of_u)
 
     def _boundary_step(self, w: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """The t >= 0 where the first group of x + t d reaches the bound, 0 if past it. -> (...)."""
@@ -359,9 +393,18 @@ class Potential:
     def _sizes(self, x: Tensor) -> Tensor:
         return self.size.inner(x, x)
 
+    def surely_inside(self, s: Tensor) -> bool:
+        """Whether all sizes s are below the bound, where asking costs less than caring.
+
+        Brings one number to the host: for tensors on the CPU.
+        """
+        return s.device.type == "cpu" and bool((s.amax() < self.profile.bound).all())
+
     def _inside(self, s: Tensor, inside: Tensor, outside: float) -> Tensor:
         # tan s and 1 / (1 - s) have innocent values beyond the pole: never let them pass for phi.
-        return torch.where(s < self.profile.bound, inside, outside) if self.bounded else inside
+        if not self.bounded or self.surely_inside(s):
+            return inside
+        return torch.where(s < self.profile.bound, inside, outside)
 
     def __repr__(self) -> str:
         scale = "tensor" if isinstance(self.scale, Tensor) else self.scale

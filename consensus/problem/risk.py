@@ -75,7 +75,7 @@ class Risk:
             labels: (K, B) int64
             seeds: For torch's global generators, one for each worker's pass through a model that
                 draws random numbers; None leaves the generators alone.
-            out: Where the gradients go, if given. (K, n)
+            out: Where the gradients go, if given; may be `points`. (K, n)
 
         Returns:
             (K, n)
@@ -171,7 +171,6 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
-        self._gradients: Tensor | None = None
         self.draws_inside = any(isinstance(m, _DropoutNd) for m in risk.model.modules())
 
     @property
@@ -202,12 +201,11 @@ class MinibatchRisk:
     def gradient(self, points: Tensor, batch: Batch) -> Tensor:
         """The gradients (K, n) of the workers' minibatch losses at their points (K, n).
 
-        In memory that the next call overwrites: a large vector is not allocated in every iteration.
+        In the memory of the points, each of which has served when its gradient is there: a large
+        vector less.
         """
         seeds = None
         if self.draws_inside:  # a function of (seed, worker, draw), in every layout and on resume
             sources = self.minibatches
             seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
-        if self._gradients is None:
-            self._gradients = torch.empty_like(points)
-        return self.risk.gradient(points, *batch, seeds=seeds, out=self._gradients)
+        return self.risk.gradient(points, *batch, seeds=seeds, out=points)

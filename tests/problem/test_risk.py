@@ -175,7 +175,7 @@ def test_minibatch_risk_gives_each_worker_its_own_samples():
         images, labels = oracle.draw()
         assert images.shape == (K, B, 1, 28, 28)
         assert labels.shape == (K, B)
-        gradients = oracle.gradient(points, (images, labels))
+        gradients = oracle.gradient(points.clone(), (images, labels))  # overwritten
         for j, twin in enumerate(twins):
             chosen = twin.draw().tolist()
             expected_images = torch.stack([pool.train_images[i] for i in chosen])

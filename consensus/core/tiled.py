@@ -1,0 +1,231 @@
+"""Lines 3 and 6 of Algorithm 1 on a CPU, for vectors that are larger than its cache.
+
+The operations of updates.py and layerwise.py, tile by tile: what one operation leaves, the next one
+finds in the cache, and memory is read and written once for several of them. A tile lies in one
+layer. Tiles are worked on in order, and sums over tiles are taken in float64: the same bits on all
+ranks.
+
+Vectors of n coordinates that are read from memory or written to it, for one worker (plain: by the
+formulas as they are):
+
+    line 3   quad       u, z -> force; force, u -> u                     6    plain 12
+             bounded    u, z; u, z -> force; force, u; force, u -> u    10          18
+    line 6   quad       u, z, v, delta -> v, z                           6          19
+             bounded    u, z; u, z, v, delta -> v, d; d, z -> z         11          30
+
+where the first u, z is for the norms of a radial potential. The line search asks whether |x| + |d|
+stays far inside the domain, as `Potential.surely_feasible` does, and only else takes the boundary
+step, by the formulas as they are.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from consensus.core.flat import Scalar, column
+from consensus.core.layerwise import Layerwise
+from consensus.core.potentials import CHUNK, Potential, Separable
+
+TILE = CHUNK
+"""Coordinates of a tile. Half a dozen of them fit into the last cache; smaller ones fit into nearer
+caches, and spend as long in Python as in arithmetic."""
+
+
+class Tiled:
+    """`Lines` for one potential on a CPU.
+
+    Args:
+        phi: A potential with one scale for all coordinates.
+        like: A tensor with the n coordinates of a vector last.
+        tile: The largest number of coordinates to a tile.
+    """
+
+    def __init__(self, phi: Layerwise, like: Tensor, tile: int = TILE) -> None:
+        assert isinstance(phi.scale, float)
+        self.phi = phi
+        self._scale = phi.scale
+        self._separable = isinstance(phi.size, Separable)
+        layers = [(0, like.shape[-1])] if self._separable else phi.layers
+        pieces = [
+            (min(tile, stop - start), layer)
+            for layer, (begin, stop) in enumerate(layers)
+            for start in range(begin, stop, tile)
+        ]
+        self._lengths = [length for length, _ in pieces]
+        self._layers = [layer for _, layer in pieces]
+        self._layer_of = torch.tensor(self._layers)
+        self._num_layers = len(layers)
+        self._pointwise = Potential(phi.profile, phi.size, phi.scale)
+        self._slope = phi.profile.slope
+
+    def forces(self, u: Tensor, z: Tensor, out: Tensor) -> Tensor | None:
+        """As in `Lines`."""
+        memory = self._memory(z)
+        if self._separable:
+            return self._separable_forces(u, z, out, memory)
+        reach = None if self._slope is not None else self._reach_of_difference(u, z, memory)
+        factors = self._factors(reach, len(z))
+        for layer, own, own_z, total in zip(self._layers, *self._tiles(u, z, out), strict=True):
+            w = torch.sub(own, own_z, out=memory[own.numel()])
+            torch.mul(w[0], factors[layer][0], out=total)
+            for row, factor in zip(w[1:], factors[layer][1:], strict=True):
+                total.add_(row, alpha=factor)
+        return reach
+
+    def _separable_forces(
+        self, u: Tensor, z: Tensor, out: Tensor, memory: dict[int, Tensor]
+    ) -> Tensor | None:
+        found = []
+        for own, own_z, total in zip(*self._tiles(u, z, out), strict=True):
+            w = torch.sub(own, own_z, out=memory[own.numel()])
+            if self.phi.bounded:
+                found.append(self.phi.size.largest(w))
+            torch.sum(self._pointwise.grad_(w), 0, out=total)
+        return self._reach(found) if found else None
+
+    def consensus_step(
+        self, u: Tensor, z: Tensor, force: Tensor, t_u: Scalar, step: Tensor, reach: Tensor | None
+    ) -> bool:
+        """As in `Lines`. From what all ranks know, so that all return the same."""
+        t_u = float(t_u)
+        assert reach is not None
+        of_force, of_u = ([self._length(part) for part in x] for x in self._tiles(force, u))
+        if self.phi.far_inside(reach, abs(t_u) * self._reach(of_force), self._reach(of_u)):
+            step.fill_(1.0)
+            return True
+        step.copy_(self.phi.feasible_step(u - z, force * -t_u, u).amin())
+        return False
+
+    def move_consensus(
+        self, u: Tensor, force: Tensor, t_u: Scalar, step: Tensor, cuts: Tensor
+    ) -> None:
+        """As in `Lines`."""
+        t_u = float(t_u)
+        if self.phi.bounded:
+            s = float(step)
+            cuts += int(s < 1)
+            t_u *= s
+        u.add_(force, alpha=-t_u)
+
+    def move_workers(
+        self,
+        z: Tensor,
+        v: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        *,
+        kappa: Scalar,
+        sigma: Scalar,
+        nu: Scalar,
+        pull: Scalar | None,
+        through: bool,
+        step: Tensor,
+        cuts: Tensor,
+    ) -> None:
+        """As in `Lines`."""
+        kappa, sigma, nu = float(kappa), float(sigma), float(nu)
+        memory, bounded = self._memory(z), self.phi.bounded
+        pulls: list[list[float]] | float | None = None
+        reach: Tensor | None = None
+        if pull is not None and self._separable:
+            pulls = float(pull)
+        elif pull is not None:
+            if self._slope is None:
+                reach = self._reach_of_difference(u, z, memory)
+            pulls = [[float(pull) * c for c in row] for row in self._factors(reach, len(z))]
+        of_w, of_d, of_u = [], [], []
+        for layer, own, own_z, new, own_delta in zip(
+            self._layers, *self._tiles(u, z, v, delta), strict=True
+        ):
+            part = torch.add(own_delta, own_z, alpha=nu, out=memory[own.numel()])
+            new.mul_(kappa).add_(part, alpha=-sigma)
+            w = torch.sub(own, own_z, out=part)
+            if not bounded:
+                d = self._direction(w, new, layer, pulls, part)
+                if through and pull is not None:
+                    new.copy_(d)
+                own_z += d
+                continue
+            if reach is None:
+                of_w.append(self._length(w))
+            of_u.append(self._length(own))
+            of_d.append(self._length(self._direction(w, new, layer, pulls, own_delta)))
+        if not bounded:
+            return
+        reach = self._reach(of_w) if reach is None else reach
+        if self.phi.far_inside(reach, self._reach(of_d), self._reach(of_u)):
+            step.fill_(1.0)
+        else:
+            s = self.phi.feasible_step(z - u, delta, u)
+            step.copy_(s.amin())
+            cuts += s < 1
+            v *= column(s)
+            delta *= column(s)
+        if through and pull is not None:
+            v.copy_(delta)
+        z += delta
+
+    def _direction(
+        self,
+        w: Tensor,
+        v: Tensor,
+        layer: int,
+        pulls: list[list[float]] | float | None,
+        out: Tensor,
+    ) -> Tensor:
+        """Line 6: v+ + (sigma / lam) grad phi(w) of a tile; w is overwritten. (K, tile)."""
+        if pulls is None:
+            return out.copy_(v)
+        if isinstance(pulls, float):
+            return torch.add(v, self._pointwise.grad_(w), alpha=pulls, out=out)
+        for k, factor in enumerate(pulls[layer]):
+            torch.add(v[k], w[k], alpha=factor, out=out[k])
+        return out
+
+    def _factors(self, reach: Tensor | None, num_workers: int) -> list[list[float]]:
+        """The force over w, 2 psi'(s) scale^2, of each layer and worker, for a radial potential."""
+        profile, scale2 = self.phi.profile, self._scale * self._scale
+        if reach is None:
+            assert self._slope is not None
+            return [[2.0 * self._slope * scale2] * num_workers] * self._num_layers
+        s = reach.square()
+        inside = 2.0 * profile.dpsi(s) * scale2
+        factors: list[list[float]] = torch.where(s < profile.bound, inside, math.nan).T.tolist()
+        return factors
+
+    def _reach_of_difference(self, u: Tensor, z: Tensor, memory: dict[int, Tensor]) -> Tensor:
+        """|x_l| of x = scale (u - z), each layer and worker. (K, L)."""
+        return self._reach(
+            [
+                self._length(torch.sub(own, own_z, out=memory[own.numel()]))
+                for own, own_z in zip(*self._tiles(u, z), strict=True)
+            ]
+        )
+
+    def _length(self, part: Tensor) -> Tensor:
+        """Of one tile (..., tile): the length, or the largest entry. (...) or (..., 1)."""
+        if self._separable:
+            return self.phi.size.largest(part)
+        length: Tensor = torch.linalg.vector_norm(part, dim=-1)
+        return length
+
+    def _reach(self, of_tiles: list[Tensor]) -> Tensor:
+        """`Potential.reach` from the `_length` of the tiles. (..., L or 1), in units of x."""
+        table = torch.stack(of_tiles)
+        if self._separable:
+            return table.amax(0) * self._scale
+        squares = table.new_zeros((self._num_layers, *table.shape[1:]), dtype=torch.float64)
+        squares.index_add_(0, self._layer_of, table.double().square())
+        reach = (squares.sqrt() * self._scale).movedim(0, -1)
+        return reach.to(table.dtype)  # whose rounding is part of the margin of the line search
+
+    def _tiles(self, *vectors: Tensor) -> list[tuple[Tensor, ...]]:
+        """The tiles of each block (..., n), as views."""
+        return [torch.split(x, self._lengths, -1) for x in vectors]
+
+    def _memory(self, z: Tensor) -> dict[int, Tensor]:
+        """Memory for a tile of all workers, (K, length) for each length of a tile."""
+        lengths = set(self._lengths)
+        memory = z.new_empty(len(z) * max(lengths))
+        return {length: memory[: len(z) * length].view(len(z), length) for length in lengths}

@@ -1,0 +1,124 @@
+"""Tile by tile, against the formulas as they are."""
+
+import pytest
+import torch
+
+from consensus import POTENTIALS, Layerwise
+from consensus.core.tiled import Tiled
+from consensus.core.updates import consensus_direction, velocity, worker_direction
+
+NAMES = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber", "log_cosh", "power")
+NUMBERS = {"kappa": 0.9, "sigma": 0.3, "nu": 0.01}
+LAYERS = {"one": [(0, 100)], "several": [(0, 70), (70, 71), (71, 90), (90, 275), (275, 300)]}
+
+
+def make(name, layers="several", eta=0.7, dtype=torch.float64, num_workers=3, spread=0.3):
+    phi = Layerwise(POTENTIALS[name], LAYERS[layers], eta)
+    n = LAYERS[layers][-1][1]
+    random = torch.Generator().manual_seed(3)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    u, w = noise(n), noise(num_workers, n)
+    for start, stop in LAYERS[layers]:
+        part = w[:, start:stop]
+        part *= spread * eta / part.norm(dim=1, keepdim=True)
+    v, delta = (noise(num_workers, n) * 0.1 * eta * spread for _ in range(2))
+    tensors = [x.to(dtype) for x in (u, u - w, v, delta)]
+    return phi, Tiled(phi, tensors[0], tile=64), *tensors
+
+
+def close(a, b, dtype=torch.float64):
+    rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (2e-5, 2e-6)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sum_of_forces_and_the_reach(name, layers, num_workers, dtype):
+    phi, tiled, u, z, *_ = make(name, layers, dtype=dtype, num_workers=num_workers)
+    out = torch.full_like(u, torch.nan)
+    reach = tiled.forces(u, z, out)
+    close(out, phi.grad(u - z).sum(0), dtype)
+    if phi.bounded:
+        close(reach, phi.reach(u - z), torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_force_outside_the_domain_is_not_a_number(name):
+    phi, tiled, u, z, *_ = make(name, num_workers=1)
+    z[0, 70] = u[70] - 2.0  # the second layer has one coordinate
+    out = torch.empty_like(u)
+    tiled.forces(u, z, out)
+    assert bool(out[70].isnan()) == phi.bounded
+    assert not out[:70].isnan().any()
+    assert not out[71:].isnan().any()
+
+
+@pytest.mark.parametrize("t_u", [1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("spread", [0.02, 0.9])
+@pytest.mark.parametrize("name", NAMES)
+def test_line_3(name, spread, t_u):
+    phi, tiled, u, z, *_ = make(name, spread=spread)
+    force = phi.grad(u - z).sum(0)
+    d = consensus_direction(force, t_u)
+    expected = phi.feasible_step(u - z, d, u).amin()
+    step, cuts, moved = u.new_ones(()), torch.zeros((), dtype=torch.int64), u.clone()
+    if phi.bounded:
+        reach = phi.reach(u - z).amax(0)
+        known = tiled.consensus_step(u, z, force, t_u, step, reach)
+        assert known == phi.surely_feasible(reach, d, u)  # without the other ranks
+        assert torch.equal(step, expected)
+    tiled.move_consensus(moved, force, t_u, step, cuts)
+    close(moved, u + expected * d)
+    assert int(cuts) == int(expected < 1)
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("pull", [None, 1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize(("num_workers", "spread"), [(1, 0.9), (3, 0.9), (3, 0.02)])
+@pytest.mark.parametrize("name", NAMES)
+def test_line_6(name, num_workers, spread, pull, through):
+    phi, tiled, u, z, v, delta = make(name, num_workers=num_workers, spread=spread)
+    new = velocity(v, delta, z, **NUMBERS)
+    d = new if pull is None else worker_direction(new, phi.grad(u - z), pull)
+    s = phi.feasible_step(z - u, d, u)
+    new = d if through and pull is not None else new
+    expected_z, expected_v = z + s[:, None] * d, s[:, None] * new
+    step, cuts = u.new_ones(()), torch.full((num_workers,), 5)
+    tiled.move_workers(z, v, delta, u, **NUMBERS, pull=pull, through=through, step=step, cuts=cuts)
+    close(z, expected_z)
+    close(v, expected_v)
+    assert torch.equal(step, s.amin())
+    assert torch.equal(cuts, 5 + (s < 1))
+
+
+def test_the_cases_meet_the_boundary_and_stay_far_from_it():
+    steps, known = set(), set()
+    for spread in (0.02, 0.9):
+        for pull in (1e-3, 0.1, 1.0, 30.0):
+            phi, _, u, z, v, delta = make("tan", spread=spread)
+            d = worker_direction(velocity(v, delta, z, **NUMBERS), phi.grad(u - z), pull)
+            steps |= set(phi.feasible_step(z - u, d, u).tolist())
+            known.add(phi.surely_feasible(phi.reach(u - z), d, u))
+    assert 1.0 in steps
+    assert len(steps) >= 3
+    assert known == {False, True}
+
+
+def test_step_sizes_may_be_tensors():
+    results = []
+    for kind in (float, lambda x: torch.tensor(x, dtype=torch.float64)):
+        _, tiled, u, z, v, delta = make("tan")
+        step, cuts = u.new_ones(()), torch.zeros(3, dtype=torch.int64)
+        numbers = {key: kind(value) for key, value in NUMBERS.items()}
+        tiled.move_workers(
+            z, v, delta, u, **numbers, pull=kind(0.1), through=False, step=step, cuts=cuts
+        )
+        tiled.move_consensus(u, z[0], kind(0.1), step, cuts[0])
+        results.append((u, z, v))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
