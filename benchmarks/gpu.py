@@ -325,6 +325,11 @@ class Unbranched(Layerwise):
         del s
         return False
 
+    def dpsi_within(self, reach: Tensor) -> Callable[[Tensor], Tensor] | float:
+        """The one that serves everywhere."""
+        del reach
+        return self.profile.dpsi
+
 
 class Coupling:
     """Lines 3 and 6 of one worker, with a vector of noise in place of the minibatch gradient.

@@ -54,7 +54,7 @@ SIGMA, TAU, LAM, KAPPA, NU, BATCH = 1e-4, 1e-4, 0.1, 0.9, 1e-4, 20
 TIMEOUT_S = 120.0
 
 WARM_UP = 2  # steps: the first one touches memory and fills caches, the second tells the duration
-VECTORS = 9  # of n, alive at once: u, the message, z, v, scratch, gradient, and temporaries
+VECTORS = 7  # of n, alive at once: u, the message, z, v, scratch, gradient, and a temporary
 DIGEST_BYTES = 512 << 20  # at most, for what it computes with, and what the allocator keeps of it
 PROCESS_BYTES = 512 << 20  # of a process that has imported torch
 PROCESSES_OF_PERIOD = 2

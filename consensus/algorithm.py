@@ -175,7 +175,8 @@ class Consensus(Algorithm):
         """Raise on all ranks if a u - z_j is not strictly inside dom phi. No collective without."""
         if not self.phi.bounded:
             return
-        inside = self.phi.contains(self.u - self.worker.z).tolist()
+        w = torch.sub(self.u, self.worker.z, out=self.worker.scratch)
+        inside = self.phi.contains(w).tolist()
         first = self.server.group.rank * len(inside)
         outside = [first + k for k, ok in enumerate(inside) if not ok]
         self.server.group.raise_together(

@@ -23,8 +23,19 @@ MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" 
 logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU or the real MNIST where there is none; pytest counts them."""
+    """Leave out what needs a GPU or the real MNIST where there is none; pytest counts them.
+
+    With pytest-xdist, all that use the rank processes run one after another, so that there is one
+    pool of them; so do those that share what is made for their module.
+    """
+    for item in items:
+        scopes = shared_fixtures(item)
+        if "rank_pool" in scopes:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif "module" in scopes.values():
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     absent = set()
     if not torch.cuda.is_available():
         absent.add("gpu")
@@ -34,6 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing:
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+
+
+def shared_fixtures(item: pytest.Item) -> dict[str, str]:
+    """The fixtures of a test that outlive it, and their scopes."""
+    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    scopes = {name: definitions[-1].scope for name, definitions in found.items()}
+    return {name: scope for name, scope in scopes.items() if scope != "function"}
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ To add a potential, register a function that makes it; its keyword arguments bec
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -248,15 +248,11 @@ class Potential:
 
     def grad_(self, w: Tensor) -> Tensor:
         """`grad` in place of w, on a CPU without another vector of n. (..., n) -> (..., n)."""
-        if isinstance(self.size, Separable) and w.device.type == "cpu" and w.shape[-1] > CHUNK:
-            scale = self._scale_for(w)
-            for start in range(0, w.shape[-1], CHUNK):
-                part = w[..., start : start + CHUNK]
-                own = scale
-                if isinstance(scale, Tensor) and scale.ndim and scale.shape[-1] > 1:
-                    own = scale[..., start : start + CHUNK]
-                part.copy_(Potential(self.profile, self.size, own).grad(part))
-            return w
+        if isinstance(self.size, Separable) and w.device.type == "cpu":
+            if w.shape[-1] > CHUNK:
+                return self._grad_by_chunks_(w)
+            if self.profile.near_zero:
+                return self._grad_within_(w, self.reach(w))
         x = self._scaled_(w)
         if self.profile.slope is not None:
             return self._scaled_(x.mul_(2.0 * self.profile.slope))
@@ -264,10 +260,34 @@ class Potential:
         factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
         return self._scaled_(self.size.scale_(factor, x))
 
+    def _grad_by_chunks_(self, w: Tensor) -> Tensor:
+        scale = self._scale_for(w)
+        for start in range(0, w.shape[-1], CHUNK):
+            own = scale
+            if isinstance(scale, Tensor) and scale.ndim and scale.shape[-1] > 1:
+                own = scale[..., start : start + CHUNK]
+            part = Potential(self.profile, self.size, own)
+            part.grad_(w[..., start : start + CHUNK])
+        return w
+
+    def _grad_within_(self, w: Tensor, reach: Tensor) -> Tensor:
+        """`grad_` of a separable phi on a CPU, by the form of psi' that serves as far as w reaches.
+
+        Where all of w is near 0, which is nearly always, that saves an elementary function.
+        """
+        dpsi = self.dpsi_within(reach)
+        x = self._scaled_(w)
+        if isinstance(dpsi, float):
+            return self._scaled_(x.mul_(2.0 * dpsi))
+        s = x * x
+        return self._scaled_(x.mul_(self._inside(s, 2.0 * dpsi(s), math.nan)))
+
     def grad_and_reach_(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """`grad_` and `reach`, which share their work. (..., n) -> (..., n), (..., G or 1)."""
         if isinstance(self.size, Separable) or self.profile.slope is not None:
             reach = self.reach(w)
+            if w.device.type == "cpu" and w.shape[-1] <= CHUNK and self.profile.near_zero:
+                return self._grad_within_(w, reach), reach
             return self.grad_(w), reach
         x = self._scaled_(w)
         s = self._sizes(x)
@@ -294,6 +314,8 @@ class Potential:
 
     def contains(self, w: Tensor) -> Tensor:
         """Whether w lies strictly inside dom phi, as stored in floating point. -> bool (...)."""
+        if isinstance(self.size, Separable):  # rounding is monotone: the largest decides for all
+            return self.reach(w).square().squeeze(-1) < self.profile.bound
         return (self._sizes(self._scaled(w)) < self.profile.bound).all(-1)
 
     def max_step(self, w: Tensor, d: Tensor) -> Tensor:
@@ -342,7 +364,10 @@ class Potential:
 
     def reach(self, w: Tensor) -> Tensor:
         """How far w is from 0, in units of x: |x_l|, or max_i |x_i|. (..., n) -> (..., G or 1)."""
-        return self.size.largest(self._scaled(w))
+        scale = self._scale_for(w)
+        if isinstance(scale, Tensor) and scale.ndim and scale.shape[-1] > 1:
+            return self.size.largest(w * scale)
+        return self.size.largest(w) * scale  # without a vector of the x
 
     def surely_feasible(self, reach: Tensor, d: Tensor, u: Tensor) -> bool:
         """Whether `feasible_step` is 1 already by the triangle inequality, |x| + |d| < radius.
@@ -399,6 +424,13 @@ class Potential:
         Brings one number to the host: for tensors on the CPU.
         """
         return s.device.type == "cpu" and bool((s.amax() < self.profile.bound).all())
+
+    def dpsi_within(self, reach: Tensor) -> Callable[[Tensor], Tensor] | float:
+        """The cheapest form of psi' for all s <= reach^2.
+
+        Brings one number to the host: for tensors on the CPU.
+        """
+        return self.profile.dpsi_up_to(float(reach.amax()) ** 2, reach.dtype)
 
     def _inside(self, s: Tensor, inside: Tensor, outside: float) -> Tensor:
         # tan s and 1 / (1 - s) have innocent values beyond the pole: never let them pass for phi.

@@ -34,6 +34,8 @@ class Profile:
         radius: r >= 0 -> the rho >= 0 with 2 psi'(rho^2) rho = r, nan where there is none; None:
             found by a safeguarded Newton iteration.
         slope: psi' where it is a constant, so that the size need not be computed.
+        near_zero: Cheaper forms of psi', cheapest first: up to which s, and the function of s, or
+            the number, that is psi' up to there within a unit in the last place of float32.
         assumptions: Which of (A1) to (A5) hold; see ALL_ASSUMPTIONS.
         kernel: Its name in kernels.py, where psi' is written once more for a GPU; None: there, and
             everywhere, the operations of torch do.
@@ -45,12 +47,21 @@ class Profile:
     bound: float = math.inf
     radius: Callable[[Tensor], Tensor] | None = None
     slope: float | None = None
+    near_zero: tuple[tuple[float, Callable[[Tensor], Tensor] | float], ...] = ()
     assumptions: frozenset[str] = ALL_ASSUMPTIONS
     kernel: Literal["quad", "cube", "tan", "log"] | None = None
 
     def invert(self, r: Tensor) -> Tensor:
         """The rho >= 0 with 2 psi'(rho^2) rho = r, elementwise; nan where there is none."""
         return solve_radius(self, r) if self.radius is None else self.radius(r)
+
+    def dpsi_up_to(self, largest: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | float:
+        """The cheapest form of psi' for sizes s <= `largest` of this type."""
+        if dtype == torch.float32:
+            for end, form in self.near_zero:
+                if largest <= end:
+                    return form
+        return self.dpsi
 
 
 def solve_radius(profile: Profile, r: Tensor) -> Tensor:
@@ -107,11 +118,19 @@ QUAD = Profile(  # psi = s, so phi(w) = |x|^2 as in Table 2, not half of it
     kernel="quad",
 )
 
+
+def _tan_near_zero(s: Tensor) -> Tensor:
+    """The first terms of 1 / cos^2 s = 1 + s^2 + (2/3) s^4 + (17/45) s^6 + ..."""
+    s2 = s * s
+    return s2.addcmul_(s2, s2, value=2.0 / 3.0).add_(1.0)
+
+
 TAN = Profile(  # psi = tan s on s < pi / 2
     psi=torch.tan,
     dpsi=lambda s: torch.cos(s).square().reciprocal(),
     d2psi=lambda s: 2.0 * torch.tan(s) / torch.cos(s).square(),
     bound=0.5 * math.pi,
+    near_zero=((2.0**-12, 1.0), (0.05, _tan_near_zero)),
     kernel="tan",
 )
 

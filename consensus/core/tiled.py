@@ -76,13 +76,15 @@ class Tiled:
     def _separable_forces(
         self, u: Tensor, z: Tensor, out: Tensor, memory: dict[int, Tensor]
     ) -> Tensor | None:
-        found = []
-        for own, own_z, total in zip(*self._tiles(u, z, out), strict=True):
+        found = self._table(z)
+        for i, (own, own_z, total) in enumerate(zip(*self._tiles(u, z, out), strict=True)):
             w = torch.sub(own, own_z, out=memory[own.numel()])
             if self.phi.bounded:
-                found.append(self.phi.size.largest(w))
-            torch.sum(self._pointwise.grad_(w), 0, out=total)
-        return self._reach(found) if found else None
+                force, found[i] = self._pointwise.grad_and_reach_(w)
+            else:
+                force = self._pointwise.grad_(w)
+            torch.sum(force, 0, out=total)
+        return found.amax(0) if self.phi.bounded else None
 
     def consensus_step(
         self, u: Tensor, z: Tensor, force: Tensor, t_u: Scalar, step: Tensor, reach: Tensor | None
@@ -90,8 +92,8 @@ class Tiled:
         """As in `Lines`. From what all ranks know, so that all return the same."""
         t_u = float(t_u)
         assert reach is not None
-        of_force, of_u = ([self._length(part) for part in x] for x in self._tiles(force, u))
-        if self.phi.far_inside(reach, abs(t_u) * self._reach(of_force), self._reach(of_u)):
+        of_force, of_u = self._reach_of(force), self._reach_of(u)
+        if self.phi.far_inside(reach, abs(t_u) * of_force, of_u):
             step.fill_(1.0)
             return True
         step.copy_(self.phi.feasible_step(u - z, force * -t_u, u).amin())
@@ -134,9 +136,9 @@ class Tiled:
             if self._slope is None:
                 reach = self._reach_of_difference(u, z, memory)
             pulls = [[float(pull) * c for c in row] for row in self._factors(reach, len(z))]
-        of_w, of_d, of_u = [], [], []
-        for layer, own, own_z, new, own_delta in zip(
-            self._layers, *self._tiles(u, z, v, delta), strict=True
+        of_w, of_d, of_u = self._table(z), self._table(z), self._table(u)
+        for i, (layer, own, own_z, new, own_delta) in enumerate(
+            zip(self._layers, *self._tiles(u, z, v, delta), strict=True)
         ):
             part = torch.add(own_delta, own_z, alpha=nu, out=memory[own.numel()])
             new.mul_(kappa).add_(part, alpha=-sigma)
@@ -148,9 +150,9 @@ class Tiled:
                 own_z += d
                 continue
             if reach is None:
-                of_w.append(self._length(w))
-            of_u.append(self._length(own))
-            of_d.append(self._length(self._direction(w, new, layer, pulls, own_delta)))
+                of_w[i] = self._length(w)
+            of_u[i] = self._length(own)
+            of_d[i] = self._length(self._direction(w, new, layer, pulls, own_delta))
         if not bounded:
             return
         reach = self._reach(of_w) if reach is None else reach
@@ -196,12 +198,25 @@ class Tiled:
 
     def _reach_of_difference(self, u: Tensor, z: Tensor, memory: dict[int, Tensor]) -> Tensor:
         """|x_l| of x = scale (u - z), each layer and worker. (K, L)."""
-        return self._reach(
-            [
-                self._length(torch.sub(own, own_z, out=memory[own.numel()]))
-                for own, own_z in zip(*self._tiles(u, z), strict=True)
-            ]
-        )
+        of_w = self._table(z)
+        for i, (own, own_z) in enumerate(zip(*self._tiles(u, z), strict=True)):
+            of_w[i] = self._length(torch.sub(own, own_z, out=memory[own.numel()]))
+        return self._reach(of_w)
+
+    def _reach_of(self, x: Tensor) -> Tensor:
+        """`Potential.reach` of a block (..., n). (..., L or 1)."""
+        table = self._table(x)
+        for i, (part,) in enumerate(zip(*self._tiles(x), strict=True)):
+            table[i] = self._length(part)
+        return self._reach(table)
+
+    def _table(self, x: Tensor) -> Tensor:
+        """For a `_length` of each tile of x (..., n); (T, ...) or (T, ..., 1).
+
+        Tensors as small as that, left between the temporaries of the tiles, would keep the
+        allocator from using their memory again: the process would grow by several vectors of n.
+        """
+        return x.new_empty((len(self._lengths), *x.shape[:-1], *([1] if self._separable else [])))
 
     def _length(self, part: Tensor) -> Tensor:
         """Of one tile (..., tile): the length, or the largest entry. (...) or (..., 1)."""
@@ -210,9 +225,8 @@ class Tiled:
         length: Tensor = torch.linalg.vector_norm(part, dim=-1)
         return length
 
-    def _reach(self, of_tiles: list[Tensor]) -> Tensor:
-        """`Potential.reach` from the `_length` of the tiles. (..., L or 1), in units of x."""
-        table = torch.stack(of_tiles)
+    def _reach(self, table: Tensor) -> Tensor:
+        """`Potential.reach` from a `_table` of its tiles. (..., L or 1), in units of x."""
         if self._separable:
             return table.amax(0) * self._scale
         squares = table.new_zeros((self._num_layers, *table.shape[1:]), dtype=torch.float64)

@@ -983,3 +983,43 @@ def test_a_scale_is_cut_with_its_coordinates(monkeypatch, scale):
     expected = p.grad(w)
     monkeypatch.setattr(potentials, "CHUNK", 7)
     torch.testing.assert_close(p.grad_(w.clone()), expected, rtol=1e-6, atol=0.0)
+
+
+NEAR_ZERO = [
+    pytest.param(p.profile, end, form, id=f"{name}-{end:.2g}")
+    for name, p in ((name, POTENTIALS[name]) for name in ("tan", "tan_sep"))
+    for end, form in p.profile.near_zero
+]
+
+
+@pytest.mark.parametrize(("profile", "end", "form"), NEAR_ZERO)
+def test_a_form_near_zero_is_psi_prime_up_to_its_last_place(profile, end, form):
+    s = torch.cat([torch.tensor([0.0, end]), torch.logspace(-12, 0, 20_001) * end]).clamp(max=end)
+    found = form(s) if callable(form) else torch.full_like(s, form)
+    exact = 1.0 / np.cos(s.numpy().astype(np.longdouble)) ** 2
+    places = np.abs(found.numpy().astype(np.longdouble) - exact) / np.finfo(np.float32).eps
+    assert places.max() <= 1.0
+    assert profile.dpsi_up_to(end, F32) is form
+    assert profile.dpsi_up_to(float(np.nextafter(end, 1.0)), F32) is not form
+    assert profile.dpsi_up_to(end, F64) is profile.dpsi
+
+
+@pytest.mark.parametrize("largest", [1e-3, 0.015, 0.016, 0.1, 0.22, 0.23, 1.0, 1.2, 1.3, math.nan])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_the_gradient_in_place_whatever_form_serves(monkeypatch, largest, eta, chunk):
+    if chunk is not None:
+        monkeypatch.setattr(potentials, "CHUNK", chunk)
+    x = torch.rand(2, 31, generator=torch.Generator().manual_seed(4)) * 2.0 - 1.0
+    x[1, 17] = 1.0
+    w = x * (largest * eta)
+    exact = (w / eta).numpy().astype(np.longdouble)
+    expected = 2.0 / eta * exact / np.cos(exact * exact) ** 2
+    expected[exact * exact >= np.pi / 2] = np.nan
+    expected = torch.from_numpy(expected.astype(np.float64)).float()
+    p = Layerwise(POTENTIALS["tan_sep"], [(0, 20), (20, 31)], eta)
+    tolerance = 1e-3 if largest >= 1.2 else 1e-6  # near the pole rounding of s counts
+    for found in (p.grad_(w.clone()), p.grad_and_reach_(w.clone())[0]):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0, equal_nan=True)
+    _, reach = p.grad_and_reach_(w.clone())
+    torch.testing.assert_close(reach, (w / eta).abs().amax(-1, keepdim=True), equal_nan=True)
