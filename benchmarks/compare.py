@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
-from consensus.comm import Group, Launch, Pending, RepeatedSum, Solo, open_group
+from consensus.comm import Group, Launch, Pending, RepeatedSum, Solo, open_group, sent_sum
 from consensus.problem import Dataset, Minibatches, MinibatchRisk, Risk, build_model
 from consensus.server import Server
 from consensus.worker import Worker
@@ -69,6 +69,10 @@ class Method(ABC):
     @abstractmethod
     def step(self, t: int) -> None: ...
 
+    def error(self) -> float | None:
+        """The relative error of its sums, in the Euclidean norm, where they are sent by us."""
+        return None
+
 
 class _Timed(Pending):
     def __init__(self, pending: Pending, meter: "Metered") -> None:
@@ -88,15 +92,19 @@ class _TimedSum(RepeatedSum):
         return self._repeated.message
 
     def start(self) -> Pending:
-        self._meter.payload += self.message.nbytes
+        self._meter.payload += self._repeated.num_bytes
         return _Timed(self._repeated.start(), self._meter)
 
 
 class Metered:
-    """A group that counts what is sent and for how long it is waited."""
+    """A group that counts what is sent and for how long it is waited.
 
-    def __init__(self, group: Group) -> None:
+    With `sent`, sums do not use shared memory: "plain" as they are, "bf16" compressed.
+    """
+
+    def __init__(self, group: Group, sent: str | None = None) -> None:
         self._group = group
+        self._sent = sent
         self.waited_s, self.payload = 0.0, 0
 
     def __getattr__(self, name: str) -> object:
@@ -109,7 +117,10 @@ class Metered:
         self.waited_s += time.perf_counter() - started
 
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
-        return _TimedSum(self._group.repeated_sum(numel, like), self)
+        if self._sent is None:
+            return _TimedSum(self._group.repeated_sum(numel, like), self)
+        compress = None if self._sent == "plain" else self._sent
+        return _TimedSum(sent_sum(self._group, numel, like, compress), self)
 
     def min_(self, tensor: Tensor) -> Tensor:
         self.payload += tensor.nbytes
@@ -157,12 +168,20 @@ class Local(Method):
 class OurConsensus(Method):
     """Algorithm 1."""
 
-    def __init__(self, problem: Problem, group: Group, potential: str, period: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        group: Group,
+        potential: str,
+        period: int,
+        sent: str | None = None,
+    ) -> None:
         oracle = problem.oracle()
         layout = oracle.risk.layout
         u = layout.flatten(oracle.risk.model)
         phi = Layerwise(POTENTIALS[potential], layout.layers, eta=1.0)
-        self.meter = Metered(group)
+        self.group, self.sent = group, sent
+        self.meter = Metered(group, sent)
         self.algorithm = Consensus(
             Server(u, phi, self.meter),
             Worker(u.unsqueeze(0), oracle, phi, kappa=KAPPA, nu=NU),
@@ -175,6 +194,18 @@ class OurConsensus(Method):
     def step(self, t: int) -> None:
         self.algorithm.step(t)
         self.waited_s, self.payload = self.meter.waited_s, self.meter.payload
+
+    def error(self) -> float | None:
+        """Of the next sum of forces, against the same sum in float64."""
+        if self.sent is None:
+            return None
+        worker, server = self.algorithm.worker, self.algorithm.server
+        force = server.phi.grad(server.u - worker.z).sum(0)
+        exact = self.group.sum_(force.double())
+        repeated = self.meter.repeated_sum(len(force), force)
+        repeated.message.copy_(force)
+        found = repeated.start().wait()
+        return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
 
 
 class Loop(Method):
@@ -272,7 +303,11 @@ def methods() -> dict[str, Callable[[Problem, Group], Method]]:
         "postlocal, period 10": lambda problem, group: PostLocal(problem, group, 10),
         "naive easgd": NaiveEasgd,
     }
-    return {"local": Local} | ours | peers
+    sent: dict[str, Callable[[Problem, Group], Method]] = {
+        name: lambda problem, group, sent=sent: OurConsensus(problem, group, "quad", 1, sent)
+        for name, sent in (("consensus quad over Gloo", "plain"), ("  the same in bf16", "bf16"))
+    }
+    return {"local": Local} | ours | sent | peers
 
 
 # ---- how it is timed
@@ -286,6 +321,7 @@ class Block:
     waited_s: float  # of one step, NaN if unknown
     payload: float  # bytes of one step
     memory: int  # bytes
+    error: float | None  # of sums, on rank 0
 
 
 class Memory:
@@ -341,7 +377,7 @@ def block(make: Callable[[], Method], steps: int, group: Group, sample: bool) ->
         [mine, wait / steps, (method.payload - payload) / steps, memory], dtype=torch.float64
     )
     seconds, waited_s, sent, peak = group.gather(numbers).amax(0).tolist()
-    return Block(seconds, waited_s, sent, int(peak))
+    return Block(seconds, waited_s, sent, int(peak), method.error() if sample else None)
 
 
 @dataclass
@@ -358,6 +394,7 @@ class Row:
     bytes_per_iteration: float
     waiting: float | None
     peak_mib: float
+    error: float | None
     rounds: int
 
 
@@ -395,6 +432,7 @@ def compare(workload: str, launch: Launch, group: Group, rounds: int, seconds: f
                 blocks[0].payload,
                 None if wait != wait else wait,
                 blocks[0].memory / 2**20,
+                blocks[0].error,
                 rounds,
             )
         )
@@ -403,13 +441,14 @@ def compare(workload: str, launch: Launch, group: Group, rounds: int, seconds: f
 
 def show(rows: list[Row]) -> None:
     head = f"{'workload':9} {'method':26} {'ms':>9} {'/ local':>8} {'samples/s':>10} {'sent':>10}"
-    print(f"{head} {'waiting':>8} {'memory':>10}")
+    print(f"{head} {'waiting':>8} {'memory':>10} {'error':>8}")
     for row in rows:
         wait = "" if row.waiting is None else f"{100 * row.waiting:.0f} %"
+        error = "" if row.error is None else f"{row.error:.1e}"
         print(
             f"{row.workload:9} {row.method:26} {row.ms:9.2f} {row.ratio_to_local:8.2f} "
             f"{row.samples_per_s:10.0f} {row.bytes_per_iteration / 2**20:6.2f} MiB "
-            f"{wait:>8} {row.peak_mib:6.0f} MiB",
+            f"{wait:>8} {row.peak_mib:6.0f} MiB {error:>8}".rstrip(),
             flush=True,
         )
 

@@ -64,7 +64,12 @@ def train(cfg: DictConfig) -> None:
             torch.cuda.set_device(plan.device)
         options = config.group
         group = open_group(
-            launch, plan.backend, plan.device, options.timeout_s, options.shared_memory
+            launch,
+            plan.backend,
+            plan.device,
+            options.timeout_s,
+            options.shared_memory,
+            options.compress,
         )
         with group.telling():
             Trainer(plan, group).run()

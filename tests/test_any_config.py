@@ -98,6 +98,7 @@ ANY_ALGORITHM = {  # key -> valid values
     "cuda_graph": [True, False],
     "group": ["auto", "gloo"],
     "group.timeout_s": [1, 10.0, 600],
+    "group.compress": [None, "bf16"],
     "data.alpha": [0.001, 1.0, 1e9],
     "data.root": ["data", "elsewhere"],
     "output.root": ["runs", "deep/down"],
@@ -235,6 +236,7 @@ def resumed(draw: st.DrawFn) -> Line:
         "deterministic": [True],
         "cuda_graph": [False],
         "group.timeout_s": [5],
+        "group.compress": ["bf16"],
         "plugins": [["json"]],
     }
     overrides = [*again, *place, f"algorithm.iterations={iterations}"]
@@ -332,6 +334,7 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "model.options": NO_DICT,
     "group.name": [*NO_WORD, "nccl", "mpi"],
     "group.timeout_s": [*NO_NUMBER, "null", "true", "0", "0.5", "-1", "nan", "inf"],
+    "group.compress": [*[word for word in NO_WORD if word != "null"], "fp8", "BF16"],
     "output.root": [*NO_PATH, "null"],
     "output.run_dir": [*NO_PATH, "file", "used"],
     "output.name": [*NO_PATH, "''", "a/b", "'/'"],

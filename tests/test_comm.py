@@ -18,7 +18,10 @@ from consensus.comm import (
     Solo,
     _meet,
     choose_backend,
+    sent_sum,
 )
+from consensus.server import digest
+from consensus.shared_memory import available
 
 
 def collectives(group):
@@ -257,3 +260,52 @@ def test_who_did_not_come_is_named(store):
     says = start(store, [0.0, None, 0.0, None], timeout_s=0.5)
     assert says[0] == "rank 0: lost a peer in `start`: rank 1, 3 did not come within 0.5 s"
     assert says[2].startswith("rank 2: lost a peer in `start`: rank ")
+
+
+# ---- compressed sums
+
+
+def summands(group, numel, dtype):
+    """One of widely spread numbers for each rank, and the same on every rank."""
+    random = torch.Generator().manual_seed(5)
+    x = torch.randn(group.size, numel, generator=random, dtype=torch.float64)
+    return (x * torch.logspace(-6, 6, numel, dtype=torch.float64)).to(dtype)
+
+
+def sum_compressed(group, numel, dtype):
+    x = summands(group, numel, dtype)
+    repeated = sent_sum(group, numel, x, "bf16")
+    for _ in range(3):  # again and again, in the same memory
+        repeated.message.copy_(x[group.rank])
+        total = repeated.start().wait()
+        assert total.dtype == dtype
+        error = (total.double() - x.double().sum(0)).abs()
+        u = 2.0**-8  # of bfloat16, to nearest
+        bound = group.size * u / (1 - group.size * u) * x.double().abs().sum(0)
+        assert (error <= bound).all()
+        assert (error > 0).any()  # it was compressed
+    return repeated.num_bytes, int(digest(total))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_in_bfloat16_is_near_and_the_same_on_all_ranks(ranks, size, dtype):
+    found = ranks(size, sum_compressed, 10_001, dtype)
+    assert found == [(2 * 10_001, found[0][1])] * size
+
+
+def kinds_of_sum(group):
+    x, names = torch.zeros(3), []
+    for compress in (None, "bf16"):
+        for shared in (True, False):
+            group._compress, group._shared_memory = compress, shared and available()
+            names.append(type(group.repeated_sum(3, x)).__name__)
+    return names
+
+
+@pytest.mark.ranks
+def test_only_what_is_sent_is_compressed(ranks):
+    here = "_SumInSharedMemory" if available() else None
+    expected = [here or "_SumOfTensors", "_SumOfTensors", here or "_SumInBfloat16"]
+    assert ranks(2, kinds_of_sum) == [[*expected, "_SumInBfloat16"]] * 2

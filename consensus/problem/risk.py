@@ -3,8 +3,8 @@
 # n parameters, K workers in this process, B samples in a minibatch, N images
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from consensus.core.flat import FlatLayout
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
+from consensus.problem.passes import OneAfterAnother, Streams, Threads
 from consensus.problem.streams import stream_seed
 
 Batch = tuple[Tensor, Tensor]
@@ -38,9 +39,8 @@ class Risk:
         layout: Where its parameters are in the flat vectors.
         losses: The minibatch losses of the last `gradient`, detached and on the device; the next
             call overwrites them. (K,)
-        side_by_side: On a GPU, put each worker's pass on a stream of its own: one worker's kernels
-            may be too small to fill the device. In a CUDA graph the streams become branches;
-            elsewhere Python launches no faster for them.
+        side_by_side: On a GPU, put each worker's pass on a stream of its own. On a CPU, the
+            environment says whether passes run in threads (`passes.Threads`).
 
     Raises:
         ValueError: If the reduction is neither, or the model cannot be flattened.
@@ -54,7 +54,9 @@ class Risk:
         self.reduction = reduction
         self.losses = torch.empty(0)
         self.side_by_side = False
-        self._streams: list[torch.cuda.Stream] = []
+        self._in_order = OneAfterAnother(model)
+        self._in_streams = Streams(model)
+        self._in_threads = Threads(model)
 
     def gradient(
         self,
@@ -83,37 +85,39 @@ class Risk:
         gradients = torch.empty_like(points) if out is None else out
         if self.losses.shape != (len(points),) or self.losses.device != points.device:
             self.losses = points.new_empty(len(points))
-        for k in range(len(points)):
-            if seeds is not None:
-                torch.manual_seed(seeds[k])
-            with self._stream(k) if self.side_by_side else nullcontext():
-                self._backward(points[k], images[k], labels[k], gradients[k], self.losses[k])
-        if self.side_by_side:
-            for stream in self._streams:
-                torch.cuda.current_stream().wait_stream(stream)
+        rows = zip(points, images, labels, gradients, self.losses, strict=True)
+        passes = [partial(self._backward, *row) for row in rows]
+        if seeds is not None:
+            for seed, run in zip(seeds, passes, strict=True):
+                torch.manual_seed(seed)
+                run(self.model)
+        elif points.device.type == "cpu":
+            self._in_threads(passes)
+        elif self.side_by_side:
+            self._in_streams(passes)
+        else:
+            self._in_order(passes)
         return gradients
 
     def _backward(
-        self, point: Tensor, images: Tensor, labels: Tensor, gradient: Tensor, loss: Tensor
+        self,
+        point: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        gradient: Tensor,
+        loss: Tensor,
+        model: nn.Module,
     ) -> None:
         """The gradient (n,) and the loss () of one worker, into the memory given."""
-        views = self.layout.unflatten(point.detach())
+        # `data`, since `detach` would count writes to the rows of other workers as to this one's.
+        views = self.layout.unflatten(point.data)
         leaves = [view.requires_grad_() for view in views.values()]
         with torch.enable_grad():
-            logits = functional_call(self.model, views, (images,))
+            logits = functional_call(model, views, (images,))
             value = cross_entropy(logits, labels, reduction=self.reduction)
         found = torch.autograd.grad(value, leaves)
         torch.cat([part.reshape(-1) for part in found], out=gradient)
         loss.copy_(value.detach())
-
-    @contextmanager
-    def _stream(self, k: int) -> Iterator[None]:
-        """Stream k, behind what the current stream has been given so far."""
-        while len(self._streams) <= k:
-            self._streams.append(torch.cuda.Stream())
-        self._streams[k].wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._streams[k]):
-            yield
 
     @torch.no_grad()
     def evaluate(self, point: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000) -> Tensor:

@@ -241,10 +241,12 @@ class GroupConfig:
     name: str
     timeout_s: float
     shared_memory: bool
+    compress: str | None
 
     def __post_init__(self) -> None:
         """Check the fields."""
         require_one_of("group.name", self.name, BACKENDS)
+        require(self.compress in (None, "bf16"), "group.compress", self.compress, "null, bf16")
         timeout = self.timeout_s
         require(1 <= timeout < math.inf, "group.timeout_s", timeout, "a number of seconds >= 1")
 

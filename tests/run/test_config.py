@@ -455,6 +455,7 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         (["group.name=mpi"], "`group.name` is mpi; allowed: auto, gloo, nccl"),
         (["group.timeout_s=0"], "`group.timeout_s` is 0.0; allowed: a number of seconds >= 1"),
         (["group.timeout_s=inf"], "`group.timeout_s` is inf; allowed: a number of seconds >= 1"),
+        (["group.compress=fp8"], "`group.compress` is fp8; allowed: null, bf16"),
         (
             ["device=cpu", "group=nccl"],
             "`group` is nccl; allowed: auto or gloo with device=cpu: NCCL moves CUDA tensors only",
