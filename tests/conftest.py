@@ -23,19 +23,27 @@ MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" 
 logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must not begin last
+    "tests/test_faults.py",
+    "tests/test_kill.py",
+    "tests/test_train.py",
+    "tests/test_scaling.py",
+    "tests/test_any_config.py",
+    "tests/test_fused.py",
+    "tests/run/test_checkpoint.py",
+    "tests/test_algorithm.py",
+    "tests/test_bench_gpu.py",
+    "tests/test_replay.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU or the real MNIST where there is none; pytest counts them.
 
-    With pytest-xdist, all that use the rank processes run one after another, so that there is one
-    pool of them; so do those that share what is made for their module.
+    The slowest files come first.
     """
-    for item in items:
-        scopes = shared_fixtures(item)
-        if "rank_pool" in scopes:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif "module" in scopes.values():
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     absent = set()
     if not torch.cuda.is_available():
         absent.add("gpu")
@@ -45,13 +53,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing:
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
-
-
-def shared_fixtures(item: pytest.Item) -> dict[str, str]:
-    """The fixtures of a test that outlive it, and their scopes."""
-    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-    scopes = {name: definitions[-1].scope for name, definitions in found.items()}
-    return {name: scope for name, scope in scopes.items() if scope != "function"}
 
 
 @pytest.fixture(scope="session")
