@@ -39,6 +39,7 @@ RUN = [
     "output.run_dir=run",
     f"group.timeout_s={TIMEOUT_S}",
 ]
+PATIENT = [*RUN, "group.timeout_s=60"]  # where nothing is to be lost: other tests take the cores
 LATEST_S = TIMEOUT_S + 25  # the processes start meanwhile, and two cores carry other tests
 
 
@@ -67,7 +68,7 @@ def undisturbed(tmp_path_factory):
     @functools.cache
     def make(size: int) -> tuple[str, list[int], bytes]:
         folder = tmp_path_factory.mktemp("undisturbed")
-        with Ranks(size, RUN, folder) as ranks:
+        with Ranks(size, PATIENT, folder) as ranks:
             assert ranks.wait(60) == [0] * size, ranks.err(0)
         return final(folder)
 
@@ -82,7 +83,7 @@ def strike(folder: Path, size: int, *faults: dict, continuing: bool = False) -> 
 
 def continued(folder: Path, size: int) -> tuple[str, list[int], bytes]:
     """How the run ends that is continued from what the fault has left."""
-    with Ranks(size, [*RUN, "resume=auto"], folder) as ranks:
+    with Ranks(size, [*PATIENT, "resume=auto"], folder) as ranks:
         assert ranks.wait(60) == [0] * size, ranks.err(0)
     return final(folder)
 
