@@ -1,14 +1,19 @@
-"""Figures and tables from metrics files alone."""
+"""Reading runs, and the figure and the table of their evaluations, from metrics files alone."""
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from consensus.run.metrics import Row
 from consensus.run.progress import COLUMNS, format_cell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS = (
     ("objective", "objective"),
@@ -16,13 +21,19 @@ PANELS = (
     ("train_error", "train error (%)"),
     ("test_error", "test error (%)"),
 )
+MOST_IN_LEGEND = 20  # more names than that would cover the panel
+
+
+class NoEvaluationError(ValueError):
+    """A run that has not come to its first evaluation, or ended before it."""
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
     """The evaluations of a run.
 
     Raises:
-        ValueError: If there is no metrics.jsonl, it is empty, or a line of it is damaged.
+        NoEvaluationError: If metrics.jsonl is empty.
+        ValueError: If there is no metrics.jsonl, or a line of it is damaged.
     """
     path = run_dir / "metrics.jsonl"
     try:
@@ -40,24 +51,40 @@ def read_metrics(run_dir: Path) -> list[Row]:
             raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no evaluation yet")
+        raise NoEvaluationError(f"{path} holds no evaluation yet")
     return rows
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run directories among the paths and directly below them.
+    """The run directories among the paths and, sorted, at any depth below them.
+
+    Nothing is looked for inside a run directory or in `checkpoints`.
 
     Raises:
         ValueError: If a path neither is nor holds a run.
     """
     runs: list[Path] = []
     for path in paths:
-        inside = sorted(metrics.parent for metrics in path.glob("*/metrics.jsonl"))
-        found = [path] if (path / "metrics.jsonl").exists() else inside
+        found = _runs_in(path)
         if not found:
             raise ValueError(f"{path} is no run directory and holds none (no metrics.jsonl)")
         runs += [run for run in found if run not in runs]
     return runs
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run directory."""
+    return (path / "metrics.jsonl").exists()
+
+
+def _runs_in(path: Path) -> list[Path]:
+    if is_run(path):
+        return [path]
+    if not path.is_dir():
+        return []
+    # A link counts only if it is a run itself: links to folders may go round in circles.
+    inside = [p for p in sorted(path.iterdir()) if p.name != "checkpoints"]
+    return [run for p in inside if is_run(p) or not p.is_symlink() for run in _runs_in(p)]
 
 
 def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
@@ -85,10 +112,26 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("iteration")
+    if len(runs) <= MOST_IN_LEGEND:
+        name_lines(axes[0][0], runs)
+    write_figure(figure, path)
+
+
+def name_lines(axis: "Axes", labels: Iterable[str]) -> None:
+    """A legend of the lines of a panel, each of which was drawn with some label, in their order."""
     # Set afterwards: a label that begins with `_` is left out, and one with `$` read as a formula.
-    for text, label in zip(axes[0][0].legend().get_texts(), runs, strict=True):
+    for text, label in zip(axis.legend().get_texts(), labels, strict=True):
         text.set_parse_math(False)
-        text.set_text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in label))
+        text.set_text(printable(label))
+
+
+def printable(label: str) -> str:
+    """A label without the characters that no font draws."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in label)
+
+
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure; the ending of the path says which format."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # draws a box
         figure.savefig(path, dpi=150)

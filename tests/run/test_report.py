@@ -91,7 +91,7 @@ def test_find_runs(tmp_path, write_run):
     assert find_runs([b]) == [b]
     assert find_runs([parent]) == [a, b]
     assert find_runs([b, parent, b]) == [b, a], "each once, in the order of the arguments"
-    for wrong in (tmp_path, parent / "no-run", tmp_path / "absent"):
+    for wrong in (parent / "no-run", tmp_path / "absent"):
         with pytest.raises(ValueError, match="is no run directory and holds none"):
             find_runs([a, wrong])
 
