@@ -71,10 +71,8 @@ def main() -> None:
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
     console.print(comparison_table(shown))
     if len(shown) < len(evaluated):
-        where = (
-            folder / "runs.csv" if runs and folder is not None else "runs.csv of --folder FOLDER"
-        )
-        console.print(f"and {len(evaluated) - len(shown)} more runs, in {where}", markup=False)
+        where = f": {folder}/runs.csv, and {folder}/table1.csv" if runs and folder else ""
+        console.print(f"and {len(evaluated) - len(shown)} more runs{where}", markup=False)
     if len(evaluated) < len(metrics):
         console.print(f"{len(metrics) - len(evaluated)} without an evaluation", markup=False)
     if runs:
