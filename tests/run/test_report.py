@@ -138,6 +138,12 @@ def test_draw_takes_what_a_run_may_hold(tmp_path, rows):
     assert pixels_of(tmp_path / "figure.png", BLUE) > 50  # the errors are always there
 
 
+def test_many_runs_leave_room_for_their_lines(tmp_path):
+    # a legend of them all would be larger than the figure, which matplotlib warns of
+    draw({f"{n:0100}": [row(10 + n)] for n in range(65)}, tmp_path / "figure.png")
+    assert pixels_of(tmp_path / "figure.png", BLUE) > 50
+
+
 def test_comparison_table_shows_the_last_row_of_each_run():
     runs = {"a": [row(10), row(20)], "b": [row(30, objective=None)]}
     table = comparison_table(runs)

@@ -342,6 +342,11 @@ def test_the_papers_numbers_stand_beside_its_own_problem_only():
     ]
     assert "paper" not in cells()[0]
     assert "paper" not in cells(data__name="mnist", model__name="mlp")[0]
+    mixed = make_lines([run(config(data__name=name), FIRST) for name in ("digits", "mnist")])
+    assert [line[4:-1:2] for line in part_one(mixed)[1:]] == [
+        ["-"] * 4,
+        ["2.47", "0.00", "294", "0.65"],
+    ]
     easgd = cells(data__name="mnist", algorithm__name="easgd")
     assert easgd[1][4:-1:2] == ["-"] * 4, "the paper's quad is not EASGD"
 
