@@ -49,24 +49,38 @@ def main() -> None:
         "[RUN_DIR/report of the first, if that is a folder of runs]",
     )
     arguments = parser.parse_args()
-    first: Path = arguments.paths[0]
     try:
-        paths = find_runs(arguments.paths)
-        metrics = read_all(paths, arguments.paths)
-        runs = comparable_runs(paths, metrics)
-        folder: Path | None = arguments.folder
-        if folder is not None and not runs:
-            raise ValueError("`--folder` needs two or more runs that differ in their config.yaml")
-        if folder is None and not is_run(first):
-            folder = first / "report"
-        figure = arguments.output or first / "report.png"
-        evaluated = {label: rows for label, rows in metrics.items() if rows}
-        draw(evaluated, figure)
-        if runs and folder is not None:
-            write_report(runs, folder, [path.resolve().name for path in arguments.paths])
+        report(arguments.paths, arguments.output, arguments.folder)
     except (ValueError, OSError) as error:
         print(f"consensus.report: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def report(named: Sequence[Path], figure: Path | None = None, folder: Path | None = None) -> None:
+    """Compare runs on the screen and in files.
+
+    Args:
+        named: Runs and folders of runs.
+        figure: Of all runs; None: report.png in the first of them.
+        folder: For Table 1 and Figure 1; None: report/ in the first, if that is a folder of runs.
+
+    Raises:
+        ValueError: If they hold no metrics that can be read, or there is nothing for the folder.
+        OSError: If a file cannot be written.
+    """
+    first = named[0]
+    paths = find_runs(named)
+    metrics = read_all(paths, named)
+    runs = comparable_runs(paths, metrics)
+    if folder is not None and not runs:
+        raise ValueError("`--folder` needs two or more runs that differ in their config.yaml")
+    if folder is None and not is_run(first):
+        folder = first / "report"
+    figure = figure or first / "report.png"
+    evaluated = {label: rows for label, rows in metrics.items() if rows}
+    draw(evaluated, figure)
+    if runs and folder is not None:
+        write_report(runs, folder, [path.resolve().name for path in named])
     console = Console(soft_wrap=True, highlight=False)
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
     console.print(comparison_table(shown))

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "consensus.run.config": {"algorithm", "worker", "core", "problem", "registry"},
     "consensus.run.compose": {"run.config"},
     "consensus.train": BELOW_ENTRIES,
+    "consensus.sweep": BELOW_ENTRIES | {"report"},
     "consensus.report": BELOW_ENTRIES,
 }
 

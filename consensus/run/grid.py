@@ -1,0 +1,222 @@
+"""A grid of configurations: from its YAML file and the command line to the runs of a sweep.
+
+A grid is a list of parts, and each part maps keys of configs/train.yaml to a value or a list of
+values. A part means all combinations of its values. What the command line says of a key replaces
+what a part says, so `grid=table1 potential=quad,tan` is a third of it. Hydra's own parser reads the
+values, so that ranges, choices and globs mean what they mean to Hydra.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from consensus.run.compose import to_config
+from consensus.run.config import ConfigError, require
+
+OWN_KEYS = ("output.run_dir", "output.root", "resume")
+"""Of every run of a sweep, set by the sweep itself."""
+
+LONGEST_NAME = 200
+"""Bytes of the name of a run directory; file systems allow 255."""
+
+
+@dataclass
+class GridConfig:
+    """A named grid: configs/grid/*.yaml."""
+
+    name: str = "sweep"
+    parts: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+
+@dataclass
+class SweepOptions:
+    """How a grid is run."""
+
+    dir: str | None
+    jobs: int
+    processes: int
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require(self.dir is None or self.dir.strip() != "", "sweep.dir", self.dir, "a path or null")
+        require(self.jobs >= 1, "sweep.jobs", self.jobs, "a whole number >= 1")
+        require(self.processes >= 1, "sweep.processes", self.processes, "a whole number >= 1")
+
+
+@dataclass
+class SweepConfig:
+    """configs/sweep.yaml."""
+
+    sweep: SweepOptions
+    grid: GridConfig = field(default_factory=GridConfig)
+
+
+def register_sweep_schema() -> None:
+    """Make the types known to Hydra under the name that configs/sweep.yaml lists first."""
+    ConfigStore.instance().store(name="sweep_schema", node=SweepConfig)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        name: Of its directory: the keys that vary over the sweep, with their values.
+        overrides: Of configs/train.yaml.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the command line asks for.
+
+    Attributes:
+        options: How it is run.
+        cells: The runs, in their order.
+        launcher: Overrides of Hydra's own, such as `hydra/launcher=joblib`.
+    """
+
+    options: SweepOptions
+    cells: tuple[Cell, ...]
+    launcher: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The directory of the sweep."""
+        assert self.options.dir is not None
+        return Path(self.options.dir)
+
+
+def read_sweep(arguments: Sequence[str]) -> Sweep:
+    """The sweep that a command line means. Hydra is initialized with the folder of configs.
+
+    Raises:
+        ConfigError, HydraException, OmegaConfBaseException: If it means none, see `explain`.
+    """
+    own = [text for text in arguments if re.match(r"(grid=|sweep\.)", text)]
+    hydras = tuple(text for text in arguments if re.match(r"\+*hydra[/.]", text))
+    others = [text for text in arguments if text not in own and text not in hydras]
+    for text in others:
+        key = text.lstrip("+~").partition("=")[0]
+        require(key not in OWN_KEYS, key, "set", "nothing here: every run of a sweep has its own")
+        _require_values(text, key)
+    for text in own:
+        _require_option(text)
+    config = compose("sweep", overrides=own)
+    options = OmegaConf.to_object(config.sweep)
+    assert isinstance(options, SweepOptions)
+    # Not resolved: ${algorithm.sigma} is for each run to resolve.
+    grid = OmegaConf.to_container(config.grid, resolve=False)
+    assert isinstance(grid, dict)
+    parts = [_overrides_of(part) for part in grid["parts"]]
+    require(len(parts) > 0, "grid.parts", "[]", "at least one part")
+    if options.dir is None:
+        options.dir = f"runs/{grid['name']}"
+    return Sweep(options, tuple(_cells([[*part, *others] for part in parts])), hydras)
+
+
+def _require_option(override: str) -> None:
+    key = override.partition("=")[0]
+    known = [f"sweep.{option.name}" for option in fields(SweepOptions)]
+    if key.startswith("sweep.") and key not in known:
+        raise ConfigError(f"unknown key `{key}`; allowed in `sweep`: {', '.join(known)}")
+
+
+def _overrides_of(part: dict[str, Any]) -> list[str]:
+    overrides = []
+    for key, values in part.items():
+        choices = values if isinstance(values, list) else [values]
+        require(len(choices) > 0, f"grid: {key}", "[]", "at least one value")
+        overrides.append(f"{key}={','.join(map(_text, choices))}")
+    return overrides
+
+
+def _text(value: object) -> str:
+    """A value as Hydra's grammar has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _require_values(override: str, key: str) -> None:
+    """Refuse `key=` and `key=a,,b`, which Hydra would take for an empty text or not say clearly."""
+    value = override.partition("=")[2].strip()
+    empty = "=" in override and (value == "" or re.search(r"^,|,\s*,|,$", value))
+    require(not empty, key, value or "nothing", "a value, or values between commas")
+
+
+def _cells(parts: Sequence[Sequence[str]]) -> list[Cell]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    runs: list[list[str]] = []
+    for part in parts:
+        parsed = parser.parse_overrides(list(part))
+        (combinations,) = BasicSweeper.split_arguments(parsed, None)
+        runs += combinations
+    runs = [list(run) for run in dict.fromkeys(map(tuple, runs))]
+    split = [dict(_split(text) for text in run) for run in runs]
+    varying = [
+        key
+        for key in dict.fromkeys(key for keys in split for key in keys)
+        if len({keys.get(key) for keys in split}) > 1
+    ]
+    return [
+        Cell(_name({key: keys[key] for key in varying if key in keys}), tuple(run))
+        for keys, run in zip(split, runs, strict=True)
+    ]
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key, value
+
+
+def _name(varying: dict[str, str]) -> str:
+    """`potential=tan,lam=0.1`, with the last part of each key, and no character of a path."""
+    short = [key.lstrip("+").rpartition(".")[2] for key in varying]
+    keys = [
+        last if short.count(last) == 1 else key.lstrip("+")
+        for key, last in zip(varying, short, strict=True)
+    ]
+    text = ",".join(f"{key}={value}" for key, value in zip(keys, varying.values(), strict=True))
+    name = re.sub(r"[^\w.,=+-]", "-", text, flags=re.ASCII) or "run"
+    if len(name) > LONGEST_NAME or name != (text or "run"):  # no longer one to one
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return name
+
+
+def check(sweep: Sweep) -> None:
+    """Compose enough runs that each value of each key is in one of them.
+
+    Values of several keys that do not fit each other are left to the runs, which refuse them: a
+    failed row, and not the end of the sweep.
+
+    Raises:
+        ConfigError, HydraException, OmegaConfBaseException: If one of them is refused.
+    """
+    seen: set[str] = set()
+    for cell in sweep.cells:
+        new = set(cell.overrides) - seen
+        if new:
+            seen |= new
+            config = to_config(compose("train", overrides=list(cell.overrides)))
+            workers = config.workers
+            if workers is not None and workers % sweep.options.processes:
+                raise ConfigError(
+                    f"`sweep.processes` is {sweep.options.processes}; allowed: a divisor of "
+                    f"workers={workers}"
+                )
