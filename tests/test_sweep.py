@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -199,34 +200,40 @@ RUNS = [
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_interrupted_continues_to_the_same_bits(tmp_path):
+def test_a_sweep_that_is_stopped_continues_to_the_same_bits(tmp_path, monkeypatch, capsys):
     """Stopped in the first of two runs that differ in nothing that counts."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start():
-        command = [sys.executable, "-m", "consensus.sweep", *RUNS]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe)
-
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["consensus.sweep", *RUNS])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     first, second = (tmp_path / "many" / f"log_every={every}" for every in (50, 51))
-    process = start()
-    deadline = time.monotonic() + 120
-    while last_row(first) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()  # which is Ctrl+C to it, and heard where SIGINT is ignored
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert err.decode() == "consensus.sweep: stopped; the same command continues it\n"
+
+    def stop():
+        deadline = time.monotonic() + 120
+        while last_row(first) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)  # which is Ctrl+C to a sweep
+
+    before = signal.getsignal(signal.SIGTERM)
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    try:
+        with pytest.raises(SystemExit) as left:
+            entry.main()
+    finally:
+        stopping.join()
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 130
+    _, err = capsys.readouterr()
+    assert err == "consensus.sweep: stopped; the same command continues it\n"
     assert Status.read(first).state == "stopped"
     assert Status.read(second).state == "waiting"
-    stopped_at = last_row(first)["iteration"]
-    assert stopped_at < 1000
+    assert last_row(first)["iteration"] < 1000
     assert list((first / "checkpoints").iterdir())
 
-    process = start()
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert "\n2 done\n" in out.decode()
+    entry.main()
+    signal.signal(signal.SIGTERM, before)
+    out, _ = capsys.readouterr()
+    assert "\n2 done\n" in out
     assert "continues" in (first / "output.txt").read_text()
     assert "continues" not in (second / "output.txt").read_text()
     assert last_row(first)["digest"] == last_row(second)["digest"]
