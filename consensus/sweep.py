@@ -4,31 +4,38 @@ An ordinary process. Every configuration of the grid is a run of `consensus.trai
 its own, started through one of Hydra's launchers: one after another (basic), several at once
 (`sweep.jobs=N`, joblib), or as an array of SLURM jobs (`hydra/launcher=submitit_slurm`).
 
-Data flow: grid.py reads the command line into cells; a launcher calls cell.py for each; board.py
-follows their files on the screen; report draws the whole from the same files.
+Or, with `sweep.engine=population`, together in this process.
+
+Data flow: grid.py reads the command line into cells; a launcher calls cell.py for each, or
+together.py trains them; board.py follows their files on the screen; report draws the whole from the
+same files.
 """
 
 import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 
+from consensus.comm import GroupError
 from consensus.report import report
 from consensus.run.board import Board
 from consensus.run.cell import run_cell
-from consensus.run.compose import REFUSALS, config_dir, explain, register_schema
-from consensus.run.config import require
-from consensus.run.grid import Sweep, check, read_sweep, register_sweep_schema
+from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.config import ConfigError, require
+from consensus.run.grid import Cell, Sweep, check, read_sweep, register_sweep_schema
+from consensus.run.together import Member, train_together
 
 
 def main() -> None:
@@ -46,10 +53,10 @@ def main() -> None:
             check(sweep)
             require_launcher(sweep)
             with Board(sweep.path, sweep.cells, sweep.options.jobs) as board:
-                launch(sweep)
+                run(sweep, board)
     except REFUSALS as error:
         leave(explain(error), 2)
-    except OSError as error:
+    except (OSError, GroupError) as error:
         leave(str(error), 1)
     except KeyboardInterrupt:
         leave("stopped; the same command continues it", 130)
@@ -60,11 +67,49 @@ def main() -> None:
             leave(f"no report: {error}", 1)
     failed = len(sweep.cells) - board.number("done")
     if failed:
-        leave(f"{failed} of {len(sweep.cells)} runs are not done; see output.txt in each", 1)
+        leave(f"{failed} of {len(sweep.cells)} runs are not done; status.json in each says why", 1)
 
 
-def launch(sweep: Sweep) -> None:
-    """Give the runs that are not done to Hydra's launcher, and wait for it."""
+def run(sweep: Sweep, board: Board) -> None:
+    """All cells that are not done."""
+    alone, together = list(sweep.cells), []
+    if sweep.options.engine == "population":
+        alone = []
+        for cell in sweep.cells:
+            try:
+                member = member_of(cell, sweep.path)
+            except ConfigError:  # of values that do not fit each other: the run itself refuses them
+                alone.append(cell)
+                continue
+            if member.config.algorithm.name == "msgd":  # which has no u
+                alone.append(cell)
+            else:
+                together.append(member)
+        train_together(together, sweep.path / ".population", board.say)
+    launch(sweep, alone)
+
+
+def member_of(cell: Cell, folder: Path) -> Member:
+    """A cell with its config, for the population engine."""
+    own = own_overrides(cell, folder)
+    config = to_config(compose("train", overrides=[*cell.overrides, *own]))
+    return Member(cell.name, folder / cell.name, config)
+
+
+def own_overrides(cell: Cell, folder: Path) -> list[str]:
+    """What the sweep says to each of its runs."""
+    return [f"output.run_dir={quoted(str(folder / cell.name))}", "resume=auto"]
+
+
+def launch(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Give the cells that are not done to Hydra's launcher, and wait for it."""
+    jobs = [
+        [*cell.overrides, *own_overrides(cell, sweep.path)]
+        for cell in cells
+        if not (sweep.path / cell.name / "summary.json").exists()
+    ]
+    if not jobs:
+        return
     options = sweep.options
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
@@ -81,13 +126,6 @@ def launch(sweep: Sweep) -> None:
         task_function=partial(run_cell, processes=options.processes, jobs=options.jobs),
         config=config,
     )
-    jobs = [
-        [*cell.overrides, f"output.run_dir={quoted(str(sweep.path / cell.name))}", "resume=auto"]
-        for cell in sweep.cells
-        if not (sweep.path / cell.name / "summary.json").exists()
-    ]
-    if not jobs:
-        return
     results: list[JobReturn] = list(launcher.launch(jobs, initial_job_idx=0))
     for result in results:
         result.return_value  # noqa: B018  (raises what the task raised)

@@ -18,6 +18,7 @@ BELOW_ENTRIES = {
     "problem",
     "run",
     "replay",
+    "population",
 }
 
 # Module -> what it may import of ours. A folder speaks for its modules unless one has a line of its
@@ -32,6 +33,7 @@ MAY_IMPORT = {
     "consensus.worker": {"core"},
     "consensus.algorithm": {"comm", "core", "server", "worker"},
     "consensus.replay": {"algorithm", "problem"},
+    "consensus.population": {"algorithm", "core", "worker"},
     "consensus.problem": {"core.flat", "registry"},
     "consensus.run": BELOW_ENTRIES,
     "consensus.run.config": {"algorithm", "worker", "core", "problem", "registry"},

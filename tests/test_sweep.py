@@ -9,11 +9,15 @@ import threading
 import time
 
 import pytest
+import torch
 
 from consensus import sweep as entry
+from consensus import train
+from consensus.population import Population
 from consensus.run import cell as cells
 from consensus.run.board import duration, last_row
 from consensus.run.cell import Status
+from consensus.run.together import Member, populations
 
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -95,7 +99,7 @@ def test_a_failed_run_is_a_row_and_is_tried_again(sweep, tmp_path):
     for times in (1, 2):
         code, out, err = sweep("seed=1,13,2", "sweep.dir=many")
         assert code == 1
-        assert err == "consensus.sweep: 1 of 3 runs are not done; see output.txt in each\n"
+        assert err == "consensus.sweep: 1 of 3 runs are not done; status.json in each says why\n"
         (line,) = [line for line in out.splitlines() if "failed  seed=13" in line]
         assert line.endswith("exit code 2: `seed` is 13; allowed: luck")
         assert "\n2 done, 1 failed\n" in out
@@ -240,3 +244,134 @@ def test_a_sweep_that_is_stopped_continues_to_the_same_bits(tmp_path, monkeypatc
     rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(100, 1001, 100))
     assert (second / "model.pt").exists()
+
+
+# ---- together in one process
+
+
+GRID = [
+    *("model=logistic", "workers=2", "dtype=float64", "algorithm.iterations=60", "device=cpu"),
+    *("potential=quad,tan", "algorithm.lam=0.1,0.05", "output.eval_every=20"),
+    *("output.checkpoint_every=20", "output.tensorboard=false", "sweep.dir=many"),
+]
+FILES = {"config.yaml", "metrics.jsonl", "model.pt", "status.json", "summary.json"}
+
+
+def together(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["consensus.sweep", *arguments, "sweep.engine=population"])
+    before = signal.getsignal(signal.SIGTERM)
+    code = 0
+    try:
+        entry.main()
+    except SystemExit as left:
+        code = left.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def alone(monkeypatch, tmp_path, *overrides):
+    """The rows of `consensus.train`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["consensus.train", *overrides, "output.run_dir=alone"])
+    train.main()
+    return rows(tmp_path / "alone")
+
+
+NUMBERS = ("objective", "train_loss", "test_loss", "coupling", "regularizer", "distance")
+COUNTS = ("iteration", "epoch", "train_error", "test_error", "cuts_u", "cuts_z")
+
+
+def test_a_population_leaves_the_files_and_numbers_of_separate_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = together(monkeypatch, capsys, *GRID)
+    assert (code, err) == (0, "")
+    assert "\n4 done\n" in out
+    assert out.count("2 runs of 2 advance together") == 2  # one population for each potential
+    for potential, lam in (("quad", "0.1"), ("quad", "0.05"), ("tan", "0.1"), ("tan", "0.05")):
+        run_dir = tmp_path / "many" / f"potential={potential},lam={lam}"
+        assert {path.name for path in run_dir.iterdir() if path.name[0] != "."} == FILES
+        state = torch.load(run_dir / "model.pt", weights_only=True)
+        assert sum(value.numel() for value in state.values()) == 7850
+    own = [text for text in GRID[:-1] if "," not in text]
+    expected = alone(monkeypatch, tmp_path, *own, "potential=tan", "algorithm.lam=0.05")
+    found = rows(run_dir)
+    assert [set(row) for row in found] == [set(row) for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert [one[key] for key in COUNTS] == [other[key] for key in COUNTS]
+        for key in NUMBERS:
+            assert one[key] == pytest.approx(other[key], rel=1e-9), key
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["environment"]["workers"] == 2
+    assert not list((tmp_path / "many" / ".population").glob("*"))
+    code, out, _ = together(monkeypatch, capsys, *GRID)  # nothing is left to do
+    assert code == 0
+    assert "advance" not in out
+
+
+def test_a_population_that_is_stopped_continues_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    step = Population.step
+
+    def stopping(self, t):
+        step(self, t)
+        if t == 33 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Population, "step", stopping)
+    code, _, err = together(monkeypatch, capsys, *GRID)
+    assert code == 130
+    assert err == "consensus.sweep: stopped; the same command continues it\n"
+    first = tmp_path / "many" / "potential=quad,lam=0.1"
+    assert Status.read(first).state == "stopped"
+    assert [row["iteration"] for row in rows(first)] == [20]
+    code, out, err = together(monkeypatch, capsys, *GRID)
+    assert (code, err) == (0, "")
+    assert "continues 2 runs at iteration 34" in out
+    found = {path.name: rows(path)[-1]["digest"] for path in (tmp_path / "many").glob("p*")}
+    assert [row["iteration"] for row in rows(first)] == [20, 40, 60]
+    code, _, _ = together(monkeypatch, capsys, *GRID[:-1], "sweep.dir=whole")
+    assert code == 0
+    whole = {path.name: rows(path)[-1]["digest"] for path in (tmp_path / "whole").glob("p*")}
+    assert found == whole
+    assert len(set(whole.values())) == 4
+
+
+def test_a_diverged_run_of_a_population_is_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    wild = [*GRID, "potential=quad", "algorithm.lam=0.1,1e-20", "algorithm.sigma=0.005,1e19"]
+    code, out, err = together(monkeypatch, capsys, *wild)
+    assert code == 1
+    assert err.startswith("consensus.sweep: 3 of 4 runs are not done")
+    assert "failed  lam=1e-20,sigma=1e+19" in out
+    assert "became non-finite, by iteration 20 at the latest" in out
+    assert Status.read(tmp_path / "many" / "lam=0.1,sigma=0.005").state == "done"
+
+
+def test_momentum_sgd_runs_beside_a_population(sweep, tmp_path):
+    code, _, _ = sweep("algorithm=msgd", "seed=1", "sweep.dir=many", "sweep.engine=population")
+    assert code == 0
+    assert len(started(tmp_path / "many" / "run")) == 1
+
+
+def test_populations_fit_into_memory(make_config):
+    members = [
+        Member(f"{potential} {seed}", None, make_config(f"potential={potential}", f"seed={seed}"))
+        for potential in ("quad", "tan")
+        for seed in range(5)
+    ]
+    each = 8 * 1 * 33_580 * 4  # vectors, worker, LeNet-5 in float32
+    names = [[member.name for member in part] for part in populations(members, 3 * each)]
+    assert names == [
+        ["quad 0", "quad 1", "quad 2"],
+        ["quad 3", "quad 4"],
+        ["tan 0", "tan 1", "tan 2"],
+        ["tan 3", "tan 4"],
+    ]
+    assert [len(part) for part in populations(members, 10**12)] == [5, 5]
+    assert [len(part) for part in populations(members, 1)] == [1] * 10

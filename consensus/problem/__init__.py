@@ -7,7 +7,7 @@ from consensus.problem.data import DATASETS, Dataset
 from consensus.problem.minibatches import PARTITIONS, Minibatches, partition
 from consensus.problem.mnist import DataUnavailableError
 from consensus.problem.models import MODELS, build_model
-from consensus.problem.risk import Batch, MinibatchRisk, Risk
+from consensus.problem.risk import Batch, MinibatchRisk, PopulationRisk, Risk
 from consensus.problem.streams import stream, stream_seed
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Dataset",
     "MinibatchRisk",
     "Minibatches",
+    "PopulationRisk",
     "Risk",
     "build_model",
     "partition",

@@ -3,7 +3,7 @@
 # n parameters, K workers in this process, B samples in a minibatch, N images
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -197,7 +197,7 @@ class MinibatchRisk:
 
     def gather(self, index: Tensor) -> Batch:
         """The samples `index` (K B,), at once for all workers, as `draw` returns them."""
-        shape = (len(self.minibatches), self.batch_size)
+        shape = (len(index) // self.batch_size, self.batch_size)
         images = self.dataset.train_images.index_select(0, index)
         labels = self.dataset.train_labels.index_select(0, index)
         return images.view(*shape, *images.shape[1:]), labels.view(shape)
@@ -213,3 +213,63 @@ class MinibatchRisk:
             sources = self.minibatches
             seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
         return self.risk.gradient(points, *batch, seeds=seeds, out=points)
+
+
+class PopulationRisk:
+    """The stochastic gradients of the workers of many configurations: lines 4 and 5.
+
+    Configurations with one seed draw the same minibatches, as separate runs do; once for all.
+
+    Args:
+        risk: What is minimized.
+        dataset: Its training images are drawn from.
+        seeds: Of the configurations. (S,)
+        minibatches: One for each of the M workers, for each seed; one batch size for all.
+    """
+
+    def __init__(
+        self,
+        risk: Risk,
+        dataset: Dataset,
+        seeds: Sequence[int],
+        minibatches: Mapping[int, Sequence[Minibatches]],
+    ) -> None:
+        self.seeds = tuple(seeds)
+        self.sources = {seed: tuple(minibatches[seed]) for seed in dict.fromkeys(seeds)}
+        every = [source for sources in self.sources.values() for source in sources]
+        self._all = MinibatchRisk(risk, dataset, every)
+        self.risk = risk
+
+    def draw(self, active: Tensor) -> tuple[Batch, list[int] | None]:
+        """The next minibatch of every worker of the configurations `active` (A,).
+
+        Returns:
+            Images (A M, B, 1, 28, 28) and labels (A M, B); the seeds of what
+            is random in the model.
+        """
+        own = [self.seeds[i] for i in active.tolist()]
+        index = {seed: torch.cat([s.draw() for s in self.sources[seed]]) for seed in set(own)}
+        random = None
+        if self._all.draws_inside:
+            random = [
+                stream_seed(s.seed, "model", s.worker, s.position)
+                for seed in own
+                for s in self.sources[seed]
+            ]
+        return self._all.gather(torch.cat([index[seed] for seed in own])), random
+
+    def gradient(self, points: Tensor, batch: tuple[Batch, list[int] | None]) -> Tensor:
+        """The gradients (A M, n) at the points (A M, n), in the memory of the points."""
+        (images, labels), random = batch
+        return self.risk.gradient(points, images, labels, seeds=random, out=points)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How many minibatches each worker of each seed has drawn. (seeds, M) int64, CPU."""
+        rows = [[source.position for source in sources] for sources in self.sources.values()]
+        return {"position": torch.tensor(rows)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue after that many draws."""
+        for sources, row in zip(self.sources.values(), state["position"].tolist(), strict=True):
+            for source, position in zip(sources, row, strict=True):
+                source.position = position

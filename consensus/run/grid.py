@@ -21,10 +21,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from consensus.run.compose import to_config
-from consensus.run.config import ConfigError, require
+from consensus.run.config import ConfigError, require, require_one_of
 
 OWN_KEYS = ("output.run_dir", "output.root", "resume")
 """Of every run of a sweep, set by the sweep itself."""
+
+ENGINES = ("separate", "population")
+"""separate: every run in a process of its own; population: together in this one."""
 
 LONGEST_NAME = 200
 """Bytes of the name of a run directory; file systems allow 255."""
@@ -45,12 +48,20 @@ class SweepOptions:
     dir: str | None
     jobs: int
     processes: int
+    engine: str
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        require_one_of("sweep.engine", self.engine, ENGINES)
         require(self.dir is None or self.dir.strip() != "", "sweep.dir", self.dir, "a path or null")
         require(self.jobs >= 1, "sweep.jobs", self.jobs, "a whole number >= 1")
         require(self.processes >= 1, "sweep.processes", self.processes, "a whole number >= 1")
+        require(
+            self.processes == 1 or self.engine == "separate",
+            "sweep.processes",
+            self.processes,
+            "1 with sweep.engine=population",
+        )
 
 
 @dataclass
