@@ -150,7 +150,7 @@ def options_of(group):
 
 def test_every_folder_is_known():
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "experiment"}
+    assert folders == {*GROUPS, "experiment", "grid"}
 
 
 @pytest.mark.parametrize("choice", [f"{g}={o}" for g in GROUPS for o in options_of(g)])
