@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from consensus.problem import Dataset, Minibatches, MinibatchRisk, Risk, build_model
+from consensus.problem import (
+    Dataset,
+    Minibatches,
+    MinibatchRisk,
+    PopulationRisk,
+    Risk,
+    build_model,
+)
 
 K, B = 3, 6
 
@@ -230,3 +237,34 @@ def test_dropout_depends_on_seed_worker_and_draw_only():
     batch = images[:1].expand_as(images), labels[:1].expand_as(labels)
     first, second = oracle.gradient(point.repeat(2, 1), batch)
     assert not torch.equal(first, second), "workers have masks of their own"
+
+
+def test_a_population_draws_what_its_runs_draw():
+    """Seeds 7, 8, 7 with two workers each; dropout; configuration 1 leaves after two draws."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 1, 28, 28, generator=generator, dtype=torch.float64)
+    labels = torch.arange(12) % 3
+    dataset = Dataset(images, labels, images, labels, 3)
+    risk = Risk(Dropping().double(), "sum")
+    points = torch.stack([risk.layout.flatten(risk.model) * (1 + i / 10) for i in range(6)])
+
+    def sources(seed):
+        return [Minibatches(torch.arange(12), 4, seed, worker) for worker in range(2)]
+
+    def population():
+        return PopulationRisk(risk, dataset, [7, 8, 7], {7: sources(7), 8: sources(8)})
+
+    together = population()
+    apart = [MinibatchRisk(risk, dataset, sources(seed)) for seed in (7, 8, 7)]
+    for draw in range(5):
+        active = [0, 1, 2] if draw < 2 else [0, 2]
+        rows = [row for i in active for row in (2 * i, 2 * i + 1)]
+        if draw == 3:  # from a checkpoint
+            state, together = together.state_dict(), population()
+            assert state["position"].tolist() == [[3, 3], [2, 2]]
+            together.load_state_dict(state)
+        found = together.gradient(points[rows], together.draw(torch.tensor(active)))
+        expected = [
+            apart[i].gradient(points[2 * i : 2 * i + 2].clone(), apart[i].draw()) for i in active
+        ]
+        assert torch.equal(found, torch.cat(expected))
