@@ -28,12 +28,16 @@ SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must 
     "tests/test_kill.py",
     "tests/test_train.py",
     "tests/test_scaling.py",
+    "tests/test_sweep.py",
     "tests/test_any_config.py",
     "tests/test_fused.py",
     "tests/run/test_checkpoint.py",
     "tests/test_algorithm.py",
     "tests/test_bench_gpu.py",
     "tests/test_replay.py",
+    "tests/test_benchmarks.py",
+    "tests/test_readme.py",
+    "tests/test_population.py",
 )
 
 

@@ -43,7 +43,7 @@ from consensus import train as entry
 from consensus.problem import DATASETS, Dataset
 from consensus.run import trainer as trainer_module
 
-EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "70"))
+EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "50"))
 SECONDS = 60.0  # no command may take longer
 BYTES = 4 << 30  # nor more memory than this
 TRAIN, TEST = 40, 20  # images

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import command, environment, marked, run
+from test_train import command, environment, marked
 
 import consensus
 from consensus.server import digest
@@ -318,9 +318,9 @@ def test_a_directory_in_use_and_a_launcher_that_is_killed(tmp_path):
     try:
         metrics = tmp_path / "run/metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.read_text())
-        second = run(tmp_path, *RUN, *endless, "resume=auto", "workers=2")
-        assert second.code == 1
-        (line,) = second.lines
+        with Ranks(1, [*RUN, *endless, "resume=auto", "workers=2"], tmp_path) as second:
+            assert second.wait(60) == [1]
+            (line,) = second.lines(0)
         assert re.match(
             rf"consensus.train: rank 0: {tmp_path}/run is in use by another run, begun by process "
             rf"\d+ on \S+, or by ranks left of it",

@@ -507,7 +507,7 @@ def test_refusal_under_torchrun_is_said_once(tmp_path):
     assert "consensus/train.py" not in ended.err
     assert not (tmp_path / "runs").exists()
     assert ended.left_behind == []
-    assert ended.seconds < 60
+    assert ended.seconds < 200  # and not the timeout of the group
 
 
 @pytest.mark.ranks
@@ -523,7 +523,7 @@ def test_a_run_that_diverges_ends_on_all_ranks(tmp_path):
     assert "exitcode  : 1" in ended.err
     assert "consensus/train.py" not in ended.err
     assert ended.left_behind == []
-    assert ended.seconds < 60
+    assert ended.seconds < 200  # and not the timeout of the group
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left.isdisjoint({"summary.json", "model.pt"}), "nothing that looks finished"
 
