@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import socket
 import time
@@ -345,8 +346,8 @@ class Together:
             return 0
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            self.say(f"{self.checkpoint} cannot be read ({error}): begins again")
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
+            self.say(f"{self.checkpoint} cannot be read: these runs begin again")
             return 0
         done = int(state["iterations"])
         self.population.load_state_dict(part_of(state, "population"))
