@@ -52,7 +52,7 @@ def main() -> None:
             sweep = read_sweep(sys.argv[1:])
             check(sweep)
             require_launcher(sweep)
-            with Board(sweep.path, sweep.cells, sweep.options.jobs) as board:
+            with Board(sweep.path, sweep.cells) as board:
                 run(sweep, board)
     except REFUSALS as error:
         leave(explain(error), 2)

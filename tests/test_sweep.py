@@ -17,7 +17,7 @@ from consensus.population import Population
 from consensus.run import cell as cells
 from consensus.run.board import duration, last_row
 from consensus.run.cell import Status
-from consensus.run.together import Member, populations
+from consensus.run.together import Member, key_of, populations
 
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -107,8 +107,7 @@ def test_a_failed_run_is_a_row_and_is_tried_again(sweep, tmp_path):
     assert (tmp_path / "many" / "seed=13" / "output.txt").read_text().endswith("more\n")
 
 
-def test_several_at_once_and_the_cores_shared_out(sweep, tmp_path, monkeypatch):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+def test_the_cores_are_shared_out(sweep, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     code, _, _ = sweep("seed=1,2", "sweep.dir=many", "sweep.processes=2")
@@ -357,6 +356,16 @@ def test_momentum_sgd_runs_beside_a_population(sweep, tmp_path):
     code, _, _ = sweep("algorithm=msgd", "seed=1", "sweep.dir=many", "sweep.engine=population")
     assert code == 0
     assert len(started(tmp_path / "many" / "run")) == 1
+
+
+def test_the_state_of_a_population_is_for_the_same_configs_only(make_config):
+    def key(*overrides):
+        config = make_config("potential=quad", *overrides)
+        return key_of([Member("a", None, config), Member("b", None, config)])
+
+    assert key() == key("output.run_dir=elsewhere")
+    others = [key("algorithm.weight_decay=0"), key("seed=1"), key("algorithm.batch_size=10")]
+    assert len({key(), *others}) == 4
 
 
 def test_populations_fit_into_memory(make_config):

@@ -28,7 +28,6 @@ class Board:
     Args:
         path: The directory of the sweep.
         cells: Its runs.
-        jobs: That go on at once.
         console: Where to write; None: standard output.
         every_s: Between two looks at the files.
     """
@@ -37,12 +36,11 @@ class Board:
         self,
         path: Path,
         cells: Sequence[Cell],
-        jobs: int,
         console: Console | None = None,
         every_s: float = 1.0,
     ) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.path, self.cells, self.jobs, self.every_s = path, cells, jobs, every_s
+        self.path, self.cells, self.every_s = path, cells, every_s
         self.statuses = {cell.name: Status.read(path / cell.name) for cell in cells}
         self.before = self.number("done")
         self._started = time.monotonic()

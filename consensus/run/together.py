@@ -14,13 +14,12 @@ import json
 import math
 import os
 import pickle
-import platform
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,9 +35,9 @@ from consensus.run.config import Config
 from consensus.run.directory import Origin, RunDirectory, find_origin
 from consensus.run.files import write_whole
 from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
-from consensus.run.plan import Plan, count_workers, make_plan
+from consensus.run.plan import Plan, count_workers, make_phi, make_plan
 from consensus.run.signals import StopSignals
-from consensus.run.trainer import scheduled
+from consensus.run.trainer import environment, scheduled
 from consensus.server import digest
 
 VECTORS = 8
@@ -73,6 +72,15 @@ def kind(config: Config) -> str:
         del shared["output"][key]
     del shared["potential"]["eta"], shared["seed"], shared["resume"], shared["group"]
     return json.dumps(shared, sort_keys=True, default=str)
+
+
+def key_of(members: Sequence[Member]) -> str:
+    """A name for the state of a population, that of no other: the same runs, the same configs."""
+    configs = [asdict(member.config) for member in members]
+    for config in configs:
+        del config["output"]["root"], config["output"]["run_dir"]  # a sweep may be moved
+    content = json.dumps([[m.name for m in members], configs], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def populations(members: Sequence[Member], memory: int | None = None) -> list[list[Member]]:
@@ -163,9 +171,7 @@ class Together:
     ) -> None:
         self.members = list(members)
         self.say = say
-        names = "\n".join(member.name for member in members)
-        key = hashlib.sha256(names.encode()).hexdigest()[:16]
-        self.checkpoint = folder / f"{key}.pt"
+        self.checkpoint = folder / f"{key_of(members)}.pt"
         first = members[0].config
         self.plans: dict[int, Plan] = {}
         for member in members:
@@ -176,12 +182,17 @@ class Together:
         self.directories = [
             RunDirectory(Origin(m.run_dir), m.config, Launch(), self.group) for m in members
         ]
+        self.phis = [self._phi(member) for member in members]
         self.population = self._make()
         self.iterations = first.algorithm.iterations
         self.start = self._restore()
 
     def _plan(self, member: Member) -> Plan:
         return replace(self.plans[member.config.seed], config=member.config)
+
+    def _phi(self, member: Member) -> Layerwise:
+        plan = self.plans[member.config.seed]
+        return make_phi(member.config, plan.risk, plan.device, plan.start.dtype)
 
     def _make(self) -> Population:
         configs = [member.config for member in self.members]
@@ -216,7 +227,7 @@ class Together:
         """Train to the end, or until this process is asked to stop.
 
         Raises:
-            KeyboardInterrupt: If it is asked to; a checkpoint is written before.
+            KeyboardInterrupt: If it is asked to, by SIGTERM or SIGUSR1 after a checkpoint.
         """
         signals = StopSignals(600.0)
         running = Status("running", os.getpid(), socket.gethostname())
@@ -285,16 +296,12 @@ class Together:
         self._clock, self._done = time.perf_counter(), done
 
     def _view(self, row: int, i: int) -> _View:
-        config = self.members[i].config
         population = self.population
-        eta = config.potential.eta
-        phi = Layerwise(config.potential.make(), self._plan(self.members[i]).phi.layers, eta)
-        lam = scheduled(config.algorithm, "lam")
         return _View(
             population.u[row],
             _Worker(population.z[row]),
-            phi.to(population.u),
-            lam,
+            self.phis[i],
+            scheduled(self.members[i].config.algorithm, "lam"),
             population.cuts[row],
         )
 
@@ -310,23 +317,11 @@ class Together:
             best = min(member.rows, key=lambda found: float(found["test_error"]))
             summary = member.rows[-1] | {
                 "best": {key: best[key] for key in ("iteration", "test_error")},
-                "environment": self._environment(plan),
+                "environment": environment(plan) | {"population": len(self.members)},
             }
             content = to_json(summary, indent=2).encode() + b"\n"
             write_whole(member.run_dir / "summary.json", content)
             Status("done", seconds=seconds, code=0).write(member.run_dir)
-
-    def _environment(self, plan: Plan) -> dict[str, Any]:
-        return {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": plan.device.type,
-            "threads": torch.get_num_threads(),
-            "processes": 1,
-            "workers": plan.num_workers,
-            "population": len(self.members),
-            "seed": plan.config.seed,
-        }
 
     # ---- the checkpoint
 

@@ -343,7 +343,7 @@ class Trainer:
         torch.save(self.plan.risk.layout.state_dict(self.algorithm.u), buffer)
         write_whole(self.run_dir / "model.pt", buffer.getvalue())
         draw({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
-        summary = self.rows[-1] | {"best": self.best, "environment": self.environment()}
+        summary = self.rows[-1] | {"best": self.best, "environment": environment(self.plan)}
         if self.writer is not None:
             summary["checkpoints"] = {
                 "written": self.writer.written,
@@ -366,21 +366,22 @@ class Trainer:
             f"{config.algorithm.iterations:,} iterations -> {self.run_dir}"
         )
 
-    def environment(self) -> dict[str, str | int]:
-        """What the numbers were made with."""
-        device = self.plan.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-        return {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": str(device.type),
-            "device_name": name or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "processes": self.plan.launch.size,
-            "workers": self.plan.num_workers,
-            "backend": self.plan.backend if self.plan.launch.size > 1 else "none",
-            "seed": self.config.seed,
-        }
+
+def environment(plan: Plan) -> dict[str, str | int]:
+    """What the numbers of a run were made with."""
+    device = plan.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device.type),
+        "device_name": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": plan.launch.size,
+        "workers": plan.num_workers,
+        "backend": plan.backend if plan.launch.size > 1 else "none",
+        "seed": plan.config.seed,
+    }
 
 
 def build_algorithm(plan: Plan, group: Group) -> Algorithm:
