@@ -1,6 +1,5 @@
 """Fixtures of all tests: real rank processes, the composed config, and the real MNIST if there."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,6 @@ if not torch.cuda.is_available():  # read by Triton when it is imported, which t
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
-
-# torch.distributed.checkpoint logs every call; a failing test would print thousands of them.
-logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
-
 
 SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must not begin last
     "tests/test_faults.py",

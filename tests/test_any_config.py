@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, event, example, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -941,13 +941,15 @@ def check(line: Line, ended: Ended, folder: Path) -> str:
     return kind
 
 
+SHORT = ["model=logistic", "algorithm.iterations=2", "algorithm.batch_size=5", "device=cpu"]
+SHORT += ["output.tensorboard=false", "output.checkpoint_every=null"]
+
+
 def only(*codes: int):
     """`only(2)("seed=-1")`: a command line that can end so, after a short and cheap base."""
-    base = ["model=logistic", "algorithm.iterations=2", "algorithm.batch_size=5", "device=cpu"]
-    base += ["output.tensorboard=false", "output.checkpoint_every=null"]
 
     def line(*overrides: str) -> Line:
-        return Line([*base, *overrides], frozenset(codes), picture=strange([*overrides]))
+        return Line([*SHORT, *overrides], frozenset(codes), picture=strange([*overrides]))
 
     return line
 
@@ -1027,13 +1029,14 @@ EDGES = [
 ]
 
 
-def with_examples(lines: list[Line]):
-    def decorate(function):
-        for line in reversed(lines):
-            function = example(line)(function)
-        return function
+def what_is_special(line: Line) -> str:
+    text = " ".join(line.argv[len(SHORT) :]).encode("unicode_escape").decode()
+    return text if len(text) <= 60 else f"{text[:50]}..{len(text)}"
 
-    return decorate
+
+@pytest.mark.parametrize("line", EDGES, ids=what_is_special)
+def test_an_edge(command, line):
+    check(line, command(line), command.folder)
 
 
 @pytest.mark.slow
@@ -1046,7 +1049,6 @@ def test_any_command_line_runs_or_is_refused(command):
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    @with_examples(EDGES)
     @given(LINES)
     def try_one(line: Line) -> None:
         kind = check(line, command(line), command.folder)
@@ -1057,5 +1059,5 @@ def test_any_command_line_runs_or_is_refused(command):
     total = sum(counts.values())
     assert total >= EXAMPLES, counts
     assert counts["ran"] >= 0.3 * total, counts
-    assert counts["refused"] >= 0.3 * total, counts
+    assert counts["refused"] >= 0.2 * total, counts
     print(dict(counts))  # for `pytest -s`
