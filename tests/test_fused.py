@@ -114,6 +114,69 @@ def test_line_6(name, layers, pull, through):
     assert torch.equal(cuts, 5 + (s < 1))
 
 
+ETAS = torch.tensor([[0.7], [0.9], [1.3]], dtype=torch.float64, device=DEVICE)
+COLUMNS = {  # of three configurations
+    "kappa": torch.tensor([[0.9], [0.0], [0.5]], dtype=torch.float64, device=DEVICE),
+    "sigma": torch.tensor([[0.3], [0.2], [0.1]], dtype=torch.float64, device=DEVICE),
+    "nu": torch.tensor([[0.01], [0.0], [0.1]], dtype=torch.float64, device=DEVICE),
+}
+PULLS = torch.tensor([[30.0], [1e-3], [1.0]], dtype=torch.float64, device=DEVICE)
+
+
+def several(name):
+    """Three configurations of two workers in one block, and each of them by itself."""
+    starts = [make(name, eta=float(eta), num_workers=2, spread=0.9) for eta in ETAS]
+    phi = Layerwise(POTENTIALS[name], LAYERS["crossing"], ETAS)
+    u, z, v, delta = (torch.stack(parts) for parts in list(zip(*starts, strict=True))[2:])
+    u = u * torch.tensor([[1.0], [-1.0], [2.0]], dtype=u.dtype, device=DEVICE)  # no two alike
+    z = u.unsqueeze(1) - (starts[0][2] - starts[0][3]) * ETAS.unsqueeze(-1) / 0.7
+    return phi, Fused(phi, u, block=64), [start[0] for start in starts], u, z, v, delta
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_line_3_of_several_configurations(name):
+    phi, fused, alone, u, z, *_ = several(name)
+    t_u = PULLS * 0.3
+    force = torch.full_like(u, torch.nan)
+    fused.forces(u, z.flatten(0, 1), force)
+    step, cuts = u.new_full((3,), torch.nan), torch.full((3,), 5, device=DEVICE)
+    moved = u.clone()
+    if phi.bounded:
+        fused.consensus_step(u, z.flatten(0, 1), force, t_u, step, None)
+    fused.move_consensus(moved, force, t_u, step, cuts)
+    for s, own in enumerate(alone):
+        expected_force = own.grad(u[s] - z[s]).sum(0)
+        close(force[s], expected_force)
+        d = consensus_direction(expected_force, float(t_u[s]))
+        expected = own.feasible_step(u[s] - z[s], d, u[s]).amin()
+        close(moved[s], u[s] + expected * d)
+        assert int(cuts[s]) == 5 + int(expected < 1)
+    if phi.bounded:
+        assert len(set(step.tolist())) > 1
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("name", TABLE_2)
+def test_line_6_of_several_configurations(name, through):
+    _, fused, alone, u, z, v, delta = several(name)
+    step, cuts = u.new_ones(3), torch.full((6,), 5, device=DEVICE)
+    moved, velocities = z.flatten(0, 1).clone(), v.flatten(0, 1).clone()
+    fused.move_workers(
+        moved, velocities, delta.flatten(0, 1).clone(), u, **COLUMNS, pull=PULLS, through=through,
+        step=step, cuts=cuts,
+    )  # fmt: skip
+    for s, own in enumerate(alone):
+        new = velocity(v[s], delta[s], z[s], **{key: float(c[s]) for key, c in COLUMNS.items()})
+        d = worker_direction(new, own.grad(u[s] - z[s]), float(PULLS[s]))
+        sizes = own.feasible_step(z[s] - u[s], d, u[s])
+        new = d if through else new
+        close(moved.view_as(z)[s], z[s] + sizes[:, None] * d)
+        close(velocities.view_as(z)[s], sizes[:, None] * new)
+        assert cuts.view(3, 2)[s].tolist() == (5 + (sizes < 1)).tolist()
+        if own.bounded:
+            assert float(step[s]) == float(sizes.amin())
+
+
 def test_the_cases_of_line_6_meet_the_boundary():
     cut = set()
     for pull in (1e-3, 0.1, 1.0, 30.0):
@@ -207,6 +270,8 @@ def test_which_way_is_chosen():
         assert lines_for(two_widths, like) is None
         if ON_GPU:
             assert isinstance(lines_for(tan, like.cuda()), Fused)
+            assert lines_for(two_widths, like.cuda()) is None
+            assert isinstance(lines_for(two_widths, like.cuda(), 2), Fused)
             assert lines_for(Layerwise(POTENTIALS["log_cosh"], layers), like.cuda()) is None
 
 

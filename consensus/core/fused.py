@@ -12,6 +12,9 @@ Bytes. With K workers, in vectors of n coordinates, and the message of the all-r
     line 6, step      u, z_k, v_k, delta_k         3 K + 1  bounded; cubic: K + 1, the norms
             move      u, z_k, v_k, delta_k -> z_k, v_k      5 K + 1
 
+S configurations in one block (population.py): S times the bytes of one with K = M workers, and as
+many kernels as one.
+
 For K = 1: quad 6 and 6, cubic 8 and 8, tan and log 11 and 10, tan_sep 9 and 10.
 
 The step of line 6 needs no second pass. With d = v+ + c_l w in layer l, c_l known from |w_l|, all
@@ -36,7 +39,7 @@ class Fused:
     """`Lines` for one potential on a GPU: the kernels with their tables and memory.
 
     Args:
-        phi: A potential for which `knows` is true.
+        phi: A potential that has a kernel, with one scale, or one for each of S configurations.
         like: A tensor with the n coordinates of a vector last, on the device, of the dtype.
         block: Coordinates to a tile, a power of two; None: chosen by n.
     """
@@ -60,12 +63,12 @@ class Fused:
         self._first, self._last = (x.to(device, torch.int32) for x in (first, last))
         self._starts = starts.to(device)
         self._spans = torch.tensor(spans, device=device, dtype=torch.int32)
-        self._numbers = torch.zeros(8, dtype=torch.float64, device=device)
+        self._configurations = phi.scale.numel() if isinstance(phi.scale, Tensor) else 1
+        self._numbers = torch.zeros(self._configurations, 8, dtype=torch.float64, device=device)
         self._known: dict[int, float] = {}
-        assert isinstance(phi.scale, float)
-        scale, eps = phi.scale, torch.finfo(like.dtype).eps
+        eps = torch.finfo(like.dtype).eps
         radius = math.sqrt(phi.profile.bound) if phi.bounded else 0.0
-        self._set({0: scale * scale, 1: radius, 2: eps})
+        self._set({0: phi.scale * phi.scale, 1: radius, 2: eps})
         self._how: dict[str, Any] = {
             "KIND": phi.profile.kernel,
             "SEPARABLE": isinstance(phi.size, Separable),
@@ -78,14 +81,14 @@ class Fused:
     def forces(self, u: Tensor, z: Tensor, out: Tensor) -> None:
         """As in `Lines`; the reach stays on the device, where nothing is decided by it."""
         factors = self._factors(u, z)
-        self._kernels.forces[(self._tiles,)](
+        self._kernels.forces[(self._tiles, self._configurations)](
             out,
             u,
             z,
             factors,
             *self._tables,
             self._n,
-            len(z),
+            self._workers_of_one(z),
             self._num_layers,
             **self._how,
             BLOCK=self._block,
@@ -105,7 +108,7 @@ class Fused:
     ) -> None:
         """As in `Lines`."""
         self._set({3: t_u})
-        self._kernels.move_u[(self._tiles,)](
+        self._kernels.move_u[(self._tiles, self._configurations)](
             u,
             force,
             step,
@@ -150,6 +153,7 @@ class Fused:
             own_steps,
             *self._tables,
             self._n,
+            self._workers_of_one(z),
             self._num_layers,
             **self._how,
             BOUNDED=self._bounded,
@@ -180,12 +184,12 @@ class Fused:
         self._sums_and_exits(line, u, z, v, direction, coupled)
         _, _, exits, own = self._memory_for(z)
         groups = self._num_layers
-        self._kernels.steps[(1,)](
+        self._kernels.steps[(self._configurations,)](
             own,
             step,
             step if cuts is None else cuts,
             exits,
-            len(z),
+            self._workers_of_one(z),
             groups,
             LINE=line,
             WIDTH=min(1024, 1 << (groups - 1).bit_length()),
@@ -203,6 +207,7 @@ class Fused:
             direction,
             *self._tables,
             self._n,
+            self._workers_of_one(z),
             self._num_slots,
             LINE=line,
             COUPLED=coupled,
@@ -216,6 +221,7 @@ class Fused:
             self._spans,
             self._numbers,
             self._num_layers,
+            self._workers_of_one(z),
             self._num_slots,
             LINE=line,
             COUPLED=coupled,
@@ -227,6 +233,9 @@ class Fused:
     @property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._first, self._last, self._starts, self._numbers
+
+    def _workers_of_one(self, z: Tensor) -> int:
+        return len(z) // self._configurations
 
     def _memory_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Slots (K, 4, S), factors and exits (K, L), steps (K,), for as many workers as z has."""
@@ -241,8 +250,8 @@ class Fused:
         """Bring hyperparameters to where the kernels read them, when they have changed."""
         for i, value in values.items():
             if isinstance(value, Tensor):  # a captured graph repeats this copy, and no comparison
-                self._numbers[i].copy_(value)
+                self._numbers[:, i].copy_(value.reshape(-1))
                 self._known.pop(i, None)
             elif self._known.get(i) != value:
-                self._numbers[i].fill_(value)
+                self._numbers[:, i].fill_(value)
                 self._known[i] = value

@@ -6,7 +6,10 @@ own for each, i + layer. Along the vector either the tile or the layer goes up, 
 share a slot, and the slots of a layer lie side by side. Sums are taken slot by slot, and then over
 the slots of a layer in one order: the same bits in every run, which atomics would not give.
 
-`numbers` holds the hyperparameters on the device, as float64:
+S configurations of M workers each may be one block: u (S, n) and z (K, n), K = S M, where worker k
+belongs to configuration k // M. A run alone has S = 1.
+
+`numbers` (S, 8) holds the hyperparameters of each on the device, as float64:
 
     0 scale^2   1 radius   2 eps of the dtype   3 t_u   4 sigma   5 sigma / lam   6 kappa   7 nu
 
@@ -107,7 +110,8 @@ def sums(
     starts,
     numbers,
     n,
-    S,
+    M,
+    slots_of_one,
     LINE: tl.constexpr,
     KIND: tl.constexpr,
     SEPARABLE: tl.constexpr,
@@ -117,21 +121,24 @@ def sums(
     """What the forces and the line search need to know of all coordinates, tile by tile.
 
     Grid (tiles, K). LINE 1: the norms alone; reads u, z_k. LINE 3: reads u, z_k and the total force
-    `direction` (n,). LINE 6: reads u, z_k, v_k and the gradient `direction` (K, n).
+    `direction` (S, n). LINE 6: reads u, z_k, v_k and the gradient `direction` (K, n).
 
     Radial: <w,w>, and for a line search <w,x>, <x,x>, <u,u>, with x the force or the new velocity,
-    to slots (K, 1 or 4, S). Separable: where the coordinates leave the domain, to slots (K, S).
+    to slots (K, 1 or 4, slots_of_one). Separable: where the coordinates leave the domain, to slots
+    (K, slots_of_one).
     """
     dtype: tl.constexpr = u.dtype.element_ty
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    center = tl.load(u + at, mask=inside, other=0.0)
+    s = k // M
+    numbers += s * 8
+    center = tl.load(u + s * n + at, mask=inside, other=0.0)
     own = tl.load(z + k * n + at, mask=inside, other=0.0)
     w = center - own
     x = w
     if LINE == 3:
-        x = tl.load(direction + at, mask=inside, other=0.0)
+        x = tl.load(direction + s * n + at, mask=inside, other=0.0)
     elif LINE == 6:
         old = tl.load(v + k * n + at, mask=inside, other=0.0)
         x = _velocity(
@@ -152,17 +159,17 @@ def sums(
         towards = tl.where(d > 0, w, -w) * scale
         t = (radius - towards) / (scale * tl.abs(d))
         t = tl.where(d == 0, float("inf"), tl.where(t > 0, t, 0.0))
-        tl.store(slots + k * S + tile, tl.min(tl.where(inside, t, float("inf"))))
+        tl.store(slots + k * slots_of_one + tile, tl.min(tl.where(inside, t, float("inf"))))
     else:
         quantities: tl.constexpr = 1 if LINE == 1 else 4
         for layer in range(tl.load(first + tile), tl.load(last + tile) + 1):
             here = (at >= tl.load(starts + layer)) & (at < tl.load(starts + layer + 1))
-            slot = slots + k * quantities * S + tile + layer
+            slot = slots + k * quantities * slots_of_one + tile + layer
             tl.store(slot, tl.sum(tl.where(here, w * w, 0.0)))
             if LINE != 1:
-                tl.store(slot + S, tl.sum(tl.where(here, w * x, 0.0)))
-                tl.store(slot + 2 * S, tl.sum(tl.where(here, x * x, 0.0)))
-                tl.store(slot + 3 * S, tl.sum(tl.where(here, center * center, 0.0)))
+                tl.store(slot + slots_of_one, tl.sum(tl.where(here, w * x, 0.0)))
+                tl.store(slot + 2 * slots_of_one, tl.sum(tl.where(here, x * x, 0.0)))
+                tl.store(slot + 3 * slots_of_one, tl.sum(tl.where(here, center * center, 0.0)))
 
 
 @triton.jit
@@ -182,7 +189,8 @@ def finish(
     spans,
     numbers,
     L,
-    S,
+    M,
+    slots_of_one,
     LINE: tl.constexpr,
     KIND: tl.constexpr,
     SEPARABLE: tl.constexpr,
@@ -196,24 +204,25 @@ def finish(
     """
     layer, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, end = tl.load(spans + 2 * layer), tl.load(spans + 2 * layer + 1)
+    numbers += (k // M) * 8
     if SEPARABLE:
         least = tl.full((WIDTH,), float("inf"), tl.float64)
         for i in range(begin, end, WIDTH):
             at = i + tl.arange(0, WIDTH)
-            t = tl.load(slots + k * S + at, mask=at < end, other=float("inf"))
+            t = tl.load(slots + k * slots_of_one + at, mask=at < end, other=float("inf"))
             least = tl.minimum(least, t.to(tl.float64))
         tl.store(exits + k * L + layer, tl.min(least))
     else:
         scale2 = tl.load(numbers)
-        row = slots + k * (1 if LINE == 1 else 4) * S
+        row = slots + k * (1 if LINE == 1 else 4) * slots_of_one
         ww = _total(row, begin, end, WIDTH)
         factor = _factor(scale2 * ww, numbers, KIND)
         if LINE != 3:
             tl.store(factors + k * L + layer, factor)
         if LINE != 1 and BOUNDED:
-            wx = _total(row + S, begin, end, WIDTH)
-            xx = _total(row + 2 * S, begin, end, WIDTH)
-            uu = _total(row + 3 * S, begin, end, WIDTH)
+            wx = _total(row + slots_of_one, begin, end, WIDTH)
+            xx = _total(row + 2 * slots_of_one, begin, end, WIDTH)
+            uu = _total(row + 3 * slots_of_one, begin, end, WIDTH)
             radius = _safe_radius(tl.sqrt(scale2 * uu), numbers, tl.float64)
             limit = radius * radius
             if LINE == 3:  # d = -t_u x
@@ -237,14 +246,18 @@ def finish(
 
 
 @triton.jit
-def steps(own, smallest, cuts, exits, K, L, LINE: tl.constexpr, WIDTH: tl.constexpr):
-    """From the exits (K, L) to the steps of the line search: s_k (K,) and the smallest. Grid (1,).
+def steps(own, smallest, cuts, exits, M, L, LINE: tl.constexpr, WIDTH: tl.constexpr):
+    """From the exits (K, L) to the steps of the line search: s_k (K,) and the smallest (S,).
 
-    LINE 6 also counts the cuts (K,); in line 3 the other ranks have a say first.
+    Grid (S,). LINE 6 also counts the cuts (K,); in line 3 the other ranks have a say first.
     """
     dtype: tl.constexpr = smallest.dtype.element_ty
+    s0 = tl.program_id(0).to(tl.int64) * M
+    own += s0
+    cuts += s0
+    exits += s0 * L
     least = tl.full((), 1.0, tl.float64)
-    for k in range(K):
+    for k in range(M):
         t = tl.full((WIDTH,), float("inf"), tl.float64)
         for i in range(0, L, WIDTH):
             at = i + tl.arange(0, WIDTH)
@@ -254,7 +267,7 @@ def steps(own, smallest, cuts, exits, K, L, LINE: tl.constexpr, WIDTH: tl.conste
         if LINE == 6:
             tl.store(own + k, s.to(dtype))
             tl.store(cuts + k, tl.load(cuts + k) + (s < 1.0).to(tl.int64))
-    tl.store(smallest, least.to(dtype))
+    tl.store(smallest + tl.program_id(0), least.to(dtype))
 
 
 @triton.jit
@@ -268,22 +281,24 @@ def forces(
     starts,
     numbers,
     n,
-    K,
+    M,
     L,
     KIND: tl.constexpr,
     SEPARABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Line 3: sum_k grad phi(w_k) to out (n,). Grid (tiles,). Reads u and the z_k."""
+    """Line 3: sum_k grad phi(w_k) to out (S, n). Grid (tiles, S). Reads u and the z_k."""
     dtype: tl.constexpr = u.dtype.element_ty
-    tile = tl.program_id(0)
+    tile, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    center = tl.load(u + at, mask=inside, other=0.0)
+    numbers += s * 8
+    factors += s * M * L
+    center = tl.load(u + s * n + at, mask=inside, other=0.0)
     total = tl.zeros((BLOCK,), dtype)
     scale2 = tl.load(numbers).to(dtype)
-    row = z
-    for k in range(K):
+    row = z + s * M * n
+    for k in range(M):
         w = center - tl.load(row + at, mask=inside, other=0.0)
         if SEPARABLE:
             total += _factor(scale2 * w * w, numbers, KIND) * w
@@ -300,22 +315,23 @@ def forces(
                 BLOCK,
             )
         row += n
-    tl.store(out + at, total, mask=inside)
+    tl.store(out + s * n + at, total, mask=inside)
 
 
 @triton.jit
 def move_u(u, force, step, cuts, numbers, n, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Line 3: u -= s t_u force. Grid (tiles,). Reads u and the force, writes u."""
+    """Line 3: u -= s t_u force. Grid (tiles, S). Reads u and the force, writes u."""
     dtype: tl.constexpr = u.dtype.element_ty
-    tile = tl.program_id(0)
+    tile, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    t = tl.load(numbers + 3).to(dtype)
+    t = tl.load(numbers + which * 8 + 3).to(dtype)
     if BOUNDED:
-        s = tl.load(step)
+        s = tl.load(step + which)
         t *= s
         if tile == 0:
-            tl.store(cuts, tl.load(cuts) + (s < 1.0).to(tl.int64))
+            tl.store(cuts + which, tl.load(cuts + which) + (s < 1.0).to(tl.int64))
+    at += which * n
     moved = tl.load(u + at, mask=inside, other=0.0) - t * tl.load(
         force + at, mask=inside, other=0.0
     )
@@ -335,6 +351,7 @@ def move_z(
     starts,
     numbers,
     n,
+    M,
     L,
     KIND: tl.constexpr,
     SEPARABLE: tl.constexpr,
@@ -351,6 +368,7 @@ def move_z(
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
+    numbers += (k // M) * 8
     row = k * n + at
     own = tl.load(z + row, mask=inside, other=0.0)
     old = tl.load(v + row, mask=inside, other=0.0)
@@ -358,7 +376,7 @@ def move_z(
     d = new
     if COUPLED:
         scale2, pull = tl.load(numbers).to(dtype), tl.load(numbers + 5).to(dtype)
-        w = tl.load(u + at, mask=inside, other=0.0) - own
+        w = tl.load(u + (k // M) * n + at, mask=inside, other=0.0) - own
         if SEPARABLE:
             d += pull * _factor(scale2 * w * w, numbers, KIND) * w
         elif KIND == "quad":

@@ -9,6 +9,10 @@ fewer passes over memory:
     fused.py   on a GPU: kernels that read each vector as seldom as possible
 
 They know potentials with one scale for all coordinates. Everything agrees up to rounding.
+
+The kernels also take S configurations in one block, each with M workers and numbers of its own.
+Then u and the force are (S, n), z, v and delta (S M, n), every number may be a tensor of S, the
+step of line 3 and its cuts are (S,), and the cuts of line 6 (S M,).
 """
 
 import importlib.util
@@ -85,9 +89,16 @@ class Lines(Protocol):
         """
 
 
-def lines_for(phi: Layerwise, like: Tensor) -> Lines | None:
-    """The way that serves vectors like this (..., n); None: the formulas as they are."""
-    if not isinstance(phi.scale, float):
+def lines_for(phi: Layerwise, like: Tensor, configurations: int | None = None) -> Lines | None:
+    """The way that serves vectors like this (..., n); None: the formulas as they are.
+
+    Args:
+        phi: The potential.
+        like: A tensor of the kind that the vectors are.
+        configurations: S, where the block holds several, each with a scale of its own in phi.
+    """
+    scales = phi.scale.numel() if isinstance(phi.scale, Tensor) else 1
+    if isinstance(phi.scale, Tensor) and (scales != configurations or phi.scale.shape[-1] != 1):
         return None
     if like.device.type == "cuda" and phi.profile.kernel is not None:
         if importlib.util.find_spec("triton") is None:
@@ -95,7 +106,7 @@ def lines_for(phi: Layerwise, like: Tensor) -> Lines | None:
         from consensus.core.fused import Fused
 
         return Fused(phi, like)
-    if like.device.type == "cpu" and like.shape[-1] > CHUNK:
+    if like.device.type == "cpu" and like.shape[-1] > CHUNK and configurations is None:
         from consensus.core.tiled import Tiled
 
         return Tiled(phi, like)
