@@ -9,7 +9,8 @@ Three questions, each with a table:
              launching them costs more than running them. `Consensus.step` as it is, and the same
              step recorded as a CUDA graph and replayed (consensus/replay.py), as a run does it. The
              gradients worker by worker; side by side, each worker on a stream of its own; or
-             batched over the workers by vmap, which sums in another order.
+             of all workers in one pass, the convolutions grouped or as products of matrices,
+             which sums in another order.
     vector   lines 3 and 6 alone on vectors of n coordinates, each potential of Table 2, by the
              operations of torch, by the kernels of core/fused.py, and by what torch.compile makes
              of those operations: bytes per second beside those of a copy.
@@ -38,20 +39,28 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad_and_value, vmap
-from torch.nn.functional import cross_entropy, gelu, max_pool2d, relu, scaled_dot_product_attention
+from torch.nn.functional import gelu, max_pool2d, relu, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from consensus import POTENTIALS, Layerwise, Radial
 from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Solo
-from consensus.problem import Batch, Dataset, Minibatches, MinibatchRisk, Risk, build_model
+from consensus.problem import (
+    Batch,
+    BatchedRisk,
+    Dataset,
+    Minibatches,
+    MinibatchRisk,
+    Risk,
+    build_model,
+)
 from consensus.replay import Replay, cuda_graph
 from consensus.server import Server
 from consensus.worker import Oracle, Worker
@@ -152,34 +161,12 @@ def save_trace(call: Call, device: torch.device, path: Path, calls: int = 5) -> 
 # ---- lenet5: the whole step, replayed
 
 
-class BatchedRisk(Risk):
-    """`Risk` with the gradients of all workers in one pass: vmap of grad.
-
-    Convolutions with one set of weights per worker become grouped ones, which sum in another order:
-    equal to `Risk` up to rounding only, and dependent on how many workers share the process.
-    """
-
-    def gradient(
-        self,
-        points: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        seeds: Sequence[int] | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """As `Risk.gradient`: (K, n), (K, B, ...), (K, B) -> (K, n). Nothing random inside."""
-        assert seeds is None, "a batched pass draws no random numbers of one worker"
-        gradients, losses = vmap(grad_and_value(self._loss))(points, images, labels)
-        if self.losses.shape != losses.shape:
-            self.losses = torch.empty_like(losses)
-        self.losses.copy_(losses)
-        return gradients if out is None else out.copy_(gradients)
-
-    def _loss(self, point: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(self._logits(point, images), labels, reduction=self.reduction)
-
-
-GRADIENTS: dict[str, type[Risk]] = {"loop": Risk, "streams": Risk, "vmap": BatchedRisk}
+GRADIENTS: dict[str, Callable[[nn.Module, Literal["sum"]], Risk]] = {
+    "loop": Risk,
+    "streams": Risk,
+    "grouped": partial(BatchedRisk, convolutions="grouped"),
+    "products": partial(BatchedRisk, convolutions="products"),
+}
 """How the K gradients are computed: worker by worker, each on its own stream, or batched."""
 
 VARIANTS = (
@@ -187,7 +174,8 @@ VARIANTS = (
     ("loop", "eager"),
     ("loop", "graph"),
     ("streams", "graph"),
-    ("vmap", "graph"),
+    ("grouped", "graph"),
+    ("products", "graph"),
 )
 """Gradients and mode: without the kernels of core/fused.py, with them, and replayed."""
 

@@ -6,33 +6,41 @@ tau, sigma, kappa, nu and the seed. S of them with M workers each are one block 
 single run has a number. No configuration feels another: the sums of line 3 and the line searches
 are along the axis of workers.
 
-Data flow of an iteration: one gradient call for all S M look-ahead points, with the minibatches
-that separate runs would draw; lines 3 and 6 on the block. A configuration that has become
-non-finite is frozen: its rows leave the block, so that nothing is computed for it.
+Data flow of an iteration: the host says which samples come next and, where they follow a schedule,
+which step sizes; everything else happens on the device: one gradient call for all S M look-ahead
+points, with the minibatches that separate runs would draw, then lines 3 and 6 on the block, in
+place; on a GPU by the kernels of core/fused.py. That part can be recorded as a CUDA graph. A
+configuration that has become non-finite is frozen: its rows leave the block, so that nothing is
+computed for it.
 
-# S configurations, M workers each, n parameters
+# S configurations, M workers each, n parameters, A configurations that are active
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from consensus.algorithm import ORDERS, U_STEP_ON, StepSize, value_at
 from consensus.core.layerwise import Layerwise
+from consensus.core.lines import lines_for
 from consensus.core.updates import consensus_direction, look_ahead, velocity, worker_direction
+from consensus.replay import Kinds, Record
 from consensus.worker import MOMENTUM_ON
 
 
 class PopulationOracle(Protocol):
     """Where the minibatches and gradients of all configurations come from."""
 
-    def draw(self, active: Tensor) -> Any:
-        """Line 4: the next minibatch of every worker of the configurations `active` (A,) int64."""
+    def select(self, active: Tensor) -> None:
+        """Draw for these configurations from now on. (A,) int64, CPU."""
 
-    def gradient(self, points: Tensor, batch: Any) -> Tensor:
-        """Line 5 for them: (A M, n) -> (A M, n), which may be the memory of the points."""
+    def draw(self) -> None:
+        """Line 4: the next minibatch of every worker of theirs, to memory that stays."""
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """Line 5 with these minibatches: (A M, n) -> (A M, n), which may be the same memory."""
 
 
 class Population:
@@ -54,13 +62,17 @@ class Population:
         u_step_on: "coupling" or "objective".
         momentum_on: "loss" or "objective", see `Worker`.
         period: Of the coupling.
+        record: Records what happens on the device, such as `cuda_graph`; None: it is run as it is.
+        refused: Gets a line if it cannot be recorded.
+        fused: Whether a GPU uses the kernels of core/fused.py.
 
     Attributes:
         active: The configurations that are in the block, in order. (A,) int64, CPU.
         u: The consensus variable of each active configuration. (A, n)
         z: Their workers. (A, M, n)
         v: The velocities. (A, M, n)
-        cuts: How often s_u and the s_j were below 1. (A, 2) int64, on the device.
+        cuts_u: How often s_u was below 1. (A,) int64, on the device.
+        cuts_z: How often the s_j were, likewise. (A, M)
     """
 
     def __init__(
@@ -80,6 +92,9 @@ class Population:
         u_step_on: str = "coupling",
         momentum_on: str = "loss",
         period: int = 1,
+        record: Record | None = None,
+        refused: Callable[[str], None] = print,
+        fused: bool = True,
     ) -> None:
         assert order in ORDERS, order
         assert u_step_on in U_STEP_ON, u_step_on
@@ -98,76 +113,119 @@ class Population:
         self.u = u.clone()
         self.z = u.unsqueeze(1).repeat(1, workers, 1)
         self.v = torch.zeros_like(self.z)
-        self.cuts = torch.zeros(len(u), 2, dtype=torch.int64, device=u.device)
+        self.cuts_u = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+        self.cuts_z = torch.zeros(len(u), workers, dtype=torch.int64, device=u.device)
+        self._record, self._refused, self._fused = record, refused, fused
         self._choose()
 
     def _choose(self) -> None:
-        """The numbers of the active configurations, as columns (A, 1) of the block."""
+        """What belongs to the active configurations: numbers as columns (A, 1), and memory."""
         place = self.active.to(self.u.device)
         chosen = {name: column[place].unsqueeze(-1) for name, column in self._numbers.items()}
         self.phi = self._phi_of(chosen["eta"].to(self.u.dtype))
         self._kappa, self._nu = chosen["kappa"], chosen["nu"]
-        self._constant = {
-            name: self._column([sizes[i] for i in self.active.tolist()])
+        schedules = {
+            name: [sizes[i] for i in self.active.tolist()]
             for name, sizes in self._schedules.items()
-            if not any(callable(sizes[i]) for i in self.active.tolist())
         }
+        self._sizes = {name: self._column(sizes, 0) for name, sizes in schedules.items()}
+        self._scheduled = {
+            name: sizes for name, sizes in schedules.items() if any(map(callable, sizes))
+        }
+        self.oracle.select(self.active)
+        self._points = torch.empty_like(self.z)
+        self._force = torch.empty_like(self.u)
+        self._step = self.u.new_ones(len(self.u))
+        self._lines = lines_for(self.phi, self.u, len(self.u)) if self._fused else None
+        self._kinds = Kinds(self._record, self._refused)
 
-    def _column(self, sizes: Sequence[StepSize], t: int = 0) -> Tensor:
+    def _column(self, sizes: Sequence[StepSize], t: int) -> Tensor:
         values = [float(value_at(size, t)) for size in sizes]
         return torch.tensor(values, dtype=torch.float64, device=self.u.device).unsqueeze(-1)
 
     def size_at(self, name: str, t: int) -> Tensor:
         """Line 2: tau, sigma or lam of the active configurations at iteration t. (A, 1) float64."""
-        if name in self._constant:
-            return self._constant[name]
         return self._column([self._schedules[name][i] for i in self.active.tolist()], t)
+
+    @property
+    def cuts(self) -> Tensor:
+        """How often s_u and the s_j were below 1. -> int64 (A, 2)."""
+        return torch.stack([self.cuts_u, self.cuts_z.sum(1)], 1)
 
     def step(self, t: int) -> None:
         """Iteration t of all active configurations."""
         if not len(self.active):
             return
-        tau, sigma, lam = (self.size_at(name, t) for name in ("tau", "sigma", "lam"))
+        for name, sizes in self._scheduled.items():
+            self._sizes[name].copy_(self._column(sizes, t))
+        self.oracle.draw()
         coupled = t % self.period == 0
+        self._kinds(coupled, self._coupled if coupled else self._uncoupled)
+
+    def _coupled(self) -> None:
+        tau, sigma, lam = (self._sizes[name] for name in ("tau", "sigma", "lam"))
         before = self.u.clone() if self.order == "jacobi" else self.u
         delta = self._gradient()  # at the z_j, which line 3 leaves alone
-        if coupled:
-            t_u = tau / lam if self.u_step_on == "objective" else tau
-            self._move_consensus(t_u.squeeze(-1))
-        self._move_workers(delta, sigma, sigma / lam if coupled else None, before)
+        self._move_consensus(tau / lam if self.u_step_on == "objective" else tau)
+        self._move_workers(delta, sigma, sigma / lam, before)
+
+    def _uncoupled(self) -> None:
+        self._move_workers(self._gradient(), self._sizes["sigma"], None, self.u)
 
     def _gradient(self) -> Tensor:
-        """Lines 4 and 5. (A, M, n)."""
-        points = look_ahead(self.z, self.v, self._kappa)
-        batch = self.oracle.draw(self.active)
-        return self.oracle.gradient(points.flatten(0, 1), batch).view_as(self.z)
+        """Line 5. (A, M, n), in the memory of the points unless the oracle has its own."""
+        points = look_ahead(self.z, self.v, self._kappa, out=self._points)
+        return self.oracle.gradient(points.flatten(0, 1)).view_as(self.z)
 
     def _move_consensus(self, t_u: Tensor) -> None:
-        """Line 3."""
+        """Line 3, with t_u (A, 1)."""
+        if self._lines is not None:
+            z = self.z.flatten(0, 1)
+            self._lines.forces(self.u, z, out=self._force)
+            if self.phi.bounded:
+                self._lines.consensus_step(self.u, z, self._force, t_u, self._step, None)
+            self._lines.move_consensus(self.u, self._force, t_u, self._step, self.cuts_u)
+            return
         w = self.u.unsqueeze(1) - self.z
-        d = consensus_direction(self.phi.grad(w).sum(1), t_u)
+        d = consensus_direction(self.phi.grad(w).sum(1), t_u.squeeze(-1))
         if self.phi.bounded:
             s = self.phi.feasible_step(w, d.unsqueeze(1), self.u.unsqueeze(1)).amin(1)
-            self.cuts[:, 0] += s < 1
+            self.cuts_u += s < 1
             d *= s.unsqueeze(-1)
         self.u += d
 
     def _move_workers(
         self, delta: Tensor, sigma: Tensor, pull: Tensor | None, anchor: Tensor
     ) -> None:
-        """Line 6."""
+        """Line 6, with sigma and pull (A, 1). Overwrites delta."""
+        if self._lines is not None and (anchor is self.u or not self.phi.bounded):
+            self._lines.move_workers(
+                self.z.flatten(0, 1),
+                self.v.flatten(0, 1),
+                delta.flatten(0, 1),
+                anchor,
+                kappa=self._kappa,
+                sigma=sigma,
+                nu=self._nu,
+                pull=pull,
+                through=self.momentum_on == "objective",
+                step=self._step,
+                cuts=self.cuts_z.view(-1),
+            )
+            return
         u = self.u.unsqueeze(1)
-        self.v = velocity(self.v, delta, self.z, self._kappa, sigma, self._nu)
-        d = self.v
+        d = velocity(self.v, delta, self.z, self._kappa, sigma, self._nu, out=self.v)
         if pull is not None:
-            d = worker_direction(self.v, self.phi.grad(anchor.unsqueeze(1) - self.z), pull)
+            force = self.phi.grad(anchor.unsqueeze(1) - self.z)
+            d = worker_direction(self.v, force, pull, out=delta)
             if self.momentum_on == "objective":
-                self.v = d
+                self.v.copy_(d)
         if self.phi.bounded:
             s = self.phi.feasible_step(self.z - u, d, u)
-            self.cuts[:, 1] += (s < 1).sum(1)
-            self.v = self.v * s.unsqueeze(-1)
-            d = d * s.unsqueeze(-1)
+            self.cuts_z += s < 1
+            self.v *= s.unsqueeze(-1)
+            if d is not self.v:
+                d *= s.unsqueeze(-1)
         self.z += d
 
     def diverged(self) -> Tensor:
@@ -189,24 +247,22 @@ class Population:
             keep = ~rows
             here = keep.to(self.u.device)
             self.active = self.active[keep]
-            self.u, self.z, self.v = self.u[here], self.z[here], self.v[here]
-            self.cuts = self.cuts[here]
+            for name in _ROWS:
+                setattr(self, name, getattr(self, name)[here])
             self._choose()
         return frozen
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that survives an iteration, but what the oracle has drawn."""
-        return {
-            "active": self.active,
-            "u": self.u,
-            "z": self.z,
-            "v": self.v,
-            "cuts": self.cuts,
-        }
+        return {"active": self.active} | {name: getattr(self, name) for name in _ROWS}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of what `state_dict` returned, on any device."""
         self.active = state["active"].cpu().clone()
-        for name in ("u", "z", "v", "cuts"):
+        for name in _ROWS:
             setattr(self, name, state[name].to(self.u.device, copy=True))
         self._choose()
+
+
+_ROWS = ("u", "z", "v", "cuts_u", "cuts_z")
+"""The state, with a row for each active configuration."""

@@ -12,7 +12,7 @@ operations happen in both ways to run, each worker's in the same order.
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,44 @@ def cuda_graph(step: Call) -> Call:
     return graph.replay
 
 
+class Kinds:
+    """Calls of a few kinds that are run at first, then recorded, and replayed from then on.
+
+    Args:
+        record: What records a call; None: nothing is recorded.
+        refused: Gets a line if a call cannot be recorded; all then run as they are.
+
+    Attributes:
+        plain: Whether nothing is recorded.
+    """
+
+    def __init__(self, record: Record | None, refused: Callable[[str], None]) -> None:
+        self.record = record
+        self.refused = refused
+        self.plain = record is None
+        self._done: dict[Hashable, int] = {}
+        self._replays: dict[Hashable, Call] = {}
+
+    def __call__(self, kind: Hashable, run: Call) -> None:
+        """Run a call, or replay what it does."""
+        if kind not in self._replays and not self.plain:
+            done = self._done.setdefault(kind, 0)
+            self._done[kind] += 1
+            if done == WARM_UP:
+                self._record(kind, run)
+        self._replays.get(kind, run)()
+
+    def _record(self, kind: Hashable, run: Call) -> None:
+        assert self.record is not None
+        try:
+            self._replays[kind] = self.record(run)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            self.refused(f"cuda_graph: an iteration cannot be recorded ({first_line}); none is")
+            self.plain = True
+            self._replays.clear()
+
+
 class Replay:
     """Calls of `Algorithm.step`, replayed from the fourth of each kind on.
 
@@ -88,7 +126,6 @@ class Replay:
         self.oracle = oracle
         self.after = after
         self.record = record
-        self.refused = refused
         self.period = algorithm.period if isinstance(algorithm, Consensus) else 1
         oracle.risk.side_by_side = side_by_side and device.type == "cuda"
         size = len(oracle.minibatches) * oracle.batch_size
@@ -102,40 +139,28 @@ class Replay:
         self._sizes = {
             name: torch.zeros((), dtype=torch.float64, device=device) for name in self._schedules
         }
-        self._done = {True: 0, False: 0}
-        self._replays: dict[bool, Call] = {}
-        self._plain = False
+        self._kinds = Kinds(self._record, refused)
 
     def step(self, t: int) -> None:
         """Iteration t."""
-        if self._plain:
+        if self._kinds.plain:
             self.algorithm.step(t)
             if self.after is not None:
                 self.after(t)
-            return None
+            return
         torch.cat([source.draw() for source in self.oracle.minibatches], out=self._index)
         self._t.fill_(t)
         for name, schedule in self._schedules.items():
             self._sizes[name].fill_(schedule(t))
-        coupled = t % self.period == 0
-        if coupled not in self._replays:
-            if self._done[coupled] < WARM_UP:
-                self._done[coupled] += 1
-                return self._run(t)
-            self._replays[coupled] = self._recorded(t)
-        self._replays[coupled]()
-        return None
+        self._kinds(t % self.period == 0, lambda: self._run(t))
 
-    def _recorded(self, t: int) -> Call:
+    def _record(self, run: Call) -> Call:
         before = self._addresses()
         try:
-            replay = self.record(lambda: self._run(t))
-        except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
-            self.refused(f"cuda_graph: an iteration cannot be recorded ({first_line}); none is")
-            self._plain = True
+            replay = self.record(run)
+        except RuntimeError:
             self.oracle.risk.side_by_side = False
-            return lambda: self._run(t)  # its minibatches are drawn
+            raise
         assert self._addresses() == before, "the step moved its state to other memory"
         return replay
 

@@ -85,7 +85,7 @@ def run(sweep: Sweep, board: Board) -> None:
                 alone.append(cell)
             else:
                 together.append(member)
-        train_together(together, sweep.path / ".population", board.say)
+        train_together(together, sweep.path / ".population", board.say, sweep.options.gradients)
     launch(sweep, alone)
 
 

@@ -36,7 +36,7 @@ from consensus.run.compose import (
     to_config,
 )
 from consensus.run.config import ConfigError
-from consensus.run.plan import make_plan
+from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import follow_launcher
 from consensus.run.trainer import RunStopped, Trainer
 
@@ -54,11 +54,7 @@ def train(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
         config = to_config(cfg)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        if config.deterministic != torch.are_deterministic_algorithms_enabled():
-            # Only where it changes something: it imports torch's compiler, which takes seconds.
-            torch.use_deterministic_algorithms(config.deterministic)
+        set_determinism(config)
         plan = make_plan(config, launch)
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "consensus.worker": {"core"},
     "consensus.algorithm": {"comm", "core", "server", "worker"},
     "consensus.replay": {"algorithm", "problem"},
-    "consensus.population": {"algorithm", "core", "worker"},
+    "consensus.population": {"algorithm", "core", "replay", "worker"},
     "consensus.problem": {"core.flat", "registry"},
     "consensus.run": BELOW_ENTRIES,
     "consensus.run.config": {"algorithm", "worker", "core", "problem", "registry"},

@@ -20,8 +20,9 @@ CPU = torch.device("cpu")
 # ---- lenet5
 
 
-def test_batched_gradients_are_those_of_separate_models():
-    plain = gpu.lenet5(CPU, "quad", "vmap", num_images=100, dtype=torch.float64)
+@pytest.mark.parametrize("gradients", ["grouped", "products"])
+def test_batched_gradients_are_those_of_separate_models(gradients):
+    plain = gpu.lenet5(CPU, "quad", gradients, num_images=100, dtype=torch.float64)
     oracle = plain.worker.oracle
     points = plain.u + 0.01 * torch.randn(4, plain.u.numel(), dtype=torch.float64)
     images, labels = oracle.draw()
@@ -190,7 +191,8 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
             ("loop", "eager"),
             ("loop", "static"),
             ("streams", "static"),
-            ("vmap", "static"),
+            ("grouped", "static"),
+            ("products", "static"),
         )
     ]
     for row in found["lenet5"]:
@@ -217,7 +219,10 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
     traces = {path.name: path for path in (tmp_path / "traces").iterdir()}
     assert set(traces) == {
         *(f"lenet5-tan-loop-{mode}.json" for mode in ("plain", "eager", "static")),
-        *(f"lenet5-tan-{gradients}-static.json" for gradients in ("streams", "vmap")),
+        *(
+            f"lenet5-tan-{gradients}-static.json"
+            for gradients in ("streams", "grouped", "products")
+        ),
         *(
             f"vector-{potential}-line{line}-{mode}.json"
             for potential in ("quad", "tan")

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from tape import taped
 
+from benchmarks.gpu import Unbranched
 from consensus import POTENTIALS, Layerwise
 from consensus.comm import Launch, Solo
 from consensus.population import Population
-from consensus.problem import Minibatches, PopulationRisk
+from consensus.problem import WAYS, Minibatches, PopulationRisk, Way
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm, scheduled
 
@@ -33,7 +35,7 @@ def configs(make_config, potential, *others, settings=SETTINGS):
     return found
 
 
-def population(plans):
+def population(plans, kind=Layerwise, **options):
     """Of the same starts, the same minibatches, the same numbers."""
     first, chosen = plans[0], [plan.config.algorithm for plan in plans]
     minibatches = {}
@@ -49,7 +51,7 @@ def population(plans):
         torch.stack([plan.start for plan in plans]),
         WORKERS,
         PopulationRisk(first.risk, first.dataset, seeds, minibatches),
-        lambda eta: Layerwise(POTENTIALS[name], first.risk.layout.layers, eta),
+        lambda eta: kind(POTENTIALS[name], first.risk.layout.layers, eta),
         eta=[plan.config.potential.eta for plan in plans],
         tau=[scheduled(a, "tau") for a in chosen],
         sigma=[scheduled(a, "sigma") for a in chosen],
@@ -60,6 +62,7 @@ def population(plans):
         u_step_on=chosen[0].u_step_on,
         momentum_on=chosen[0].momentum_on,
         period=chosen[0].period,
+        **options,
     )
 
 
@@ -164,3 +167,168 @@ def test_a_population_continues_to_the_same_bits(make_config):
     for name, value in whole.state_dict().items():
         assert torch.equal(continued.state_dict()[name], value), name
     assert math.isfinite(float(whole.u.sum()))
+
+
+# ---- the gradients
+
+
+@pytest.mark.parametrize("way", [Way("grouped", 5), Way("products", 32), Way("one_by_one", 1)])
+def test_gradients_of_many_models_at_once_are_those_of_runs(make_config, way):
+    """12 models: the last of three passes has two."""
+    found = configs(make_config, "log", "model=lenet5")
+    plans = [make_plan(config, Launch()) for config in found]
+    apart = separately(plans, 12)
+    together = population(plans)
+    together.oracle.way = way
+    for t in range(12):
+        together.step(t)
+    require_equal(together, apart)
+    data, oracle = plans[0].dataset, together.oracle
+    each = oracle.evaluate(together.u, data.test_images, data.test_labels)
+    for row, u in zip(each, apart[0], strict=True):
+        expected = plans[0].risk.evaluate(u, data.test_images, data.test_labels)
+        torch.testing.assert_close(row, expected, rtol=1e-9, atol=0.0)
+
+
+def test_the_fastest_way_is_measured_and_kept_by_a_checkpoint(make_config, monkeypatch):
+    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
+    together = population(plans)
+    points, oracle = together.z.flatten(0, 1), together.oracle
+    costs = {"one_by_one": 3.0, "grouped": 2.0, "products": 1.0}  # of a model, in any number
+
+    def seconds(risk, points, images, labels, limit):
+        assert images.shape[:2] == labels.shape == (len(points), 20)
+        tried.append(len(points))
+        return costs[getattr(risk, "convolutions", "one_by_one")] * (len(points) + 1.0)
+
+    tried = []
+    monkeypatch.setattr("consensus.problem.population_risk._seconds_of", seconds)
+    assert oracle.fastest_way(points) == Way("products", 12)
+    assert tried == [8, 8, 12, 8, 12]
+    assert oracle.fastest_way(points, ("one_by_one", "grouped")) == Way("grouped", 12)
+    assert oracle.fastest_way(points, ("one_by_one",)) == Way()
+    monkeypatch.setattr("consensus.problem.population_risk.LARGEST", 9 * points.shape[1])
+    assert oracle.fastest_way(points) == Way("products", 8)
+    oracle.way = Way("grouped", 7)
+    other = population(plans).oracle
+    other.load_state_dict(oracle.state_dict())
+    assert other.way == oracle.way
+
+
+def test_a_way_that_finds_no_memory_is_not_taken(make_config, monkeypatch):
+    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
+    together = population(plans)
+
+    def seconds(risk, points, images, labels, limit):
+        if len(points) > 8:
+            raise torch.OutOfMemoryError("no")
+        return 1.0 if hasattr(risk, "convolutions") else 2.0
+
+    monkeypatch.setattr("consensus.problem.population_risk._seconds_of", seconds)
+    assert together.oracle.fastest_way(together.z.flatten(0, 1)) == Way("grouped", 8)
+
+
+def test_the_time_of_a_way_is_measured(make_config):
+    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
+    together = population(plans)
+    before = together.oracle.state_dict()["position"]
+    way = together.oracle.fastest_way(together.z.flatten(0, 1))
+    assert way.name in WAYS
+    assert torch.equal(together.oracle.state_dict()["position"], before), "nothing is drawn"
+    for wrong in (("vmap", 1), ("grouped", 0)):
+        with pytest.raises(ValueError, match="is no way; allowed: one_by_one, grouped, products"):
+            Way(*wrong)
+
+
+# ---- on a GPU: the kernels, and the recorded step
+
+
+@pytest.mark.parametrize(
+    ("potential", "others"),
+    [
+        ("quad", ("algorithm.order=jacobi",)),
+        ("log", ("algorithm.period=2",)),
+        ("tan", ("algorithm.momentum_on=objective",)),
+        ("tan_sep", ("algorithm.order=jacobi",)),
+        (
+            "cubic",
+            (
+                "algorithm.schedule.sigma.name=cosine",
+                "+algorithm.schedule.sigma.options.final=0.1",
+                "algorithm.iterations=40",
+            ),
+        ),
+    ],
+)
+def test_a_recorded_step_is_the_step_of_a_run(make_config, potential, others):
+    plans = [make_plan(config, Launch()) for config in configs(make_config, potential, *others)]
+    apart = separately(plans, 40)
+    lines = []
+    together = population(
+        plans, Unbranched, record=lambda run: taped(together)(run), refused=lines.append
+    )
+    if potential in ("quad", "cubic"):  # a coupling that cuts steps enlarges every rounding
+        together.oracle.way = Way("grouped", 12)
+    for t in range(40):
+        together.step(t)
+    assert lines == []
+    require_equal(together, apart)
+
+
+def test_a_step_that_cannot_be_recorded_is_run(make_config):
+    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
+    apart = separately(plans, 10)
+    lines = []
+    together = population(plans, record=lambda run: taped(together)(run), refused=lines.append)
+    for t in range(10):  # on a CPU the line search compares, and branches
+        together.step(t)
+    require_equal(together, apart)
+    (line,) = lines
+    assert line.startswith("cuda_graph: an iteration cannot be recorded (")
+
+
+def test_what_is_recorded_has_the_configurations_that_are_left(make_config):
+    wild = [SETTINGS[0], (1.0, 1e-20, 1e20, 1.0, 0.9, 0.0, 0), *SETTINGS[2:]]
+    calm = [SETTINGS[0], *SETTINGS[2:]]
+    plans = [make_plan(c, Launch()) for c in configs(make_config, "quad", settings=wild)]
+    recorded = []
+
+    def record(run):
+        recorded.append(len(together.active))
+        return taped(together)(run)
+
+    together = population(plans, Unbranched, record=record)
+    for t in range(30):
+        together.step(t)
+        if t == 10:
+            assert together.freeze(together.diverged()).tolist() == [1]
+    assert recorded == [4, 3]
+    again = [make_plan(c, Launch()) for c in configs(make_config, "quad", settings=calm)]
+    require_equal(together, separately(again, 30))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where a lane divides by zero
+@pytest.mark.parametrize("potential", ["quad", "cubic", "log", "tan_sep"])
+def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, potential):
+    """On a CPU by Triton's interpreter."""
+    pytest.importorskip("triton")
+    from consensus.core.fused import Fused
+
+    plans = [make_plan(config, Launch()) for config in configs(make_config, potential)]
+    apart = separately(plans, 4)
+    made = []
+
+    def lines_for(phi, like, configurations):
+        assert phi.scale.numel() == configurations == len(like)
+        made.append(Fused(phi, like, block=2048))
+        return made[-1]
+
+    monkeypatch.setattr("consensus.population.lines_for", lines_for)
+    together = population(plans)
+    for t in range(3):
+        together.step(t)
+    together.freeze(torch.tensor([False, True, False, False]))
+    together.step(3)
+    assert len(made) == 2
+    left = [0, 2, 3]
+    require_equal(together, [column[left] for column in apart])

@@ -1,17 +1,14 @@
 """A replayed iteration is the iteration of a run.
 
-There is no GPU in most places. `Tape` stands in for a CUDA graph: like one it repeats the
-operations of one call on the memory that they had, runs no Python of the step, and refuses a
-number that the host reads.
+There is no GPU in most places. `Tape` stands in for a CUDA graph.
 """
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tape import taped
+from torch import nn
 
-from benchmarks.gpu import BatchedRisk, Unbranched, host_syncs
+from benchmarks.gpu import GRADIENTS, Unbranched, host_syncs
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import Solo
@@ -23,54 +20,14 @@ from consensus.worker import Worker
 
 SIGMA = 1e-3
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-HOST_READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
-
-
-class HostReadError(RuntimeError):
-    pass
-
-
-class Tape(TorchDispatchMode):
-    """The operations of a function, to be repeated on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in HOST_READS:
-            raise HostReadError(str(func))
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, result in self.operations:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                # A view, and what is written in place, is there already.
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def taped(algorithm, watch=None):
-    """As a CUDA graph is recorded: without changing a number."""
-
-    def record(step):
-        kept = [*algorithm.state_dict().values(), *([watch._first] if watch else [])]
-        before = [tensor.clone() for tensor in kept]
-        with Tape() as tape:
-            step()
-        for tensor, value in zip(kept, before, strict=True):
-            tensor.copy_(value)
-        return tape.replay
-
-    return record
 
 
 def recorder(device, algorithm, watch=None):
-    return cuda_graph if device.type == "cuda" else taped(algorithm, watch)
+    return (
+        cuda_graph
+        if device.type == "cuda"
+        else taped(algorithm, *([watch._first] if watch else []))
+    )
 
 
 ETA = {"quad": 1.0, "tan_sep": 5e-3}
@@ -182,8 +139,9 @@ def test_a_run_that_continues_is_replayed_from_where_it_is():
     assert torch.equal(plain.cuts, second.cuts)
 
 
-def test_batched_gradients_are_replayed():
-    plain, replayed = make("tan", kind=Layerwise), make("tan", risk_type=BatchedRisk)
+@pytest.mark.parametrize("gradients", ["grouped", "products"])
+def test_batched_gradients_are_replayed(gradients):
+    plain, replayed = make("tan", kind=Layerwise), make("tan", risk_type=GRADIENTS[gradients])
     compare(plain, replayed, Replay(replayed, record=taped(replayed)), steps=50)
 
 
@@ -194,7 +152,7 @@ def test_what_comes_after_a_step_sees_the_t_of_the_replay():
     def observe(t):
         watch.observe(t, algorithm.u, algorithm.worker.z)
 
-    replay = Replay(algorithm, observe, taped(algorithm, watch))
+    replay = Replay(algorithm, observe, taped(algorithm, watch._first))
     for t in range(12):
         if t == 9:
             algorithm.worker.z[2, 7] = torch.inf
@@ -236,10 +194,10 @@ def test_who_cannot_be_replayed():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("risk_type", [Risk, BatchedRisk])
+@pytest.mark.parametrize("gradients", ["streams", "grouped", "products"])
 @pytest.mark.parametrize("potential", ["quad", "tan", "log", "tan_sep"])
-def test_a_cuda_graph_is_the_step_of_a_run(potential, risk_type):
-    plain, replayed = make(potential, GPU), make(potential, GPU, risk_type)
+def test_a_cuda_graph_is_the_step_of_a_run(potential, gradients):
+    plain, replayed = make(potential, GPU), make(potential, GPU, GRADIENTS[gradients])
     # Atomics: each run sums in an order of its own.
     compare(plain, replayed, Replay(replayed), steps=50, tolerance=1e-9)
 

@@ -124,6 +124,31 @@ def test_a_refusal_is_one_line_and_starts_nothing(sweep, tmp_path):
     assert not (tmp_path / "many").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("workers=3000",),
+            "`workers` is 3000; allowed: fewer: the z, v and gradients of so many fit no memory",
+        ),
+        (
+            ("workers=1000", "sweep.jobs=4"),
+            "`sweep.jobs` is 4; allowed: at most 2 on a device, since z, v and gradients of 1000 "
+            "workers each must fit",
+        ),
+        (("sweep.gradients=vmap",), "`sweep.gradients` is vmap; allowed: auto, grouped, measure, "),
+    ],
+)
+def test_more_memory_than_there_is_is_refused(sweep, monkeypatch, tmp_path, arguments, line):
+    """LeNet-5 in float64: 3 vectors of 33,580 coordinates, 806 kB for a worker."""
+    monkeypatch.setattr("consensus.run.plan.memory_of", lambda device: 2 * 10**9)
+    code, out, err = sweep("seed=1,2", "dtype=float64", "sweep.dir=many", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"consensus.sweep: {line}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "many").exists()
+
+
 def test_a_launcher_that_is_not_installed_is_named(sweep, monkeypatch):
     monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
     code, _, err = sweep("seed=1,2", "sweep.jobs=2")
@@ -287,7 +312,7 @@ COUNTS = ("iteration", "epoch", "train_error", "test_error", "cuts_u", "cuts_z")
 
 def test_a_population_leaves_the_files_and_numbers_of_separate_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, out, err = together(monkeypatch, capsys, *GRID)
+    code, out, err = together(monkeypatch, capsys, *GRID, "sweep.gradients=measure")
     assert (code, err) == (0, "")
     assert "\n4 done\n" in out
     assert out.count("2 runs of 2 advance together") == 2  # one population for each potential
@@ -304,8 +329,9 @@ def test_a_population_leaves_the_files_and_numbers_of_separate_runs(tmp_path, mo
         assert [one[key] for key in COUNTS] == [other[key] for key in COUNTS]
         for key in NUMBERS:
             assert one[key] == pytest.approx(other[key], rel=1e-9), key
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["environment"]["workers"] == 2
+    environment = json.loads((run_dir / "summary.json").read_text())["environment"]
+    assert (environment["workers"], environment["population"]) == (2, 2)
+    assert f"\ngradients {environment['gradients']}\n" in out
     assert not list((tmp_path / "many" / ".population").glob("*"))
     code, out, _ = together(monkeypatch, capsys, *GRID)  # nothing is left to do
     assert code == 0

@@ -100,14 +100,14 @@ class FlatLayout:
         return torch.cat([parameters[name].detach().reshape(-1) for name in self.parameter_names])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parameters as views of a vector (n,).
+        """The parameters (..., shape) as views of a vector (n,), or of a block (..., n).
 
         One split, so that the backward pass through it is a single concatenation and not one
         zero-padded n-vector per parameter.
         """
-        pieces = torch.split(vector, [shape.numel() for shape in self.shapes])
+        pieces = torch.split(vector, [shape.numel() for shape in self.shapes], dim=-1)
         return {
-            name: piece.view(shape)
+            name: piece.view(*piece.shape[:-1], *shape)
             for name, piece, shape in zip(self.parameter_names, pieces, self.shapes, strict=True)
         }
 

@@ -3,7 +3,8 @@
 # n parameters, K workers in this process, B samples in a minibatch, N images
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -136,23 +137,31 @@ class Risk:
             (2,) float64
         """
         total = torch.zeros(2, dtype=torch.float64, device=point.device)
-        training = self.model.training
-        self.model.eval()
-        try:
+        views = self.layout.unflatten(point)
+        with self.in_evaluation_mode():
             for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                logits = self._logits(point, x)
+                logits = functional_call(self.model, views, (x,))
                 # In float64 from the logits on: a well-fitted image has a loss near 1e-5, and
                 # float32 cannot tell a loss below 6e-8 from zero. There are 60,000 of them.
                 loss = cross_entropy(logits.double(), y, reduction="sum")
                 total += torch.stack([loss, (logits.argmax(1) != y).sum().double()])
-        finally:
-            self.model.train(training)
         return total
 
-    def _logits(self, point: Tensor, images: Tensor) -> Tensor:
-        """The logits (B, classes) of the model at the point (n,)."""
-        logits: Tensor = functional_call(self.model, self.layout.unflatten(point), (images,))
-        return logits
+    def evaluate_each(
+        self, points: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000
+    ) -> Tensor:
+        """`evaluate` of each of several points. (K, n) -> float64 (K, 2)."""
+        return torch.stack([self.evaluate(point, images, labels, chunk) for point in points])
+
+    @contextmanager
+    def in_evaluation_mode(self) -> Iterator[None]:
+        """Dropout is off inside."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
 
 class MinibatchRisk:
@@ -213,63 +222,3 @@ class MinibatchRisk:
             sources = self.minibatches
             seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
         return self.risk.gradient(points, *batch, seeds=seeds, out=points)
-
-
-class PopulationRisk:
-    """The stochastic gradients of the workers of many configurations: lines 4 and 5.
-
-    Configurations with one seed draw the same minibatches, as separate runs do; once for all.
-
-    Args:
-        risk: What is minimized.
-        dataset: Its training images are drawn from.
-        seeds: Of the configurations. (S,)
-        minibatches: One for each of the M workers, for each seed; one batch size for all.
-    """
-
-    def __init__(
-        self,
-        risk: Risk,
-        dataset: Dataset,
-        seeds: Sequence[int],
-        minibatches: Mapping[int, Sequence[Minibatches]],
-    ) -> None:
-        self.seeds = tuple(seeds)
-        self.sources = {seed: tuple(minibatches[seed]) for seed in dict.fromkeys(seeds)}
-        every = [source for sources in self.sources.values() for source in sources]
-        self._all = MinibatchRisk(risk, dataset, every)
-        self.risk = risk
-
-    def draw(self, active: Tensor) -> tuple[Batch, list[int] | None]:
-        """The next minibatch of every worker of the configurations `active` (A,).
-
-        Returns:
-            Images (A M, B, 1, 28, 28) and labels (A M, B); the seeds of what
-            is random in the model.
-        """
-        own = [self.seeds[i] for i in active.tolist()]
-        index = {seed: torch.cat([s.draw() for s in self.sources[seed]]) for seed in set(own)}
-        random = None
-        if self._all.draws_inside:
-            random = [
-                stream_seed(s.seed, "model", s.worker, s.position)
-                for seed in own
-                for s in self.sources[seed]
-            ]
-        return self._all.gather(torch.cat([index[seed] for seed in own])), random
-
-    def gradient(self, points: Tensor, batch: tuple[Batch, list[int] | None]) -> Tensor:
-        """The gradients (A M, n) at the points (A M, n), in the memory of the points."""
-        (images, labels), random = batch
-        return self.risk.gradient(points, images, labels, seeds=random, out=points)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """How many minibatches each worker of each seed has drawn. (seeds, M) int64, CPU."""
-        rows = [[source.position for source in sources] for sources in self.sources.values()]
-        return {"position": torch.tensor(rows)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue after that many draws."""
-        for sources, row in zip(self.sources.values(), state["position"].tolist(), strict=True):
-            for source, position in zip(sources, row, strict=True):
-                source.position = position

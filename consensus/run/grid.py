@@ -20,8 +20,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from consensus.problem import WAYS
 from consensus.run.compose import to_config
 from consensus.run.config import ConfigError, require, require_one_of
+from consensus.run.plan import require_memory_for_many
+
+GRADIENTS = ("auto", "measure", *WAYS)
+"""How a population computes its gradients.
+
+`measure` takes what is fastest when it begins, which need not be the same each time: last bits
+differ. `auto` does so on a GPU without `deterministic`.
+"""
 
 OWN_KEYS = ("output.run_dir", "output.root", "resume")
 """Of every run of a sweep, set by the sweep itself."""
@@ -49,10 +58,12 @@ class SweepOptions:
     jobs: int
     processes: int
     engine: str
+    gradients: str
 
     def __post_init__(self) -> None:
         """Check the fields."""
         require_one_of("sweep.engine", self.engine, ENGINES)
+        require_one_of("sweep.gradients", self.gradients, GRADIENTS)
         require(self.dir is None or self.dir.strip() != "", "sweep.dir", self.dir, "a path or null")
         require(self.jobs >= 1, "sweep.jobs", self.jobs, "a whole number >= 1")
         require(self.processes >= 1, "sweep.processes", self.processes, "a whole number >= 1")
@@ -214,7 +225,7 @@ def check(sweep: Sweep) -> None:
     """Compose enough runs that each value of each key is in one of them.
 
     Values of several keys that do not fit each other are left to the runs, which refuse them: a
-    failed row, and not the end of the sweep.
+    failed row, and not the end of the sweep. So is memory on the machines of a cluster.
 
     Raises:
         ConfigError, HydraException, OmegaConfBaseException: If one of them is refused.
@@ -231,3 +242,5 @@ def check(sweep: Sweep) -> None:
                     f"`sweep.processes` is {sweep.options.processes}; allowed: a divisor of "
                     f"workers={workers}"
                 )
+            if not any(text.startswith("hydra/launcher=submitit") for text in sweep.launcher):
+                require_memory_for_many(config, sweep.options.jobs)

@@ -30,16 +30,35 @@ from consensus.run.plan import Plan
 Row = dict[str, Any]
 
 
-def measure(algorithm: Algorithm, plan: Plan, group: Group, t: int) -> Row:
-    """Evaluate u and the consensus after t iterations. A collective; the same row on all ranks."""
+def measure(
+    algorithm: Algorithm,
+    plan: Plan,
+    group: Group,
+    t: int,
+    evaluated: tuple[Tensor, Tensor] | None = None,
+) -> Row:
+    """Evaluate u and the consensus after t iterations. A collective; the same row on all ranks.
+
+    Args:
+        algorithm: What is measured.
+        plan: Of the run.
+        group: Its processes.
+        t: How many iterations it has done.
+        evaluated: What `Risk.evaluate` says of u on this rank's shares of the training and the test
+            set, where that is known.
+    """
     data, u, z = plan.dataset, algorithm.u, algorithm.worker.z
     lam = value_at(algorithm.lam, max(0, t - 1))
     cuts = algorithm.cuts.double()
     if group.rank > 0:
         cuts[0] = 0.0  # s_u is the same on all ranks: count it once
+    if evaluated is None:
+        evaluated = (
+            plan.risk.evaluate(u, *_share(group, data.train_images, data.train_labels)),
+            plan.risk.evaluate(u, *_share(group, data.test_images, data.test_labels)),
+        )
     parts = [
-        plan.risk.evaluate(u, *_share(group, data.train_images, data.train_labels)),
-        plan.risk.evaluate(u, *_share(group, data.test_images, data.test_labels)),
+        *evaluated,
         coupling(algorithm.phi, u, z, lam).double().sum().unsqueeze(0),
         cuts,
         algorithm.phi.distance(u - z).double().sum(0),

@@ -4,6 +4,7 @@ Every rank makes the same plan from the same config, so a mistake is found on al
 nobody is left waiting. Needs the launch (how many processes) and the data, but no communication.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from consensus.comm import Launch, choose_backend
 from consensus.core.layerwise import Layerwise
 from consensus.problem import (
     DATASETS,
+    MODELS,
     Dataset,
     DataUnavailableError,
     Minibatches,
@@ -169,17 +171,60 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
 
 def require_memory(model: nn.Module, workers: int, device: torch.device) -> None:
     """Refuse more workers on this process than its memory has room for z, v and gradients of."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    bytes_each = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    most = memory_of(device) // bytes_of_worker(model)
     require(
-        workers <= memory // bytes_each,
+        workers <= most,
         "workers",
         f"{workers} on one process",
-        f"at most {memory // bytes_each}, whose z, v and gradients fit its memory",
+        f"at most {most}, whose z, v and gradients fit its memory",
     )
+
+
+def require_memory_for_many(config: Config, jobs: int) -> None:
+    """Refuse runs at once on this machine that its memory has no room for together.
+
+    Builds the model without memory for its parameters. A model that cannot be built so, or not at
+    all, is left to the run.
+    """
+    try:
+        with torch.device("meta"):
+            model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
+    except Exception:  # a model of a user, which may do anything
+        return
+    device, jobs_there = choose_device(config, Launch()), jobs
+    if device.type == "cuda":
+        jobs_there = math.ceil(jobs / torch.cuda.device_count())
+    workers = config.workers or 1
+    bytes_of_run = bytes_of_worker(model.to(getattr(torch, config.dtype))) * workers
+    room = memory_of(device) // bytes_of_run
+    require(room >= 1, "workers", workers, "fewer: the z, v and gradients of so many fit no memory")
+    require(
+        jobs_there <= room,
+        "sweep.jobs",
+        jobs,
+        f"at most {room} on a device, since z, v and gradients of {workers} workers each must fit",
+    )
+
+
+def bytes_of_worker(model: nn.Module) -> int:
+    """z, v and gradient."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def set_determinism(config: Config) -> None:
+    """Have torch compute deterministically in this process, or not."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():
+        # Only where it changes something: it imports torch's compiler, which takes seconds.
+        torch.use_deterministic_algorithms(config.deterministic)
 
 
 def deal_out(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:

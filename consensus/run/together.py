@@ -29,13 +29,21 @@ from consensus.comm import Launch, Solo
 from consensus.core.flat import part_of
 from consensus.core.layerwise import Layerwise
 from consensus.population import Population
-from consensus.problem import PopulationRisk
+from consensus.problem import WAYS, PopulationRisk, Way
+from consensus.replay import cuda_graph
 from consensus.run.cell import Status
 from consensus.run.config import Config
 from consensus.run.directory import Origin, RunDirectory, find_origin
 from consensus.run.files import write_whole
 from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
-from consensus.run.plan import Plan, count_workers, make_phi, make_plan
+from consensus.run.plan import (
+    Plan,
+    count_workers,
+    make_phi,
+    make_plan,
+    memory_of,
+    set_determinism,
+)
 from consensus.run.signals import StopSignals
 from consensus.run.trainer import environment, scheduled
 from consensus.server import digest
@@ -113,20 +121,16 @@ def plan_alone(config: Config) -> Plan:
     return make_plan(replace(config, output=output, resume="never"), Launch())
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def train_together(members: Sequence[Member], folder: Path, say: Callable[[str], None]) -> None:
+def train_together(
+    members: Sequence[Member], folder: Path, say: Callable[[str], None], gradients: str = "auto"
+) -> None:
     """Train the members that are not done, population by population.
 
     Args:
         members: All runs of the sweep that the engine takes.
         folder: For the states of populations.
         say: Gets lines for a person.
+        gradients: `sweep.gradients`.
 
     Raises:
         ConfigError: If a member's directory holds another run, or a plan cannot be made.
@@ -138,7 +142,7 @@ def train_together(members: Sequence[Member], folder: Path, say: Callable[[str],
             find_origin(member.config, Launch(), count_workers(member.config, Launch()))
         if left:
             say(f"{len(left)} runs of {len(population)} advance together")
-            Together(left, folder, say).run()
+            Together(left, folder, say, gradients).run()
 
 
 @dataclass
@@ -164,15 +168,21 @@ class Together:
         members: Of one kind.
         folder: Where its checkpoint lies.
         say: Gets lines for a person.
+        gradients: `sweep.gradients`.
     """
 
     def __init__(
-        self, members: Sequence[Member], folder: Path, say: Callable[[str], None] = print
+        self,
+        members: Sequence[Member],
+        folder: Path,
+        say: Callable[[str], None] = print,
+        gradients: str = "auto",
     ) -> None:
         self.members = list(members)
         self.say = say
         self.checkpoint = folder / f"{key_of(members)}.pt"
         first = members[0].config
+        set_determinism(first)
         self.plans: dict[int, Plan] = {}
         for member in members:
             seed = member.config.seed
@@ -184,8 +194,12 @@ class Together:
         ]
         self.phis = [self._phi(member) for member in members]
         self.population = self._make()
+        self.oracle = cast(PopulationRisk, self.population.oracle)
         self.iterations = first.algorithm.iterations
         self.start = self._restore()
+        if self.start == 0:
+            self.oracle.way = self._way(gradients)
+        self.say(f"gradients {self.oracle.way}")
 
     def _plan(self, member: Member) -> Plan:
         return replace(self.plans[member.config.seed], config=member.config)
@@ -206,6 +220,8 @@ class Together:
             [config.seed for config in configs],
             {seed: plan.oracle.minibatches for seed, plan in self.plans.items()},
         )
+        wanted = configs[0].cuda_graph and plan.device.type == "cuda"
+        recorded = wanted and not oracle.draws_inside
         return Population(
             torch.stack([self.plans[config.seed].start for config in configs]),
             plan.num_workers,
@@ -221,7 +237,18 @@ class Together:
             u_step_on=chosen[0].u_step_on,
             momentum_on=chosen[0].momentum_on,
             period=chosen[0].period,
+            record=cuda_graph if recorded else None,
+            refused=self.say,
         )
+
+    def _way(self, gradients: str) -> Way:
+        """The way that `sweep.gradients` means."""
+        config, device = self.members[0].config, self.group.device
+        if gradients == "auto" and (device.type == "cpu" or config.deterministic):
+            return Way()
+        names = WAYS if gradients in ("auto", "measure") else (gradients,)
+        with torch.no_grad():
+            return self.oracle.fastest_way(self.population.z.flatten(0, 1), names)
 
     def run(self) -> None:
         """Train to the end, or until this process is asked to stop.
@@ -277,13 +304,17 @@ class Together:
             )
 
     def _evaluate(self, done: int) -> None:
+        data = self.plans[self.members[0].config.seed].dataset
+        on_train = self.oracle.evaluate(self.population.u, data.train_images, data.train_labels)
+        on_test = self.oracle.evaluate(self.population.u, data.test_images, data.test_labels)
         now = time.perf_counter()
         seconds, passed = now - self._clock, done - self._done
         for row, i in enumerate(self.population.active.tolist()):
             member = self.members[i]
             view = self._view(row, i)
             plan = self._plan(member)
-            numbers = measure(cast(Algorithm, view), plan, self.group, done)
+            evaluated = (on_train[row], on_test[row])
+            numbers = measure(cast(Algorithm, view), plan, self.group, done, evaluated)
             numbers["wall_s"] = now - self._began
             samples = passed * plan.num_workers * member.config.algorithm.batch_size
             numbers["samples_per_s"] = samples / seconds
@@ -317,7 +348,8 @@ class Together:
             best = min(member.rows, key=lambda found: float(found["test_error"]))
             summary = member.rows[-1] | {
                 "best": {key: best[key] for key in ("iteration", "test_error")},
-                "environment": environment(plan) | {"population": len(self.members)},
+                "environment": environment(plan)
+                | {"population": len(self.members), "gradients": str(self.oracle.way)},
             }
             content = to_json(summary, indent=2).encode() + b"\n"
             write_whole(member.run_dir / "summary.json", content)
@@ -327,8 +359,7 @@ class Together:
 
     def _save(self, done: int) -> None:
         state = {f"population/{k}": v for k, v in self.population.state_dict().items()}
-        oracle = cast(PopulationRisk, self.population.oracle).state_dict()
-        state |= {f"oracle/{k}": v for k, v in oracle.items()}
+        state |= {f"oracle/{k}": v for k, v in self.oracle.state_dict().items()}
         state["iterations"] = torch.tensor(done)
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -346,8 +377,7 @@ class Together:
             return 0
         done = int(state["iterations"])
         self.population.load_state_dict(part_of(state, "population"))
-        oracle = cast(PopulationRisk, self.population.oracle)
-        oracle.load_state_dict(part_of(state, "oracle"))
+        self.oracle.load_state_dict(part_of(state, "oracle"))
         for member in self.members:
             member.rows = rows_until(member.run_dir, done)
         self.say(f"continues {len(self.population.active)} runs at iteration {done:,}")

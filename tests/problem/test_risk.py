@@ -263,7 +263,9 @@ def test_a_population_draws_what_its_runs_draw():
             state, together = together.state_dict(), population()
             assert state["position"].tolist() == [[3, 3], [2, 2]]
             together.load_state_dict(state)
-        found = together.gradient(points[rows], together.draw(torch.tensor(active)))
+        together.select(torch.tensor(active))
+        together.draw()
+        found = together.gradient(points[rows])
         expected = [
             apart[i].gradient(points[2 * i : 2 * i + 2].clone(), apart[i].draw()) for i in active
         ]
