@@ -33,6 +33,7 @@ SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must 
     "tests/test_benchmarks.py",
     "tests/test_readme.py",
     "tests/test_population.py",
+    "tests/test_bench_population.py",
 )
 
 

@@ -220,27 +220,29 @@ def test_durations(seconds, text):
 # ---- real runs
 
 
-RUNS = [
-    *("model=logistic", "workers=2", "output.log_every=50,51", "algorithm.iterations=1000"),
-    *("output.eval_every=100", "output.checkpoint_every=100", "output.tensorboard=false"),
-    "sweep.dir=many",
+SMOKE = [
+    *("grid=smoke", "dtype=float64", "algorithm.iterations=400", "output.eval_every=100"),
+    *("output.checkpoint_every=100", "output.tensorboard=false", "device=cpu"),
 ]
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_continues_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    """Stopped in the first of two runs that differ in nothing that counts."""
+def test_grid_smoke_by_both_engines_one_of_them_stopped_and_continued(
+    tmp_path, monkeypatch, capsys
+):
+    """Separate runs, stopped in the first of four, give the numbers of a population."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["consensus.sweep", *RUNS])
+    monkeypatch.setattr(sys, "argv", ["consensus.sweep", *SMOKE, "sweep.dir=separate"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    first, second = (tmp_path / "many" / f"log_every={every}" for every in (50, 51))
 
     def stop():
         deadline = time.monotonic() + 120
-        while last_row(first) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not started and time.monotonic() < deadline:
+            time.sleep(0.02)
+            started.extend(tmp_path.glob("separate/*/metrics.jsonl"))
         os.kill(os.getpid(), signal.SIGTERM)  # which is Ctrl+C to a sweep
 
+    started = []
     before = signal.getsignal(signal.SIGTERM)
     stopping = threading.Thread(target=stop)
     stopping.start()
@@ -253,21 +255,32 @@ def test_a_sweep_that_is_stopped_continues_to_the_same_bits(tmp_path, monkeypatc
     assert left.value.code == 130
     _, err = capsys.readouterr()
     assert err == "consensus.sweep: stopped; the same command continues it\n"
+    (first,) = (path.parent for path in started)
+    begun = rows(first)
+    assert len(begun) < 4
     assert Status.read(first).state == "stopped"
-    assert Status.read(second).state == "waiting"
-    assert last_row(first)["iteration"] < 1000
-    assert list((first / "checkpoints").iterdir())
 
     entry.main()
     signal.signal(signal.SIGTERM, before)
     out, _ = capsys.readouterr()
-    assert "\n2 done\n" in out
-    assert "continues" in (first / "output.txt").read_text()
-    assert "continues" not in (second / "output.txt").read_text()
-    assert last_row(first)["digest"] == last_row(second)["digest"]
-    rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == list(range(100, 1001, 100))
-    assert (second / "model.pt").exists()
+    assert "\n4 done\n" in out
+    if begun:  # else nothing may have been there to continue from
+        assert "continues" in (first / "output.txt").read_text()
+    code, out, err = together(monkeypatch, capsys, *SMOKE, "sweep.dir=together")
+    assert (code, err) == (0, "")
+    assert out.count("2 runs of 2 advance together") == 2  # quad and tan, two lam each
+    names = sorted(path.name for path in (tmp_path / "separate").glob("potential=*"))
+    assert len(names) == 4
+    for name in names:
+        apart, found = rows(tmp_path / "separate" / name), rows(tmp_path / "together" / name)
+        assert [row["iteration"] for row in apart] == [100, 200, 300, 400]
+        assert [set(row) for row in found] == [set(row) for row in apart]
+        for one, other in zip(found, apart, strict=True):
+            assert [one[key] for key in COUNTS] == [other[key] for key in COUNTS]
+            for key in NUMBERS:
+                assert one[key] == pytest.approx(other[key], rel=1e-9), (name, key)
+    losses = {rows(tmp_path / "together" / name)[-1]["train_loss"] for name in names}
+    assert len(losses) == 4
 
 
 # ---- together in one process
