@@ -35,6 +35,7 @@ from consensus.run.cell import run_cell
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import ConfigError, require
 from consensus.run.grid import Cell, Sweep, check, read_sweep, register_sweep_schema
+from consensus.run.queue import cancel, jobs_in_queue
 from consensus.run.together import Member, train_together
 
 
@@ -52,6 +53,7 @@ def main() -> None:
             sweep = read_sweep(sys.argv[1:])
             check(sweep)
             require_launcher(sweep)
+            require_no_jobs(sweep)
             with Board(sweep.path, sweep.cells) as board:
                 run(sweep, board)
     except REFUSALS as error:
@@ -59,7 +61,10 @@ def main() -> None:
     except (OSError, GroupError) as error:
         leave(str(error), 1)
     except KeyboardInterrupt:
-        leave("stopped; the same command continues it", 130)
+        jobs = jobs_in_queue(sweep.path)
+        cancel(jobs)
+        cancelled = f", the jobs {', '.join(jobs)} cancelled" if jobs else ""
+        leave(f"stopped{cancelled}; the same command continues it", 130)
     if board.number("done"):
         try:
             report([sweep.path])
@@ -152,6 +157,16 @@ def require_launcher(sweep: Sweep) -> None:
                 sweep.options.jobs if name == "joblib" and not sweep.launcher else name,
                 f"1, or with the package hydra-{name}-launcher: pip install hydra-{name}-launcher",
             )
+
+
+def require_no_jobs(sweep: Sweep) -> None:
+    """Refuse to start runs that jobs of an earlier call are still to do."""
+    jobs = jobs_in_queue(sweep.path)
+    if jobs:
+        raise ConfigError(
+            f"the jobs {', '.join(jobs)} of {sweep.path} are still in the queue: wait for them, or"
+            f" `scancel {' '.join(jobs)}`; then the same command continues"
+        )
 
 
 def quoted(text: str) -> str:

@@ -159,6 +159,82 @@ def test_a_launcher_that_is_not_installed_is_named(sweep, monkeypatch):
     )
 
 
+QUEUE = """#!{python}
+import pathlib, sys
+name, *arguments = pathlib.Path(sys.argv[0]).name, *sys.argv[1:]
+queue = pathlib.Path(sys.argv[0]).parent / "queue"
+if name == "squeue":
+    print(queue.read_text(), end="")
+else:
+    left = [line for line in queue.read_text().splitlines() if line not in arguments]
+    queue.write_text("".join(line + chr(10) for line in left))
+"""
+
+
+@pytest.fixture
+def queue(monkeypatch, tmp_path):
+    """A file with the jobs of this user, as squeue and scancel see them: 7 is someone else's."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name in ("squeue", "scancel"):
+        (folder / name).write_text(QUEUE.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in ("8", "8_0", "8_1", "9_0"):
+        (tmp_path / "many" / ".submitit" / name).mkdir(parents=True)
+    (folder / "queue").write_text("7\n8\n8\n9\n")
+    return folder / "queue"
+
+
+def test_a_sweep_whose_jobs_are_in_the_queue_is_not_started_beside_them(sweep, queue, tmp_path):
+    code, out, err = sweep("seed=1", "sweep.dir=many")
+    assert (code, out) == (2, "")
+    assert err == (
+        "consensus.sweep: the jobs 8, 9 of many are still in the queue: wait for them, or "
+        "`scancel 8 9`; then the same command continues\n"
+    )
+    assert not (tmp_path / "many" / "run").exists()
+    queue.write_text("7\n")
+    assert sweep("seed=1", "sweep.dir=many")[0] == 0
+
+
+def test_a_sweep_that_is_stopped_cancels_its_jobs(sweep, queue, monkeypatch):
+    queue.write_text("7\n")
+
+    def submitted_and_stopped(*_):
+        queue.write_text("7\n9\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "launch", submitted_and_stopped)
+    code, _, err = sweep("seed=1", "sweep.dir=many")
+    assert code == 130
+    assert err == "consensus.sweep: stopped, the jobs 9 cancelled; the same command continues it\n"
+    assert queue.read_text() == "7\n"
+
+
+def test_a_run_that_a_cluster_asks_to_stop_is_no_failure(sweep, tmp_path):
+    """All processes of a job get the signal, the run among them."""
+    run_dir = tmp_path / "many" / "seed=14"
+
+    def ask():
+        while not (run_dir / "slow").exists():
+            time.sleep(0.02)
+        children = subprocess.run(
+            ["pgrep", "-f", "stand_in.py.*seed=14"], capture_output=True, text=True, check=True
+        )
+        for pid in children.stdout.split():
+            os.kill(int(pid), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    code, out, _ = sweep("seed=14,1", "sweep.dir=many")
+    asking.join()
+    assert code == 1
+    status = Status.read(run_dir)
+    assert (status.state, status.code) == ("stopped", 75)
+    assert "failed" not in out
+
+
 def test_the_command_of_a_run():
     assert cells.command(1, ["a=1"]) == [sys.executable, "-m", "consensus.train", "a=1"]
     assert cells.command(3, ["a=1"])[1:] == [

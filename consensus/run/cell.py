@@ -26,6 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from consensus.run.files import write_whole
+from consensus.run.signals import TRY_AGAIN
 
 STATES = ("waiting", "running", "done", "stopped", "failed")
 """waiting: not begun; stopped: begun, and left or killed with something to continue from."""
@@ -125,6 +126,8 @@ def run_cell(cfg: DictConfig, *, processes: int, jobs: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     if code == 0:
         status = Status("done", seconds=seconds, code=code)
+    elif code == TRY_AGAIN:  # by a cluster, which signals all processes of a job
+        status = Status("stopped", seconds=seconds, code=code)
     else:
         message = last_words((run_dir / "output.txt").read_text(errors="replace"))
         status = Status("failed", seconds=seconds, code=code, message=message)

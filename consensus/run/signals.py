@@ -15,6 +15,9 @@ from types import FrameType
 
 STOP = (signal.SIGTERM, signal.SIGUSR1)
 
+TRY_AGAIN = 75
+"""Exit code of a run that was asked to stop and left a checkpoint: sysexits.h's EX_TEMPFAIL."""
+
 
 class StopSignals:
     """Remembers the first signal that asked this process to stop.

@@ -24,7 +24,7 @@ from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_jso
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
 from consensus.run.report import draw
-from consensus.run.signals import StopSignals
+from consensus.run.signals import TRY_AGAIN, StopSignals
 from consensus.run.watch import Watch
 from consensus.server import Server, digest
 from consensus.worker import Worker
@@ -36,10 +36,6 @@ class RunStopped(Exception):  # noqa: N818  (no error: it was asked for)
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-
-
-TRY_AGAIN = 75
-"""Exit code of a run that was asked to stop and left a checkpoint: sysexits.h's EX_TEMPFAIL."""
 
 
 class Trainer:

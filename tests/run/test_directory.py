@@ -16,8 +16,8 @@ from consensus.comm import Group, GroupError, Launch, Solo
 from consensus.run.config import ConfigError
 from consensus.run.directory import LOCK, Origin, RunDirectory, find_origin
 from consensus.run.plan import make_plan
-from consensus.run.signals import StopSignals
-from consensus.run.trainer import TRY_AGAIN, RunStopped, Trainer
+from consensus.run.signals import TRY_AGAIN, StopSignals
+from consensus.run.trainer import RunStopped, Trainer
 from consensus.run.watch import Watch
 
 SMALL = ["model=logistic", "device=cpu", "workers=2", "algorithm.batch_size=4", "potential=tan"]
