@@ -9,12 +9,14 @@ S configurations of M = 4 workers, batch 20, on images of noise. For each potent
                 have started; on a GPU a replayed CUDA graph
     one_by_one, grouped, products
                 a population's step, by how its gradients are computed (`sweep.gradients`); of the
-                numbers of models in one pass, the fastest. On a GPU a replayed CUDA graph
+                numbers of models in one pass, the fastest. On a GPU a replayed CUDA graph, with
+                the passes of one_by_one side by side, as in a sweep
     floor       what the device cannot go below: the larger of two times. Operations of the matrix
                 products and convolutions of forward and backward passes, as torch counts them, over
-                the rate of one large product of matrices. Bytes of lines 3, 5 and 6, each vector
-                read and written as often as core/fused.py says and activations not counted, over
-                the bandwidth of a copy.
+                the rate of one large product of matrices, in the precision that convolutions have
+                (TF32 on a GPU, where torch's default allows it). Bytes of lines 3, 5 and 6, each
+                vector read and written as often as core/fused.py says and activations not counted,
+                over the bandwidth of a copy.
 
 Data flow: one problem for all; `Population` or `Consensus` of it is stepped by `median_ms` of
 gpu.py; rows go to the screen and to a file.
@@ -109,7 +111,8 @@ class Problem:
     def population(self, potential: str, configurations: int, way: Way) -> Population:
         """So many of them, with numbers of their own."""
         s = configurations
-        oracle = PopulationRisk(self.risk, self.dataset, [0] * s, {0: self.minibatches()}, way)
+        risk = Risk(self.risk.model, "sum")  # not the one whose gradients a replay puts on streams
+        oracle = PopulationRisk(risk, self.dataset, [0] * s, {0: self.minibatches()}, way)
         return Population(
             self.u.expand(s, -1),
             WORKERS,
@@ -158,7 +161,13 @@ def operations_per_s(device: torch.device, side: int, effort: Effort) -> float:
     """Of a product of two square matrices, a multiplication and an addition each counted."""
     a, b = (torch.rand(side, side, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return 2.0 * side**3 / (1e-3 * median_ms(lambda: torch.mm(a, b, out=out), device, effort))
+    precision = torch.get_float32_matmul_precision()
+    if torch.backends.cudnn.allow_tf32:  # then convolutions may round so, and go faster
+        torch.set_float32_matmul_precision("high")
+    try:
+        return 2.0 * side**3 / (1e-3 * median_ms(lambda: torch.mm(a, b, out=out), device, effort))
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def operations_of_gradients(problem: Problem) -> float:
@@ -187,12 +196,12 @@ def rows(
     separate = configurations * median_ms(counted(step), problem.device, effort)
     times = {"separate": (separate, 1)}
     for name in WAYS:
-        if configurations * WORKERS == 1 and name != "one_by_one":
-            continue
         population = problem.population(potential, configurations, Way())
         oracle = population.oracle
         assert isinstance(oracle, PopulationRisk)
-        oracle.way = oracle.fastest_way(population.z.flatten(0, 1), (name,))
+        record = cuda_graph if problem.device.type == "cuda" else None
+        oracle.risk.side_by_side = record is not None
+        oracle.way = oracle.fastest_way(population.z.flatten(0, 1), (name,), record)
         ms = median_ms(counted(population.step), problem.device, effort)
         assert not bool(population.diverged().any()), "what was timed must have been training"
         times[name] = (ms, oracle.way.at_once)

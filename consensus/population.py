@@ -64,7 +64,6 @@ class Population:
         period: Of the coupling.
         record: Records what happens on the device, such as `cuda_graph`; None: it is run as it is.
         refused: Gets a line if it cannot be recorded.
-        fused: Whether a GPU uses the kernels of core/fused.py.
 
     Attributes:
         active: The configurations that are in the block, in order. (A,) int64, CPU.
@@ -94,7 +93,6 @@ class Population:
         period: int = 1,
         record: Record | None = None,
         refused: Callable[[str], None] = print,
-        fused: bool = True,
     ) -> None:
         assert order in ORDERS, order
         assert u_step_on in U_STEP_ON, u_step_on
@@ -115,7 +113,7 @@ class Population:
         self.v = torch.zeros_like(self.z)
         self.cuts_u = torch.zeros(len(u), dtype=torch.int64, device=u.device)
         self.cuts_z = torch.zeros(len(u), workers, dtype=torch.int64, device=u.device)
-        self._record, self._refused, self._fused = record, refused, fused
+        self._record, self._refused = record, refused
         self._choose()
 
     def _choose(self) -> None:
@@ -128,7 +126,9 @@ class Population:
             name: [sizes[i] for i in self.active.tolist()]
             for name, sizes in self._schedules.items()
         }
-        self._sizes = {name: self._column(sizes, 0) for name, sizes in schedules.items()}
+        self._sizes = {
+            name: self._column(sizes, 0).to(self.u.device) for name, sizes in schedules.items()
+        }
         self._scheduled = {
             name: sizes for name, sizes in schedules.items() if any(map(callable, sizes))
         }
@@ -136,16 +136,18 @@ class Population:
         self._points = torch.empty_like(self.z)
         self._force = torch.empty_like(self.u)
         self._step = self.u.new_ones(len(self.u))
-        self._lines = lines_for(self.phi, self.u, len(self.u)) if self._fused else None
-        self._kinds = Kinds(self._record, self._refused)
+        self._lines = lines_for(self.phi, self.u, len(self.u))
+        self._kinds = Kinds(self._record, self._say_once)
+
+    def _say_once(self, line: str) -> None:
+        self._record = None  # and is not tried again when configurations leave
+        self._refused(line)
 
     def _column(self, sizes: Sequence[StepSize], t: int) -> Tensor:
+        """Line 2: tau, sigma or lam at iteration t, on the host. (A, 1) float64."""
         values = [float(value_at(size, t)) for size in sizes]
-        return torch.tensor(values, dtype=torch.float64, device=self.u.device).unsqueeze(-1)
-
-    def size_at(self, name: str, t: int) -> Tensor:
-        """Line 2: tau, sigma or lam of the active configurations at iteration t. (A, 1) float64."""
-        return self._column([self._schedules[name][i] for i in self.active.tolist()], t)
+        pinned = self.u.device.type == "cuda"  # a copy from there does not wait for the device
+        return torch.tensor(values, dtype=torch.float64, pin_memory=pinned).unsqueeze(-1)
 
     @property
     def cuts(self) -> Tensor:
@@ -157,7 +159,7 @@ class Population:
         if not len(self.active):
             return
         for name, sizes in self._scheduled.items():
-            self._sizes[name].copy_(self._column(sizes, t))
+            self._sizes[name].copy_(self._column(sizes, t), non_blocking=True)
         self.oracle.draw()
         coupled = t % self.period == 0
         self._kinds(coupled, self._coupled if coupled else self._uncoupled)

@@ -1,5 +1,7 @@
 """Iterations of one process on a GPU, recorded once as a CUDA graph and replayed.
 
+`Replay` is for a run; a population records itself, by `Kinds`.
+
 With a model as small as LeNet-5 an iteration is some hundred kernels of a few microseconds, and
 Python takes ten times as long to launch them as they take to run. A replay launches them all at
 once. What differs from one iteration to the next lies in memory that the host fills before: the
@@ -69,8 +71,8 @@ class Kinds:
     """
 
     def __init__(self, record: Record | None, refused: Callable[[str], None]) -> None:
-        self.record = record
-        self.refused = refused
+        self._record = record
+        self._refused = refused
         self.plain = record is None
         self._done: dict[Hashable, int] = {}
         self._replays: dict[Hashable, Call] = {}
@@ -81,16 +83,16 @@ class Kinds:
             done = self._done.setdefault(kind, 0)
             self._done[kind] += 1
             if done == WARM_UP:
-                self._record(kind, run)
+                self._keep(kind, run)
         self._replays.get(kind, run)()
 
-    def _record(self, kind: Hashable, run: Call) -> None:
-        assert self.record is not None
+    def _keep(self, kind: Hashable, run: Call) -> None:
+        assert self._record is not None
         try:
-            self._replays[kind] = self.record(run)
+            self._replays[kind] = self._record(run)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
-            self.refused(f"cuda_graph: an iteration cannot be recorded ({first_line}); none is")
+            self._refused(f"cuda_graph: an iteration cannot be recorded ({first_line}); none is")
             self.plain = True
             self._replays.clear()
 

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from tape import taped
+from torch import nn
 
 from benchmarks.gpu import Unbranched
 from consensus import POTENTIALS, Layerwise
 from consensus.comm import Launch, Solo
 from consensus.population import Population
-from consensus.problem import WAYS, Minibatches, PopulationRisk, Way
+from consensus.problem import WAYS, Dataset, Minibatches, PopulationRisk, Risk, Way
+from consensus.replay import cuda_graph
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm, scheduled
 
@@ -70,7 +72,7 @@ def separately(plans, iterations):
     """The runs one after another: u, z, v and cuts of each."""
     found = []
     for plan in plans:
-        algorithm = build_algorithm(plan, Solo(torch.device("cpu")))
+        algorithm = build_algorithm(plan, Solo(plan.device))
         for t in range(iterations):
             algorithm.step(t)
         found.append((algorithm.u, algorithm.worker.z, algorithm.worker.v, algorithm.cuts))
@@ -196,7 +198,7 @@ def test_the_fastest_way_is_measured_and_kept_by_a_checkpoint(make_config, monke
     points, oracle = together.z.flatten(0, 1), together.oracle
     costs = {"one_by_one": 3.0, "grouped": 2.0, "products": 1.0}  # of a model, in any number
 
-    def seconds(risk, points, images, labels, limit):
+    def seconds(risk, points, images, labels, limit, record):
         assert images.shape[:2] == labels.shape == (len(points), 20)
         tried.append(len(points))
         return costs[getattr(risk, "convolutions", "one_by_one")] * (len(points) + 1.0)
@@ -219,13 +221,50 @@ def test_a_way_that_finds_no_memory_is_not_taken(make_config, monkeypatch):
     plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
     together = population(plans)
 
-    def seconds(risk, points, images, labels, limit):
+    def seconds(risk, points, images, labels, limit, record):
         if len(points) > 8:
             raise torch.OutOfMemoryError("no")
         return 1.0 if hasattr(risk, "convolutions") else 2.0
 
     monkeypatch.setattr("consensus.problem.population_risk._seconds_of", seconds)
     assert together.oracle.fastest_way(together.z.flatten(0, 1)) == Way("grouped", 8)
+
+
+class Branching(nn.Module):
+    """Asks its input, which `vmap` cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+
+    def forward(self, images):
+        x = images.flatten(1)
+        return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+
+def test_a_model_that_cannot_be_batched_goes_one_by_one():
+    risk = Risk(Branching().double(), "sum")
+    images, labels = torch.rand(40, 1, 28, 28, dtype=torch.float64), torch.arange(40) % 10
+    dataset = Dataset(images, labels, images, labels, 10)
+    minibatches = [Minibatches(torch.arange(40), 5, 0, j) for j in range(2)]
+    oracle = PopulationRisk(risk, dataset, [0] * 4, {0: minibatches})
+    points = risk.layout.flatten(risk.model).repeat(8, 1)
+    assert oracle.fastest_way(points) == Way()
+    with pytest.raises(ValueError, match="vmap"):
+        oracle.fastest_way(points, ("grouped",))
+
+
+def test_what_is_timed_is_what_is_replayed(make_config):
+    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
+    oracle, points = population(plans).oracle, torch.stack([plans[0].start] * 12)
+    recorded = []
+
+    def record(call):
+        recorded.append(call)
+        return call
+
+    oracle.fastest_way(points, ("grouped",), record)
+    assert len(recorded) == 2  # eight and twelve models
 
 
 def test_the_time_of_a_way_is_measured(make_config):
@@ -263,15 +302,19 @@ def test_the_time_of_a_way_is_measured(make_config):
 def test_a_recorded_step_is_the_step_of_a_run(make_config, potential, others):
     plans = [make_plan(config, Launch()) for config in configs(make_config, potential, *others)]
     apart = separately(plans, 40)
-    lines = []
-    together = population(
-        plans, Unbranched, record=lambda run: taped(together)(run), refused=lines.append
-    )
+    lines, recorded = [], []
+
+    def record(run):
+        recorded.append(run)
+        return taped(together)(run)
+
+    together = population(plans, Unbranched, record=record, refused=lines.append)
     if potential in ("quad", "cubic"):  # a coupling that cuts steps enlarges every rounding
         together.oracle.way = Way("grouped", 12)
     for t in range(40):
         together.step(t)
     assert lines == []
+    assert len(recorded) == (2 if "algorithm.period=2" in others else 1)
     require_equal(together, apart)
 
 
@@ -283,6 +326,9 @@ def test_a_step_that_cannot_be_recorded_is_run(make_config):
     for t in range(10):  # on a CPU the line search compares, and branches
         together.step(t)
     require_equal(together, apart)
+    together.freeze(torch.tensor([True, False, False, False]))
+    for t in range(10, 16):
+        together.step(t)
     (line,) = lines
     assert line.startswith("cuda_graph: an iteration cannot be recorded (")
 
@@ -307,14 +353,24 @@ def test_what_is_recorded_has_the_configurations_that_are_left(make_config):
     require_equal(together, separately(again, 30))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton does not interpret where it compiles")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where a lane divides by zero
-@pytest.mark.parametrize("potential", ["quad", "cubic", "log", "tan_sep"])
-def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, potential):
+@pytest.mark.parametrize(
+    ("potential", "others"),
+    [
+        ("quad", ()),
+        ("cubic", ("algorithm.u_step_on=objective",)),
+        ("log", ("algorithm.order=jacobi",)),
+        ("tan", ("algorithm.momentum_on=objective",)),
+        ("tan_sep", ("algorithm.period=2",)),
+    ],
+)
+def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, potential, others):
     """On a CPU by Triton's interpreter."""
     pytest.importorskip("triton")
     from consensus.core.fused import Fused
 
-    plans = [make_plan(config, Launch()) for config in configs(make_config, potential)]
+    plans = [make_plan(config, Launch()) for config in configs(make_config, potential, *others)]
     apart = separately(plans, 4)
     made = []
 
@@ -332,3 +388,43 @@ def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, pot
     assert len(made) == 2
     left = [0, 2, 3]
     require_equal(together, [column[left] for column in apart])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [Way(), Way("grouped", 5), Way("products", 12)])
+@pytest.mark.parametrize(
+    ("potential", "others"),
+    [
+        ("quad", ("algorithm.order=jacobi",)),
+        ("cubic", ("algorithm.period=2",)),
+        ("log", ()),
+        ("tan", ("algorithm.order=jacobi",)),
+        ("tan_sep", ("algorithm.momentum_on=objective",)),
+    ],
+)
+def test_a_population_on_a_gpu_is_its_runs(make_config, potential, others, way):
+    """With its kernels and graphs; one leaves, and a new population goes on."""
+    mild = [(1.0, 0.5, 0.001, 0.001, 0.9, 1e-4, 0), (2.0, 0.5, 0.002, 0.001, 0.5, 0.0, 1)]
+    settings = [*mild, (1.5, 0.4, 0.001, 0.001, 0.9, 1e-3, 0)]
+    chosen = configs(
+        make_config, potential, "model=lenet5", "device=cuda", *others, settings=settings
+    )
+    plans = [make_plan(config, Launch()) for config in chosen]
+    apart = separately(plans, 40)
+    lines = []
+    together = population(plans, record=cuda_graph, refused=lines.append)
+    together.oracle.way = way
+    for t in range(15):
+        together.step(t)
+    assert together.freeze(torch.tensor([False, True, False])).tolist() == [1]
+    for t in range(15, 25):
+        together.step(t)
+    again = population(plans, record=cuda_graph, refused=lines.append)
+    again.load_state_dict(together.state_dict())
+    again.oracle.load_state_dict(together.oracle.state_dict())
+    assert again.oracle.way == way
+    for t in range(25, 40):
+        again.step(t)
+    assert lines == []
+    for found, column in zip((again.u, again.z, again.v), apart, strict=False):
+        torch.testing.assert_close(found, column[[0, 2]], rtol=1e-6, atol=1e-9)

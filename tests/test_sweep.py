@@ -14,6 +14,7 @@ import torch
 from consensus import sweep as entry
 from consensus import train
 from consensus.population import Population
+from consensus.problem import PopulationRisk
 from consensus.run import cell as cells
 from consensus.run.board import duration, last_row
 from consensus.run.cell import Status
@@ -129,20 +130,28 @@ def test_a_refusal_is_one_line_and_starts_nothing(sweep, tmp_path):
     [
         (
             ("workers=3000",),
-            "`workers` is 3000; allowed: fewer: the z, v and gradients of so many fit no memory",
+            "`workers` is 3000; allowed: at most 2481, whose z, v and gradients fit the memory",
         ),
         (
             ("workers=1000", "sweep.jobs=4"),
-            "`sweep.jobs` is 4; allowed: at most 2 on a device, since z, v and gradients of 1000 "
-            "workers each must fit",
+            "`sweep.jobs` is 4; allowed: at most 2 of 1000 workers each, whose z, v and gradients",
+        ),
+        (
+            ("workers=null", "sweep.processes=2500"),
+            "`workers` is 2500; allowed: at most 0, whose",  # all on one device
         ),
         (("sweep.gradients=vmap",), "`sweep.gradients` is vmap; allowed: auto, grouped, measure, "),
+        (
+            ("sweep.gradients=grouped",),
+            "`sweep.gradients` is grouped; allowed: auto with sweep.engine=separate",
+        ),
     ],
 )
 def test_more_memory_than_there_is_is_refused(sweep, monkeypatch, tmp_path, arguments, line):
     """LeNet-5 in float64: 3 vectors of 33,580 coordinates, 806 kB for a worker."""
     monkeypatch.setattr("consensus.run.plan.memory_of", lambda device: 2 * 10**9)
-    code, out, err = sweep("seed=1,2", "dtype=float64", "sweep.dir=many", *arguments)
+    own = ("seed=1,2", "dtype=float64", "device=cpu", "sweep.dir=many")
+    code, out, err = sweep(*own, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(f"consensus.sweep: {line}")
     assert err.count("\n") == 1
@@ -465,6 +474,43 @@ def test_a_diverged_run_of_a_population_is_a_row(tmp_path, monkeypatch, capsys):
     assert "failed  lam=1e-20,sigma=1e+19" in out
     assert "became non-finite, by iteration 20 at the latest" in out
     assert Status.read(tmp_path / "many" / "lam=0.1,sigma=0.005").state == "done"
+
+
+def test_the_rate_of_training_is_without_the_evaluations(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clock = [0.0]
+
+    def now():
+        clock[0] += 1e-3
+        return clock[0]
+
+    evaluate = PopulationRisk.evaluate
+
+    def slowly(self, *arguments):
+        clock[0] += 1000.0
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr("consensus.run.together.time.perf_counter", now)
+    monkeypatch.setattr(PopulationRisk, "evaluate", slowly)
+    code, _, _ = together(monkeypatch, capsys, *GRID, "potential=quad", "algorithm.lam=0.1")
+    assert code == 0
+    found = rows(tmp_path / "many" / "run")
+    assert [row["wall_s"] > 1000 * 2 * i for i, row in enumerate(found)] == [True] * 3
+    assert all(row["samples_per_s"] > 20 * 2 * 20 / 100 for row in found)
+
+
+def test_a_way_that_is_not_possible_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def cannot(*_):
+        raise RuntimeError("vmap: no\nmore")
+
+    monkeypatch.setattr("consensus.problem.population_risk._seconds_of", cannot)
+    code, _, err = together(monkeypatch, capsys, *GRID, "sweep.gradients=products")
+    assert code == 2
+    assert err == (
+        "consensus.sweep: `sweep.gradients` is products; allowed here: one_by_one (vmap: no)\n"
+    )
 
 
 def test_momentum_sgd_runs_beside_a_population(sweep, tmp_path):

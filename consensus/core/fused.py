@@ -238,7 +238,7 @@ class Fused:
         return len(z) // self._configurations
 
     def _memory_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Slots (K, 4, S), factors and exits (K, L), steps (K,), for as many workers as z has."""
+        """Slots (K, 4, slots of one), factors and exits (K, L), steps (K,), for the K of z."""
         k = len(z)
         if k not in self._memory:
             table = torch.zeros(2, k, self._num_layers, dtype=torch.float64, device=z.device)

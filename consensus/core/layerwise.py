@@ -51,6 +51,8 @@ class Layerwise(Potential):
         self.eta = eta
         scale: float | Tensor = _over_layers(potential.scale, self.layers)
         if isinstance(eta, Tensor) or eta != 1.0:
+            if isinstance(scale, Tensor) and isinstance(eta, Tensor):
+                scale = scale.to(eta.device)
             scale = scale / column(eta)
         super().__init__(potential.profile, potential.size.over(self.layers), scale)
         self._by_layer = Radial(self.layers)

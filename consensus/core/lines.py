@@ -97,8 +97,11 @@ def lines_for(phi: Layerwise, like: Tensor, configurations: int | None = None) -
         like: A tensor of the kind that the vectors are.
         configurations: S, where the block holds several, each with a scale of its own in phi.
     """
-    scales = phi.scale.numel() if isinstance(phi.scale, Tensor) else 1
-    if isinstance(phi.scale, Tensor) and (scales != configurations or phi.scale.shape[-1] != 1):
+    if isinstance(phi.scale, Tensor) != (configurations is not None):
+        return None
+    if isinstance(phi.scale, Tensor) and (
+        phi.scale.numel() != configurations or phi.scale.shape[-1] != 1
+    ):
         return None
     if like.device.type == "cuda" and phi.profile.kernel is not None:
         if importlib.util.find_spec("triton") is None:

@@ -8,7 +8,8 @@ models a pass has.
 
 Convolutions have filters of their own in every model. There are two ways to do them at once: as one
 grouped convolution, which is what `vmap` makes of them, or as a product of matrices for each model,
-a row of which is the part of an image under the filter. Libraries are fast in one or the other.
+a row of which is the part of an image under the filter. Libraries are fast in one or the other. On
+a GPU torch's defaults let convolutions round their factors to TF32, and products of matrices not.
 
 # n parameters, K models, B samples in a minibatch
 """

@@ -29,8 +29,12 @@ class OneAfterAnother:
             run(self._model)
 
 
+STREAMS = 32
+"""At most, whatever the number of passes: a GPU runs no more kernels side by side."""
+
+
 class Streams:
-    """A stream for each pass. In a CUDA graph they become branches that run side by side.
+    """Streams that share the passes. In a CUDA graph they become branches that run side by side.
 
     Elsewhere Python launches no faster for them.
     """
@@ -42,13 +46,15 @@ class Streams:
     def __call__(self, passes: Sequence[Pass]) -> None:
         """Launch the passes behind what the current stream has been given, which waits for them."""
         current = torch.cuda.current_stream()
-        while len(self._streams) < len(passes):
+        number = min(len(passes), STREAMS)
+        while len(self._streams) < number:
             self._streams.append(torch.cuda.Stream())
-        for stream, run in zip(self._streams, passes, strict=False):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                run(self._model)
-        for stream in self._streams:
+        for i in range(number):
+            self._streams[i].wait_stream(current)
+            with torch.cuda.stream(self._streams[i]):
+                for run in passes[i::number]:
+                    run(self._model)
+        for stream in self._streams[:number]:
             current.wait_stream(stream)
 
 

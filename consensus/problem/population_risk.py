@@ -8,7 +8,7 @@ once as the way says. So `gradient` can be recorded as a CUDA graph, with `draw`
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,15 @@ from consensus.problem.risk import MinibatchRisk, Risk
 from consensus.problem.streams import stream_seed
 
 WAYS = ("one_by_one", "grouped", "products")
-"""Model by model; or many in one pass, their convolutions as grouped ones or as products."""
+"""Model by model; or many in one pass, their convolutions as grouped ones or as products.
+
+States hold the place of a name: new ones go to the end.
+"""
 
 SIZES = (8, 32, 128, 512)
 """Models in one pass that `fastest_way` tries."""
+
+Call = Callable[[], object]
 
 LARGEST = 1 << 26
 """Coordinates of the models in one pass: above, nothing is left to gain."""
@@ -61,8 +66,8 @@ class PopulationRisk:
         dataset: Its training images are drawn from.
         seeds: Of the configurations. (S,)
         minibatches: One for each of the M workers, for each seed; one batch size for all.
-        way: How; may be changed between two iterations. A model that draws random numbers goes
-            one by one.
+        way: How; may be changed until `gradient` has been recorded. A model that draws random
+            numbers goes one by one.
 
     Attributes:
         draws_inside: Whether the model draws random numbers.
@@ -137,7 +142,12 @@ class PopulationRisk:
             self._risks[name] = BatchedRisk(self.risk.model, self.risk.reduction, convolutions)
         return self._risks[name]
 
-    def fastest_way(self, points: Tensor, names: Sequence[str] = WAYS) -> Way:
+    def fastest_way(
+        self,
+        points: Tensor,
+        names: Sequence[str] = WAYS,
+        record: Callable[[Call], Call] | None = None,
+    ) -> Way:
         """The way that takes least time for a model, measured on samples of the data.
 
         Two measurements need not find the same. Nothing is drawn.
@@ -145,11 +155,17 @@ class PopulationRisk:
         Args:
             points: Of all workers. (K, n)
             names: The ways that may be chosen.
+            record: What `gradient` will be recorded with, if it will.
+
+        Raises:
+            ValueError: If none of them is possible, with what the first of them said: a model may
+                do what `vmap` cannot, and the memory may be too small.
         """
-        if self.draws_inside or len(points) == 1:
+        if self.draws_inside or set(names) == {"one_by_one"}:
             return Way()
         number, data = len(points), self._all.dataset
         seconds: dict[Way, float] = {}
+        said: list[str] = []
         for way in _candidates(number, points.shape[1], names):
             some = points[: max(way.at_once, min(number, SIZES[0]))]
             index = torch.arange(len(some) * self._all.batch_size, device=points.device)
@@ -157,10 +173,14 @@ class PopulationRisk:
             risk = self.risk_for(way.name)
             try:
                 limit = 3.0 * min(seconds.values(), default=float("inf")) * len(some)
-                seconds[way] = _seconds_of(risk, some, *batch, limit=limit) / len(some)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-        return min(seconds, key=seconds.__getitem__) if seconds else Way()
+                seconds[way] = _seconds_of(risk, some, *batch, limit, record) / len(some)
+            except RuntimeError as error:  # out of memory, too
+                said.append(str(error).strip().partition("\n")[0])
+            if said and points.device.type == "cuda":
+                torch.cuda.empty_cache()  # not where the error still holds on to tensors
+        if not seconds:
+            raise ValueError(said[0] if said else "the models are too large for it")
+        return min(seconds, key=seconds.__getitem__)
 
     def state_dict(self) -> dict[str, Tensor]:
         """How many minibatches each worker of each seed has drawn (seeds, M), int64; and the way.
@@ -183,26 +203,40 @@ class PopulationRisk:
 def _candidates(number: int, n: int, names: Sequence[str]) -> list[Way]:
     """Ways for so many models of n coordinates."""
     sizes = [size for size in SIZES if size < number] + [min(number, SIZES[-1])]
-    found = [Way()] if "one_by_one" in names else []
+    found = [Way()] if "one_by_one" in names else []  # works everywhere: sets a limit to the rest
     for name in (name for name in names if name != "one_by_one"):
         found += [Way(name, size) for size in sizes if size * n <= LARGEST]
-    return found or [Way()]
+    return found
 
 
 def _seconds_of(
-    risk: Risk, points: Tensor, images: Tensor, labels: Tensor, limit: float, times: int = 3
+    risk: Risk,
+    points: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    limit: float,
+    record: Callable[[Call], Call] | None,
+    times: int = 3,
 ) -> float:
-    """The least time of some calls after a first one; of the first, if that is above the limit."""
-    least = float("inf")
+    """The least time of some calls once libraries are set up; one call, if that is too long."""
     out = torch.empty_like(points)
-    for i in range(times + 1):
-        began = time.perf_counter()
+
+    def call() -> None:
         risk.gradient(points, images, labels, out=out)
+
+    def timed(call: Call) -> float:
+        began = time.perf_counter()
+        call()
         if points.device.type == "cuda":
             torch.cuda.synchronize(points.device)
-        seconds = time.perf_counter() - began
-        if i == 0 and seconds > limit:
-            return seconds
-        if i > 0:
-            least = min(least, seconds)
-    return least
+        return time.perf_counter() - began
+
+    timed(call)
+    measured: Call = call
+    if record is not None:
+        timed(call)
+        measured = record(call)
+    least = timed(measured)
+    if least > limit:
+        return least
+    return min(least, *(timed(measured) for _ in range(times - 1)))

@@ -64,6 +64,12 @@ class SweepOptions:
         """Check the fields."""
         require_one_of("sweep.engine", self.engine, ENGINES)
         require_one_of("sweep.gradients", self.gradients, GRADIENTS)
+        require(
+            self.gradients == "auto" or self.engine == "population",
+            "sweep.gradients",
+            self.gradients,
+            "auto with sweep.engine=separate",
+        )
         require(self.dir is None or self.dir.strip() != "", "sweep.dir", self.dir, "a path or null")
         require(self.jobs >= 1, "sweep.jobs", self.jobs, "a whole number >= 1")
         require(self.processes >= 1, "sweep.processes", self.processes, "a whole number >= 1")
@@ -243,4 +249,4 @@ def check(sweep: Sweep) -> None:
                     f"workers={workers}"
                 )
             if not any(text.startswith("hydra/launcher=submitit") for text in sweep.launcher):
-                require_memory_for_many(config, sweep.options.jobs)
+                require_memory_for_many(config, sweep.options.processes, sweep.options.jobs)

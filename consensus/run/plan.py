@@ -172,38 +172,37 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
 def require_memory(model: nn.Module, workers: int, device: torch.device) -> None:
     """Refuse more workers on this process than its memory has room for z, v and gradients of."""
     most = memory_of(device) // bytes_of_worker(model)
-    require(
-        workers <= most,
-        "workers",
-        f"{workers} on one process",
-        f"at most {most}, whose z, v and gradients fit its memory",
-    )
+    require(workers <= most, "workers", f"{workers} on one process", _at_most(most))
 
 
-def require_memory_for_many(config: Config, jobs: int) -> None:
-    """Refuse runs at once on this machine that its memory has no room for together.
+def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
+    """Refuse runs of so many processes, so many at once, that this machine has no memory for.
 
     Builds the model without memory for its parameters. A model that cannot be built so, or not at
-    all, is left to the run.
+    all, is left to the run, and so is a number of workers that does not fit the processes.
     """
     try:
         with torch.device("meta"):
             model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
+        bytes_each = bytes_of_worker(model.to(getattr(torch, config.dtype)))
     except Exception:  # a model of a user, which may do anything
         return
-    device, jobs_there = choose_device(config, Launch()), jobs
-    if device.type == "cuda":
-        jobs_there = math.ceil(jobs / torch.cuda.device_count())
-    workers = config.workers or 1
-    bytes_of_run = bytes_of_worker(model.to(getattr(torch, config.dtype))) * workers
-    room = memory_of(device) // bytes_of_run
-    require(room >= 1, "workers", workers, "fewer: the z, v and gradients of so many fit no memory")
-    require(
-        jobs_there <= room,
-        "sweep.jobs",
-        jobs,
-        f"at most {room} on a device, since z, v and gradients of {workers} workers each must fit",
-    )
+    device = choose_device(config, Launch())
+    devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    room = memory_of(device) // bytes_each
+    workers = processes if config.workers is None else config.workers
+    if config.algorithm.name == "msgd":
+        workers = 1
+    share = math.ceil(processes / devices)  # of the processes, on one device
+    most = room // share * processes
+    require(workers <= most, "workers", workers, _at_most(most))
+    if jobs > 1:  # each run has one of the devices
+        most = room // workers * devices
+        require(jobs <= most, "sweep.jobs", jobs, _at_most(most, f" of {workers} workers each"))
+
+
+def _at_most(most: int, of: str = "") -> str:
+    return f"at most {most}{of}, whose z, v and gradients fit the memory"
 
 
 def bytes_of_worker(model: nn.Module) -> int:

@@ -32,7 +32,7 @@ from consensus.population import Population
 from consensus.problem import WAYS, PopulationRisk, Way
 from consensus.replay import cuda_graph
 from consensus.run.cell import Status
-from consensus.run.config import Config
+from consensus.run.config import Config, ConfigError
 from consensus.run.directory import Origin, RunDirectory, find_origin
 from consensus.run.files import write_whole
 from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
@@ -47,6 +47,12 @@ from consensus.run.plan import (
 from consensus.run.signals import StopSignals
 from consensus.run.trainer import environment, scheduled
 from consensus.server import digest
+
+FORMAT = 2
+"""Of the state of a population; part of its name, so that no other is read."""
+
+MOST_MODELS = 65_535
+"""In one population: the kernels of core/fused.py have a place in their grid for each."""
 
 VECTORS = 8
 """Of (M, n) that a configuration needs at most at once: z, v, the look-ahead points, u - z, its
@@ -87,7 +93,8 @@ def key_of(members: Sequence[Member]) -> str:
     configs = [asdict(member.config) for member in members]
     for config in configs:
         del config["output"]["root"], config["output"]["run_dir"]  # a sweep may be moved
-    content = json.dumps([[m.name for m in members], configs], sort_keys=True, default=str)
+    names = [member.name for member in members]
+    content = json.dumps([FORMAT, names, configs], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -109,7 +116,8 @@ def populations(members: Sequence[Member], memory: int | None = None) -> list[li
         plan = plan_alone(group[0].config)
         usable = int(SHARE_OF_MEMORY * memory_of(plan.device)) if memory is None else memory
         each = VECTORS * plan.num_workers * plan.start.numel() * plan.start.element_size()
-        parts = math.ceil(len(group) / max(1, usable // each))
+        most = min(usable // each, MOST_MODELS // plan.num_workers)
+        parts = math.ceil(len(group) / max(1, most))
         size = math.ceil(len(group) / parts)  # even
         found += [group[i : i + size] for i in range(0, len(group), size)]
     return found
@@ -136,13 +144,14 @@ def train_together(
         ConfigError: If a member's directory holds another run, or a plan cannot be made.
         KeyboardInterrupt: If this process is asked to stop.
     """
+    known: dict[str, Way] = {}
     for population in populations(members):
         left = [m for m in population if Status.read(m.run_dir).state != "done"]
         for member in left:
             find_origin(member.config, Launch(), count_workers(member.config, Launch()))
         if left:
             say(f"{len(left)} runs of {len(population)} advance together")
-            Together(left, folder, say, gradients).run()
+            Together(left, folder, say, gradients, known).run()
 
 
 @dataclass
@@ -169,6 +178,11 @@ class Together:
         folder: Where its checkpoint lies.
         say: Gets lines for a person.
         gradients: `sweep.gradients`.
+        known: The ways that other populations have found fastest for as many of the same models;
+            gets that of this one.
+
+    Raises:
+        ConfigError: If its gradients cannot be computed in that way.
     """
 
     def __init__(
@@ -177,6 +191,7 @@ class Together:
         folder: Path,
         say: Callable[[str], None] = print,
         gradients: str = "auto",
+        known: dict[str, Way] | None = None,
     ) -> None:
         self.members = list(members)
         self.say = say
@@ -189,17 +204,18 @@ class Together:
             if seed not in self.plans:
                 self.plans[seed] = plan_alone(member.config)
         self.group = Solo(self.plans[first.seed].device)
-        self.directories = [
-            RunDirectory(Origin(m.run_dir), m.config, Launch(), self.group) for m in members
-        ]
         self.phis = [self._phi(member) for member in members]
         self.population = self._make()
         self.oracle = cast(PopulationRisk, self.population.oracle)
         self.iterations = first.algorithm.iterations
         self.start = self._restore()
         if self.start == 0:
-            self.oracle.way = self._way(gradients)
+            self.oracle.way = self._way(gradients, {} if known is None else known)
         self.say(f"gradients {self.oracle.way}")
+        # Last: what is refused leaves no directory locked.
+        self.directories = [
+            RunDirectory(Origin(m.run_dir), m.config, Launch(), self.group) for m in members
+        ]
 
     def _plan(self, member: Member) -> Plan:
         return replace(self.plans[member.config.seed], config=member.config)
@@ -221,7 +237,8 @@ class Together:
             {seed: plan.oracle.minibatches for seed, plan in self.plans.items()},
         )
         wanted = configs[0].cuda_graph and plan.device.type == "cuda"
-        recorded = wanted and not oracle.draws_inside
+        self.record = cuda_graph if wanted and not oracle.draws_inside else None
+        plan.risk.side_by_side = self.record is not None
         return Population(
             torch.stack([self.plans[config.seed].start for config in configs]),
             plan.num_workers,
@@ -237,18 +254,28 @@ class Together:
             u_step_on=chosen[0].u_step_on,
             momentum_on=chosen[0].momentum_on,
             period=chosen[0].period,
-            record=cuda_graph if recorded else None,
+            record=self.record,
             refused=self.say,
         )
 
-    def _way(self, gradients: str) -> Way:
+    def _way(self, gradients: str, known: dict[str, Way]) -> Way:
         """The way that `sweep.gradients` means."""
         config, device = self.members[0].config, self.group.device
         if gradients == "auto" and (device.type == "cpu" or config.deterministic):
             return Way()
         names = WAYS if gradients in ("auto", "measure") else (gradients,)
-        with torch.no_grad():
-            return self.oracle.fastest_way(self.population.z.flatten(0, 1), names)
+        points = self.population.z.flatten(0, 1)
+        same = (asdict(config.model), config.dtype, config.algorithm.batch_size, len(points))
+        if str(same) not in known:
+            try:
+                with torch.no_grad():
+                    found = self.oracle.fastest_way(points, names, self.record)
+            except ValueError as error:
+                raise ConfigError(
+                    f"`sweep.gradients` is {gradients}; allowed here: one_by_one ({error})"
+                ) from error
+            known[str(same)] = found
+        return known[str(same)]
 
     def run(self) -> None:
         """Train to the end, or until this process is asked to stop.
@@ -305,9 +332,9 @@ class Together:
 
     def _evaluate(self, done: int) -> None:
         data = self.plans[self.members[0].config.seed].dataset
+        now = time.perf_counter()  # evaluation is not training
         on_train = self.oracle.evaluate(self.population.u, data.train_images, data.train_labels)
         on_test = self.oracle.evaluate(self.population.u, data.test_images, data.test_labels)
-        now = time.perf_counter()
         seconds, passed = now - self._clock, done - self._done
         for row, i in enumerate(self.population.active.tolist()):
             member = self.members[i]
