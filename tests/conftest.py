@@ -1,10 +1,12 @@
 """Fixtures of all tests: real rank processes, the composed config, and the real MNIST if there."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm
 import torch
 from hydra import compose, initialize_config_dir
 from ranks import RankPool
@@ -38,7 +40,7 @@ SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU or the real MNIST where there is none; pytest counts them.
+    """Leave out what needs a GPU, the real MNIST or SLURM where there is none; pytest counts them.
 
     The slowest files come first.
     """
@@ -49,6 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         absent.add("gpu")
     if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
         absent.add("mnist")
+    if not slurm.available() or importlib.util.find_spec("submitit") is None:
+        absent.add("slurm")
     needing = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if needing:
         config.hook.pytest_deselected(items=needing)

@@ -13,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").iterdir())]
-SHELL = [*SCRIPTS, "launch/local.sh", ".ci/run"]
+LAUNCH = ["local.sh", "node.sh", "slurm.sbatch", "slurm_sweep.sh"]
+SHELL = [*SCRIPTS, *(f"launch/{name}" for name in LAUNCH), ".ci/run"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -131,7 +132,7 @@ class Checkout:
 
     def __init__(self, folder: Path):
         self.root = folder / "check out"  # a blank in the path, since people have them
-        for name in [*SCRIPTS, "launch/local.sh"]:
+        for name in [*SCRIPTS, "launch/local.sh", "launch/node.sh"]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.lock = self.root / "requirements.lock"

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# usage: [NAME=VALUE ...] launch/node.sh [OVERRIDE ...]
+#
+# What runs on every node of a job, and the one place that says how: starts NPROC processes of consensus.train under
+# torchrun and prints the exact command first. The arguments are Hydra overrides. Runs in the folder you call it from.
+#
+#   NPROC             processes on this node; default: one for each GPU here, else 1
+#   NNODES            nodes; default: 1
+#   RENDEZVOUS        host:port of one of them, where they meet; needed with more than one
+#   RUN_ID            a name that all nodes of this start share, and no other start has; default: consensus
+#   INTERFACE         network interface between the nodes; becomes GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
+#   OMP_NUM_THREADS   threads of a process; default: 1
+#   CONSENSUS_VENV    environment; default: the checkout's .venv, else the python3 on PATH
+#
+# Exit codes: 0 done. Else torchrun's own: 1 where a rank failed or was asked to stop, which prints its own code (75: it
+# left a checkpoint, and resume=auto continues); 2 for a mistake in these variables.
+set -euo pipefail
+
+die() {
+    printf 'launch/node.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+python=${CONSENSUS_VENV:-$root/.venv}/bin/python
+[[ -x $python ]] || python=python3
+
+gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+nproc=${NPROC:-$(gpus)}
+[[ $nproc != 0 || -n ${NPROC:-} ]] || nproc=1
+nnodes=${NNODES:-1}
+[[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: the number of processes is a whole number from 1"
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: the number of nodes is a whole number from 1"
+
+# The ranks of one machine share its cores: with one thread each they do not fight over them. Set it yourself
+# where there are more cores than ranks.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [[ -n ${INTERFACE:-} ]]; then
+    [[ -e /sys/class/net/$INTERFACE ]] || die "INTERFACE=$INTERFACE: this machine has $(ls -m /sys/class/net)"
+    export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
+fi
+
+if ((nnodes == 1)); then
+    # With a free port of its own: two runs on one machine do not meet by accident.
+    meeting=(--standalone)
+else
+    [[ ${RENDEZVOUS:-} =~ ^[^:]+:[0-9]+$ ]] || die "RENDEZVOUS=${RENDEZVOUS:-}: $nnodes nodes meet at host:port"
+    # c10d: whichever node has that address keeps the store; no other service is needed.
+    meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-consensus}")
+    # Where names of hosts do not resolve from node to node, the address of the interface does.
+    if [[ -n ${INTERFACE:-} ]]; then
+        address=$(ip -o -4 addr show dev "$INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
+        meeting+=(--local-addr="$address")
+    fi
+fi
+
+command=(
+    # torchrun as a module: certainly the one of this interpreter, whatever PATH says.
+    "$python" -m torch.distributed.run
+    "${meeting[@]}"
+    # Processes. The workers are the config's matter (workers=8 on 4 processes is two workers each).
+    --nproc-per-node="$nproc"
+    # No --tee and no --local-ranks-filter: only rank 0 writes to the console anyhow, so whatever another rank
+    # prints is a failure that must be seen; and rank 0 keeps the terminal, which --tee would take away.
+    # No --max-restarts: whoever watches the run starts it again with resume=auto. With it, a rank that dies has
+    # all of them restarted, and the run continues from its last checkpoint by itself.
+    -m consensus.train "$@"
+)
+{
+    for name in OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
+        if [[ -n ${!name:-} ]]; then printf '%s=%s ' "$name" "${!name}"; fi
+    done
+    printf '%q ' "${command[@]}"
+    printf '\n'
+} >&2
+exec "${command[@]}"
