@@ -661,6 +661,8 @@ class _SignsOfLife:
     """
 
     EVERY_S = 0.5
+    ANSWER_S = 10.0
+    """After which the store is taken to be out of reach: a cut connection gives no error."""
 
     def __init__(self, store: dist.Store, launch: Launch) -> None:
         self._rank, self._size = launch.rank, launch.size
@@ -684,22 +686,41 @@ class _SignsOfLife:
 
     def last_words(self, text: str) -> None:
         """Say why this rank ends."""
-        try:
+
+        def say() -> str:
             with self._lock:
                 self._store.set(f"words/{self._rank}", text)
-        except RuntimeError:
-            pass  # nobody is left to read it
+            return ""
+
+        self._in_time(say)
 
     def missing(self) -> str:
         """Which ranks failed, with what, and which give no sign of life; "" if nobody knows."""
-        try:
-            with self._lock:
-                self._store.set(f"waited/{self._rank}", "1")
-            before = self._read("count")
-            time.sleep(3 * self.EVERY_S)
-            after, words, waited = (self._read(kind) for kind in ("count", "words", "waited"))
-        except RuntimeError:
-            return ""
+        return self._in_time(self._missing)
+
+    def _in_time(self, ask: Callable[[], str]) -> str:
+        """What the store says, or that it does not answer."""
+        answers: list[str] = []
+
+        def work() -> None:
+            try:
+                answers.append(ask())
+            except RuntimeError:
+                answers.append("")  # the store is gone: nobody is left to know, or to read
+
+        thread = threading.Thread(target=work, name="ask", daemon=True)
+        thread.start()
+        thread.join(self.ANSWER_S)
+        if answers:
+            return answers[0]
+        return "the host where the ranks have met cannot be reached from this one (cut off)"
+
+    def _missing(self) -> str:
+        with self._lock:
+            self._store.set(f"waited/{self._rank}", "1")
+        before = self._read("count")
+        time.sleep(3 * self.EVERY_S)
+        after, words, waited = (self._read(kind) for kind in ("count", "words", "waited"))
         said = [f"rank {rank} failed: {text}" for rank, text in sorted(words.items())]
         silent = [
             rank
@@ -725,7 +746,7 @@ class _SignsOfLife:
     def stop(self) -> None:
         """End the counting, and wait for it: a thread in C++ must not meet Python's own end."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(self.ANSWER_S)
 
 
 def choose_backend(name: str, device: torch.device, launch: Launch) -> str:

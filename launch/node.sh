@@ -47,6 +47,8 @@ else
     [[ ${RENDEZVOUS:-} =~ ^[^:]+:[0-9]+$ ]] || die "RENDEZVOUS=${RENDEZVOUS:-}: $nnodes nodes meet at host:port"
     # c10d: whichever node has that address keeps the store; no other service is needed.
     meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-consensus}")
+    # torch knows a name of this machine as its own, but an address only where the name resolves to it.
+    if [[ $(ip -o addr show scope global 2>/dev/null) == *" ${RENDEZVOUS%:*}/"* ]]; then meeting+=(--rdzv-conf=is_host=true); fi
     # Where names of hosts do not resolve from node to node, the address of the interface does.
     if [[ -n ${INTERFACE:-} ]]; then
         address=$(ip -o -4 addr show dev "$INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hosts
 import pytest
 import slurm
 import torch
@@ -40,7 +41,7 @@ SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU, the real MNIST or SLURM where there is none; pytest counts them.
+    """Leave out what needs a GPU, the real MNIST, SLURM or root where there is none; counted.
 
     The slowest files come first.
     """
@@ -53,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         absent.add("mnist")
     if not slurm.available() or importlib.util.find_spec("submitit") is None:
         absent.add("slurm")
+    if not hosts.available():
+        absent.add("hosts")
     needing = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if needing:
         config.hook.pytest_deselected(items=needing)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# usage: launch/multinode.sh HOST[,HOST ...] [OVERRIDE ...]
+#
+# A run on plain hosts, without a scheduler: starts launch/node.sh on each of them over ssh (keys, no passwords), in this
+# folder, which they see under the same path. They meet at the first. Ctrl+C or SIGTERM here asks all of them for a checkpoint;
+# when one ends with a failure, so do the others. The exit code is that of the first failure.
+#
+#   NPROC=4 INTERFACE=eth0 launch/multinode.sh node1,node2 resume=auto output.run_dir=runs/mine potential=tan
+#
+#   ADDRESS   of the first host, as the others reach it; default: its name as given here
+#   PORT      where they meet; default: 29400
+#   REMOTE    what runs a command on a host, as `REMOTE HOST COMMAND`; default: ssh, with BatchMode and a timeout
+#   NPROC, INTERFACE, OMP_NUM_THREADS, CONSENSUS_VENV    as for launch/node.sh, on every host
+set -euo pipefail
+
+if [[ ${1:-} == '' || $1 == -* || $1 == *=* ]]; then
+    printf 'usage: launch/multinode.sh HOST[,HOST ...] [OVERRIDE ...]\n' >&2
+    exit 2
+fi
+IFS=, read -r -a hosts <<<"$1"
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+remote=(${REMOTE:-ssh -o BatchMode=yes -o ConnectTimeout=10})
+
+variables=("NNODES=${#hosts[@]}" "RENDEZVOUS=${ADDRESS:-${hosts[0]}}:${PORT:-29400}" "RUN_ID=multinode-$(date +%s)-$$")
+for name in NPROC INTERFACE OMP_NUM_THREADS CONSENSUS_VENV; do
+    if [[ -n ${!name:-} ]]; then variables+=("$name=${!name}"); fi
+done
+
+# A remote command gets no signal from here. It follows its standard input, which stays open as long as this script lives:
+# at its end the process group of launch/node.sh gets a SIGTERM; 60 s later what is left of it, such as a torchrun that waits
+# for a host that is gone, is killed.
+node=$(printf ' %q' env "${variables[@]}" "$root/launch/node.sh" "$@")
+printf -v folder_here %q "$PWD"
+script="cd $folder_here || exit 2
+exec 3<&0
+setsid$node </dev/null 3<&- & node=\$!
+{ read -r -u 3; kill -TERM -- -\$node; sleep 60; kill -KILL -- -\$node; } >/dev/null 2>&1 & watch=\$!
+wait \$node; code=\$?
+kill \$watch 2>/dev/null
+exit \$code"
+command="exec bash -c '${script//\'/\'\\\'\'}'" # any shell reads that, whichever the far side has
+
+folder=$(mktemp -d)
+pids=()
+cleanup() {
+    exec 9>&- # the far ends read the end of their input: SIGTERM to their node
+    for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" 2>/dev/null || true; done
+    rm -rf "$folder"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+mkfifo "$folder/open"
+exec 9<>"$folder/open" # a pipe that never has anything to read, until it is closed
+for host in "${hosts[@]}"; do
+    printf '%s:%s\n' "$host" "$node" >&2
+    "${remote[@]}" "$host" "$command" <"$folder/open" 9>&- &
+    pids+=($!)
+done
+for _ in "${pids[@]}"; do
+    code=0
+    wait -n "${pids[@]}" || code=$?
+    if ((code)); then exit "$code"; fi
+done
