@@ -50,7 +50,7 @@ def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[
             axis.set_title(title)
             axis.set_xlabel(over)
             axis.grid(alpha=0.3)
-    name_lines(axes[0][-1], curves)
+    name_lines(axes[0][-1].legend(), curves)
     for path in paths:
         write_figure(figure, path)
 

@@ -12,8 +12,8 @@ from consensus.run.metrics import Row
 from consensus.run.progress import COLUMNS, format_cell
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 PANELS = (
     ("objective", "objective"),
@@ -96,11 +96,16 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     """
     # Imported where it is used: it takes most of a second that the ranks above 0 need not spend.
     # `Figure` instead of pyplot: no window system, no global state.
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    named, tab20 = len(runs) <= MOST_IN_LEGEND, colormaps["tab20"]
+    below = named and (len(runs) > 4 or max(map(len, runs), default=0) > 40)
+    figure = Figure(figsize=(10, 7 + (0.1 * len(runs) if below else 0)), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
+        if len(runs) > 10:  # matplotlib's own colors begin again after ten
+            axis.set_prop_cycle(color=[tab20(i) for i in range(20)])
         for rows in runs.values():
             values = [float("nan") if row[key] is None else row[key] for row in rows]
             iterations = [row["iteration"] for row in rows]
@@ -112,15 +117,18 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("iteration")
-    if len(runs) <= MOST_IN_LEGEND:
-        name_lines(axes[0][0], runs)
+    if below:
+        lines = axes[0][0].lines
+        name_lines(figure.legend(handles=lines, loc="outside lower center", ncols=2), runs)
+    elif named:
+        name_lines(axes[0][0].legend(), runs)
     write_figure(figure, path)
 
 
-def name_lines(axis: "Axes", labels: Iterable[str]) -> None:
-    """A legend of the lines of a panel, each of which was drawn with some label, in their order."""
+def name_lines(legend: "Legend", labels: Iterable[str]) -> None:
+    """Name the lines of a legend, each of which was drawn with some label, in their order."""
     # Set afterwards: a label that begins with `_` is left out, and one with `$` read as a formula.
-    for text, label in zip(axis.legend().get_texts(), labels, strict=True):
+    for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)
         text.set_text(printable(label))
 
