@@ -28,14 +28,14 @@ for name in NPROC INTERFACE OMP_NUM_THREADS CONSENSUS_VENV; do
 done
 
 # A remote command gets no signal from here. It follows its standard input, which stays open as long as this script lives:
-# at its end the process group of launch/node.sh gets a SIGTERM; 60 s later what is left of it, such as a torchrun that waits
+# at its end the process group of launch/node.sh gets a SIGTERM; 30 s later what is left of it, such as a torchrun that waits
 # for a host that is gone, is killed.
 node=$(printf ' %q' env "${variables[@]}" "$root/launch/node.sh" "$@")
 printf -v folder_here %q "$PWD"
 script="cd $folder_here || exit 2
 exec 3<&0
 setsid$node </dev/null 3<&- & node=\$!
-{ read -r -u 3; kill -TERM -- -\$node; sleep 60; kill -KILL -- -\$node; } >/dev/null 2>&1 & watch=\$!
+{ read -r -u 3; kill -TERM -- -\$node; sleep 30; kill -KILL -- -\$node; } >/dev/null 2>&1 & watch=\$!
 wait \$node; code=\$?
 kill \$watch 2>/dev/null
 exit \$code"

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 
 SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must not begin last
+    "tests/test_hosts.py",  # mostly waits
     "tests/test_faults.py",
     "tests/test_kill.py",
     "tests/test_train.py",
