@@ -262,6 +262,15 @@ def test_a_launch_around_the_sweep_is_not_that_of_its_runs(monkeypatch):
     assert own["OMP_NUM_THREADS"] == "7"
 
 
+def test_a_job_of_slurm_has_the_cores_that_it_asked_for(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert cells.environment(2, 1)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert cells.environment(2, 1)["OMP_NUM_THREADS"] == "32"
+
+
 def test_each_of_several_runs_has_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     with cells.a_gpu(tmp_path, 1) as alone:

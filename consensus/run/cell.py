@@ -153,6 +153,9 @@ def environment(processes: int, jobs: int) -> dict[str, str]:
         if key not in theirs and not key.startswith("TORCHELASTIC_")
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    of_job = os.environ.get("SLURM_CPUS_PER_TASK", "")  # not every cluster binds a job to its cores
+    if of_job.isdecimal():
+        cores, jobs = int(of_job), 1
     own.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // (processes * jobs))))
     return own
 
