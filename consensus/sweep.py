@@ -45,6 +45,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     register_schema()
     register_sweep_schema()
+    cancelled: list[str] = []
     try:
         with initialize_config_dir(config_dir(), version_base="1.3", job_name="sweep"):
             if "--help" in sys.argv or "-h" in sys.argv:
@@ -55,16 +56,19 @@ def main() -> None:
             require_launcher(sweep)
             require_no_jobs(sweep)
             with Board(sweep.path, sweep.cells) as board:
-                run(sweep, board)
+                try:
+                    run(sweep, board)
+                except KeyboardInterrupt:
+                    cancelled = jobs_in_queue(sweep.path)  # of this call: there were none before
+                    cancel(cancelled)
+                    raise
     except REFUSALS as error:
         leave(explain(error), 2)
     except (OSError, GroupError) as error:
         leave(str(error), 1)
     except KeyboardInterrupt:
-        jobs = jobs_in_queue(sweep.path)
-        cancel(jobs)
-        cancelled = f", the jobs {', '.join(jobs)} cancelled" if jobs else ""
-        leave(f"stopped{cancelled}; the same command continues it", 130)
+        jobs = f", the jobs {', '.join(cancelled)} cancelled" if cancelled else ""
+        leave(f"stopped{jobs}; the same command continues it", 130)
     if board.number("done"):
         try:
             report([sweep.path])

@@ -221,6 +221,21 @@ def test_a_sweep_that_is_stopped_cancels_its_jobs(sweep, queue, monkeypatch):
     assert queue.read_text() == "7\n"
 
 
+@pytest.mark.parametrize("where", ["read_sweep", "require_no_jobs"])
+def test_a_sweep_that_is_stopped_before_it_starts_cancels_nothing(sweep, queue, monkeypatch, where):
+    """The jobs in the queue are those of an earlier call."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, where, stopped)
+    before = queue.read_text()
+    code, _, err = sweep("seed=1", "sweep.dir=many")
+    assert code == 130
+    assert err == "consensus.sweep: stopped; the same command continues it\n"
+    assert queue.read_text() == before
+
+
 def test_a_run_that_a_cluster_asks_to_stop_is_no_failure(sweep, tmp_path):
     """All processes of a job get the signal, the run among them."""
     run_dir = tmp_path / "many" / "seed=14"

@@ -187,6 +187,8 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
         bytes_each = bytes_of_worker(model.to(getattr(torch, config.dtype)))
     except Exception:  # a model of a user, which may do anything
         return
+    if not bytes_each:  # no parameters, which the run refuses
+        return
     device = choose_device(config, Launch())
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
     room = memory_of(device) // bytes_each
