@@ -1,30 +1,29 @@
 """Communication: one process without a process group, or many over Gloo or NCCL.
 
-The only module that imports torch.distributed. Everything above it sees a `Group`: the sums,
-minima and broadcasts of Algorithm 1, and the rule that a rank never raises alone.
+Everything above sees a `Group`: the sums, minima and broadcasts of Algorithm 1, and the rule that a
+rank never raises alone. Only this module and meeting.py below it import torch.distributed.
 """
 
 import copy
-import hashlib
 import os
 import re
 import socket
-import threading
-import time
-import uuid
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from consensus.meeting import SignsOfLife, in_time, meet
 from consensus.shared_memory import PeersGoneError, SharedSum, available
+
+T = TypeVar("T")
 
 
 class GroupError(RuntimeError):
@@ -402,14 +401,14 @@ class ProcessGroup(Group):
         self._shared_memory = may_share_memory(launch, shared_memory)
         self._shared_sums: list[SharedSum] = []
         self._timeout = timedelta(seconds=timeout_s)
-        self._signs: _SignsOfLife | None = None
+        self._signs: SignsOfLife | None = None
         self._sides: list[ProcessGroup] = []
         with self.reporting("start"):
             place = dist.rendezvous(init_method, launch.rank, launch.size, timeout=self._timeout)
             store, _, _ = next(iter(place))
             store.set_timeout(self._timeout)
-            store = dist.PrefixStore(_meet(store, launch, timeout_s), store)
-            self._signs = _SignsOfLife(dist.PrefixStore("alive", store), launch)
+            store = dist.PrefixStore(meet(store, launch.rank, launch.size, timeout_s), store)
+            self._signs = SignsOfLife(dist.PrefixStore("alive", store), launch.rank, launch.size)
 
             def connect() -> None:
                 dist.init_process_group(
@@ -428,29 +427,14 @@ class ProcessGroup(Group):
         assert dist.group.WORLD is not None
         self.handle: dist.ProcessGroup = dist.group.WORLD
 
-    def _in_time(self, connect: Callable[[], Any]) -> Any:
+    def _in_time(self, connect: Callable[[], T]) -> T:
         """Let Gloo connect. It waits for each peer in turn, and the timeout is for all of them.
 
         Raises:
-            RuntimeError: If it fails, or is not done in time; then it is left to itself.
+            TimeoutError: If not all are there in time.
         """
-        results: list[Any] = []
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                results.append(connect())
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=work, name="connect", daemon=True)
-        thread.start()
-        thread.join(self._timeout.total_seconds())
-        if errors:
-            raise errors[0]
-        if not results:
-            raise dist.DistNetworkError("not all ranks were connected in time")
-        return results[0]
+        late = "not all ranks were connected in time"
+        return in_time(connect, self._timeout.total_seconds(), late)
 
     @contextmanager
     def reporting(self, operation: str) -> Iterator[None]:
@@ -460,8 +444,8 @@ class ProcessGroup(Group):
         """
         try:
             yield
-        except RuntimeError as error:
-            lost = isinstance(error, dist.DistError | PeersGoneError)
+        except (RuntimeError, TimeoutError) as error:
+            lost = isinstance(error, dist.DistError | PeersGoneError | TimeoutError)
             if not lost and not _LOST.search(str(error)):
                 raise
             cause = (str(error).strip() or repr(error)).splitlines()[0]
@@ -612,141 +596,10 @@ class ProcessGroup(Group):
             dist.destroy_process_group()
 
 
-def _meet(store: dist.Store, launch: Launch, timeout_s: float) -> str:
-    """A name that this start of all ranks has and no other: a part of the store for them alone.
-
-    torchrun keeps one store over all its restarts. What it holds may be of ranks that are dead, the
-    addresses at which Gloo would seek them as well, and nothing in the environment tells one start
-    from another on all nodes alike. So each rank calls itself by a number that nobody had before;
-    rank 0 publishes whom it sees, again and again, until all of them have found themselves on it.
-
-    Raises:
-        PeerLostError: If they have not after `timeout_s`.
-    """
-    mine = uuid.uuid4().hex
-    store.set(f"rank/{launch.rank}", mine)
-    deadline = time.monotonic() + timeout_s
-
-    def read(key: str) -> str:
-        return store.get(key).decode() if store.check([key]) else ""
-
-    while True:
-        if launch.rank == 0:
-            seen = ",".join(read(f"rank/{rank}") for rank in range(launch.size))
-            store.set("seen", seen)
-        else:
-            seen = read("seen")
-        met = hashlib.sha256(seen.encode()).hexdigest()
-        if seen.split(",")[launch.rank :][:1] == [mine]:
-            store.set(f"{met}/{launch.rank}", "here")
-            if launch.rank == 0 and all(read(f"{met}/{rank}") for rank in range(launch.size)):
-                store.set(f"{met}/all", "here")
-            if read(f"{met}/all"):
-                return met
-        if time.monotonic() > deadline:
-            absent = [rank for rank in range(launch.size) if not read(f"{met}/{rank}")]
-            raise PeerLostError(
-                f"rank {launch.rank}: lost a peer in `start`: rank {', '.join(map(str, absent))} "
-                f"did not come within {timeout_s:g} s"
-            )
-        time.sleep(0.05)
-
-
-class _SignsOfLife:
-    """Who lives, and who said why it died, in the key-value store at which the group has met.
-
-    A thread counts upwards in the store for as long as the process runs; a rank that is killed, or
-    stopped, or whose machine is gone, no longer counts. Read after a collective has failed, never
-    before: nothing waits for it.
-    """
-
-    EVERY_S = 0.5
-    ANSWER_S = 10.0
-    """After which the store is taken to be out of reach: a cut connection gives no error."""
-
-    def __init__(self, store: dist.Store, launch: Launch) -> None:
-        self._rank, self._size = launch.rank, launch.size
-        self._store = store.clone()  # a connection of its own: no other thread waits on it
-        self._store.set_timeout(timedelta(seconds=5.0))
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._store.set(f"count/{self._rank}", "0")
-        self._thread = threading.Thread(target=self._count, name="signs-of-life", daemon=True)
-        self._thread.start()
-
-    def _count(self) -> None:
-        beats = 0
-        while not self._stopped.wait(self.EVERY_S):
-            beats += 1
-            try:
-                with self._lock:
-                    self._store.set(f"count/{self._rank}", str(beats))
-            except RuntimeError:
-                return  # the store is gone, and the launcher with it
-
-    def last_words(self, text: str) -> None:
-        """Say why this rank ends."""
-
-        def say() -> str:
-            with self._lock:
-                self._store.set(f"words/{self._rank}", text)
-            return ""
-
-        self._in_time(say)
-
-    def missing(self) -> str:
-        """Which ranks failed, with what, and which give no sign of life; "" if nobody knows."""
-        return self._in_time(self._missing)
-
-    def _in_time(self, ask: Callable[[], str]) -> str:
-        """What the store says, or that it does not answer."""
-        answers: list[str] = []
-
-        def work() -> None:
-            try:
-                answers.append(ask())
-            except RuntimeError:
-                answers.append("")  # the store is gone: nobody is left to know, or to read
-
-        thread = threading.Thread(target=work, name="ask", daemon=True)
-        thread.start()
-        thread.join(self.ANSWER_S)
-        if answers:
-            return answers[0]
-        return "the host where the ranks have met cannot be reached from this one (cut off)"
-
-    def _missing(self) -> str:
-        with self._lock:
-            self._store.set(f"waited/{self._rank}", "1")
-        before = self._read("count")
-        time.sleep(3 * self.EVERY_S)
-        after, words, waited = (self._read(kind) for kind in ("count", "words", "waited"))
-        said = [f"rank {rank} failed: {text}" for rank, text in sorted(words.items())]
-        silent = [
-            rank
-            for rank in range(self._size)
-            if rank != self._rank and rank not in words and before.get(rank) == after.get(rank)
-        ]
-        if silent:
-            ranks = ", ".join(map(str, silent))
-            said.append(f"no sign of life from rank {ranks} (killed, stopped or cut off)")
-        late = [rank for rank in range(self._size) if rank not in waited]
-        if not said and late:  # the others have waited in vain as this rank has
-            said.append(f"rank {', '.join(map(str, late))} lives but did not come in time")
-        return "; ".join(said)
-
-    def _read(self, kind: str) -> dict[int, str]:
-        found = {}
-        with self._lock:
-            for rank in range(self._size):
-                if self._store.check([f"{kind}/{rank}"]):
-                    found[rank] = self._store.get(f"{kind}/{rank}").decode(errors="replace")
-        return found
-
-    def stop(self) -> None:
-        """End the counting, and wait for it: a thread in C++ must not meet Python's own end."""
-        self._stopped.set()
-        self._thread.join(self.ANSWER_S)
+def backends() -> list[str]:
+    """Those that this torch has."""
+    there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    return [name for name, has in there.items() if has]
 
 
 def choose_backend(name: str, device: torch.device, launch: Launch) -> str:
@@ -758,7 +611,7 @@ def choose_backend(name: str, device: torch.device, launch: Launch) -> str:
     if name != "auto":
         return name
     own_device = device.type == "cuda" and launch.local_size <= torch.cuda.device_count()
-    return "nccl" if own_device and dist.is_nccl_available() else "gloo"
+    return "nccl" if own_device and "nccl" in backends() else "gloo"
 
 
 def may_share_memory(launch: Launch, wanted: bool) -> bool:

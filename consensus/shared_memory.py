@@ -89,8 +89,8 @@ class SharedSum:
         slot, slots = _layout(size, numel, dtype)
         self._file = os.open(path, os.O_RDWR)  # `from_file` would make what it does not find
         try:
-            num_bytes = _num_bytes(size, numel, dtype)
-            memory = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+            length = num_bytes(size, numel, dtype)
+            memory = torch.from_file(path, shared=True, size=length, dtype=torch.uint8)
             # A lock on byte r shows that rank r lives: the kernel takes it back at its end. After
             # the mapping, since a process that closes any handle of a file loses its locks on it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
@@ -118,7 +118,7 @@ class SharedSum:
         """
         handle, path = tempfile.mkstemp(prefix="consensus-", dir=FOLDER)
         try:
-            os.posix_fallocate(handle, 0, _num_bytes(size, numel, dtype))
+            os.posix_fallocate(handle, 0, num_bytes(size, numel, dtype))
         except OSError:
             os.unlink(path)
             raise
@@ -208,7 +208,8 @@ def _head(size: int) -> int:
     return -(-2 * size * LINE * 8 // PAGE) * PAGE
 
 
-def _num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
+def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
+    """What a sum of so many numbers over so many ranks takes in FOLDER."""
     slot, slots = _layout(size, numel, dtype)
     return _head(size) + slot * slots
 

@@ -10,7 +10,7 @@
 #   ADDRESS   of the first host, as the others reach it; default: its name as given here
 #   PORT      where they meet; default: 29400
 #   REMOTE    what runs a command on a host, as `REMOTE HOST COMMAND`; default: ssh, with BatchMode and a timeout
-#   NPROC, INTERFACE, OMP_NUM_THREADS, CONSENSUS_VENV    as for launch/node.sh, on every host
+#   NPROC, INTERFACE, OMP_NUM_THREADS, CONSENSUS_VENV, MODULE    as for launch/node.sh, on every host
 set -euo pipefail
 
 if [[ ${1:-} == '' || $1 == -* || $1 == *=* ]]; then
@@ -23,7 +23,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 remote=(${REMOTE:-ssh -o BatchMode=yes -o ConnectTimeout=10})
 
 variables=("NNODES=${#hosts[@]}" "RENDEZVOUS=${ADDRESS:-${hosts[0]}}:${PORT:-29400}" "RUN_ID=multinode-$(date +%s)-$$")
-for name in NPROC INTERFACE OMP_NUM_THREADS CONSENSUS_VENV; do
+for name in NPROC INTERFACE OMP_NUM_THREADS CONSENSUS_VENV MODULE; do
     if [[ -n ${!name:-} ]]; then variables+=("$name=${!name}"); fi
 done
 
@@ -61,6 +61,6 @@ for host in "${hosts[@]}"; do
 done
 for _ in "${pids[@]}"; do
     code=0
-    wait -n "${pids[@]}" || code=$?
+    wait -n "${pids[@]}" 2>/dev/null || code=$? # it complains of those it has told already
     if ((code)); then exit "$code"; fi
 done

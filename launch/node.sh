@@ -10,7 +10,10 @@
 #   RUN_ID            a name that all nodes of this start share, and no other start has; default: consensus
 #   INTERFACE         network interface between the nodes; becomes GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
 #   OMP_NUM_THREADS   threads of a process; default: 1
+#   MODULE            what each process runs; default: consensus.train. With consensus.doctor the job is looked at instead
 #   CONSENSUS_VENV    environment; default: the checkout's .venv, else the python3 on PATH
+#
+# How long nodes wait for each other at the start, and ranks later, is the override group.timeout_s=SECONDS (600).
 #
 # Exit codes: 0 done. Else torchrun's own: 1 where a rank failed or was asked to stop, which prints its own code (75: it
 # left a checkpoint, and resume=auto continues); 2 for a mistake in these variables.
@@ -29,6 +32,7 @@ gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
 nproc=${NPROC:-$(gpus)}
 [[ $nproc != 0 || -n ${NPROC:-} ]] || nproc=1
 nnodes=${NNODES:-1}
+module=${MODULE:-consensus.train}
 [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: the number of processes is a whole number from 1"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: the number of nodes is a whole number from 1"
 
@@ -45,10 +49,16 @@ if ((nnodes == 1)); then
     meeting=(--standalone)
 else
     [[ ${RENDEZVOUS:-} =~ ^[^:]+:[0-9]+$ ]] || die "RENDEZVOUS=${RENDEZVOUS:-}: $nnodes nodes meet at host:port"
+    # How long anyone waits for another is one setting, of the run; torchrun wants whole seconds.
+    timeout=600
+    for argument in "$@"; do
+        if [[ $argument =~ ^group\.timeout_s=([0-9]+)(\.[0-9]*)?$ ]]; then timeout=$((BASH_REMATCH[1] + 1)); fi
+    done
+    conf=join_timeout=$timeout
     # c10d: whichever node has that address keeps the store; no other service is needed.
-    meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-consensus}")
     # torch knows a name of this machine as its own, but an address only where the name resolves to it.
-    if [[ $(ip -o addr show scope global 2>/dev/null) == *" ${RENDEZVOUS%:*}/"* ]]; then meeting+=(--rdzv-conf=is_host=true); fi
+    if [[ $(ip -o addr show scope global 2>/dev/null) == *" ${RENDEZVOUS%:*}/"* ]]; then conf+=,is_host=true; fi
+    meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-consensus}" --rdzv-conf="$conf")
     # Where names of hosts do not resolve from node to node, the address of the interface does.
     if [[ -n ${INTERFACE:-} ]]; then
         address=$(ip -o -4 addr show dev "$INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
@@ -66,13 +76,16 @@ command=(
     # prints is a failure that must be seen; and rank 0 keeps the terminal, which --tee would take away.
     # No --max-restarts: whoever watches the run starts it again with resume=auto. With it, a rank that dies has
     # all of them restarted, and the run continues from its last checkpoint by itself.
-    -m consensus.train "$@"
+    -m "$module" "$@"
 )
-{
-    for name in OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
-        if [[ -n ${!name:-} ]]; then printf '%s=%s ' "$name" "${!name}"; fi
-    done
-    printf '%q ' "${command[@]}"
-    printf '\n'
-} >&2
+line=
+for name in OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
+    if [[ -n ${!name:-} ]]; then line+="$name=${!name} "; fi
+done
+printf -v line '%s%s' "$line" "$(printf '%q ' "${command[@]}")"
+printf '%s\n' "$line" >&2 # at once: several nodes may write to one terminal
+if [[ $module == consensus.doctor ]] && ((nnodes > 1)); then
+    # What keeps the nodes apart keeps torchrun waiting: it is looked for first, without it.
+    NNODES=$nnodes RENDEZVOUS=$RENDEZVOUS RUN_ID=${RUN_ID:-consensus} "$python" -m consensus.doctor "$@"
+fi
 exec "${command[@]}"

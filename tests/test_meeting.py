@@ -1,0 +1,140 @@
+"""Where processes meet: one start among many, and small values without a group."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch.distributed import TCPStore
+
+from consensus.meeting import Exchange, meet
+
+
+@pytest.fixture
+def store():
+    """What torchrun keeps over all its restarts."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return lambda: TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+
+
+# ---- meet
+
+
+def start(store, delays, timeout_s=20.0):
+    """Start one rank for each delay; None is a rank that never comes. Their names, or errors."""
+
+    def come(rank):
+        if delays[rank] is None:
+            return None
+        time.sleep(delays[rank])
+        try:
+            return meet(store(), rank, len(delays), timeout_s)
+        except TimeoutError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(delays)) as pool:
+        return list(pool.map(come, range(len(delays))))
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_start_is_never_mistaken_for_an_earlier_one(store, late):
+    """All keys of the starts before lie in the store, also those of one that was broken off."""
+    names = [start(store, [0.0, 0.0, 0.0]) for _ in range(2)]
+    broken_off = start(store, [0.0, 0.0, None], timeout_s=0.3)
+    assert "rank 2 did not come within 0.3 s" in broken_off[0]
+    names += [start(store, [0.3 * (rank == late) for rank in range(3)]) for _ in range(3)]
+    assert all(len(set(of_one_start)) == 1 for of_one_start in names)
+    assert len({of_one_start[0] for of_one_start in names}) == 5
+
+
+def test_who_did_not_come_is_named(store):
+    says = start(store, [0.0, None, 0.0, None], timeout_s=0.5)
+    assert says[0] == "rank 1, 3 did not come within 0.5 s"
+    assert says[2].startswith("rank ")
+
+
+# ---- Exchange
+
+
+def together(store, size, function, timeout_s=20.0):
+    """function(exchange) for so many members, in threads."""
+    with ThreadPoolExecutor(size) as pool:
+        members = [Exchange(store(), index, size, timeout_s) for index in range(size)]
+        return list(pool.map(function, members))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_all_members_hear_all_values(store, size):
+    def talk(exchange):
+        first = exchange.gather({"index": exchange.index})
+        time.sleep(0.05 * exchange.index)  # who is late hears the same
+        second = exchange.gather([exchange.index, None, "ä"])
+        exchange.close()
+        return first, second
+
+    expected = ([{"index": i} for i in range(size)], [[i, None, "ä"] for i in range(size)])
+    assert together(store, size, talk) == [expected] * size
+
+
+def test_alone_one_hears_oneself():
+    exchange = Exchange.alone()
+    assert exchange.gather(7) == [7]
+    exchange.close()
+
+
+def test_one_asks_another(store):
+    def talk(exchange):
+        if exchange.index == 0:
+            return exchange.ask("question") + 1
+        exchange.tell("question", 41)
+        return None
+
+    assert together(store, 2, talk) == [42, None]
+
+
+def test_a_member_that_is_absent_is_named(store):
+    exchange = Exchange(store(), 0, 2, 0.3)
+    with pytest.raises(TimeoutError, match=r"round 1 of 1 within 0\.3 s"):
+        exchange.gather("here")
+
+
+def test_the_node_that_keeps_the_store_is_the_first():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def come(keep):
+        return Exchange.of_nodes("127.0.0.1", port, "mine", 3, 5.0, keep=keep)
+
+    nodes = [come(True), come(False), come(False)]
+    assert [node.index for node in nodes] == [0, 1, 2]
+    assert [node.came for node in nodes] == [3, 3, 3]
+    with pytest.raises(ConnectionError, match="4 nodes came under the name mine, not 3"):
+        come(False)
+
+
+def test_what_does_not_speak_as_a_store_is_not_waited_for():
+    """torch's own client would wait for ever."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(ConnectionError, match="does not speak as a store"):
+            Exchange.of_nodes("127.0.0.1", silent.getsockname()[1], "a", 2, 0.5, keep=False)
+
+
+def test_the_keeper_of_a_store_leaves_last(store):
+    left = []
+
+    def leave(exchange):
+        time.sleep(0.0 if exchange.index == 0 else 0.3)
+        exchange.close()
+        left.append(exchange.index)
+
+    members = [Exchange(store(), index, 2, 5.0, keeps=index == 0) for index in range(2)]
+    threads = [threading.Thread(target=leave, args=(member,)) for member in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert left == [1, 0]
