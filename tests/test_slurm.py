@@ -90,6 +90,21 @@ def test_a_mistake_ends_the_job_with_one_line_of_ours(cluster, tmp_path):
     assert line.startswith("consensus.train: `algorithm.lam` is -1.0; allowed: ")
 
 
+def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, tmp_path):
+    option = "--export=ALL,MODULE=consensus.doctor"
+    well = submit(cluster, tmp_path, option)
+    ill = submit(cluster, tmp_path, option, overrides=["data=mnist", f"data.root={tmp_path}/none"])
+    cluster.wait(lambda: ended(cluster, well) and ended(cluster, ill), seconds=240)
+    said = (tmp_path / f"consensus-{well}.out").read_text()
+    assert "2 nodes meet at " in said
+    assert "4 processes on 2 nodes" in said
+    assert "u has the same bits on all ranks after 3 iterations" in said
+    assert "FAULT" not in said
+    said = (tmp_path / f"consensus-{ill}.out").read_text()
+    assert f"MNIST is not in {tmp_path}/none/MNIST/raw" in said
+    assert "1 fault" in said
+
+
 def test_a_sweep_by_submitit_that_is_stopped_and_continued(cluster, tmp_path):
     overrides = ["grid=smoke", "device=cpu", "output.tensorboard=false", "sweep.dir=many"]
     overrides += [
