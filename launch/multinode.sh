@@ -20,6 +20,7 @@ fi
 IFS=, read -r -a hosts <<<"$1"
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck disable=SC2206 # REMOTE is several words
 remote=(${REMOTE:-ssh -o BatchMode=yes -o ConnectTimeout=10})
 
 variables=("NNODES=${#hosts[@]}" "RENDEZVOUS=${ADDRESS:-${hosts[0]}}:${PORT:-29400}" "RUN_ID=multinode-$(date +%s)-$$")
