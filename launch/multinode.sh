@@ -20,6 +20,7 @@ fi
 IFS=, read -r -a hosts <<<"$1"
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck disable=SC2206 # REMOTE is several words
 remote=(${REMOTE:-ssh -o BatchMode=yes -o ConnectTimeout=10})
 
 variables=("NNODES=${#hosts[@]}" "RENDEZVOUS=${ADDRESS:-${hosts[0]}}:${PORT:-29400}" "RUN_ID=multinode-$(date +%s)-$$")
@@ -59,8 +60,14 @@ for host in "${hosts[@]}"; do
     "${remote[@]}" "$host" "$command" <"$folder/open" 9>&- &
     pids+=($!)
 done
-for _ in "${pids[@]}"; do
-    code=0
-    wait -n "${pids[@]}" 2>/dev/null || code=$? # it complains of those it has told already
-    if ((code)); then exit "$code"; fi
+# Not `wait -n`, which forgets those that have ended before it is called.
+while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+        if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+        code=0
+        wait "${pids[i]}" || code=$?
+        unset "pids[i]"
+        if ((code)); then exit "$code"; fi
+    done
+    sleep 0.2
 done

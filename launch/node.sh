@@ -36,6 +36,24 @@ module=${MODULE:-consensus.train}
 [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: the number of processes is a whole number from 1"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: the number of nodes is a whole number from 1"
 
+# Both ask the kernel through Python: `ip` is not in small images. IPv4 only; neither prints why it fails.
+is_own_address() { # with a loopback address no other node could mean this one
+    [[ $1 =~ ^[0-9.]+$ && $1 != 127.* ]] && "$python" - "$1" 2>/dev/null <<'PYTHON'
+import socket, sys
+
+socket.socket().bind((sys.argv[1], 0))
+PYTHON
+}
+address_of() { # the first one of an interface
+    "$python" - "$1" 2>/dev/null <<'PYTHON'
+import fcntl, socket, struct, sys
+
+SIOCGIFADDR = 0x8915
+answer = fcntl.ioctl(socket.socket(), SIOCGIFADDR, struct.pack("256s", sys.argv[1].encode()))
+print(socket.inet_ntoa(answer[20:24]))
+PYTHON
+}
+
 # The ranks of one machine share its cores: with one thread each they do not fight over them. Set it yourself
 # where there are more cores than ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -57,13 +75,10 @@ else
     conf=join_timeout=$timeout
     # c10d: whichever node has that address keeps the store; no other service is needed.
     # torch knows a name of this machine as its own, but an address only where the name resolves to it.
-    if [[ $(ip -o addr show scope global 2>/dev/null) == *" ${RENDEZVOUS%:*}/"* ]]; then conf+=,is_host=true; fi
+    if is_own_address "${RENDEZVOUS%:*}"; then conf+=,is_host=true; fi
     meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-consensus}" --rdzv-conf="$conf")
     # Where names of hosts do not resolve from node to node, the address of the interface does.
-    if [[ -n ${INTERFACE:-} ]]; then
-        address=$(ip -o -4 addr show dev "$INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
-        meeting+=(--local-addr="$address")
-    fi
+    if [[ -n ${INTERFACE:-} ]] && address=$(address_of "$INTERFACE"); then meeting+=(--local-addr="$address"); fi
 fi
 
 command=(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import container
 import hosts
 import pytest
 import slurm
@@ -42,7 +43,7 @@ SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU, the real MNIST, SLURM or root where there is none; counted.
+    """Leave out what needs a GPU, the real MNIST, SLURM, root or an image, where absent; counted.
 
     The slowest files come first.
     """
@@ -57,6 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         absent.add("slurm")
     if not hosts.available():
         absent.add("hosts")
+    if not container.available():
+        absent.add("container")
     needing = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if needing:
         config.hook.pytest_deselected(items=needing)

@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "consensus.doctor": BELOW_ENTRIES,
 }
 
-# Processes meet in meeting.py and talk in comm.py alone. Files have no group: torch's format is used where they are.
+# Processes meet in meeting.py and talk in comm.py alone. Files have no group: where they are,
+# torch's format is used.
 MAY_IMPORT_DISTRIBUTED = {
     "consensus.meeting": "torch.distributed",
     "consensus.comm": "torch.distributed",

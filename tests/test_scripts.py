@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").iterdir())]
-LAUNCH = ["local.sh", "multinode.sh", "node.sh", "slurm.sbatch", "slurm_sweep.sh"]
+LAUNCH = ["health.sh", "local.sh", "multinode.sh", "node.sh", "slurm.sbatch", "slurm_sweep.sh"]
 SHELL = [*SCRIPTS, *(f"launch/{name}" for name in LAUNCH), ".ci/run"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
