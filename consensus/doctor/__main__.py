@@ -105,7 +105,7 @@ def examine_nodes(config: Config, nodes: Nodes, patience_s: float) -> int:
 
     Every node calls it. The report comes from the one that keeps the store.
     """
-    address, findings = network.check_interface(nodes.size)
+    address, findings = network.check_interface()
     here = f"{socket.gethostname()} ({address or 'no address'})"
     try:
         keep = network.owns(nodes.host, nodes.port)
@@ -173,7 +173,7 @@ def examine_ranks(config: Config, launch: Launch, patience_s: float) -> int:
         findings += machine.check_memory(plan)
     findings += machine.check_disk(config, plan)
     nodes = launch.size // launch.local_size
-    address, seen = network.check_interface(nodes)
+    address, seen = network.check_interface()
     findings += seen
     here = f"rank {launch.rank} on {socket.gethostname()}"
     if launch.rank == 0:

@@ -56,7 +56,7 @@ def _ipv4(interface: str) -> list[str]:
     return [socket.inet_ntoa(answer[20:24])]
 
 
-def check_interface(nodes: int) -> tuple[str | None, list[Finding]]:
+def check_interface() -> tuple[str | None, list[Finding]]:
     """The address at which Gloo will wait for the others; None and a fault if it is of no use.
 
     As Gloo does: the interface that GLOO_SOCKET_IFNAME names, else what the name of this machine
@@ -80,13 +80,8 @@ def check_interface(nodes: int) -> tuple[str | None, list[Finding]]:
             what = "is down" if state == "down" else "has no address"
             text = f"the interface {name} (GLOO_SOCKET_IFNAME) {what}"
             return None, [fault("network", text, f"ip link set {name} up, or {INTERFACE}")]
-        address, how = there[name][0], f"of {name}"
-    else:
-        address, how = _address_of_hostname()
-    if nodes > 1 and _is_loopback(address):
-        text = f"shows the others the address {address} ({how}), which they cannot reach"
-        return None, [fault("network", text, INTERFACE)]
-    return address, []
+        return there[name][0], []
+    return _address_of_hostname(), []
 
 
 def _fits(variable: str, value: str, there: dict[str, list[str]]) -> bool:
@@ -106,14 +101,14 @@ def _state(interface: str) -> str:
         return "unknown"
 
 
-def _address_of_hostname() -> tuple[str, str]:
-    host = socket.gethostname()
+def _address_of_hostname() -> str:
     with contextlib.suppress(OSError):
-        for family, kind, _, _, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        for family, kind, _, _, place in found:
             with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
                 probe.bind(place)
-                return str(place[0]), f"of the name {host}"
-    return "127.0.0.1", f"since the name {host} has no address here"
+                return str(place[0])
+    return "127.0.0.1"
 
 
 def _is_loopback(address: str) -> bool:
@@ -187,7 +182,9 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
             listener.bind((address, 0))
             listener.listen(exchange.size)
             place = listener.getsockname()[:2]
-            answering = threading.Thread(target=_answer, args=(listener,), daemon=True)
+            answering = threading.Thread(
+                target=_answer, args=(listener, exchange.index), daemon=True
+            )
             answering.start()
             stack.callback(answering.join, CONNECT_S)
             stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes `accept`
@@ -201,7 +198,8 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
             try:
                 with socket.create_connection(there, timeout=CONNECT_S) as connection:
                     connection.settimeout(CONNECT_S)
-                    return "" if connection.recv(1) == b"." else "something else answers there"
+                    found = connection.makefile().readline().strip()
+                    return "" if found == str(index) else "something else answers there"
             except OSError as error:
                 return reason(error)
 
@@ -215,7 +213,8 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
     return [
         fault(
             "network",
-            f"cannot reach {places[index]} at {others[index][0]} ({problem})",
+            f"cannot reach {places[index]} at {others[index][0]}"
+            f"{', its loopback' if _is_loopback(others[index][0]) else ''} ({problem})",
             f"{INTERFACE}; no firewall between the nodes, since ranks connect at ports that the "
             "system chooses",
         )
@@ -224,12 +223,13 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
     ]
 
 
-def _answer(listener: socket.socket) -> None:
+def _answer(listener: socket.socket, index: int) -> None:
+    """Say who is here to whoever asks, until the listener is shut down."""
     with contextlib.suppress(OSError):
         while True:
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):
-                connection.sendall(b".")
+                connection.sendall(f"{index}\n".encode())
 
 
 def check_clocks(exchange: Exchange, clock: Callable[[], float] = time.time) -> list[Finding]:
