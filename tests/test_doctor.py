@@ -397,7 +397,7 @@ def test_ranks_of_a_launch(tmp_path):
     assert "2 processes on 1 node" in done.stdout
     assert "the same everywhere" in done.stdout
     assert "7,850  u of this model" in done.stdout
-    assert "u has the same bits on all ranks after 3 iterations" in done.stdout
+    assert "after 3 iterations all ranks hold the same bits of u" in done.stdout
     assert "no faults" in done.stdout
     assert os.listdir(tmp_path) == []
 

@@ -98,7 +98,7 @@ def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, tmp_path):
     said = (tmp_path / f"consensus-{well}.out").read_text()
     assert "2 nodes meet at " in said
     assert "4 processes on 2 nodes" in said
-    assert "u has the same bits on all ranks after 3 iterations" in said
+    assert "after 3 iterations all ranks hold the same bits of u" in said
     assert "FAULT" not in said
     said = (tmp_path / f"consensus-{ill}.out").read_text()
     assert f"MNIST is not in {tmp_path}/none/MNIST/raw" in said

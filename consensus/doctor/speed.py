@@ -91,8 +91,8 @@ def check_iterations(group: Group, plan: Plan) -> list[Finding]:
     total = group.repeated_sum(plan.risk.layout.size, plan.start)
     sum_s = _median(group, lambda: total.start().wait())
     text = (
-        f"a gradient takes {1e3 * gradient_s:.3g} ms, the sum of line 3 {1e3 * sum_s:.3g} ms "
-        f"beside it; u has the same bits on all ranks after 3 iterations"
+        f"a gradient takes {1e3 * gradient_s:.3g} ms, the sum of line 3, which travels meanwhile, "
+        f"{1e3 * sum_s:.3g} ms; after 3 iterations all ranks hold the same bits of u"
     )
     over = sum_s - gradient_s
     period = plan.config.algorithm.period
