@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,10 @@ def hosts(tmp_path_factory):
 def rows(run_dir):
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def digests(run_dir):
+    return {row["iteration"]: row["digest"] for row in rows(run_dir)}
 
 
 def start(hosts, number, processes, folder, *overrides):
@@ -59,28 +64,28 @@ def wait_for(condition, process, seconds=120.0):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The digests of the same run on one host, four processes, Gloo."""
+    """The digests of the same run on one host, four processes, Gloo, by iteration."""
     folder = tmp_path_factory.mktemp("alone")
     script = str(ROOT / "launch" / "local.sh")
     words = [script, "4", *RUN, "algorithm.iterations=2000", "output.run_dir=alone"]
     environment = os.environ | {"CONSENSUS_VENV": sys.prefix}
     subprocess.run(
-        [*words, "group.shared_memory=false"],
+        [*words, "group.shared_memory=false", "output.eval_every=25"],
         cwd=folder, env=environment, check=True, capture_output=True,
     )  # fmt: skip
-    return [row["digest"] for row in rows(folder / "alone")]
+    return digests(folder / "alone")
 
 
-@pytest.mark.parametrize(("number", "processes"), [(2, 2), (4, 1)])
-def test_several_hosts_are_one(hosts, alone, tmp_path, number, processes):
+def test_four_hosts_are_one(hosts, alone, tmp_path):
+    """Two hosts of two processes end with these bits in the next test, and in the one with loss."""
     run = ["algorithm.iterations=2000", "output.run_dir=mine"]
-    process = start(hosts, number, processes, tmp_path, *run)
+    process = start(hosts, 4, 1, tmp_path, *run)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert [row["digest"] for row in rows(tmp_path / "mine")] == alone
+    assert digests(tmp_path / "mine") == {t: alone[t] for t in (500, 1000, 1500, 2000)}
     assert f"--rdzv-endpoint={hosts.addresses[0]}:29400" in err
     assert f"--local-addr={hosts.addresses[1]}" in err
-    assert err.count("GLOO_SOCKET_IFNAME=eth0") == number
+    assert err.count("GLOO_SOCKET_IFNAME=eth0") == 4
     assert out.count("consensus with tan: 4 workers, 4 processes on cpu over gloo") == 1
 
 
@@ -107,7 +112,77 @@ def test_a_host_that_is_cut_off_is_named_and_the_run_continues_when_it_is_back(
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "continues " in out
-    assert [row["digest"] for row in rows(tmp_path / "mine")] == alone
+    assert digests(tmp_path / "mine") == {t: alone[t] for t in (500, 1000, 1500, 2000)}
+
+
+def test_no_packet_is_faster_than_the_latency(tmp_path):
+    with Hosts(2, tmp_path, latency_ms=10.0) as hosts:
+        times = sorted(hosts.round_trips(20))
+        assert times[0] >= 0.020
+        assert times[10] < 0.030
+        hosts.set_latency(5.0)
+        times = sorted(hosts.round_trips(20))
+        assert times[0] >= 0.010
+        assert times[10] < 0.018
+
+
+@pytest.mark.parametrize(("loss", "least", "most"), [(0.0, 1000, 1000), (0.2, 730, 870)])
+def test_packets_are_lost_as_often_as_asked(tmp_path, loss, least, most):
+    kind = socket.SOCK_DGRAM
+    with (
+        Hosts(3, tmp_path, latency_ms=0.0, loss=loss) as hosts,
+        hosts.socket("host0", kind) as here,
+        hosts.socket("host2", kind) as there,
+    ):
+        arrived = 0
+        there.settimeout(0.1)
+        for _ in range(20):
+            for _ in range(50):  # no more than its buffer holds
+                here.sendto(b"x", there.getsockname())
+            for _ in range(50):
+                try:
+                    arrived += len(there.recv(2))
+                except TimeoutError:
+                    break
+        hosts.join("host1")  # its answer says what was lost
+        assert hosts.lost == 1000 - arrived
+        assert least <= arrived <= most  # 1000 (1 - loss), and five standard deviations
+
+
+def test_a_host_behind_the_switch_is_cut_off_and_back(tmp_path):
+    with Hosts(2, tmp_path, latency_ms=0.0) as hosts:
+        hosts.cut("host1")
+        with pytest.raises(TimeoutError):
+            hosts.round_trips(1)
+        hosts.join("host1")
+        assert len(hosts.round_trips(1)) == 1
+
+
+def test_hosts_leave_nothing_behind(tmp_path):
+    with Hosts(2, tmp_path, latency_ms=1.0) as hosts:
+        spaces = {hosts.space(name) for name in hosts.names}
+        assert spaces <= set(os.listdir("/run/netns"))
+    assert not spaces & set(os.listdir("/run/netns"))
+    assert hosts.switch.returncode == 0
+
+
+def test_hosts_that_cannot_begin_leave_nothing_behind(tmp_path):
+    hosts = Hosts(2, tmp_path, latency_ms=1.0)
+    hosts.options[0] = "soon"
+    with pytest.raises(RuntimeError, match="switch has ended"), hosts:
+        pass
+    assert not {hosts.space(name) for name in hosts.names} & set(os.listdir("/run/netns"))
+
+
+def test_the_bits_do_not_depend_on_the_network(alone, tmp_path):
+    run = ["algorithm.iterations=25", "output.run_dir=mine"]
+    with Hosts(2, tmp_path, latency_ms=10.0, loss=0.01) as hosts:
+        process = start(hosts, 2, 2, tmp_path, *run)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        hosts.set_latency(0.0)  # its answer says what was lost
+        assert hosts.lost > 0
+    assert digests(tmp_path / "mine") == {25: alone[25]}
 
 
 def test_ctrl_c_asks_every_host_for_a_checkpoint(hosts, tmp_path):
