@@ -140,6 +140,11 @@ class RepeatedSum(ABC):
         """Of a summand as it is sent."""
         return self.message.nbytes
 
+    @property
+    def in_shared_memory(self) -> bool:
+        """Whether it is formed there, and not sent."""
+        return False
+
     @abstractmethod
     def start(self) -> Pending:
         """Begin the sum of all messages.
@@ -355,6 +360,10 @@ class _SumInSharedMemory(RepeatedSum, Pending):
     @property
     def message(self) -> Tensor:
         return self._shared.message
+
+    @property
+    def in_shared_memory(self) -> bool:
+        return True
 
     def start(self) -> Pending:
         self._shared.start()

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -175,7 +176,8 @@ class SignsOfLife:
 class Exchange:
     """Small values between members that have no group: what JSON can say, through a store.
 
-    Every member calls `gather` and `close` in the same order; `tell` and `ask` are for two of them.
+    Every member calls `introduce`, `gather` and `close` in the same order; `tell` and `ask` are for
+    two of them. Waiting is looking again and again, so that signals are heard meanwhile.
 
     Args:
         store: That all members reach.
@@ -183,19 +185,24 @@ class Exchange:
         size: Number of members.
         timeout_s: After which a member that is waited for is taken to be absent.
         keeps: Whether the store ends with this member, which therefore leaves last.
+
+    Attributes:
+        names: Of all members, once they are introduced.
+        timeout_s: See above; may be changed, alike by all.
     """
 
     def __init__(
         self, store: dist.Store, index: int, size: int, timeout_s: float, *, keeps: bool = False
     ) -> None:
         self.index, self.size, self._keeps = index, size, keeps
-        self._store, self._timeout = store, timedelta(seconds=timeout_s)
+        self.names = [f"member {i}" for i in range(size)]
+        self._store, self.timeout_s = store, timeout_s
         self._rounds = 0
 
     @classmethod
     def alone(cls) -> "Exchange":
         """Of a single member."""
-        return cls(dist.HashStore(), 0, 1, 1.0)
+        return cls(dist.HashStore(), 0, 1, 1.0, keeps=True)
 
     @classmethod
     def of_ranks(cls, rank: int, size: int, timeout_s: float) -> "Exchange":
@@ -233,9 +240,10 @@ class Exchange:
             keep: Whether this node has that address, and keeps the store.
 
         Raises:
-            ConnectionError: If the store cannot be kept, or reached, or more nodes came.
+            ConnectionError: If the store cannot be kept, or reached, or is another one.
         """
         timeout = timedelta(seconds=timeout_s)
+        keeper = f"nodes/{name}/keeper"
         try:
             tcp = in_time(
                 lambda: dist.TCPStore(
@@ -244,7 +252,11 @@ class Exchange:
                 timeout_s,
                 "what answers there does not speak as a store",
             )
-            store = dist.PrefixStore(f"nodes/{name}", tcp)
+            if keep:  # a name that no store had before: this one may be of a job that goes on
+                tcp.set(keeper, uuid.uuid4().hex)
+            elif not _appears(tcp, keeper, min(timeout_s, KEEPER_S)):
+                raise ConnectionError(f"the store there is of another job, not of {name}")
+            store = dist.PrefixStore(tcp.get(keeper).decode(), tcp)
             others = store.add("others", 0 if keep else 1)
             index = 0 if keep else others
         except (RuntimeError, TimeoutError) as error:
@@ -253,44 +265,97 @@ class Exchange:
             raise ConnectionError(f"{index + 1} nodes came under the name {name}, not {size}")
         return cls(store, index, size, timeout_s, keeps=keep)
 
-    @property
-    def came(self) -> int:
-        """How many nodes have come so far."""
-        return 1 + int(self._store.add("others", 0))
-
     def tell(self, key: str, value: Any) -> None:
-        """Leave a value under a key that was not used before."""
-        self._store.set(f"told/{key}", json.dumps(value))
+        """Leave a value under a key that was not used before.
+
+        Raises:
+            ConnectionError: If the store is gone.
+        """
+        try:
+            self._store.set(f"told/{key}", json.dumps(value))
+        except RuntimeError as error:
+            raise ConnectionError(GONE) from error
 
     def ask(self, key: str) -> Any:
         """The value that another member leaves under a key, as soon as it does.
 
         Raises:
-            TimeoutError: If it does not, or the store is gone.
+            TimeoutError: If it does not.
+            ConnectionError: If the store is gone.
         """
         try:
-            self._store.wait([f"told/{key}"], self._timeout)
+            if not _appears(self._store, f"told/{key}", self.timeout_s):
+                raise TimeoutError(f"no word of {key} within {self.timeout_s:g} s")
             return json.loads(self._store.get(f"told/{key}"))
         except RuntimeError as error:
-            seconds = self._timeout.total_seconds()
-            raise TimeoutError(f"nothing was heard of {key} within {seconds:g} s") from error
+            raise ConnectionError(GONE) from error
+
+    def introduce(self, name: str) -> list[str]:
+        """Everyone's name, by index; failures name members by it from now on."""
+        self.names = self.gather(name)
+        return self.names
 
     def gather(self, value: Any) -> list[Any]:
         """Everyone's value, by index.
 
         Raises:
             TimeoutError: If a member does not come; names the first that is absent.
+            ConnectionError: If the store is gone.
         """
         self._rounds += 1
-        self.tell(f"round {self._rounds} of {self.index}", value)
-        return [self.ask(f"round {self._rounds} of {index}") for index in range(self.size)]
+        self.tell(self._key(self.index), value)
+        values = []
+        for index, name in enumerate(self.names):
+            try:
+                values.append(self.ask(self._key(index)))
+            except TimeoutError as error:
+                raise TimeoutError(
+                    f"{name} did not come to step {self._rounds} within {self.timeout_s:g} s"
+                ) from error
+        return values
+
+    def heard(self) -> list[Any]:
+        """What has been said so far in this round, or in the first, without waiting."""
+        values = []
+        try:
+            for index in range(self.size):
+                key = f"told/{self._key(index)}"
+                if self._store.check([key]):
+                    values.append(json.loads(self._store.get(key)))
+        except RuntimeError:
+            pass  # the store is gone
+        return values
+
+    def _key(self, index: int) -> str:
+        return f"round {max(self._rounds, 1)} of {index}"
 
     def close(self) -> None:
-        """Leave; who keeps the store waits until all have heard everything."""
+        """Leave; who keeps the store does so when all others have."""
         self.tell(f"gone {self.index}", True)
         if self._keeps:
             for index in range(self.size):
                 self.ask(f"gone {index}")
+            self.tell("over", True)
+        else:
+            with suppress(ConnectionError):
+                self.ask("over")
+
+
+KEEPER_S = 10.0
+"""Who keeps a store says so at once."""
+
+GONE = "the store is gone, and the process that kept it"
+
+
+def _appears(store: dist.Store, key: str, timeout_s: float) -> bool:
+    """Whether a key is set in time. `wait` of torch would be deaf to signals, and complain."""
+    deadline, nap = time.monotonic() + timeout_s, 0.001
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(nap)
+        nap = min(1.5 * nap, 0.1)
+    return True
 
 
 def _first_line(error: BaseException) -> str:

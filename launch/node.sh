@@ -101,6 +101,7 @@ printf -v line '%s%s' "$line" "$(printf '%q ' "${command[@]}")"
 printf '%s\n' "$line" >&2 # at once: several nodes may write to one terminal
 if [[ $module == consensus.doctor ]] && ((nnodes > 1)); then
     # What keeps the nodes apart keeps torchrun waiting: it is looked for first, without it.
-    NNODES=$nnodes RENDEZVOUS=$RENDEZVOUS RUN_ID=${RUN_ID:-consensus} "$python" -m consensus.doctor "$@"
+    CONSENSUS_DOCTOR=nodes NNODES=$nnodes RENDEZVOUS=$RENDEZVOUS RUN_ID=${RUN_ID:-consensus} \
+        "$python" -m consensus.doctor "$@"
 fi
 exec "${command[@]}"

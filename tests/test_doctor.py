@@ -21,8 +21,16 @@ from torchvision.datasets import MNIST
 
 from consensus.comm import Launch
 from consensus.doctor import __main__ as doctor
-from consensus.doctor import folder, machine, network
-from consensus.doctor.finding import FaultError, Finding, Level, fault, print_report, warning
+from consensus.doctor import folder, machine, network, speed
+from consensus.doctor.finding import (
+    FaultError,
+    Finding,
+    Level,
+    fault,
+    print_report,
+    print_verdict,
+    warning,
+)
 from consensus.meeting import Exchange
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +49,7 @@ def examine(make_config, tmp_path, capsys):
 
     def run(*overrides):
         own = [f"output.root={tmp_path}/runs", "model=logistic", *overrides]
-        code = doctor.examine_ranks(make_config(*own), Launch(), patience_s=1.0)
+        code = doctor.examine_ranks(make_config(*own), Launch())
         return code, capsys.readouterr().out
 
     return run
@@ -103,20 +111,48 @@ def test_a_disk_with_room_but_not_for_the_checkpoints(examine, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["eth77", "lo,eth77"])
-def test_a_wrong_interface(examine, monkeypatch, value):
+def test_a_wrong_interface(monkeypatch, value):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", value)
+    address, (finding,) = network.check_interface()
+    assert address is None
+    assert finding.level == Level.FAULT
+    expected = f"GLOO_SOCKET_IFNAME is {value}, which this machine does not have; it has lo"
+    assert finding.text.startswith(expected)
+    assert finding.remedy.startswith("INTERFACE=NAME")
+
+
+def test_a_run_that_goes_on_in_the_same_directory(examine, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with (tmp_path / "mine" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        code, report = examine(f"output.run_dir={tmp_path}/mine")
+    assert code == 1
+    assert f"{tmp_path}/mine is in use by a run that goes on" in report
+    assert examine(f"output.run_dir={tmp_path}/mine")[0] == 0
+
+
+def test_what_nobody_thought_of_is_a_finding(examine, monkeypatch):
+    def fail(config, launch):
+        raise RuntimeError("CUDA out of memory\nand much more")
+
+    monkeypatch.setattr(machine, "make_plan", fail)
     code, report = examine()
     assert code == 1
-    assert f"GLOO_SOCKET_IFNAME is {value}, which this machine does not have; it has lo" in report
-    assert "remedy: INTERFACE=NAME" in report
+    assert "RuntimeError: CUDA out of memory" in report
+    assert "and much more" not in report
+    assert "folder  " in report
 
 
-def test_a_mistake_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["doctor", "potential=cubik"])
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [("potential=cubik", "`potential` is cubik; allowed: "), ("--cfg", "`--cfg` is no KEY=VALUE")],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, word, complaint):
+    monkeypatch.setattr(sys, "argv", ["doctor", word])
     with pytest.raises(SystemExit, match="2"):
         doctor.main()
     err = capsys.readouterr().err
-    assert err.startswith("consensus.doctor: `potential` is cubik; allowed: ")
+    assert err.startswith(f"consensus.doctor: {complaint}")
     assert err.count("\n") == 1
 
 
@@ -130,7 +166,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
     ],
 )
 def test_mistakes_in_the_variables_of_a_node(monkeypatch, capsys, variables, complaint):
-    for name, value in variables.items():
+    for name, value in (variables | {"CONSENSUS_DOCTOR": "nodes"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["doctor"])
     with pytest.raises(SystemExit, match="2"):
@@ -160,7 +196,41 @@ def test_the_quota_of_a_container_counts(monkeypatch, tmp_path):
     assert machine.cores_here() == 3
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert machine.memory_left() == 2_000_000
+    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 400000\n")
+    assert machine.memory_left() == 2_400_000
+
+
+@pytest.mark.parametrize(
+    ("known", "capability", "runs"),
+    [
+        (["sm_80", "sm_90"], (8, 6), True),
+        (["sm_80", "sm_90"], (7, 0), False),  # a V100, and a build that has left it behind
+        (["sm_80", "sm_90"], (10, 0), False),
+        (["sm_80", "compute_90"], (10, 0), True),  # compiled when it is loaded
+        (["sm_120"], (12, 1), True),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        ([], (9, 0), True),  # nobody says
+    ],
+)
+def test_what_a_build_of_torch_runs_on(known, capability, runs):
+    assert machine.runs_on(known, *capability) == runs
+
+
+@pytest.mark.parametrize(
+    ("gradient_s", "sum_s", "period", "says"),
+    [
+        (5e-3, 4e-3, 1, None),  # hidden
+        (5e-3, 5.5e-3, 1, None),  # nearly
+        (5e-3, 15e-3, 1, "algorithm.period=18 "),  # 10 ms too much: 10 / (18 * 5 + 10) is a tenth
+        (5e-3, 15e-3, 18, None),
+        (5e-4, 15e-4, 1, "a larger algorithm.batch_size"),
+    ],
+)
+def test_what_to_do_about_slow_sums(gradient_s, sum_s, period, says):
+    found = speed.advice(gradient_s, sum_s, period)
+    assert (found is None) == (says is None)
+    assert says is None or found[1].startswith(says)
 
 
 # ---- versions
@@ -247,14 +317,16 @@ def test_a_port_of_another_program(make_config, capsys):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         nodes = doctor.Nodes(2, "127.0.0.1", busy.getsockname()[1], "mine")
-        assert doctor.examine_nodes(make_config(), nodes, 1.0) == 1
+        assert doctor.examine_nodes(make_config("group.timeout_s=1"), nodes) == 1
     assert "answers, but not as the store of this job" in capsys.readouterr().out
 
 
 def test_a_node_that_does_not_come(make_config, capsys):
     port = free_port()
-    assert doctor.examine_nodes(make_config(), doctor.Nodes(3, "127.0.0.1", port, "mine"), 0.5) == 1
-    assert f"1 of 3 nodes came to 127.0.0.1:{port} within 0.5 s" in capsys.readouterr().out
+    nodes = doctor.Nodes(3, "127.0.0.1", port, "mine")
+    assert doctor.examine_nodes(make_config("group.timeout_s=1"), nodes) == 1
+    says = f"1 of 3 nodes came to 127.0.0.1:{port} within 1 s: {socket.gethostname()} ("
+    assert says in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -274,9 +346,7 @@ def together():
 
 
 def test_members_that_reach_each_other(together):
-    found = together(
-        3, lambda exchange: network.check_pairs(exchange, "127.0.0.1", ["a", "b", "c"])
-    )
+    found = together(3, lambda exchange: network.check_pairs(exchange, "127.0.0.1"))
     expected = "3 nodes reach each other (127.0.0.1, 127.0.0.1, 127.0.0.1)"
     assert found == [[Finding("network", expected)]] * 3
 
@@ -291,12 +361,10 @@ def test_a_member_that_is_not_reached_is_named(together, monkeypatch):
         return gather(exchange, value)
 
     monkeypatch.setattr(Exchange, "gather", lie)
-    first, second = together(
-        2, lambda exchange: network.check_pairs(exchange, "127.0.0.1", ["a", "b"])
-    )
+    first, second = together(2, lambda exchange: network.check_pairs(exchange, "127.0.0.1"))
     assert second == []
     assert [f.text for f in faults(first)] == [
-        "cannot reach b at 127.0.0.1, its loopback (Connection refused)"
+        "cannot reach member 1 at 127.0.0.1, its loopback (Connection refused)"
     ]
 
 
@@ -311,7 +379,7 @@ def test_a_member_that_is_not_reached_is_named(together, monkeypatch):
 def test_clocks(together, ahead, level, says):
     def look(exchange):
         off = ahead if exchange.index == 1 else 0.0
-        return network.check_clocks(exchange, lambda: time.time() + off)
+        return network.check_clocks(exchange, True, lambda: time.time() + off)
 
     found = together(3, look)
     assert [finding.level for finding in found[1]] == [level]
@@ -358,23 +426,55 @@ def test_a_folder_whose_locks_do_not_hold(together, monkeypatch, tmp_path, error
 # ---- the report
 
 
-def test_a_report_says_each_thing_once_with_its_places(capsys):
-    fine = Finding("versions", "equal on all ranks")
-    slow = warning("disk", "slow\n  as a table", "buy another")
-    lost = fault("network", "gone", "plug it in")
-    print_report(
-        [f"rank {rank}" for rank in range(6)],
-        [[fine, slow], [fine, lost], [fine, lost], [fine, lost], [fine, lost], [fine, lost]],
-    )
-    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
-        "versions  fine     equal on all ranks",
-        "disk      warning  rank 0: slow",
+def lines_of(capsys, places, found):
+    print_report(places, found)
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_report_says_each_thing_once_with_its_ranks(capsys):
+    fine = Finding("versions", "the same")
+    slow = warning("sums", "slow\n  as a table", "buy another")
+    lost = fault("devices", "gone", "plug it in")
+    places = [f"node rank {rank}" for rank in range(4)]
+    assert lines_of(capsys, places, [[fine, slow], [fine, lost], [fine], [fine, lost]]) == [
+        "versions  fine     the same",
+        "devices   FAULT    rank 1, 3: gone",
+        "                   remedy: plug it in",
+        "sums      warning  rank 0: slow",
         "                     as a table",
         "                   remedy: buy another",
-        "network   FAULT    rank 1, rank 2, rank 3, rank 4 and 1 more: gone",
-        "                   remedy: plug it in",
-        "1 fault, 1 warning",
     ]
+
+
+def test_a_report_of_many_nodes_names_nodes(capsys):
+    places = [f"node{rank // 2} rank {rank}" for rank in range(12)]
+    lost, full = fault("devices", "gone", ""), fault("disk", "full", "")
+    found = [[] for _ in places]
+    for rank in (2, 3, 5):
+        found[rank].append(lost)
+    found[4].append(full)  # by the first rank of node2, for the node
+    assert lines_of(capsys, places, found) == [
+        "devices  FAULT    node1; node2 rank 5: gone",
+        "disk     FAULT    node2: full",
+    ]
+    (line,) = lines_of(capsys, places, [*([lost] for _ in places[:-2]), [], []])
+    assert line == "devices  FAULT    node0; node1; node2; node3; and 1 more: gone"
+    (line,) = lines_of(capsys, places, [[lost] for _ in places])
+    assert line == "devices  FAULT    gone"
+
+
+def test_what_is_fine_is_said_once_though_its_numbers_differ(capsys):
+    found = [[Finding("memory", f"{480 + rank}.5 GB left")] for rank in range(3)]
+    assert lines_of(capsys, ["a", "b", "c"], found) == ["memory  fine     480.5 GB left"]
+    bad = [[fault("memory", f"{rank} GB left", "")] for rank in range(2)]
+    assert len(lines_of(capsys, ["a", "b"], bad)) == 2
+
+
+def test_a_verdict_counts_each_thing_once(capsys):
+    lost, slow = fault("a", "b", ""), warning("a", "c", "")
+    print_verdict([lost, slow, lost, Finding("a", "d")])
+    print_verdict([])
+    assert capsys.readouterr().out == "1 fault, 1 warning\nno faults, no warnings\n"
 
 
 def test_findings_travel_as_json():
@@ -385,21 +485,36 @@ def test_findings_travel_as_json():
 # ---- real processes
 
 
+UNLUCKY = """
+import os
+from consensus.problem import DATASETS
+from consensus.problem.data import digits
+
+@DATASETS.register("unlucky")
+def unlucky(root):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("no kernel image is available for execution on the device")
+    return digits(root)
+"""
+
+
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_ranks_of_a_launch(tmp_path):
+def test_one_rank_whose_data_fail_does_not_spoil_the_report_of_the_others(tmp_path):
+    (tmp_path / "unlucky.py").write_text(UNLUCKY)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    own = ["plugins=[unlucky]", "data.name=unlucky", "group.shared_memory=false", "model=logistic"]
     done = subprocess.run(
-        [*words, "-m", "consensus.doctor", "model=logistic", "potential=tan"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+        [*words, "-m", "consensus.doctor", *own], cwd=tmp_path, timeout=200,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 processes on 1 node" in done.stdout
-    assert "the same everywhere" in done.stdout
-    assert "7,850  u of this model" in done.stdout
-    assert "after 3 iterations all ranks hold the same bits of u" in done.stdout
-    assert "no faults" in done.stdout
-    assert os.listdir(tmp_path) == []
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if "FAULT" in line]
+    assert "rank 1: RuntimeError: no kernel image is available" in line
+    assert "all-reduce over gloo" in done.stdout  # of what all ranks can sum
+    assert "u of this model" not in done.stdout
+    assert "1 fault, no warnings" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -438,9 +553,12 @@ def test_two_hosts_in_order(hosts, tmp_path):
     done = look_at(hosts, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"2 nodes reach each other ({', '.join(hosts.addresses)})" in done.stdout
-    assert "2 processes on 2 nodes" in done.stdout
+    assert "consensus.doctor: 2 processes" in done.stdout
     assert "all see it, write there, and respect a lock" in done.stdout
+    assert "7,850  u of this model" in done.stdout
+    assert "after 3 iterations all ranks hold the same bits of u" in done.stdout
     assert done.stdout.count("no faults") == 2  # the nodes, then the processes
+    assert os.listdir(tmp_path) == ["remote"]  # it leaves nothing behind
 
 
 @pytest.mark.hosts

@@ -1,5 +1,7 @@
 """Where processes meet: one start among many, and small values without a group."""
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -8,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore
 
+from consensus import meeting
 from consensus.meeting import Exchange, meet
 
 
@@ -60,7 +63,9 @@ def test_who_did_not_come_is_named(store):
 def together(store, size, function, timeout_s=20.0):
     """function(exchange) for so many members, in threads."""
     with ThreadPoolExecutor(size) as pool:
-        members = [Exchange(store(), index, size, timeout_s) for index in range(size)]
+        members = [
+            Exchange(store(), index, size, timeout_s, keeps=index == 0) for index in range(size)
+        ]
         return list(pool.map(function, members))
 
 
@@ -95,8 +100,35 @@ def test_one_asks_another(store):
 
 def test_a_member_that_is_absent_is_named(store):
     exchange = Exchange(store(), 0, 2, 0.3)
-    with pytest.raises(TimeoutError, match=r"round 1 of 1 within 0\.3 s"):
+    with pytest.raises(TimeoutError, match=r"member 1 did not come to step 1 within 0\.3 s"):
         exchange.gather("here")
+    assert exchange.heard() == ["here"]
+    exchange.names = ["a", "b"]
+    with pytest.raises(TimeoutError, match=r"b did not come to step 2 within 0\.3 s"):
+        exchange.gather("here")
+
+
+def test_who_waits_hears_a_signal(store):
+    exchange = Exchange(store(), 0, 2, 10.0)
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        exchange.gather("here")
+
+
+def test_members_know_each_other_by_name(store):
+    names = together(store, 2, lambda exchange: exchange.introduce(f"node{exchange.index}"))
+    assert names == [["node0", "node1"]] * 2
+
+
+def test_a_store_that_is_gone_is_said_to_be():
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    exchange = Exchange(client, 1, 2, 5.0)
+    del server
+    with pytest.raises(ConnectionError, match="the store is gone"):
+        exchange.gather("here")
+    assert exchange.heard() == []
 
 
 def test_the_node_that_keeps_the_store_is_the_first():
@@ -109,9 +141,16 @@ def test_the_node_that_keeps_the_store_is_the_first():
 
     nodes = [come(True), come(False), come(False)]
     assert [node.index for node in nodes] == [0, 1, 2]
-    assert [node.came for node in nodes] == [3, 3, 3]
     with pytest.raises(ConnectionError, match="4 nodes came under the name mine, not 3"):
         come(False)
+
+
+def test_the_store_of_another_job_is_not_taken_for_ours(monkeypatch):
+    """torchrun keeps one at the same port for as long as its run lasts."""
+    monkeypatch.setattr(meeting, "KEEPER_S", 0.3)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(ConnectionError, match="the store there is of another job, not of mine"):
+        Exchange.of_nodes("127.0.0.1", server.port, "mine", 2, 5.0, keep=False)
 
 
 def test_what_does_not_speak_as_a_store_is_not_waited_for():
@@ -123,18 +162,14 @@ def test_what_does_not_speak_as_a_store_is_not_waited_for():
             Exchange.of_nodes("127.0.0.1", silent.getsockname()[1], "a", 2, 0.5, keep=False)
 
 
-def test_the_keeper_of_a_store_leaves_last(store):
-    left = []
+def test_the_keeper_of_a_store_stays_until_all_others_leave(store):
+    began = time.monotonic()
+    took = {}
 
     def leave(exchange):
-        time.sleep(0.0 if exchange.index == 0 else 0.3)
+        time.sleep(0.3 * exchange.index)
         exchange.close()
-        left.append(exchange.index)
+        took[exchange.index] = time.monotonic() - began
 
-    members = [Exchange(store(), index, 2, 5.0, keeps=index == 0) for index in range(2)]
-    threads = [threading.Thread(target=leave, args=(member,)) for member in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert left == [1, 0]
+    together(store, 3, leave)
+    assert took[0] >= 0.6

@@ -97,7 +97,7 @@ def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, tmp_path):
     cluster.wait(lambda: ended(cluster, well) and ended(cluster, ill), seconds=240)
     said = (tmp_path / f"consensus-{well}.out").read_text()
     assert "2 nodes meet at " in said
-    assert "4 processes on 2 nodes" in said
+    assert "consensus.doctor: 4 processes" in said
     assert "after 3 iterations all ranks hold the same bits of u" in said
     assert "FAULT" not in said
     said = (tmp_path / f"consensus-{ill}.out").read_text()

@@ -8,53 +8,120 @@ It takes the overrides of the run, and leaves nothing behind.
 
 Data flow: every member looks at its own machine (machine.py). Through a store, which needs no
 group, they compare versions and clocks, connect to each other (network.py) and look at one folder
-(folder.py). Then the group opens, and sums and iterations are measured (speed.py). What each has
-found goes to the first through the store, which prints it (finding.py).
+(folder.py). What each has found goes to the first through the store, which prints it (finding.py).
+Only then, since it may hang or be killed, the group opens, and sums and iterations are measured
+(speed.py).
 
 Exit codes: 0 no fault; 1 a fault; 2 the config was refused.
 """
 
+import io
 import os
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from hydra import compose, initialize_config_dir
 
-from consensus.comm import GroupError, Launch, LaunchError, choose_backend, open_group
+from consensus.comm import (
+    GroupError,
+    Launch,
+    LaunchError,
+    PeerLostError,
+    choose_backend,
+    open_group,
+)
 from consensus.doctor import folder, machine, network, speed
-from consensus.doctor.finding import FaultError, Finding, Level, fault, print_report, worst
+from consensus.doctor.finding import (
+    FaultError,
+    Finding,
+    Level,
+    fault,
+    looked,
+    print_report,
+    print_verdict,
+    unexpected,
+    worst,
+)
 from consensus.meeting import Exchange
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
-from consensus.run.config import Config
+from consensus.run.config import Config, ConfigError
 from consensus.run.plan import Plan, choose_device, set_determinism
 
-PATIENCE_S = 60.0
-"""At most, and less with a shorter `group.timeout_s`: who asks a doctor waits for the answer."""
+SHORTEST_S, LONGEST_S = 20.0, 60.0
+"""How long members wait for each other once they have met: `group.timeout_s` within these bounds.
+
+They meet within `group.timeout_s` itself, since nodes and pods may start minutes apart.
+"""
+MEASURE_S = 300.0
+"""After which measuring is given up: what hangs there may never come back."""
+
+HOPELESS = ("network", "rendezvous", "devices", "device", "group", "workers")
+"""What a fault is about that keeps a group from opening."""
+
+LOST = (TimeoutError, ConnectionError)
 
 
 def main() -> None:
     """Entry of the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return
-    register_schema()
     try:
-        with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
-            config = to_config(compose("train", overrides=sys.argv[1:]))
-        launch, nodes = Launch.from_environment(), Nodes.from_environment()
+        config, launch, nodes = read(sys.argv[1:])
     except (*REFUSALS, LaunchError) as error:
         print(f"consensus.doctor: {explain(error)}", file=sys.stderr)
         sys.exit(2)
-    patience_s = min(PATIENCE_S, config.group.timeout_s)
-    if nodes is not None and "WORLD_SIZE" not in os.environ:
-        end(examine_nodes(config, nodes, patience_s))
-    end(examine_ranks(config, launch, patience_s))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are cleared away
+    code = 1
+    try:
+        code = examine_ranks(config, launch) if nodes is None else examine_nodes(config, nodes)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BrokenPipeError:  # whoever reads the report has read enough
+        pass
+    except Exception as error:
+        print_report([here()], [[unexpected("doctor", error)]])
+    end(code)
+
+
+def read(arguments: Sequence[str]) -> "tuple[Config, Launch, Nodes | None]":
+    """The run, its processes, and its nodes if they are what is to be examined.
+
+    Raises:
+        ConfigError, HydraException, OmegaConfBaseException, LaunchError: If they make no sense.
+    """
+    for text in arguments:
+        if text.startswith("-"):
+            raise ConfigError(f"`{text}` is no KEY=VALUE, and the doctor takes nothing else")
+    register_schema()
+    with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
+        config = to_config(compose("train", overrides=list(arguments)))
+    return config, Launch.from_environment(), Nodes.from_environment()
+
+
+def here() -> str:
+    """This place in a report."""
+    rank = os.environ.get("RANK")
+    return socket.gethostname() + (f" rank {rank}" if rank is not None else "")
+
+
+def patience(config: Config) -> float:
+    """How long members that have met wait for each other."""
+    return max(SHORTEST_S, min(LONGEST_S, config.group.timeout_s))
 
 
 # ---- the nodes, before there is a process of the run
@@ -78,16 +145,16 @@ class Nodes:
 
     @classmethod
     def from_environment(cls) -> "Nodes | None":
-        """Read NNODES, RENDEZVOUS and RUN_ID; None if there is one node.
+        """Read NNODES, RENDEZVOUS and RUN_ID if CONSENSUS_DOCTOR is `nodes`; else None.
 
         Raises:
             LaunchError: If they describe none.
         """
+        if os.environ.get("CONSENSUS_DOCTOR") != "nodes":
+            return None
         size = os.environ.get("NNODES", "1")
         if not size.isdecimal() or int(size) < 1:
             raise LaunchError(f"`NNODES` is {size}; allowed: a whole number from 1")
-        if int(size) == 1:
-            return None
         place = os.environ.get("RENDEZVOUS", "")
         host, _, port = place.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
@@ -100,101 +167,146 @@ class Nodes:
         return f"{self.host}:{self.port}"
 
 
-def examine_nodes(config: Config, nodes: Nodes, patience_s: float) -> int:
+def examine_nodes(config: Config, nodes: Nodes) -> int:
     """The ways between the nodes, where torchrun would only wait. Returns the exit code.
 
     Every node calls it. The report comes from the one that keeps the store.
     """
     address, findings = network.check_interface()
-    here = f"{socket.gethostname()} ({address or 'no address'})"
+    name = f"{here()} ({address or 'no address'})"
     try:
         keep = network.owns(nodes.host, nodes.port)
         if keep:
-            print(f"consensus.doctor: {nodes.size} nodes meet at {nodes.place}", flush=True)
-        exchange = meet_nodes(nodes, patience_s, keep=keep)
-        places = exchange.gather(here)
-        findings += compare(exchange, config, places, address)
-        return conclude(exchange, places, findings, speak=keep)
+            say(f"{nodes.size} nodes meet at {nodes.place}")
+        exchange = meet_nodes(nodes, name, config.group.timeout_s, patience(config), keep=keep)
+        findings += compare(exchange, config, address)
+        told = conclude(exchange, findings, speak=keep)
+        if keep:
+            print_verdict(told)
+        exchange.close()
+        return int(worst(told) == Level.FAULT)
     except FaultError as error:
         findings.append(error.finding)
-    except TimeoutError as error:
+    except LOST as error:
         findings.append(lost(error))
-    print_report([here], [findings])
+    print_report([name], [[finding for finding in findings if finding.level == Level.FAULT]])
     return 1
 
 
-def meet_nodes(nodes: Nodes, patience_s: float, *, keep: bool) -> Exchange:
+def meet_nodes(
+    nodes: Nodes, name: str, meeting_s: float, patience_s: float, *, keep: bool
+) -> Exchange:
     """All nodes, through a store that one of them keeps.
+
+    Args:
+        nodes: They.
+        name: Of this one.
+        meeting_s: How long they wait for the last one.
+        patience_s: How long they wait for each other later.
+        keep: Whether this one keeps the store.
 
     Raises:
         FaultError: If they do not meet.
     """
     if not keep:
-        network.reach(nodes.host, nodes.port, patience_s, "the rendezvous")
+        network.reach(nodes.host, nodes.port, meeting_s, "the rendezvous")
     try:
         exchange = Exchange.of_nodes(
-            nodes.host, nodes.port, nodes.name, nodes.size, patience_s, keep=keep
+            nodes.host, nodes.port, nodes.name, nodes.size, meeting_s, keep=keep
         )
     except ConnectionError as error:
         raise FaultError(
             "rendezvous",
             f"{nodes.place} answers, but not as the store of this job ({error})",
-            "another port in RENDEZVOUS: this one is used by another program or job",
+            "another port in RENDEZVOUS, if another job or program uses this one; and one RUN_ID "
+            "on all nodes",
         ) from error
     try:
-        exchange.gather("here")
-    except TimeoutError as error:
+        exchange.introduce(name)
+    except LOST as error:
+        came = exchange.heard() or [name]
         raise FaultError(
             "rendezvous",
-            f"{exchange.came} of {nodes.size} nodes came to {nodes.place} within {patience_s:g} s",
+            f"{len(came)} of {nodes.size} nodes came to {nodes.place} within {meeting_s:g} s: "
+            f"{', '.join(came)}",
             "the same command on every node, with the same NNODES, RENDEZVOUS and RUN_ID",
         ) from error
+    exchange.timeout_s = patience_s
     return exchange
 
 
 # ---- the processes of a launch
 
 
-def examine_ranks(config: Config, launch: Launch, patience_s: float) -> int:
+def examine_ranks(config: Config, launch: Launch) -> int:
     """Every process, and what is between them. Returns the exit code.
 
     Every rank calls it. The report comes from rank 0.
     """
-    set_determinism(config)
-    findings = [
-        *machine.check_software(),
-        *machine.check_cores(launch),
-        *machine.check_devices(config, launch),
-        *machine.check_files(launch),
-    ]
-    plan, seen = machine.check_plan(config, launch)
-    findings += seen
-    if plan is not None:
-        findings += machine.check_memory(plan)
-    findings += machine.check_disk(config, plan)
-    nodes = launch.size // launch.local_size
-    address, seen = network.check_interface()
-    findings += seen
-    here = f"rank {launch.rank} on {socket.gethostname()}"
-    if launch.rank == 0:
-        many = f"{launch.size} process{'es' if launch.size > 1 else ''}"
-        print(f"consensus.doctor: {many} on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
+    speak = launch.rank == 0
+    if speak:
+        say(f"{launch.size} process{'es' if launch.size > 1 else ''}")
+    plan, findings = look_alone(config, launch)
+    address = None
+    if launch.size > launch.local_size and launch.local_rank == 0:
+        address, seen = network.check_interface()
+        findings += seen
+    elif launch.size > 1:
+        findings += network.check_interface()[1]
     try:
-        exchange = meet_ranks(launch, patience_s)
-        places = exchange.gather(here)
-        one_of_node = address if nodes > 1 and launch.local_rank == 0 else None
-        findings += compare(exchange, config, places, one_of_node)
-        findings += measure(exchange, config, plan, launch, patience_s, findings)
-        return conclude(exchange, places, findings, speak=launch.rank == 0)
+        exchange = meet_ranks(launch, config.group.timeout_s)
+        exchange.timeout_s = patience(config)
+        exchange.introduce(here())
+        findings += compare(exchange, config, address)
+        told = conclude(exchange, findings, speak=speak)
+        measured: list[Finding] = []
+        if not any(f.level == Level.FAULT and f.topic in HOPELESS for f in told):
+            measured = measure(exchange, config, plan, launch)
+        told += conclude(exchange, measured, speak=speak)
+        if speak:
+            print_verdict(told)
+        exchange.close()
+        return int(worst(told) == Level.FAULT)
     except FaultError as error:
         findings.append(error.finding)
-    except TimeoutError as error:
+    except LOST as error:
         findings.append(lost(error))
-    print_report([here], [findings])
+    if launch.local_rank == 0:  # one of each node, and of what is amiss alone
+        print_report([here()], [[finding for finding in findings if finding.level == Level.FAULT]])
     return 1
 
 
-def meet_ranks(launch: Launch, patience_s: float) -> Exchange:
+def look_alone(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
+    """What this process sees of its machine by itself; of the machine as such, one process."""
+    set_determinism(config)
+    checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
+        ("versions", machine.check_software),
+        ("devices", partial(machine.check_devices, config, launch)),
+    ]
+    if launch.local_rank == 0:
+        checks += [
+            ("cores", partial(machine.check_cores, launch)),
+            ("limits", partial(machine.check_files, launch)),
+        ]
+    if launch.rank == 0:
+        checks += [("disk", partial(machine.check_in_use, config))]
+    findings = [finding for topic, check in checks for finding in looked(topic, check)]
+    plan: Plan | None = None
+
+    def plan_it() -> list[Finding]:
+        nonlocal plan
+        plan, seen = machine.check_plan(config, launch)
+        return seen
+
+    findings += looked("config", plan_it)
+    if launch.local_rank == 0:
+        if plan is not None:
+            findings += looked("memory", partial(machine.check_memory, plan))
+        findings += looked("disk", partial(machine.check_disk, config, plan))
+    return plan, findings
+
+
+def meet_ranks(launch: Launch, meeting_s: float) -> Exchange:
     """All ranks, through the store of the launch.
 
     Raises:
@@ -206,10 +318,10 @@ def meet_ranks(launch: Launch, patience_s: float) -> Exchange:
     if not port.isdecimal():
         raise FaultError("rendezvous", f"MASTER_PORT is {port}", "a port, as torchrun sets it")
     if launch.rank > 0:  # rank 0 may have to open it first
-        network.reach(host, int(port), patience_s, "MASTER_ADDR:MASTER_PORT")
+        network.reach(host, int(port), meeting_s, "MASTER_ADDR:MASTER_PORT")
     try:
-        return Exchange.of_ranks(launch.rank, launch.size, patience_s)
-    except (ConnectionError, TimeoutError) as error:
+        return Exchange.of_ranks(launch.rank, launch.size, meeting_s)
+    except LOST as error:
         raise FaultError(
             "rendezvous",
             f"the ranks do not meet at {host}:{port} ({error})",
@@ -218,96 +330,113 @@ def meet_ranks(launch: Launch, patience_s: float) -> Exchange:
         ) from error
 
 
-def measure(
-    exchange: Exchange,
-    config: Config,
-    plan: Plan | None,
-    launch: Launch,
-    patience_s: float,
-    so_far: Sequence[Finding],
-) -> list[Finding]:
-    """Open the group and time it, if there is any hope that it opens. A collective."""
-    hopeless = worst(f for f in so_far if f.topic in ("network", "devices")) == Level.FAULT
-    device = torch.device("cpu")
-    if plan is not None:
-        device = plan.device
-    elif not hopeless:
-        device = choose_device(config, launch)
+def measure(exchange: Exchange, config: Config, plan: Plan | None, launch: Launch) -> list[Finding]:
+    """Open the group and time it. A collective.
+
+    Where one rank has no plan, none uses its own: all have to form the same sums.
+    """
+    device = choose_device(config, launch) if plan is None else plan.device
     backend = choose_backend(config.group.name, device, launch)
-    others = exchange.gather([hopeless, backend, plan is not None])
-    if any(there for there, _, _ in others):
-        return []
-    if len({name for _, name, _ in others}) > 1:
-        text = f"would talk over {backend}, others over another"
-        return [fault("devices", text, "the same devices on every node, or group=gloo")]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    options = config.group
-    try:
-        group = open_group(
-            launch, backend, device, patience_s, options.shared_memory, options.compress
-        )
-        dtype = getattr(torch, config.dtype)
-        findings = speed.check_sums(group, plan, dtype) if launch.size > 1 else []
-        if plan is not None and all(planned for _, _, planned in others):
-            findings += speed.check_iterations(group, plan)
-        group.close()
-    except GroupError as error:
+    told = exchange.gather([backend, None if plan is None else plan.risk.layout.size])
+    if any(other != backend for other, _ in told):
         return [
             fault(
-                "network",
-                f"{backend} does not work between the ranks: {error}",
-                f"{network.INTERFACE}; no firewall between the nodes",
+                "devices",
+                f"would talk over {backend}, others over another",
+                "the same devices on every node, or group=gloo",
             )
         ]
+    sizes = {size for _, size in told}
+    own = sizes.pop() if len(sizes) == 1 else None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    late = threading.Timer(MEASURE_S, give_up, [backend])
+    late.daemon = True
+    late.start()
+    options = config.group
+    findings: list[Finding] = []
+    try:
+        group = open_group(
+            launch,
+            backend,
+            device,
+            patience(config),
+            options.shared_memory,
+            options.compress,
+        )
+        with group.telling():
+            sum_s = 0.0
+            if launch.size > 1:
+                dtype = getattr(torch, config.dtype)
+                findings, sum_s = speed.check_sums(group, own, dtype, options.compress, backend)
+            if plan is not None and own is not None and worst(findings) < Level.FAULT:
+                findings += speed.check_iterations(group, plan, sum_s)
+        group.close()
+    except PeerLostError as error:
+        text = f"{backend} does not work between the ranks: {error}"
+        remedy = f"{network.INTERFACE}; no firewall between the nodes"
+        findings.append(fault("sums", text, remedy))
+    except GroupError as error:
+        findings.append(fault("sums", str(error), ""))
+    except Exception as error:
+        findings.append(unexpected("sums", error))
+    late.cancel()
     return findings
+
+
+def give_up(backend: str) -> None:
+    """End this process: what it waits for does not come back."""
+    remedy = "NCCL_DEBUG=INFO shows where" if backend == "nccl" else network.INTERFACE
+    text = f"measuring over {backend} has not ended within {MEASURE_S:g} s"
+    print_report([here()], [[fault("sums", text, remedy)]])
+    end(1)
 
 
 # ---- both
 
 
-def compare(
-    exchange: Exchange, config: Config, places: Sequence[str], address: str | None
-) -> list[Finding]:
+def compare(exchange: Exchange, config: Config, address: str | None) -> list[Finding]:
     """What there is between the members that needs no group. A collective.
 
     Args:
         exchange: All members.
         config: Says where the run will write.
-        places: Names of all members.
         address: Where this one shows itself to others; None: not to be tried.
     """
     findings: list[Finding] = []
     if exchange.size > 1:
         findings += machine.compare_versions(exchange.gather(machine.versions()), exchange.index)
     if any(exchange.gather(address is not None)):
-        findings += network.check_clocks(exchange)
-        findings += network.check_pairs(exchange, address, places)
+        findings += network.check_clocks(exchange, exchange.index == 0 or address is not None)
+        findings += network.check_pairs(exchange, address)
     files = Path(config.output.run_dir or config.output.root)
     return findings + folder.check_folder(exchange, files)
 
 
-def conclude(
-    exchange: Exchange, places: Sequence[str], findings: Sequence[Finding], *, speak: bool
-) -> int:
-    """Bring together what all have found; one says it. A collective. Returns the exit code."""
+def conclude(exchange: Exchange, findings: Sequence[Finding], *, speak: bool) -> list[Finding]:
+    """Bring together what all have found; one says it. A collective."""
     told = exchange.gather([finding.to_json() for finding in findings])
     found = [[Finding.from_json(value) for value in values] for values in told]
     if speak:
-        print_report(places, found)
+        print_report(exchange.names, found)
     exchange.gather("read")  # who leaves with a failure has the others ended
-    exchange.close()
-    return int(worst(finding for findings in found for finding in findings) == Level.FAULT)
+    return [finding for findings in found for finding in findings]
 
 
-def lost(error: TimeoutError) -> Finding:
+def lost(error: Exception) -> Finding:
     """A member that went away in between."""
     return fault("network", str(error), "what it says itself, above or in its own log")
 
 
+def say(text: str) -> None:
+    """A line before the report."""
+    print(f"consensus.doctor: {text}", flush=True)
+
+
 def end(code: int) -> NoReturn:
     """End this process at once: the teardown of a group waits for peers that may be stuck."""
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 

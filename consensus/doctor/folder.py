@@ -14,7 +14,7 @@ from consensus.meeting import Exchange
 
 SIZE = 16 << 20
 SEEN_S = 10.0
-TOKEN, LOCK, BULK = "token", "lock", "bulk"
+LOCK, BULK = "lock", "bulk"
 
 
 def check_folder(exchange: Exchange, folder: Path) -> list[Finding]:
@@ -25,8 +25,7 @@ def check_folder(exchange: Exchange, folder: Path) -> list[Finding]:
         folder: Where the run will write. What is made there is removed again.
     """
     with contextlib.ExitStack() as stack:
-        place, problem, lock = "", "", None
-        seconds = 0.0
+        place, problem, locked, seconds = "", "", False, 0.0
         if exchange.index == 0:
             try:
                 for path in _absent(folder):
@@ -38,9 +37,11 @@ def check_folder(exchange: Exchange, folder: Path) -> list[Finding]:
                 lock = stack.enter_context(Path(place, LOCK).open("wb"))
                 with contextlib.suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    locked = True
             except OSError as error:
                 problem = error.strerror or str(error)
-        place, problem, seconds = exchange.gather([place, problem, seconds])[0]
+        first = exchange.gather([place, problem, locked, seconds])[0]
+        place, problem, locked, seconds = first
         if problem:
             if exchange.index:
                 return []
@@ -51,7 +52,7 @@ def check_folder(exchange: Exchange, folder: Path) -> list[Finding]:
                     "output.root=... or output.run_dir=... that this user may write to, with room",
                 )
             ]
-        findings = list(_look(Path(place), exchange.index)) if exchange.index else []
+        findings = list(_look(Path(place), exchange.index, locked)) if exchange.index else []
         wrong = exchange.gather(bool(findings))
         text = f"{folder}: {SIZE / 1e6 / seconds:.0f} MB/s written and synced"
         if exchange.size > 1 and not any(wrong):
@@ -82,7 +83,7 @@ def _write(path: Path) -> float:
     return time.monotonic() - began
 
 
-def _look(place: Path, index: int) -> Iterator[Finding]:
+def _look(place: Path, index: int, locked: bool) -> Iterator[Finding]:
     """What another member sees of it; nothing if all is well."""
     began = time.monotonic()
     while not (place / BULK).exists():
@@ -113,11 +114,11 @@ def _look(place: Path, index: int) -> Iterator[Finding]:
             f"{place.parent} shows what the first writes {late:.1f} s later",
             "a mount with a shorter attribute cache (NFS: actimeo=1), or another folder",
         )
-    yield from _try_lock(place / LOCK)
+    yield from _try_lock(place / LOCK, locked)
 
 
-def _try_lock(path: Path) -> Iterator[Finding]:
-    """The first member holds it. Who gets it all the same has found that locks do not hold."""
+def _try_lock(path: Path, locked: bool) -> Iterator[Finding]:
+    """The first member holds it, if it can. Who gets it all the same finds that none holds."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -126,7 +127,7 @@ def _try_lock(path: Path) -> Iterator[Finding]:
     except OSError as error:
         problem = f"has no locks ({error.strerror})"
     else:
-        problem = "has locks of each node for itself"
+        problem = "has locks of each node for itself" if locked else "has no locks"
     yield warning(
         "folder",
         f"{path.parents[1]} {problem}: a second run in one directory would not be refused",

@@ -1,5 +1,6 @@
 """What can be seen on one machine alone: software, cores, devices, memory, disk, the plan."""
 
+import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -18,6 +19,7 @@ from consensus.comm import Launch, backends, choose_backend
 from consensus.doctor.finding import Finding, fault, warning
 from consensus.run.compose import config_dir
 from consensus.run.config import Config, ConfigError
+from consensus.run.directory import LOCK
 from consensus.run.plan import Plan, bytes_of_worker, make_plan
 from consensus.shared_memory import FOLDER, available, num_bytes
 
@@ -40,7 +42,7 @@ def versions() -> dict[str, str]:
     found["torch"] = torch.__version__  # with the build, such as +cu132 or +cpu
     found["cuda"] = str(torch.version.cuda or torch.version.hip or "none")
     found["nccl"] = "none"
-    if "nccl" in backends() and torch.cuda.is_available():
+    if "nccl" in backends():  # also where the GPU is not seen, which is another matter
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
@@ -69,7 +71,8 @@ def compare_versions(found: Sequence[dict[str, str]], index: int) -> Iterator[Fi
         text = f"{name} is {here} here and {there} on the first"
         if name == "consensus":
             text = f"the code of consensus is not that of the first ({here}, {there})"
-        kind = fault if name in MUST_AGREE else warning
+        patch = name == "python" and here.split(".")[:2] == there.split(".")[:2]
+        kind = fault if name in MUST_AGREE and not patch else warning
         yield kind(
             "versions",
             text,
@@ -120,11 +123,14 @@ def check_cores(launch: Launch) -> Iterator[Finding]:
 def cores_here() -> int:
     """That this process may use: its affinity, and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        return max(1, min(cores or 1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # none, or "max"
-        return cores or 1
+    cores = cores or 1
+    for folder in _cgroups():
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return max(1, cores)
 
 
 def check_devices(config: Config, launch: Launch) -> Iterator[Finding]:
@@ -134,9 +140,10 @@ def check_devices(config: Config, launch: Launch) -> Iterator[Finding]:
         "container, NVIDIA's runtime (docker run --gpus all)"
     )
     if not torch.cuda.is_available():
-        if Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists():
-            kind = fault if config.device == "cuda" else warning
-            yield kind(
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        driver = Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
+        if config.device != "cpu" and driver and not hidden:
+            yield fault(
                 "devices",
                 f"this machine has a driver of NVIDIA, but torch {torch.__version__} finds no GPU",
                 remedy_of_driver,
@@ -156,12 +163,18 @@ def check_devices(config: Config, launch: Launch) -> Iterator[Finding]:
         yield Finding("devices", f"{text}, unused: device=cpu")
         return
     known = torch.cuda.get_arch_list()
-    newest = max((int(arch[3:]) for arch in known if arch[3:].isdigit()), default=0)
-    if known and capability not in known and 10 * properties.major + properties.minor > newest:
+    if torch.version.hip is None and not runs_on(known, properties.major, properties.minor):
         yield fault(
             "devices",
             f"torch {torch.__version__} is built for {', '.join(known)}, not for {capability}",
-            "a newer torch",
+            "another build of torch: an older one for an older GPU, a newer one for a newer",
+        )
+        return
+    if total - free > max(0.1 * total, 2 << 30):
+        yield warning(
+            "devices",
+            f"GPU {index} has {free / 2**30:.0f} of {total / 2**30:.0f} GiB left before the run",
+            "nvidia-smi names the processes that hold the rest",
         )
     backend = choose_backend(config.group.name, torch.device("cuda", index), launch)
     if launch.size > 1 and backend == "gloo":
@@ -176,13 +189,31 @@ def check_devices(config: Config, launch: Launch) -> Iterator[Finding]:
         yield Finding("devices", f"{text}; {backend if launch.size > 1 else 'one process'}")
 
 
+def runs_on(known: Sequence[str], major: int, minor: int) -> bool:
+    """Whether code that is built for these architectures runs on a GPU of this capability.
+
+    Of sm_80 on 8.0 and later 8.x; of sm_90a on 9.0 alone; of compute_90, which is compiled when it
+    is loaded, on everything from 9.0 on.
+    """
+    for architecture in known:
+        kind, _, text = architecture.partition("_")
+        number = int("".join(filter(str.isdigit, text)) or 0)
+        same, least = number // 10 == major, number <= 10 * major + minor
+        exactly = text.endswith("a")
+        if kind == "sm" and (number == 10 * major + minor if exactly else same and least):
+            return True
+        if kind == "compute" and least and not exactly:
+            return True
+    return not known
+
+
 def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
     """Data, model, workers, resume: what a run would refuse before it opens its group."""
     try:
         plan = make_plan(config, launch)
     except ConfigError as error:
         topic = str(error).split("`")[1].partition(".")[0] if "`" in str(error) else "config"
-        return None, [fault(topic, str(error), "as it says: a run is refused with this line")]
+        return None, [fault(topic, str(error), "")]
     data, layout = plan.dataset, plan.risk.layout
     seen = [
         Finding(
@@ -197,19 +228,22 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
 
 
 def check_memory(plan: Plan) -> Iterator[Finding]:
-    """What the workers of this process need against what is left for it."""
+    """What the workers of this node, or of this GPU, need against what is left for them."""
     need = bytes_of_worker(plan.model) * len(plan.local_workers)
-    if plan.device.type == "cpu":
-        left = memory_left()
-        if left is not None:
-            on_node = need * plan.launch.local_size
-            text = (
-                f"{_bytes(left)} left; z, v and gradients of this node's workers: {_bytes(on_node)}"
-            )
-            if on_node > left:
-                yield fault("memory", text, "fewer workers on a node, or nodes with more memory")
-            else:
-                yield Finding("memory", text)
+    if plan.device.type == "cuda":
+        need *= math.ceil(plan.launch.local_size / torch.cuda.device_count())
+        left: int | None = torch.cuda.mem_get_info(plan.device)[0]
+        where = f"GPU {plan.device.index}"
+    else:
+        need *= plan.launch.local_size
+        left, where = memory_left(), "this node"
+    if left is None:
+        return
+    text = f"{_bytes(left)} left; z, v and gradients of the workers of {where}: {_bytes(need)}"
+    if need > left:
+        yield fault("memory", text, "fewer workers on a node, or nodes with more memory")
+    else:
+        yield Finding("memory", text)
     if plan.device.type == "cpu" and plan.launch.size == plan.launch.local_size > 1:
         yield from _check_shared_memory(plan)
 
@@ -220,11 +254,34 @@ def memory_left() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
-        limit, used = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
-        left = min(left, int(limit) - int(used))
-    except (OSError, ValueError, StopIteration):  # no limit, or not Linux
-        pass
+    except (OSError, ValueError, StopIteration):  # not Linux
+        return None
+    for folder in _cgroups():
+        try:
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+            # Files that were read stay in memory for as long as nobody else wants it.
+            used -= sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        except (OSError, ValueError):  # no limit there
+            continue
+        left = min(left, max(0, limit - used))
     return left
+
+
+def _cgroups() -> Iterator[Path]:
+    """The control groups that this process is in, from its own upwards (version 2)."""
+    own = ""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line[3:] for line in lines if line.startswith("0::")).strip("/")
+    except (OSError, StopIteration):
+        pass
+    path = CGROUP / own
+    while path != CGROUP and CGROUP in path.parents:
+        yield path
+        path = path.parent
+    yield CGROUP
 
 
 def _check_shared_memory(plan: Plan) -> Iterator[Finding]:
@@ -275,7 +332,9 @@ def check_disk(config: Config, plan: Plan | None) -> Iterator[Finding]:
     text = f"{there} has {_bytes(free)} free"
     if need:
         text += f", the checkpoints of this run take {_bytes(need)}"
-    if free < max(need, 1):
+    if not status.f_blocks:  # some file systems do not say; what is written there does
+        yield Finding("disk", f"{there} does not say how much room it has")
+    elif free < max(need, 1):
         yield fault("disk", f"{text}: the disk is full", f"{remedy}; or output.keep_checkpoints=1")
     elif status.f_files and not status.f_favail:
         yield fault("disk", f"{there} has room, but for no more files (inodes)", remedy)
@@ -286,6 +345,24 @@ def check_disk(config: Config, plan: Plan | None) -> Iterator[Finding]:
         yield warning("disk", f"{text}: room for few runs", remedy)
     else:
         yield Finding("disk", text)
+
+
+def check_in_use(config: Config) -> Iterator[Finding]:
+    """Whether another run holds the directory of this one."""
+    if config.output.run_dir is None:
+        return
+    lock = Path(config.output.run_dir) / LOCK
+    try:
+        with lock.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield fault(
+            "disk",
+            f"{lock.parent} is in use by a run that goes on",
+            "another output.run_dir, or wait for its end",
+        )
+    except OSError:  # no run has been there, or there are no locks
+        pass
 
 
 def room_for_run(config: Config, plan: Plan | None) -> int:

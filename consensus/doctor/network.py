@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from consensus.meeting import Exchange
 NET = Path("/sys/class/net")
 SIOCGIFADDR = 0x8915
 CONNECT_S = 3.0
+SPEAK_EVERY_S = 10.0
 ROUNDS = 5
 WORST_CLOCK_S, BAD_CLOCK_S = 15.0, 1.0
 """torchrun takes a node whose clock is 15 s behind for one that has died."""
@@ -102,7 +103,7 @@ def _state(interface: str) -> str:
 
 
 def _address_of_hostname() -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
         for family, kind, _, _, place in found:
             with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
@@ -121,17 +122,25 @@ def reach(host: str, port: int, patience_s: float, what: str) -> None:
     Raises:
         FaultError: If nothing does; says why.
     """
-    deadline = time.monotonic() + patience_s
+    deadline, speak = time.monotonic() + patience_s, time.monotonic() + SPEAK_EVERY_S
+    problem: OSError | UnicodeError
     while True:
         try:
             socket.create_connection((host, port), timeout=CONNECT_S).close()
             return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             problem = error
         if time.monotonic() > deadline:
             break
+        if time.monotonic() > speak:
+            speak += SPEAK_EVERY_S
+            print(
+                f"consensus.doctor: {host}:{port} does not answer yet ({reason(problem)}); tries "
+                f"for {patience_s:g} s",
+                flush=True,
+            )
         time.sleep(0.5)
-    if isinstance(problem, socket.gaierror):
+    if isinstance(problem, socket.gaierror | UnicodeError):
         raise FaultError(
             "rendezvous",
             f"{what} is {host}:{port}, but the name {host} cannot be resolved here",
@@ -147,8 +156,10 @@ def reach(host: str, port: int, patience_s: float, what: str) -> None:
     ) from problem
 
 
-def reason(error: OSError) -> str:
+def reason(error: OSError | UnicodeError) -> str:
     """In words of the system."""
+    if isinstance(error, UnicodeError):
+        return "no name of a machine"
     if isinstance(error, TimeoutError):
         return "no answer: a firewall, another network, or the machine is off"
     return error.strerror or str(error)
@@ -156,7 +167,7 @@ def reason(error: OSError) -> str:
 
 def owns(host: str, port: int) -> bool:
     """Whether this machine has that address, and nothing uses the port yet."""
-    with contextlib.suppress(socket.gaierror):
+    with contextlib.suppress(socket.gaierror, UnicodeError):
         for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -166,13 +177,12 @@ def owns(host: str, port: int) -> bool:
     return False
 
 
-def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) -> list[Finding]:
+def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
     """Have members connect to each other, at ports that the system chooses. A collective.
 
     Args:
         exchange: All members.
         address: Where this one listens; None: it takes no part.
-        places: Names of all members.
     """
     with contextlib.ExitStack() as stack:
         place: tuple[str, int] | None = None
@@ -187,7 +197,7 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
             )
             answering.start()
             stack.callback(answering.join, CONNECT_S)
-            stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes `accept`
+            stack.callback(_shut, listener)
         others = dict(enumerate(exchange.gather(place)))
         seekers = min(32, exchange.size)
 
@@ -213,7 +223,7 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
     return [
         fault(
             "network",
-            f"cannot reach {places[index]} at {others[index][0]}"
+            f"cannot reach {exchange.names[index].partition(' rank ')[0]} at {others[index][0]}"
             f"{', its loopback' if _is_loopback(others[index][0]) else ''} ({problem})",
             f"{INTERFACE}; no firewall between the nodes, since ranks connect at ports that the "
             "system chooses",
@@ -221,6 +231,11 @@ def check_pairs(exchange: Exchange, address: str | None, places: Sequence[str]) 
         for index, problem in enumerate(problems)
         if problem
     ]
+
+
+def _shut(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # not everywhere has a listener something to shut
+        listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
 
 
 def _answer(listener: socket.socket, index: int) -> None:
@@ -232,16 +247,17 @@ def _answer(listener: socket.socket, index: int) -> None:
                 connection.sendall(f"{index}\n".encode())
 
 
-def check_clocks(exchange: Exchange, clock: Callable[[], float] = time.time) -> list[Finding]:
-    """How far this member's clock is from the first one's. A collective.
+def check_clocks(
+    exchange: Exchange, takes_part: bool = True, clock: Callable[[], float] = time.time
+) -> list[Finding]:
+    """How far this member's clock is from the first one's, who takes part. A collective.
 
     The first answers each of the others in turn with its time. That time lies between a question
     and its answer, so the difference is known to half of that, of the quickest of five.
     """
-    if exchange.size == 1:
-        return []
+    parts = exchange.gather(takes_part)
     off, within = 0.0, float("inf")
-    for index in range(1, exchange.size):
+    for index in (index for index in range(1, exchange.size) if parts[index]):
         for turn in range(ROUNDS):
             key = f"clock {index} {turn}"
             if exchange.index == 0:
@@ -254,7 +270,9 @@ def check_clocks(exchange: Exchange, clock: Callable[[], float] = time.time) -> 
                 took = time.monotonic() - began
                 if took / 2 < within:
                     off, within = asked + took / 2 - answer, took / 2
-    known = exchange.gather([off, within if exchange.index else 0.0])
+    known = exchange.gather([off, within if within < float("inf") else 0.0])
+    if sum(parts) < 2:
+        return []
     if all(abs(there) - doubt <= BAD_CLOCK_S for there, doubt in known):
         most = max(abs(there) + doubt for there, doubt in known)
         return [Finding("clock", f"all clocks agree within {1e3 * most:.2g} ms")]

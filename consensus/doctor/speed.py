@@ -1,6 +1,7 @@
 """How fast sums are over the group of a run, against the gradients that they hide behind."""
 
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -9,69 +10,88 @@ import torch
 from torch import Tensor
 
 from consensus.algorithm import Consensus
-from consensus.comm import Group
+from consensus.comm import Group, RepeatedSum
 from consensus.doctor.finding import Finding, fault, table, warning
 from consensus.run.plan import Plan
 from consensus.run.trainer import build_algorithm
 from consensus.server import digest
+from consensus.shared_memory import FOLDER, num_bytes
 
 SIZES = (1, 1_000, 100_000, 10_000_000)
 FEWEST, MOST = 3, 50
 EACH_S = 0.5  # about as long as one size is measured
 LONGEST_S = 2.0  # a larger size is left out when a sum of it would take longer
+SHORT_S = 1e-3  # a gradient that hides nothing
 
 
-def check_sums(group: Group, plan: Plan | None, dtype: torch.dtype) -> list[Finding]:
-    """Sums of several sizes as line 3 forms them, measured, and compared with their value."""
+def check_sums(
+    group: Group, own: int | None, dtype: torch.dtype, compress: str | None, backend: str
+) -> tuple[list[Finding], float]:
+    """Sums of several sizes as line 3 forms them, measured, and compared with their value.
+
+    Args:
+        group: The processes.
+        own: n of this model; None: unknown. Alike on all ranks, as are the following.
+        dtype: Of the run.
+        compress: `group.compress`.
+        backend: What it is called.
+
+    Returns:
+        What was found, and the seconds of a sum of n numbers.
+    """
     like = torch.zeros(1, device=group.device, dtype=dtype)
-    own = () if plan is None else (plan.risk.layout.size,)
     rows: list[tuple[str, str, str, str]] = [("n", "", "ms", "MB/s")]
-    last_s, last_n = 0.0, 1
-    for numel in sorted({*SIZES, *own}):
-        if numel not in own and last_s * numel / last_n > LONGEST_S:
+    last_s, last_n, own_s = 0.0, 1, 0.0
+    way = backend
+    for numel in sorted({*SIZES, *(() if own is None else (own,))}):
+        if numel != own and (last_s * numel / last_n > LONGEST_S or not _fits(group, numel, dtype)):
             break
-        seconds = _measure_sum(group, numel, like)
-        if seconds is None:
+        total = group.repeated_sum(numel, like)
+        way = "shared memory" if total.in_shared_memory else backend
+        total.message.fill_(1.0)
+        # Every partial sum of so many ones is exact; bfloat16 rounds from 257 on.
+        rounds = compress is not None and way == backend and group.size > 2**8
+        allowed = group.size**2 / 2**8 if rounds else 0.0
+        right = bool(((total.start().wait() - group.size).abs() <= allowed).all())
+        if int(group.min_(torch.tensor([int(right)], device=group.device))) == 0:
             return [
                 fault(
                     "sums",
-                    f"the sum of {numel:,} numbers of all ranks is wrong",
+                    f"the sum of {numel:,} numbers of all ranks is wrong, over {way}",
                     "group=gloo and group.shared_memory=false, to see which way is at fault",
                 )
-            ]
-        name = "u of this model" if numel in own else ""
+            ], 0.0
+
+        def once(total: RepeatedSum = total) -> Tensor:
+            total.message.fill_(1.0)
+            return total.start().wait()
+
+        seconds = _median(group, once)
+        name = "u of this model" if numel == own else ""
         rate = numel * like.element_size() / seconds / 1e6
         rows.append((f"{numel:,}", name, f"{1e3 * seconds:.3g}", f"{rate:.3g}"))
         last_s, last_n = seconds, numel
-    return [Finding("sums", "\n".join(["all-reduce, the slowest rank, median:", *table(rows)]))]
+        if numel == own:
+            own_s = seconds
+    text = f"all-reduce over {way}, the slowest rank, median:"
+    return [Finding("sums", "\n".join([text, *table(rows)]))], own_s
 
 
-def _measure_sum(group: Group, numel: int, like: Tensor) -> float | None:
-    """Seconds of one sum, on the slowest rank; None if what comes out is wrong."""
-    total = group.repeated_sum(numel, like)
-
-    def once() -> Tensor:
-        total.message.fill_(group.rank + 1.0)
-        began.append(time.perf_counter())
-        result = total.start().wait()
-        _finish(result)
-        took.append(time.perf_counter() - began[-1])
-        return result
-
-    began: list[float] = []
-    took: list[float] = []
-    result = once()
-    right = bool((result == group.size * (group.size + 1) / 2).all())  # exact in any dtype
-    if int(group.min_(torch.tensor([int(right)], device=group.device))) == 0:
-        return None
-    once()
-    for _ in range(_repetitions(group, took[-1])):
-        once()
-    return _slowest(group, statistics.median(took[2:]))
+def _fits(group: Group, numel: int, dtype: torch.dtype) -> bool:
+    """Whether a size that is only of interest leaves shared memory to those who need it."""
+    room = shutil.disk_usage(FOLDER).free if FOLDER.exists() else math.inf
+    fits = num_bytes(group.size, numel, dtype) < 0.1 * room
+    return int(group.min_(torch.tensor([int(fits)], device=group.device))) == 1
 
 
-def check_iterations(group: Group, plan: Plan) -> list[Finding]:
-    """A few iterations of the run itself: the same u everywhere, and how long each part takes."""
+def check_iterations(group: Group, plan: Plan, sum_s: float) -> list[Finding]:
+    """A few iterations of the run itself: the same u everywhere, and how long a gradient takes.
+
+    Args:
+        group: The processes.
+        plan: The run.
+        sum_s: Seconds of the sum of line 3.
+    """
     algorithm = build_algorithm(plan, group)
     for t in range(3):
         algorithm.step(t)
@@ -88,25 +108,32 @@ def check_iterations(group: Group, plan: Plan) -> list[Finding]:
     gradient_s = _median(group, lambda: worker.gradient(worker.draw()))
     if group.size == 1 or not isinstance(algorithm, Consensus):
         return [Finding("speed", f"a gradient takes {1e3 * gradient_s:.3g} ms")]
-    total = group.repeated_sum(plan.risk.layout.size, plan.start)
-    sum_s = _median(group, lambda: total.start().wait())
     text = (
         f"a gradient takes {1e3 * gradient_s:.3g} ms, the sum of line 3, which travels meanwhile, "
         f"{1e3 * sum_s:.3g} ms; after 3 iterations all ranks hold the same bits of u"
     )
+    finding = advice(gradient_s, sum_s, plan.config.algorithm.period)
+    if finding is None:
+        return [Finding("speed", text)]
+    return [warning("speed", f"{text}. {finding[0]}", finding[1])]
+
+
+def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | None:
+    """What to say of a sum that takes longer than the gradients it hides behind; None: nothing."""
     over = sum_s - gradient_s
-    period = plan.config.algorithm.period
-    enough = max(1, math.ceil(over / (0.1 * gradient_s)))
-    if over > 0.1 * gradient_s and period < enough:
-        return [
-            warning(
-                "speed",
-                f"{text}. It cannot hide: the run waits {100 * over / sum_s:.0f} % of the time",
-                f"algorithm.period={enough}, which waits 10 % of the time; or a larger "
-                "algorithm.batch_size, group.compress=bf16, more workers on fewer processes",
-            )
-        ]
-    return [Finding("speed", text)]
+    waits = over / (period * gradient_s + over)
+    if waits <= 0.1:
+        return None
+    text = f"It cannot hide: the run waits {100 * waits:.0f} % of the time"
+    if gradient_s < SHORT_S:
+        return f"{text}; gradients this short hide nothing", (
+            "a larger algorithm.batch_size, or several workers on fewer processes"
+        )
+    enough = math.ceil(9.0 * over / gradient_s)
+    return text, (
+        f"algorithm.period={enough} would wait a tenth of it (a longer period is another "
+        "algorithm: look at the error), or group.compress=bf16, or a larger algorithm.batch_size"
+    )
 
 
 def _median(group: Group, work: Callable[[], Tensor]) -> float:
@@ -120,14 +147,10 @@ def _median(group: Group, work: Callable[[], Tensor]) -> float:
 
     once()
     once()
-    for _ in range(_repetitions(group, took[-1])):
+    most = _slowest(group, took[-1])
+    for _ in range(int(min(MOST, max(FEWEST, EACH_S / max(most, 1e-6))))):
         once()
     return _slowest(group, statistics.median(took[2:]))
-
-
-def _repetitions(group: Group, seconds: float) -> int:
-    """As many on all ranks."""
-    return int(min(MOST, max(FEWEST, EACH_S / max(_slowest(group, seconds), 1e-6))))
 
 
 def _slowest(group: Group, seconds: float) -> float:
