@@ -42,6 +42,11 @@ class Algorithm(ABC):
         """Iteration t = 0, 1, ... on every rank."""
 
     @property
+    def explicit(self) -> bool:
+        """Whether every line is one formula, and none the solution of an equation."""
+        return self.worker.coupling == "explicit"
+
+    @property
     @abstractmethod
     def u(self) -> Tensor:
         """The consensus variable. (n,)."""
@@ -145,6 +150,11 @@ class Consensus(Algorithm):
         tau, sigma, lam = (value_at(size, t) for size in (self.tau, self.sigma, self.lam))
         t_u = tau / lam if self.u_step_on == "objective" else tau
         return t_u, sigma, sigma / lam
+
+    @property
+    def explicit(self) -> bool:
+        """Whether every line is one formula, and none the solution of an equation."""
+        return super().explicit and self.server.update == "gradient"
 
     @property
     def u(self) -> Tensor:

@@ -38,6 +38,8 @@ def why_not(algorithm: Algorithm, processes: int) -> str | None:
         return "the device is no GPU"
     if processes > 1:
         return f"there are {processes} processes, and their messages are not recorded"
+    if not algorithm.explicit:
+        return "its equations are solved until numbers on the host say so"
     oracle = algorithm.worker.oracle
     if not isinstance(oracle, MinibatchRisk):
         return f"{type(oracle).__name__} does not say which samples a minibatch has"

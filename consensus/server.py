@@ -19,7 +19,12 @@ from consensus.comm import Group, GroupError, Pending
 from consensus.core.flat import Scalar
 from consensus.core.layerwise import Layerwise
 from consensus.core.lines import lines_for, shared_by_all
+from consensus.core.mean import phi_mean
 from consensus.core.updates import consensus_direction
+
+U_UPDATES = ("gradient", "exact")
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""How far the forces may be from their balance, as a part of their sum, in an exact update."""
 
 
 @dataclass
@@ -27,11 +32,12 @@ class PendingForce:
     """sum_j grad phi(u - z_j) on its way, and the z_j it belongs to.
 
     Attributes:
-        force: Its handle; a tensor (n,), with the reach of each rank behind it on the CPU.
+        force: Its handle; a tensor (n,), with the reach of each rank behind it on the CPU. None
+            where u is not moved by it.
         z: (K, n) for the line search.
     """
 
-    force: Pending
+    force: Pending | None
     z: Tensor
 
 
@@ -42,6 +48,8 @@ class Server:
         u: The start, equal on all ranks; a copy is taken. (n,)
         phi: The layer-wise potential (18).
         group: The processes of the run.
+        update: "gradient": line 3; "exact": the minimizer (14a) in its place, which costs several
+            sums that nothing hides, and needs no tau.
         fused: Whether large vectors, and those on a GPU, go the ways of core/lines.py, equal up to
             rounding.
 
@@ -51,10 +59,20 @@ class Server:
         cuts: How often s_u was below 1, likewise.
     """
 
-    def __init__(self, u: Tensor, phi: Layerwise, group: Group, *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        u: Tensor,
+        phi: Layerwise,
+        group: Group,
+        *,
+        update: str = "gradient",
+        fused: bool = True,
+    ) -> None:
+        assert update in U_UPDATES, update
         self.u = u.clone()
         self.phi = phi
         self.group = group
+        self.update = update
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
         # On the CPU a branch is free and a collective is not; on a GPU it is the other way round.
@@ -70,6 +88,8 @@ class Server:
             z: (K, n)
             scratch: Memory like z that may be overwritten.
         """
+        if self.update == "exact":
+            return PendingForce(None, z)
         n = len(self.u)
         message = self._sum.message
         if self._lines is not None:
@@ -95,6 +115,20 @@ class Server:
             pending: What `start` returned; neither u nor z has changed since.
             t_u: tau or tau / lam.
         """
+        if pending.force is None:
+            tolerance = EXACT[self.u.dtype]
+            self.u.copy_(
+                phi_mean(
+                    self.phi,
+                    pending.z,
+                    self.u,
+                    total=self.group.sum_,
+                    smallest=self.group.min_,
+                    tolerance=tolerance,
+                ).u
+            )
+            self.step.fill_(1.0)
+            return self.u
         force, reaches = pending.force.wait().tensor_split([len(self.u)])
         if self._lines is not None and shared_by_all(t_u):
             if self.phi.bounded:

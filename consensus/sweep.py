@@ -33,7 +33,7 @@ from consensus.report import report
 from consensus.run.board import Board
 from consensus.run.cell import run_cell
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
-from consensus.run.config import ConfigError, require
+from consensus.run.config import Config, ConfigError, require
 from consensus.run.grid import Cell, Sweep, check, read_sweep, register_sweep_schema
 from consensus.run.queue import cancel, jobs_in_queue
 from consensus.run.together import Member, train_together
@@ -90,12 +90,19 @@ def run(sweep: Sweep, board: Board) -> None:
             except ConfigError:  # of values that do not fit each other: the run itself refuses them
                 alone.append(cell)
                 continue
-            if member.config.algorithm.name == "msgd":  # which has no u
+            if not can_be_member(member.config):
                 alone.append(cell)
             else:
                 together.append(member)
         train_together(together, sweep.path / ".population", board.say, sweep.options.gradients)
     launch(sweep, alone)
+
+
+def can_be_member(config: Config) -> bool:
+    """Whether a population can train it: mSGD has no u, and no block solves equations."""
+    algorithm = config.algorithm
+    explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
+    return algorithm.name != "msgd" and explicit
 
 
 def member_of(cell: Cell, folder: Path) -> Member:

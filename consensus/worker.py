@@ -15,6 +15,7 @@ from consensus.core.lines import lines_for, shared_by_all
 from consensus.core.updates import look_ahead, velocity, worker_direction
 
 MOMENTUM_ON = ("loss", "objective")
+COUPLING = ("explicit", "implicit")
 
 
 class Oracle(Protocol):
@@ -48,6 +49,8 @@ class Worker:
         nu: Weight of R(z) = (nu / 2) |z|^2.
         momentum_on: "loss": the velocity carries loss and R, the coupling acts outside it, which is
             mEASGD; "objective": the coupling passes through the velocity as well.
+        coupling: "explicit": line 6 adds the force at z_j; "implicit": the proximal step of
+            (1 / lam) phi(u - .), the force at z_j+, feasible and stable for any lam.
         fused: Whether large vectors, and those on a GPU, go the ways of core/lines.py, equal up to
             rounding.
 
@@ -69,9 +72,11 @@ class Worker:
         kappa: Scalar = 0.9,
         nu: Scalar = 0.0,
         momentum_on: str = "loss",
+        coupling: str = "explicit",
         fused: bool = True,
     ) -> None:
         assert momentum_on in MOMENTUM_ON, momentum_on
+        assert coupling in COUPLING, coupling
         self.z = z.clone()
         self.v = torch.zeros_like(z)
         self.scratch = torch.empty_like(z)
@@ -80,6 +85,7 @@ class Worker:
         self.kappa = kappa
         self.nu = nu
         self.momentum_on = momentum_on
+        self.coupling = coupling
         self.step = z.new_ones(())
         self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         self._lines = lines_for(phi, z) if fused else None
@@ -120,6 +126,8 @@ class Worker:
             u: u+, which u - z_j must stay feasible against. (n,)
             anchor: Where the coupling pulls to: u+ (Gauss-Seidel) or u (Jacobi). (n,)
         """
+        if self.coupling == "implicit" and pull is not None:
+            return self._update_implicitly(delta, sigma, pull, anchor)
         if (
             self._lines is not None
             and shared_by_all(self.kappa, sigma, self.nu, pull)
@@ -138,7 +146,7 @@ class Worker:
                 step=self.step,
                 cuts=self.cuts,
             )
-            return
+            return None
         v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu, out=self.v)
         d, reach = v, None
         if pull is not None:
@@ -162,3 +170,18 @@ class Worker:
             if d is not v:
                 d *= column(s)
         self.z += d
+        return None
+
+    def _update_implicitly(self, delta: Tensor, sigma: Scalar, pull: Scalar, u: Tensor) -> None:
+        """Line 6 with the coupling at z_j+ in place of z_j.
+
+        z_j+ minimizes |z - y|^2 / (2 sigma) + (1 / lam) phi(u - z), y = z_j + v_j+. The minimizer
+        is inside the domain for every y, so that nothing is to be cut.
+        """
+        v = velocity(self.v, delta, self.z, self.kappa, sigma, self.nu, out=self.v)
+        b = torch.sub(u, self.z, out=self.scratch).sub_(v)
+        moved = u - self.phi.prox(b, pull, u)
+        if self.momentum_on == "objective":
+            torch.sub(moved, self.z, out=v)
+        self.z.copy_(moved)
+        self.step.fill_(1.0)

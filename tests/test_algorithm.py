@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 from consensus import POTENTIALS, Layerwise
@@ -61,12 +62,23 @@ def block(group):
     return range(group.rank * size, (group.rank + 1) * size)
 
 
-def build(group, name="quad", eta=1.0, kappa=0.9, nu=1e-2, momentum_on="loss", **options):
+def build(
+    group,
+    name="quad",
+    eta=1.0,
+    kappa=0.9,
+    nu=1e-2,
+    momentum_on="loss",
+    coupling="explicit",
+    u_update="gradient",
+    **options,
+):
     workers = block(group)
     phi = Layerwise(POTENTIALS[name], LAYERS, eta)
-    server = Server(torch.from_numpy(start_u()), phi, group)
+    server = Server(torch.from_numpy(start_u()), phi, group, update=u_update)
     z = torch.from_numpy(start_z()[workers.start : workers.stop])
-    worker = Worker(z, Quadratics(workers), phi, kappa=kappa, nu=nu, momentum_on=momentum_on)
+    own = {"kappa": kappa, "nu": nu, "momentum_on": momentum_on, "coupling": coupling}
+    worker = Worker(z, Quadratics(workers), phi, **own)
     options = {"tau": 0.02, "sigma": 0.02, "lam": 0.2} | options
     return Consensus(server, worker, **options)
 
@@ -557,6 +569,101 @@ def test_every_stored_iterate_is_strictly_feasible(ranks, name, size, dtype, per
     (asked,) = {answer[3] for answer in answers}
     if size > 1:  # the second collective: where u may have to be cut, and nowhere else
         assert answers[0][1][0] <= asked < STIFF // period
+
+
+# ------------------------------------------------------------------ implicit coupling, exact u
+
+
+def prox_by_bisection(name, eta, b, step):
+    """The w with w + step grad phi(w) = b: along b in each layer, or coordinate, by bisection."""
+    grad = layer_gradient(name, eta)
+    parts = LAYERS if not name.endswith("_sep") else [(i, i + 1) for i in range(N)]
+    w = np.zeros(N)
+    for start, stop in parts:
+        ray = np.zeros(N)
+        ray[start:stop] = b[start:stop]
+        low, high = 0.0, 1.0
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            inside = halving(name, eta)(np.zeros(N), middle * ray) == 1.0
+            short = inside and (middle * ray + step * grad(middle * ray) - ray) @ ray < 0
+            low, high = (middle, high) if short else (low, middle)
+        w += low * ray
+    return w
+
+
+def exact_u(name, eta, z, u):
+    """The root of sum_j grad phi(u - z_j), by SciPy."""
+    grad = layer_gradient(name, eta)
+    found = scipy.optimize.root(lambda u: sum(grad(u - zj) for zj in z), u, tol=1e-14)
+    return found.x
+
+
+def implicit_reference(iterations, name, eta, lam, u_update="gradient", momentum_on="loss"):
+    kappa, nu, sigma, tau = 0.9, 1e-2, 0.02, 0.02
+    grad = layer_gradient(name, eta)
+    u, z = start_u(), start_z()
+    v = np.zeros_like(z)
+    for t in range(iterations):
+        if u_update == "exact":
+            u = exact_u(name, eta, z, u)
+        else:
+            u = u - tau * sum(grad(u - z[j]) for j in range(M))
+        for j in range(M):
+            delta = z[j] + kappa * v[j] - target(j) - shift(j, t)
+            v[j] = kappa * v[j] - sigma * (delta + nu * z[j])
+            moved = u - prox_by_bisection(name, eta, u - z[j] - v[j], sigma / lam)
+            if momentum_on == "objective":
+                v[j] = moved - z[j]
+            z[j] = moved
+    return u, z
+
+
+IMPLICIT = {
+    "quad, stiff": {"name": "quad", "eta": 1.0, "lam": 1e-4, "u_update": "exact"},
+    "cubic": {"name": "cubic", "eta": 1.0, "lam": 0.2},
+    "tan, stiff": {"name": "tan", "eta": 0.5, "lam": 2.5e-3, "u_update": "exact"},
+    "log_sep, stiff": {"name": "log_sep", "eta": 0.5, "lam": 2.5e-3, "u_update": "exact"},
+    "tan_sep, through the momentum": {
+        "name": "tan_sep",
+        "eta": 2.0,
+        "lam": 0.1,
+        "momentum_on": "objective",
+    },
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("case", IMPLICIT)
+def test_implicit_coupling_equals_the_plain_loop(ranks, size, case):
+    own = IMPLICIT[case]
+    answers = ranks(size, trajectory, 30, own | {"coupling": "implicit"})
+    assert len({answer[2] for answer in answers}) == 1, "u differs between ranks"
+    z = np.concatenate([answer[1] for answer in answers])
+    expected_u, expected_z = implicit_reference(30, **own)
+    np.testing.assert_allclose(answers[0][0], expected_u, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(z, expected_z, rtol=0, atol=1e-8)
+    assert answers[0][3] == [0, 0], "an implicit step is never cut"
+
+
+@pytest.mark.parametrize("name", ["quad", "tan", "log"])
+def test_where_the_explicit_step_diverges_the_implicit_one_does_not(name):
+    """A stiffness of 2 sigma / lam = 16 per worker, far beyond what an explicit step bears."""
+    stiff = {"name": name, "lam": 2.5e-3, "kappa": 0.0}
+    explicit = build(Solo(), **stiff)
+    implicit = build(Solo(), **stiff, coupling="implicit", u_update="exact")
+    middle = np.mean([target(j) for j in range(M)], 0)  # about where quadratics agree
+    way = []
+    for t in range(200):
+        explicit.step(t)
+        implicit.step(t)
+        if t % 40 == 39:  # a period of the noise or more
+            way.append(float(np.abs(implicit.u.numpy() - middle).max()))
+    assert way == sorted(way, reverse=True)
+    assert implicit.cuts.tolist() == [0, 0]
+    far = np.abs(explicit.u.numpy() - middle).max()
+    assert not far < 10 or explicit.cuts.sum() > 100
 
 
 # ---------------------------------------------------------- one run, however it is laid out (M = 4)

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "consensus.population": {"algorithm", "core", "replay", "worker"},
     "consensus.problem": {"core.flat", "registry"},
     "consensus.run": BELOW_ENTRIES,
-    "consensus.run.config": {"algorithm", "worker", "core", "problem", "registry"},
+    "consensus.run.config": {"algorithm", "server", "worker", "core", "problem", "registry"},
     "consensus.run.compose": {"run.config"},
     "consensus.train": BELOW_ENTRIES,
     "consensus.sweep": BELOW_ENTRIES | {"report"},

@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from consensus.core.flat import Scalar, column
 from consensus.core.profiles import (
     LOG,
     LOG_COSH,
@@ -311,6 +312,34 @@ class Potential:
         r = self.size.norm(y)
         ratio = torch.where(r > 0, self.profile.invert(r) / r, 0.0)
         return self.size.scale(ratio, y) / self._scale_for(y)
+
+    def prox(self, b: Tensor, step: Scalar, u: Tensor | None = None) -> Tensor:
+        """The proximal step: the minimizer of |w - b|^2 / 2 + step phi(w). (..., n) -> (..., n).
+
+        Any b will do, and the result is inside dom phi. Each group moves along its own ray, so that
+        there is one scalar equation for it.
+
+        Args:
+            b: The point.
+            step: A number > 0, or a tensor that broadcasts over the leading axes.
+            u: Where z = u - w is what will be stored: w is kept as far inside as `feasible_step`
+                does, so that rounding does not bring u - z outside. Broadcasts against b.
+
+        Raises:
+            ValueError: If a radial phi, other than a quadratic one, weighs the coordinates of a
+                group differently.
+        """
+        scale = self._scale_for(b)
+        c = column(step) * scale * scale  # in units of x: x + 2 c psi'(s) x = scale b
+        if self.profile.slope is not None:
+            return b / (1.0 + 2.0 * self.profile.slope * c)
+        if isinstance(self.size, Radial) and isinstance(c, Tensor) and c.ndim and c.shape[-1] > 1:
+            raise ValueError("`prox` of a radial potential with a weight for each coordinate")
+        r = self.size.norm(self._scaled(b))
+        rho = self.profile.shrink(r, c)
+        if self.bounded and u is not None:
+            rho = torch.minimum(rho, self._safe_radius(self.reach(u)).clamp(min=0.0))
+        return self.size.scale(torch.where(r > 0, rho / r, 0.0), b)
 
     def contains(self, w: Tensor) -> Tensor:
         """Whether w lies strictly inside dom phi, as stored in floating point. -> bool (...)."""

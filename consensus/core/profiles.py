@@ -55,6 +55,10 @@ class Profile:
         """The rho >= 0 with 2 psi'(rho^2) rho = r, elementwise; nan where there is none."""
         return solve_radius(self, r) if self.radius is None else self.radius(r)
 
+    def shrink(self, r: Tensor, c: float | Tensor) -> Tensor:
+        """The rho >= 0 with rho + 2 c psi'(rho^2) rho = r, elementwise, inside the domain."""
+        return shrink_radius(self, r, c)
+
     def dpsi_up_to(self, largest: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | float:
         """The cheapest form of psi' for sizes s <= `largest` of this type."""
         if dtype == torch.float32:
@@ -67,10 +71,38 @@ class Profile:
 def solve_radius(profile: Profile, r: Tensor) -> Tensor:
     """Solve g(rho) = 2 psi'(rho^2) rho = r for rho >= 0 by Newton's method inside a bracket.
 
-    Newton acts on log g = log r as an equation in log rho, nearly linear near 0, and converges fast
-    next to a pole; a step that leaves the bracket is replaced by bisection. nan where r exceeds the
-    range of g. Not for hot paths: the stopping test looks at the values.
+    nan where r exceeds the range of g. Not for hot paths: the stopping test looks at the values.
     """
+    g, dg = _slope_of(profile)
+    if math.isfinite(profile.bound):
+        high = torch.full_like(r, math.sqrt(profile.bound))
+    else:
+        high = torch.ones_like(r)
+        for _ in range(math.ceil(math.log2(torch.finfo(r.dtype).max)) // 2):
+            short = g(high) < r
+            if not bool(short.any()):
+                break
+            high = torch.where(short, 2.0 * high, high)
+    reachable = (r < math.inf) & ((profile.bound < math.inf) | (g(high) >= r))
+    return _solve_increasing(g, dg, r, high, reachable)
+
+
+def shrink_radius(profile: Profile, r: Tensor, c: float | Tensor) -> Tensor:
+    """Solve rho + 2 c psi'(rho^2) rho = r for rho >= 0: the proximal step of c psi(rho^2).
+
+    There is always one solution, at most r and inside the domain. Not for hot paths, see above.
+    """
+    if profile.slope is not None:
+        return r / (1.0 + 2.0 * profile.slope * c)
+    g, dg = _slope_of(profile)
+    high = r if math.isinf(profile.bound) else r.clamp(max=math.sqrt(profile.bound))
+    return _solve_increasing(
+        lambda rho: rho + c * g(rho), lambda rho: 1.0 + c * dg(rho), r, high, r < math.inf
+    )
+
+
+def _slope_of(profile: Profile) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The derivative of psi(rho^2) by rho, and its own."""
 
     def g(rho: Tensor) -> Tensor:
         return 2.0 * profile.dpsi(rho * rho) * rho
@@ -79,19 +111,23 @@ def solve_radius(profile: Profile, r: Tensor) -> Tensor:
         s = rho * rho
         return 2.0 * profile.dpsi(s) + 4.0 * profile.d2psi(s) * s
 
+    return g, dg
+
+
+def _solve_increasing(
+    g: Callable[[Tensor], Tensor],
+    dg: Callable[[Tensor], Tensor],
+    r: Tensor,
+    high: Tensor,
+    reachable: Tensor,
+) -> Tensor:
+    """Solve g(rho) = r for 0 <= rho <= high where that is possible; nan elsewhere.
+
+    Newton acts on log g = log r as an equation in log rho, nearly linear near 0, and converges fast
+    next to a pole; a step that leaves the bracket is replaced by bisection.
+    """
     low = torch.zeros_like(r)
-    if math.isfinite(profile.bound):
-        high = torch.full_like(r, math.sqrt(profile.bound))
-        rho = 0.5 * high
-    else:
-        high = torch.ones_like(r)
-        for _ in range(math.ceil(math.log2(torch.finfo(r.dtype).max)) // 2):
-            short = g(high) < r
-            if not bool(short.any()):
-                break
-            high = torch.where(short, 2.0 * high, high)
-        rho = 0.5 * high
-    reachable = (r < math.inf) & ((profile.bound < math.inf) | (g(high) >= r))
+    rho = 0.5 * high
     for _ in range(200):
         value = g(rho)
         below = value < r

@@ -16,7 +16,8 @@ from consensus.core.potentials import POTENTIALS, Potential
 from consensus.core.schedules import SCHEDULES, Schedule
 from consensus.problem import DATASETS, MODELS, PARTITIONS
 from consensus.registry import Registry
-from consensus.worker import MOMENTUM_ON
+from consensus.server import U_UPDATES
+from consensus.worker import COUPLING, MOMENTUM_ON
 
 ALGORITHMS = ("consensus", "easgd", "msgd")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -138,6 +139,8 @@ class AlgorithmConfig:
     order: str
     momentum_on: str
     u_step_on: str
+    coupling: str
+    u_update: str
     loss_reduction: str
     schedule: SchedulesConfig
 
@@ -161,7 +164,21 @@ class AlgorithmConfig:
         require_one_of("algorithm.order", self.order, ORDERS)
         require_one_of("algorithm.momentum_on", self.momentum_on, MOMENTUM_ON)
         require_one_of("algorithm.u_step_on", self.u_step_on, U_STEP_ON)
+        require_one_of("algorithm.coupling", self.coupling, COUPLING)
+        require_one_of("algorithm.u_update", self.u_update, U_UPDATES)
+        if self.coupling == "implicit":
+            require(
+                self.order == "gauss_seidel",
+                "algorithm.coupling",
+                self.coupling,
+                f"explicit with order={self.order}: the proximal step is around u+",
+            )
         require_one_of("algorithm.loss_reduction", self.loss_reduction, REDUCTIONS)
+        if self.name != "consensus":
+            for key, plain in (("coupling", "explicit"), ("u_update", "gradient")):
+                value = getattr(self, key)
+                allowed = f"{plain} for algorithm={self.name}"
+                require(value == plain, f"algorithm.{key}", value, allowed)
         if self.name == "easgd":
             symmetric = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is free)"
             require(self.order == "jacobi", "algorithm.order", self.order, f"jacobi, {symmetric}")

@@ -391,11 +391,12 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         kappa=config.momentum,
         nu=config.weight_decay,
         momentum_on=config.momentum_on,
+        coupling=config.coupling,
     )
     if config.name == "msgd":
         return Msgd(worker, group, sigma=scheduled(config, "sigma"))
     return Consensus(
-        Server(u, plan.phi, group),
+        Server(u, plan.phi, group, update=config.u_update),
         worker,
         tau=scheduled(config, "tau"),
         sigma=scheduled(config, "sigma"),
