@@ -543,6 +543,20 @@ def test_momentum_sgd_runs_beside_a_population(sweep, tmp_path):
     assert len(started(tmp_path / "many" / "run")) == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "can"),
+    [
+        ([], True),
+        (["algorithm=easgd"], True),
+        (["algorithm=msgd"], False),
+        (["algorithm.coupling=implicit"], False),
+        (["algorithm.u_update=exact"], False),
+    ],
+)
+def test_who_can_be_of_a_population(make_config, overrides, can):
+    assert entry.can_be_member(make_config(*overrides)) == can
+
+
 def test_the_state_of_a_population_is_for_the_same_configs_only(make_config):
     def key(*overrides):
         config = make_config("potential=quad", *overrides)

@@ -419,6 +419,27 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
             "force acts outside the velocity",
         ),
         (
+            ["algorithm.coupling=implicit", "algorithm.order=jacobi"],
+            "`algorithm.coupling` is implicit; allowed: explicit with order=jacobi: the proximal "
+            "step is around u+",
+        ),
+        (
+            ["algorithm=easgd", "algorithm.u_update=exact"],
+            "`algorithm.u_update` is exact; allowed: gradient for algorithm=easgd",
+        ),
+        (
+            ["algorithm=msgd", "algorithm.coupling=implicit"],
+            "`algorithm.coupling` is implicit; allowed: explicit for algorithm=msgd",
+        ),
+        (
+            ["algorithm.coupling=loose"],
+            "`algorithm.coupling` is loose; allowed: explicit, implicit",
+        ),
+        (
+            ["algorithm.u_update=newton"],
+            "`algorithm.u_update` is newton; allowed: exact, gradient",
+        ),
+        (
             ["algorithm=easgd", "algorithm.schedule.tau.name=cosine"],
             "`algorithm.schedule.tau` is ScheduleConfig(name='cosine', options={}); allowed: the "
             "schedule of sigma, for algorithm=easgd, whose step is symmetric (algorithm=consensus "
