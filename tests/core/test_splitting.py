@@ -329,6 +329,26 @@ def test_the_boundary_is_met(name):
     assert furthest > 0.5 * math.sqrt(PHI[name][1])
 
 
+def test_a_step_is_cut_by_the_way_to_the_boundary():
+    # phi = -log(1 - w^2), lam = 2, w = 0: L = 1, so the first step size is 0.9 and the prox of
+    # 10 |u - 50| moves u by 9, out of |w| < 1. 0.9 of the way to the boundary is u = 0.9; halving
+    # would have ended at 0.5625. The second row does not move.
+    target = [[50.0], [0.0]]
+    model = Model(l1(target, 10.0), l1([[0.0], [0.0]]), POTENTIALS["log"], 2.0)
+    found = palm(model, torch.zeros(2, 1, dtype=torch.float64), budget=1)
+    np.testing.assert_allclose(found.u, [[0.9], [0.0]], atol=1e-12)
+
+
+def test_steps_grow_by_half_at_most():
+    # The cubic potential has no curvature where it ends, u = z = C: nothing else limits the steps.
+    steps = []
+    g = square(C, 1.0, "prox")
+    noted = Function(g.value, prox=lambda x, step: (steps.append(step), g.prox(x, step))[1])
+    palm(Model(noted, square(C, 1.0, "prox"), POTENTIALS["cubic"], 1.0), tensor(C + U0), budget=30)
+    ratios = np.array(steps[1:]) / np.array(steps[:-1])
+    assert ratios.max() == pytest.approx(1.5)
+
+
 def test_the_global_minimum_of_a_small_nonconvex_problem():
     # One u, one z: a grid finds the minimum, near enough that both methods must end in its basin.
     lam, a, b = 0.5, 1.3, 2.0
