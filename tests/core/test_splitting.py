@@ -231,7 +231,7 @@ def softplus(x):
 
 
 @every_phi
-@every_run
+@pytest.mark.parametrize("run", [alternating_minimization, palm])
 def test_logistic_losses_are_minimized_as_scipy_does(run, name):
     # Convex in (u, z): sum_i softplus(z_i) - p_i z_i + ridge, for each of the six phi.
     p, ridge, lam = np.array([0.9, 0.2, 0.6, 0.1, 0.7]), 0.2, 0.8
