@@ -1,0 +1,142 @@
+"""What (1) and (4) are made of: functions g and f, a linear map A, the potential.
+
+    min over u     g(u) + e_lam f (A u)                                                          (1)
+    min over u, z  F(u, z) = g(u) + f(z) + (1 / lam) phi(A u - z)                                (4)
+
+u and z have any shape. The last axis of z holds the coordinates of phi; along its other axes each
+row has a phi of its own, and phi(A u - z) stands for the sum over them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from consensus.core.potentials import Potential
+
+
+@dataclass(frozen=True)
+class Function:
+    """What is known of g or f; smooth or not, convex or not.
+
+    Attributes:
+        value: x -> the number g(x), which may be inf.
+        gradient: x -> value and gradient, for a smooth function.
+        prox: (x, step) -> the minimizer y of g(y) + |y - x|^2 / (2 step), a global one.
+        coupled: other -> the minimizer of the function plus the coupling, in closed form: (14a) as
+            a function of z for g, (14b) as a function of A u for f.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    prox: Callable[[Tensor, float], Tensor] | None = None
+    coupled: Callable[[Tensor], Tensor] | None = None
+
+    @staticmethod
+    def smooth(value: Callable[[Tensor], Tensor]) -> "Function":
+        """A smooth function whose gradient is found by autograd."""
+
+        def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = value(x)
+                return y.detach(), torch.autograd.grad(y, x)[0]
+
+        return Function(value, gradient)
+
+    @staticmethod
+    def zero() -> "Function":
+        """The function 0."""
+        return Function(
+            lambda x: x.new_zeros(()), lambda x: (x.new_zeros(()), torch.zeros_like(x)), _stay
+        )
+
+
+def _stay(x: Tensor, step: float) -> Tensor:
+    del step
+    return x
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A, by its two products: `apply` is A u, `adjoint` is A^T z."""
+
+    apply: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def identity() -> "LinearMap":
+        """A u = u."""
+        return LinearMap(lambda u: u, lambda z: z)
+
+    @staticmethod
+    def matrix(a: Tensor) -> "LinearMap":
+        """A given by its entries, on vectors. a (m, n)."""
+        return LinearMap(lambda u: a @ u, lambda z: a.mT @ z)
+
+    @staticmethod
+    def copies(count: int) -> "LinearMap":
+        """A u = (u, ..., u): consensus. (n,) -> (count, n)."""
+        return LinearMap(lambda u: u.expand(count, *u.shape), lambda z: z.sum(0))
+
+    def norm(self, like: Tensor, iterations: int = 50) -> float:
+        """|A| by power iteration on A^T A, from below. `like` has the shape of u."""
+        x = noise(like)
+        squared = 0.0
+        for _ in range(iterations):
+            x = x / x.norm().clamp(min=torch.finfo(x.dtype).tiny)
+            x = self.adjoint(self.apply(x))
+            squared = float(x.norm())
+        return math.sqrt(squared)
+
+
+def noise(like: Tensor, seed: int = 0) -> Tensor:
+    """The same numbers on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Model (4): F(u, z) = g(u) + f(z) + (1 / lam) phi(A u - z).
+
+    Attributes:
+        g: The function of u.
+        f: The function of z.
+        phi: The potential.
+        lam: Coupling parameter.
+        linear: A.
+
+    Raises:
+        ValueError: If lam is not positive and finite.
+    """
+
+    g: Function
+    f: Function
+    phi: Potential
+    lam: float
+    linear: LinearMap = field(default_factory=LinearMap.identity)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.lam < math.inf:
+            raise ValueError(f"`lam` is {self.lam}; allowed: a finite number > 0")
+
+    def terms(self, u: Tensor, z: Tensor) -> tuple[float, float, float]:
+        """g(u), f(z) and the coupling."""
+        coupling = self.phi.value(self.linear.apply(u) - z).sum() / self.lam
+        return float(self.g.value(u)), float(self.f.value(z)), float(coupling)
+
+    def objective(self, u: Tensor, z: Tensor) -> float:
+        """F(u, z)."""
+        return sum(self.terms(u, z))
+
+    def force(self, u: Tensor, z: Tensor) -> Tensor:
+        """The force (1 / lam) grad phi(A u - z), y below. Shape of z."""
+        return self.phi.grad(self.linear.apply(u) - z) / self.lam
+
+    def residuals(self, u: Tensor, z: Tensor, a: Tensor, b: Tensor) -> tuple[float, float]:
+        """(5a) and (5b) for a in dg(u) and b in df(z)."""
+        y = self.force(u, z)
+        return float((a + self.linear.adjoint(y)).norm()), float((b - y).norm())

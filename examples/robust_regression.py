@@ -1,0 +1,100 @@
+"""A line through data of which a third is wrong: envelope losses beside least squares and Huber.
+
+    min over x    (nu / 2) |x|^2  +  e_lam f (A x),    f(z) = sum_i loss(z_i - b_i)
+
+loss is |r|, whose envelope with phi = w^2 is the Huber loss, or min(r^2 / 2, c), where no wrong
+observation costs more than c. f and g are given by their proximal operators; alternating
+minimization solves model (4). The truncated loss is not convex: start where |r| ended.
+
+    python examples/robust_regression.py --output runs/examples
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from sklearn.linear_model import HuberRegressor
+
+from consensus.core.composite import Function, LinearMap, Model
+from consensus.core.potentials import POTENTIALS
+from consensus.core.splitting import alternating_minimization
+
+NU, LAM, HEIGHT = 1e-6, 0.5, 0.5
+
+
+def data(size, outliers, generator):
+    """b = A x + noise, A = (1, t); the last `outliers` of b lie on quite another line."""
+    t = torch.rand(size, generator=generator, dtype=torch.float64) * 4 - 2
+    t[-outliers:] = t[-outliers:].abs()  # all on one side, which turns the line
+    truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    a = torch.stack([torch.ones_like(t), t], 1)
+    b = a @ truth + 0.2 * torch.randn(size, generator=generator, dtype=torch.float64)
+    b[-outliers:] = -4.0 + torch.randn(outliers, generator=generator, dtype=torch.float64)
+    return a, b, truth
+
+
+def absolute(b):
+    """Sum of |z_i - b_i|."""
+    return Function(
+        lambda z: (z - b).abs().sum(),
+        prox=lambda x, step: b + (x - b).sign() * ((x - b).abs() - step).clamp(min=0),
+    )
+
+
+def truncated(b):
+    """Sum of min((z_i - b_i)^2 / 2, HEIGHT)."""
+
+    def cost(z):
+        return (0.5 * (z - b) ** 2).clamp(max=HEIGHT)
+
+    def prox(x, step):
+        near = (x + step * b) / (1 + step)  # the minimum of the parabola, or x, on the plateau
+        return torch.where(cost(near) + (near - x) ** 2 / (2 * step) < HEIGHT, near, x)
+
+    return Function(lambda z: cost(z).sum(), prox=prox)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/examples"))
+    parser.add_argument("--size", type=int, default=90)
+    options = parser.parse_args(arguments)
+    a, b, truth = data(options.size, options.size // 3, torch.Generator().manual_seed(0))
+    ridge = Function(lambda x: 0.5 * NU * (x * x).sum(), prox=lambda x, step: x / (1 + step * NU))
+
+    huber = HuberRegressor(alpha=NU, fit_intercept=False).fit(a.numpy(), b.numpy())
+    fits = {
+        "least squares": (torch.linalg.lstsq(a, b).solution, ""),
+        "Huber (scikit-learn)": (torch.from_numpy(huber.coef_), ""),
+    }
+    for name in ("quad", "tan_sep", "log_sep"):
+        phi = POTENTIALS.make("power", p=2, separable=True) if name == "quad" else POTENTIALS[name]
+        x = fits["least squares"][0]
+        for label, f in (("|r|", absolute(b)), ("truncated", truncated(b))):
+            model = Model(ridge, f, phi, LAM, LinearMap.matrix(a))
+            result = alternating_minimization(model, x, relative=1e-4)
+            x = result.u
+            fits[f"envelope of {label}, {name}"] = (x, f"{result.iterations} {result.status.name}")
+    rows = [(label, x, float((x - truth).norm()), note) for label, (x, note) in fits.items()]
+    print(f"{'':30} {'x_0':>7} {'x_1':>7} {'error':>7}  iterations")
+    for label, x, error, note in rows:
+        print(f"{label:30} {x[0]:7.3f} {x[1]:7.3f} {error:7.3f}  {note}")
+    figure, axis = plt.subplots(figsize=(6, 4))
+    axis.scatter(a[:, 1].numpy(), b.numpy(), s=8, color="gray")
+    ends = torch.tensor([-2.0, 2.0])
+    for label, x, _, _ in (*rows[:2], *rows[-2:]):
+        axis.plot(ends.numpy(), (x[0] + x[1] * ends).numpy(), label=label)
+    axis.plot(ends.numpy(), (truth[0] + truth[1] * ends).numpy(), "k:", label="truth")
+    axis.legend(fontsize=8)
+    options.output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output / "robust_regression.png", dpi=100, bbox_inches="tight")
+    plt.close(figure)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

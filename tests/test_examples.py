@@ -1,0 +1,135 @@
+"""The examples run, leave a picture, and what they print is so by other programs."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+torch.set_num_threads(1)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, folder, *arguments):
+    """The module, and what its main gave; the picture is looked for."""
+    module = load(name)
+    answer = module.main(["--output", str(folder / "new"), *arguments])
+    assert (folder / "new" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    return module, answer
+
+
+def test_every_example_is_tested():
+    names = {"robust_regression", "tv_denoising", "consensus_logistic"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == names
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short_and_say_how_they_are_started(path):
+    text = path.read_text(encoding="utf-8")
+    assert f"python examples/{path.name} --output" in text
+    assert len(text.splitlines()) < 120
+
+
+def test_robust_regression(tmp_path, capsys):
+    module, rows = run("robust_regression", tmp_path, "--size", "60")
+    errors = {label: error for label, _, error, _ in rows}
+    fits = {label: x.numpy() for label, x, _, _ in rows}
+    for name in ("quad", "tan_sep", "log_sep"):
+        assert errors[f"envelope of truncated, {name}"] < 0.1 < 0.1 * errors["least squares"]
+        assert errors[f"envelope of |r|, {name}"] < 0.5 * errors["Huber (scikit-learn)"]
+    printed = capsys.readouterr().out
+    assert all(f"{label} " in printed for label in fits)
+    a, b, _ = module.data(60, 20, torch.Generator().manual_seed(0))
+    a, b = a.numpy(), b.numpy()
+
+    def huber(x):  # the envelope of |.| with phi = w^2, by hand
+        r = np.abs(a @ x - b)
+        loss = np.where(r <= module.LAM / 2, r**2 / module.LAM, r - module.LAM / 4).sum()
+        return loss + 0.5 * module.NU * x @ x
+
+    best = minimize(huber, fits["envelope of |r|, quad"] + 0.1, method="BFGS")
+    np.testing.assert_allclose(fits["envelope of |r|, quad"], best.x, atol=1e-3)
+
+
+def test_tv_denoising(tmp_path, capsys):
+    module, rows = run("tv_denoising", tmp_path, "--size", "32", "--budget", "400")
+    ratios = {label: ratio for label, ratio, _, _ in rows}
+    assert capsys.readouterr().out.count("PSNR") == len(rows) == 6
+    for name in ("quad", "tan", "log"):
+        found = ratios[f"truncated, {name}"]
+        assert found > ratios["noisy"] + 8.0
+        assert found > ratios["least squares, quad"] + 3.0
+    clean = module.picture(32)
+    assert module.psnr(clean + 0.1, clean) == pytest.approx(20.0)
+
+
+def test_differences_are_those_of_numpy():
+    module = load("tv_denoising")
+    u = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = module.differences().apply(u).numpy()
+    np.testing.assert_array_equal(z[:-1, :, 0], np.diff(u.numpy(), axis=0))
+    np.testing.assert_array_equal(z[:, :-1, 1], np.diff(u.numpy(), axis=1))
+    assert (z[-1, :, 0] == 0).all()
+    assert (z[:, -1, 1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("robust_regression", lambda m, c: m.absolute(c)),
+        ("robust_regression", lambda m, c: m.truncated(c)),
+        ("tv_denoising", lambda m, c: m.data_term(c, 0.02)),
+        ("tv_denoising", lambda m, c: m.data_term(c, math.inf)),
+    ],
+    ids=["absolute", "truncated", "data term", "least squares"],
+)
+def test_proximal_operators_are_minimizers(name, function):
+    # One coordinate at a time, against a fine grid.
+    grid = torch.linspace(-3, 3, 1201, dtype=torch.float64)
+    g = function(load(name), torch.tensor([0.25], dtype=torch.float64))
+    costs = torch.stack([g.value(y.view(1)) for y in grid])
+    for x in np.linspace(-1.5, 2.0, 36):
+        for step in (0.05, 0.7, 4.0):
+            point = g.prox(torch.tensor([x], dtype=torch.float64), step)
+            at_point = g.value(point) + (point - x).square().sum() / (2 * step)
+            assert at_point <= (costs + (grid - x).square() / (2 * step)).min() + 1e-12
+
+
+def test_the_prox_of_total_variation_shortens():
+    f = load("tv_denoising").total_variation(0.5)
+    z = torch.tensor([[3.0, 4.0], [0.1, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = [[3.0 * 0.8, 4.0 * 0.8], [0.0, 0.0], [0.0, 0.0]]  # 5 - 1 = 4 of 5
+    np.testing.assert_allclose(f.prox(z, 2.0), expected, atol=1e-15)
+    assert float(f.value(z)) == pytest.approx(0.5 * 5.1)
+
+
+def test_consensus_logistic(tmp_path, capsys):
+    options = ("--machines", "3", "--cases", "60")
+    module, (best, rows) = run("consensus_logistic", tmp_path, *options)
+    assert capsys.readouterr().out.count("CONVERGED") == len(rows) == 18
+    x, y = module.shards(3, 60)
+    model = LogisticRegression(
+        C=1.0 / (180 * module.RIDGE), fit_intercept=False, tol=1e-10, max_iter=10000
+    ).fit(x.reshape(180, -1).numpy(), y.reshape(-1).numpy())
+    u = torch.from_numpy(model.coef_[0])
+    pooled = float(module.losses(u.expand(3, -1), x, y).sum())
+    assert best == pytest.approx(pooled, rel=1e-8), "scikit-learn finds the same minimum"
+    for name in ("quad", "cubic", "tan", "tan_sep", "log", "log_sep"):
+        gaps = [gap for other, _, gap, _, _ in rows if other == name]
+        values = [value for other, _, _, value, _ in rows if other == name]
+        assert gaps == sorted(gaps, reverse=True), "smaller lam, nearer to the pooled problem"
+        assert 0.0 <= gaps[-1] < 1e-2 * best
+        # u = z_j = u* is feasible in (15), so its minimum is below, and it grows as lam falls
+        assert values == sorted(values)
+        assert values[-1] <= best
