@@ -199,14 +199,6 @@ def test_ctrl_c_asks_every_host_for_a_checkpoint(hosts, tmp_path):
     assert left.stdout == ""
 
 
-def test_a_mistake_ends_all_hosts(hosts, tmp_path):
-    process = start(hosts, 2, 1, tmp_path, "algorithm.lam=-1")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    lines = {line for line in err.splitlines() if line.startswith("consensus.train: ")}
-    assert len(lines) == 1
-
-
 @pytest.mark.parametrize("arguments", [[], ["potential=tan"], ["--help"]])
 def test_without_hosts_it_says_how_it_is_used(arguments):
     done = subprocess.run(
