@@ -9,6 +9,7 @@ with its weight and bias together, equation (18); it is a slice of the vector.
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ Scalar = float | Tensor
 """A hyperparameter: one number, or a tensor that broadcasts over the leading axes of a block."""
 
 
+@overload
+def column(a: Tensor) -> Tensor: ...
+@overload
+def column(a: Scalar) -> Scalar: ...
 def column(a: Scalar) -> Scalar:
     """`a` so that it broadcasts against a block (..., n): tensors (...) become (..., 1)."""
     return a.unsqueeze(-1) if isinstance(a, Tensor) and a.ndim > 0 else a
@@ -24,14 +29,14 @@ def column(a: Scalar) -> Scalar:
 
 def scaled(a: Scalar, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The product a x for blocks (..., n), a number or a tensor `a` (...); in the dtype of x."""
-    factor = column(a).to(x) if isinstance(a, Tensor) else a  # type: ignore[union-attr]
+    factor = column(a).to(x) if isinstance(a, Tensor) else a
     return torch.mul(x, factor, out=out)
 
 
 def add_scaled(y: Tensor, a: Scalar, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The sum y + a x for blocks (..., n), in one pass for a number or a tensor `a` (...)."""
     if isinstance(a, Tensor):
-        return torch.addcmul(y, column(a).to(y), x, out=out)  # type: ignore[union-attr]
+        return torch.addcmul(y, column(a).to(y), x, out=out)
     return torch.add(y, x, alpha=a, out=out)
 
 

@@ -75,8 +75,9 @@ def phi_mean(
             return Mean(u, residual, iteration)
         d = _newton(phi, w, force, total)
         slope = float(d @ force)
-        # dom phi is convex: the smallest step of all points is safe for each, and so is any below.
-        step = float(smallest(phi.feasible_step(w, d, u).amin()))
+        step = 1.0
+        if phi.bounded:  # convex: the smallest step of all points is safe for each, as is any below
+            step = float(smallest(phi.feasible_step(w, d, u).amin()))
         for _ in range(MOST_HALVINGS):
             if step * d.abs().max() <= torch.finfo(u.dtype).eps * u.abs().max():
                 return Mean(u, residual, iteration)  # no nearer point can be stored

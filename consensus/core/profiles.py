@@ -92,8 +92,6 @@ def shrink_radius(profile: Profile, r: Tensor, c: float | Tensor) -> Tensor:
 
     There is always one solution, at most r and inside the domain. Not for hot paths, see above.
     """
-    if profile.slope is not None:
-        return r / (1.0 + 2.0 * profile.slope * c)
     g, dg = _slope_of(profile)
     high = r if math.isinf(profile.bound) else r.clamp(max=math.sqrt(profile.bound))
     return _solve_increasing(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from consensus.core.flat import column
 from consensus.core.potentials import Potential
 
 Smooth = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -100,7 +101,7 @@ def prox(
         d = -history.apply(gradient)
         slope = (d * gradient).sum(-1)
         downhill = slope < 0
-        d = torch.where(_column(downhill), d, -gradient)
+        d = torch.where(column(downhill), d, -gradient)
         slope = torch.where(downhill, slope, -gradient.square().sum(-1))
         first = 1.0 if len(history) else (1.0 / accuracy.clamp(min=1.0))
         step = torch.minimum(
@@ -111,7 +112,7 @@ def prox(
         new_z, new_value, new_gradient = z, value, gradient
         seeking = going
         while bool(seeking.any()) and evaluations < budget:
-            trial = z + _column(step) * d
+            trial = z + column(step) * d
             trial_value, trial_gradient = total(trial)
             evaluations += 1
             good = trial_value <= value + ARMIJO * step * slope
@@ -119,9 +120,9 @@ def prox(
             flat = (trial_value - value).abs() <= 8 * torch.finfo(value.dtype).eps * value.abs()
             good |= flat & (trial_gradient.norm(dim=-1) <= accuracy)
             taken = seeking & good
-            new_z = torch.where(_column(taken), trial, new_z)
+            new_z = torch.where(column(taken), trial, new_z)
             new_value = torch.where(taken, trial_value, new_value)
-            new_gradient = torch.where(_column(taken), trial_gradient, new_gradient)
+            new_gradient = torch.where(column(taken), trial_gradient, new_gradient)
             seeking = seeking & ~good
             step = torch.where(seeking, 0.5 * step, step)
             stuck = stuck | (seeking & (step <= shortest))
@@ -156,20 +157,16 @@ class _History:
         for s, y, rho in reversed(self._pairs):
             alpha = rho * (s * g).sum(-1)
             alphas.append(alpha)
-            g = g - _column(alpha) * y
+            g = g - column(alpha) * y
         scale = torch.ones_like(g[..., 0])
         for _, y, rho in self._pairs:  # the newest pair of each row that has one
             yy = y.square().sum(-1)
             scale = torch.where(rho > 0, 1.0 / (rho * yy), scale)
-        g = _column(scale) * g
+        g = column(scale) * g
         for (s, y, rho), alpha in zip(self._pairs, reversed(alphas), strict=True):
             beta = rho * (y * g).sum(-1)
-            g = g + _column(alpha - beta) * s
+            g = g + column(alpha - beta) * s
         return g
-
-
-def _column(a: Tensor) -> Tensor:
-    return a.unsqueeze(-1)
 
 
 def consensus_residual(phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor) -> Tensor:

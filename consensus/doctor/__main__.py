@@ -174,23 +174,11 @@ def examine_nodes(config: Config, nodes: Nodes) -> int:
     """
     address, findings = network.check_interface()
     name = f"{here()} ({address or 'no address'})"
-    try:
-        keep = network.owns(nodes.host, nodes.port)
-        if keep:
-            say(f"{nodes.size} nodes meet at {nodes.place}")
-        exchange = meet_nodes(nodes, name, config.group.timeout_s, patience(config), keep=keep)
-        findings += compare(exchange, config, address)
-        told = conclude(exchange, findings, speak=keep)
-        if keep:
-            print_verdict(told)
-        exchange.close()
-        return int(worst(told) == Level.FAULT)
-    except FaultError as error:
-        findings.append(error.finding)
-    except LOST as error:
-        findings.append(lost(error))
-    print_report([name], [[finding for finding in findings if finding.level == Level.FAULT]])
-    return 1
+    keep = network.owns(nodes.host, nodes.port)
+    if keep:
+        say(f"{nodes.size} nodes meet at {nodes.place}")
+    meet = partial(meet_nodes, nodes, name, config.group.timeout_s, patience(config), keep=keep)
+    return examine(config, meet, findings, address, speak=keep)
 
 
 def meet_nodes(
@@ -253,27 +241,15 @@ def examine_ranks(config: Config, launch: Launch) -> int:
         findings += seen
     elif launch.size > 1:
         findings += network.check_interface()[1]
-    try:
-        exchange = meet_ranks(launch, config.group.timeout_s)
-        exchange.timeout_s = patience(config)
-        exchange.introduce(here())
-        findings += compare(exchange, config, address)
-        told = conclude(exchange, findings, speak=speak)
-        measured: list[Finding] = []
-        if not any(f.level == Level.FAULT and f.topic in HOPELESS for f in told):
-            measured = measure(exchange, config, plan, launch)
-        told += conclude(exchange, measured, speak=speak)
-        if speak:
-            print_verdict(told)
-        exchange.close()
-        return int(worst(told) == Level.FAULT)
-    except FaultError as error:
-        findings.append(error.finding)
-    except LOST as error:
-        findings.append(lost(error))
-    if launch.local_rank == 0:  # one of each node, and of what is amiss alone
-        print_report([here()], [[finding for finding in findings if finding.level == Level.FAULT]])
-    return 1
+    return examine(
+        config,
+        partial(meet_ranks, launch, config.group.timeout_s, patience(config)),
+        findings,
+        address,
+        speak=speak,
+        alone=launch.local_rank == 0,
+        then=lambda exchange: measure(exchange, config, plan, launch),
+    )
 
 
 def look_alone(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
@@ -306,21 +282,28 @@ def look_alone(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
     return plan, findings
 
 
-def meet_ranks(launch: Launch, meeting_s: float) -> Exchange:
+def meet_ranks(launch: Launch, meeting_s: float, patience_s: float) -> Exchange:
     """All ranks, through the store of the launch.
+
+    Args:
+        launch: They.
+        meeting_s: How long they wait for the last one.
+        patience_s: How long they wait for each other later.
 
     Raises:
         FaultError: If they do not meet.
     """
     if launch.size == 1:
-        return Exchange.alone()
+        exchange = Exchange.alone()
+        exchange.introduce(here())
+        return exchange
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not port.isdecimal():
         raise FaultError("rendezvous", f"MASTER_PORT is {port}", "a port, as torchrun sets it")
     if launch.rank > 0:  # rank 0 may have to open it first
         network.reach(host, int(port), meeting_s, "MASTER_ADDR:MASTER_PORT")
     try:
-        return Exchange.of_ranks(launch.rank, launch.size, meeting_s)
+        exchange = Exchange.of_ranks(launch.rank, launch.size, meeting_s)
     except LOST as error:
         raise FaultError(
             "rendezvous",
@@ -328,6 +311,9 @@ def meet_ranks(launch: Launch, meeting_s: float) -> Exchange:
             "the same command on every node; MODULE=consensus.doctor launch/node.sh says which "
             "node is not reached",
         ) from error
+    exchange.timeout_s = patience_s
+    exchange.introduce(here())
+    return exchange
 
 
 def measure(exchange: Exchange, config: Config, plan: Plan | None, launch: Launch) -> list[Finding]:
@@ -393,6 +379,47 @@ def give_up(backend: str) -> None:
 
 
 # ---- both
+
+
+def examine(
+    config: Config,
+    meet: Callable[[], Exchange],
+    findings: list[Finding],
+    address: str | None,
+    *,
+    speak: bool,
+    alone: bool = True,
+    then: Callable[[Exchange], list[Finding]] | None = None,
+) -> int:
+    """Meet, compare, report; measure and report again. A collective. Returns the exit code.
+
+    Args:
+        config: The run.
+        meet: Brings all members together.
+        findings: What this one has found by itself.
+        address: Where it shows itself to others; None: not to be tried.
+        speak: Whether it prints the report of all.
+        alone: Whether it prints its own faults if the others are lost.
+        then: Looks further where no fault forbids it.
+    """
+    try:
+        exchange = meet()
+        findings += compare(exchange, config, address)
+        told = conclude(exchange, findings, speak=speak)
+        if then is not None:
+            hopeless = any(f.level == Level.FAULT and f.topic in HOPELESS for f in told)
+            told += conclude(exchange, [] if hopeless else then(exchange), speak=speak)
+        if speak:
+            print_verdict(told)
+        exchange.close()
+        return int(worst(told) == Level.FAULT)
+    except FaultError as error:
+        findings.append(error.finding)
+    except LOST as error:
+        findings.append(lost(error))
+    if alone:
+        print_report([here()], [[finding for finding in findings if finding.level == Level.FAULT]])
+    return 1
 
 
 def compare(exchange: Exchange, config: Config, address: str | None) -> list[Finding]:

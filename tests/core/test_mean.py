@@ -157,6 +157,19 @@ def test_mean_of_quad_is_the_mean_at_once():
     np.testing.assert_allclose(found.u, z.mean(0), rtol=1e-14)
 
 
+@pytest.mark.parametrize(("name", "asked"), [("cubic", False), ("tan", True)])
+def test_ranks_agree_on_a_step_only_where_the_domain_has_a_boundary(name, asked):
+    steps = []
+
+    def smallest(step):
+        steps.append(float(step))
+        return step
+
+    phi = Layerwise(POTENTIALS[name], LAYERS)
+    phi_mean(phi, spread(), torch.zeros(8, dtype=F64), smallest=smallest)
+    assert bool(steps) == asked
+
+
 def test_mean_of_a_narrow_pseudo_huber_is_the_median_of_each_coordinate():
     z = torch.cat([spread(4), torch.full((1, 8), 100.0, dtype=F64)])  # one broken worker
     phi = Layerwise(POTENTIALS["pseudo_huber"], LAYERS, 1e-4)
