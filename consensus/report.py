@@ -17,6 +17,12 @@ from consensus.run.report import (
     read_metrics,
 )
 from consensus.run.report_folder import write_report
+from consensus.run.stationarity_report import (
+    draw_stationarity,
+    measured,
+    stationarity_table,
+    verdict,
+)
 from consensus.run.table1 import (
     Run,
     chosen_keys,
@@ -96,6 +102,12 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
             console.print("--folder FOLDER writes Table 1 and Figure 1 there", markup=False)
         else:
             console.print(f"Table 1 and Figure 1 in {folder}/report.md", markup=False)
+    analysed = measured(shown)
+    if analysed:
+        draw_stationarity(analysed, figure.with_name("stationarity.png"))
+        console.print(stationarity_table(analysed))
+        for label, rows in analysed.items():
+            console.print(f"{label}: {verdict(rows)}", markup=False)
     console.print(f"figure in {figure}", markup=False)
 
 

@@ -102,7 +102,7 @@ def can_be_member(config: Config) -> bool:
     """Whether a population can train it: mSGD has no u, and no block solves equations."""
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
-    return algorithm.name != "msgd" and explicit
+    return algorithm.name != "msgd" and explicit and config.stationarity.every is None
 
 
 def member_of(cell: Cell, folder: Path) -> Member:

@@ -107,6 +107,9 @@ ANY_ALGORITHM = {  # key -> valid values
     "output.checkpoint_every": [None, 1, 2, 10**30],
     "output.keep_checkpoints": [1, 2, 10**30],
     "output.log_every": [1, 2, 10**30],
+    "stationarity.samples": [None, 1, 10, 10**30],
+    "stationarity.tolerance": [1e-300, 0.01, 0.99],
+    "stationarity.budget": [2, 3, 10],
     "resume": ["never"],
     "plugins": [[], ["json"], ["os", "string"]],
     "experiment": ["smoke", "digits"],
@@ -117,6 +120,9 @@ ONLY_CONSENSUS = {
     "algorithm.order": ["gauss_seidel", "jacobi"],
     "algorithm.momentum_on": ["loss", "objective"],
     "algorithm.u_step_on": ["coupling", "objective"],
+    "algorithm.coupling": ["explicit", "implicit"],
+    "algorithm.u_update": ["gradient", "exact"],
+    "stationarity.every": [None, 1, 2, 10**30],
 }
 GROUPS = ("experiment", "potential", "algorithm", "data", "model", "group", "output")
 MODELS = {"logistic": 1, "mlp": 3, "lenet5": 3}  # with their number of layers
@@ -183,6 +189,10 @@ def runnable(draw: st.DrawFn) -> Line:
                 groups[key] = value
             else:
                 says[key] = value
+    if says.get("algorithm.order") == "jacobi":
+        says.pop("algorithm.coupling", None)
+    if says.get("algorithm.lam") == math.inf:
+        says.pop("stationarity.every", None)
     typed = {k: v for k, v in says.items() if k not in chosen}
     overrides = [f"{key}={value}" for key, value in groups.items()]
     overrides += [f"{key}={text(value)}" for key, value in typed.items()]
@@ -238,6 +248,7 @@ def resumed(draw: st.DrawFn) -> Line:
         "group.timeout_s": [5],
         "group.compress": ["bf16"],
         "plugins": [["json"]],
+        "stationarity.every": [1, None],
     }
     overrides = [*again, *place, f"algorithm.iterations={iterations}"]
     for key, values in free.items():
@@ -314,6 +325,8 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "algorithm.order": NO_WORD,
     "algorithm.momentum_on": NO_WORD,
     "algorithm.u_step_on": NO_WORD,
+    "algorithm.coupling": NO_WORD,
+    "algorithm.u_update": NO_WORD,
     "algorithm.loss_reduction": [*NO_WORD, "max"],
     "algorithm.schedule": ["null", "3", "[1]", "abc", "???", "{eta: 1}", "{tau: 3}", "{tau: null}"],
     "algorithm.schedule.tau": ["null", "3", "[1]", "constant", "???", "{nope: 1}"],
@@ -343,6 +356,10 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "output.keep_checkpoints": [*NO_WHOLE, "null", "0"],
     "output.log_every": [*NO_WHOLE, "null", "0"],
     "output.tensorboard": NO_TRUTH,
+    "stationarity.every": [*NO_WHOLE, "0"],
+    "stationarity.samples": [*NO_WHOLE, "0"],
+    "stationarity.tolerance": [*NO_NUMBER, "null", "true", "0", "1", "-1", "nan", "inf"],
+    "stationarity.budget": [*NO_WHOLE, "null", "0", "1"],
     **{group: NO_GROUP for group in GROUPS},
 }
 KEYS = sorted(WRONG)
@@ -843,6 +860,8 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt", "convergence.png"}
     files |= {"checkpoints"} if output.checkpoint_every is not None else set()
     files |= {"tensorboard"} if output.tensorboard else set()
+    every = config.stationarity.every or math.inf
+    files |= {"stationarity.png"} if every < math.inf else set()
     made = {path.name for path in run_dir.iterdir()}
     if run_dir == folder:  # run_dir=.
         made -= {"file", "empty", "used", "data"}
@@ -857,7 +876,10 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     assert rows[-1]["iteration"] == total
     if config.resume == "never":
         wanted = {*range(output.eval_every, total + 1, output.eval_every), total}
-        assert [row["iteration"] for row in rows] == sorted(wanted)
+        analysed = {t for t in range(1, total + 1) if t % every == 0 or t == total}
+        analysed = analysed if every < math.inf else set()
+        assert [row["iteration"] for row in rows] == sorted(wanted | analysed)
+        assert {row["iteration"] for row in rows if "stationarity" in row} == analysed
         assert seen.iterations == list(range(-1, total))
     assert {*summary} - {*rows[-1]} == {"best", "environment"} | (files & {"checkpoints"})
     assert {key: summary[key] for key in rows[-1]} == rows[-1]

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from consensus.core.composite import Function, LinearMap, Model, noise
+from consensus.core.descent import descend
 from consensus.core.potentials import Potential
-from consensus.core.stationarity import prox as phi_prox
 
 SUFFICIENT = 0.95  # of |d|^2 / (2 step): the margin below 1 makes F fall, and not only not rise
 TRIED = 0.9  # of 1 / L: less than SUFFICIENT, lest rounding halve the steps of a quadratic
@@ -125,29 +125,6 @@ class _Coupling:
         return norm * norm * float(v.norm()) / self.lam + self.weight
 
 
-class _Flat(Potential):
-    """A coupling as the potential of a phi-prox at 0: stationarity.py asks for phi(0 - x)."""
-
-    def __init__(self, coupling: _Coupling) -> None:
-        super().__init__(coupling.phi.profile, coupling.phi.size)
-        self.coupling = coupling
-
-    def _point(self, w: Tensor) -> Tensor:
-        return -w.view_as(self.coupling.centre)
-
-    def value(self, w: Tensor) -> Tensor:
-        return self.coupling.gradient(self._point(w))[0]
-
-    def grad(self, w: Tensor) -> Tensor:
-        return -self.coupling.gradient(self._point(w))[1].flatten()
-
-    def contains(self, w: Tensor) -> Tensor:
-        return torch.as_tensor(self.coupling.contains(self._point(w)))
-
-    def max_step(self, w: Tensor, d: Tensor) -> Tensor:
-        return w.new_tensor(self.coupling.max_step(self._point(w), self._point(d)))
-
-
 @dataclass
 class _Block:
     """One of u and z: where it is, a subgradient of its function there, and its step size."""
@@ -228,18 +205,20 @@ class _Block:
         elif function.gradient is not None:
             gradient = function.gradient
 
-            def flat(x: Tensor) -> tuple[Tensor, Tensor]:
-                value, grad = gradient(x.view_as(start))
-                return value, grad.flatten()
+            def total(flat: Tensor) -> tuple[Tensor, Tensor]:
+                x = flat.view_as(start)
+                value, grad = gradient(x)
+                others, force = coupling.gradient(x)
+                return value + others, (grad + force).flatten()
 
-            found = phi_prox(
-                flat,
-                _Flat(coupling),
-                torch.zeros_like(start).flatten(),
-                1.0,
-                start=start.flatten(),
-                tolerance=reduction,
-                absolute=enough,
+            def max_step(flat: Tensor, d: Tensor) -> Tensor:
+                return d.new_tensor(coupling.max_step(flat.view_as(start), d.view_as(start)))
+
+            found = descend(
+                total,
+                start.flatten(),
+                lambda _, first: (reduction * first).clamp(min=enough),
+                max_step=max_step,
                 budget=budget,
             )
             self.x = found.point.view_as(start)

@@ -147,6 +147,29 @@ class Risk:
                 total += torch.stack([loss, (logits.argmax(1) != y).sum().double()])
         return total
 
+    def total(self, point: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss summed over all images, and its gradient. In evaluation mode.
+
+        All at once: the caller bounds the memory.
+
+        Args:
+            point: (n,)
+            images: (N, 1, 28, 28)
+            labels: (N,) int64
+
+        Returns:
+            () float64, (n,)
+        """
+        views = self.layout.unflatten(point.detach())
+        leaves = [view.requires_grad_() for view in views.values()]
+        with self.in_evaluation_mode(), torch.enable_grad():
+            logits = functional_call(self.model, views, (images,))
+            # In float64 as in `evaluate`: where an image is well fitted, its gradient is the small
+            # difference between a probability and 1.
+            value = cross_entropy(logits.double(), labels, reduction="sum")
+        found = torch.autograd.grad(value, leaves)
+        return value.detach(), torch.cat([part.reshape(-1) for part in found])
+
     def evaluate_each(
         self, points: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000
     ) -> Tensor:
@@ -210,6 +233,23 @@ class MinibatchRisk:
         images = self.dataset.train_images.index_select(0, index)
         labels = self.dataset.train_labels.index_select(0, index)
         return images.view(*shape, *images.shape[1:]), labels.view(shape)
+
+    def total(self, point: Tensor, index: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+        """The loss summed over the samples `index` (N,), chunk by chunk, and its gradient.
+
+        What a model draws at random is left out (evaluation mode).
+
+        Returns:
+            () float64, (n,)
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=point.device)
+        gradient = torch.zeros_like(point)
+        for part in index.split(chunk) if len(index) else ():
+            images = self.dataset.train_images.index_select(0, part)
+            value, found = self.risk.total(point, images, self.dataset.train_labels[part])
+            loss += value
+            gradient += found
+        return loss, gradient
 
     def gradient(self, points: Tensor, batch: Batch) -> Tensor:
         """The gradients (K, n) of the workers' minibatch losses at their points (K, n).

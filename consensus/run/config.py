@@ -301,6 +301,26 @@ class OutputConfig:
 
 
 @dataclass
+class StationarityConfig:
+    """Whether and how the stationarity of section 4 is measured during a run."""
+
+    every: int | None
+    samples: int | None
+    tolerance: float
+    budget: int
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name, none in (("every", "never"), ("samples", "all")):
+            value = getattr(self, name)
+            allowed = f"a whole number >= 1, or null for {none}"
+            require(value is None or value >= 1, f"stationarity.{name}", value, allowed)
+        allowed = "a number in (0, 1)"
+        require(0 < self.tolerance < 1, "stationarity.tolerance", self.tolerance, allowed)
+        require(self.budget >= 2, "stationarity.budget", self.budget, "a whole number >= 2")
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -318,6 +338,7 @@ class Config:
     model: ModelConfig
     group: GroupConfig
     output: OutputConfig
+    stationarity: StationarityConfig
 
     def __post_init__(self) -> None:
         """Check the fields, and the combinations that no launch and no data can make right."""
@@ -365,6 +386,13 @@ class Config:
                 self.potential.name,
                 f"quad for algorithm={algorithm.name} (algorithm=consensus takes any)",
             )
+        coupled = algorithm.name != "msgd" and algorithm.lam * factors["lam"][1] < math.inf
+        require(
+            coupled or self.stationarity.every is None,
+            "stationarity.every",
+            self.stationarity.every,
+            "null without a coupling (algorithm=msgd, or lam = inf): there is no envelope",
+        )
         require(
             not (self.device == "cpu" and self.group.name == "nccl"),
             "group",

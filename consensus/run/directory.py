@@ -38,6 +38,7 @@ _FREE = (
     "resume",
     "plugins",
     "workers",
+    "stationarity",
 )
 _FREE_KEYS = ("data.root", "algorithm.iterations")
 

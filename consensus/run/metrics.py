@@ -8,6 +8,7 @@ each rank evaluates u on its share of both data sets and adds what its own worke
     coupling                 (1 / lam) phi(u - z_j), mean over the M workers
     objective                train_loss + R(u) + coupling: F of (15) over M, not multiplied by M
     distance                 |u - z_j| of each layer, mean over workers
+    stationarity             where it was measured too: see run/stationarity.py
 """
 
 import json
@@ -169,7 +170,19 @@ class MetricsFiles:
         distances = zip(self._layer_names, row["distance"], strict=True)
         scalars |= {f"distance/{name}": value for name, value in distances}
         scalars |= {f"cuts/{key.removeprefix('cuts_')}": row[key] for key in ("cuts_u", "cuts_z")}
+        if "stationarity" in row:
+            scalars |= self._stationarity(row["stationarity"])
         self.scalars(scalars, row["iteration"])
+
+    def _stationarity(self, found: Row) -> dict[str, float]:
+        """What run/stationarity.py measures: numbers, and those of each worker and each layer."""
+        scalars = {f"stationarity/{k}": v for k, v in found.items() if isinstance(v, int | float)}
+        for key in ("worker_residual", "translation_gap", "force"):
+            scalars |= {f"{key}/worker_{j}": value for j, value in enumerate(found[key])}
+        for j, gaps in enumerate(found["consensus_gap"]):
+            named = zip(self._layer_names, gaps, strict=True)
+            scalars |= {f"consensus_gap/worker_{j}/{name}": gap for name, gap in named}
+        return scalars
 
     def scalars(self, values: dict[str, float], t: int) -> None:
         """Add numbers to TensorBoard at iteration t."""

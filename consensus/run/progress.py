@@ -92,6 +92,15 @@ class Screen:
             f"test loss {row['test_loss']:.5g} error {row['test_error']:.2f} %  "
             f"coupling {row['coupling']:.3g}  {row['samples_per_s']:.0f} samples/s{cuts}"
         )
+        if "stationarity" in row:
+            found = row["stationarity"]
+            exact = "" if found["converged"] else f", inexact by {max(found['accuracy']):.1g}"
+            self.say(
+                f"    stationarity  |sum grad e f_j (u)| {found['envelope_gradient']:.3g}{exact}  "
+                f"(5a) {found['consensus_residual']:.3g}  "
+                f"(5b) {max(found['worker_residual']):.3g}  "
+                f"(9) {max(found['translation_gap']):.3g}  in {found['seconds']:.1f} s"
+            )
 
     def table(self, rows: list[Row], title: str) -> None:
         """The final table: some evaluations from first to last."""

@@ -10,7 +10,14 @@ from typing import Any
 
 from consensus.run.figures import draw_figure1, draw_sensitivity
 from consensus.run.files import write_whole
+from consensus.run.metrics import Row
 from consensus.run.progress import COLUMNS
+from consensus.run.stationarity_report import (
+    draw_stationarity,
+    measured,
+    stationarity_cells,
+    verdict,
+)
 from consensus.run.table1 import (
     HEADINGS,
     MSGD,
@@ -44,6 +51,11 @@ FROM_THE_PAPER = (
     "Columns `paper`: typed from the paper's Table 1 as printed there, best over 72 settings for "
     "each potential; `-`: not typed."
 )
+STATIONARITY = (
+    "The last measurement of each run. f_j is the expected minibatch loss of worker j plus R, its "
+    "force grad phi(u - z_j) / lam. The first column is 0 where u is stationary for the sum over j "
+    "of e f_j (u), and (9) where each z_j is the phi-prox of u."
+)
 DEFINITIONS = {
     "objective": "train loss + R(u) + mean over workers j of (1 / lam) phi(u - z_j): F of (15) "
     "over M",
@@ -72,7 +84,11 @@ def write_report(runs: Sequence[Run], folder: Path, sources: Sequence[str]) -> N
     _write(folder / "table1.csv", csv_text(table1_records(lines, keys)))
     _write(folder / "runs.csv", csv_text(run_records(runs)))
     figures = _draw_all(lines, folder)
-    _write(folder / "report.md", page(runs, sources, tables, figures))
+    analysed = measured({run.label: run.rows for run in runs})
+    if analysed:
+        draw_stationarity(analysed, folder / "stationarity.png")
+    stationarity = stationarity_markdown(analysed)
+    _write(folder / "report.md", page(runs, sources, tables, figures, stationarity))
 
 
 def _write(path: Path, text: str) -> None:
@@ -242,7 +258,29 @@ def escape(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
-def page(runs: Sequence[Run], sources: Sequence[str], tables: str, figures: dict[str, str]) -> str:
+def stationarity_markdown(analysed: Mapping[str, Sequence[Row]]) -> str:
+    """The section on stationarity; empty if no run measured it."""
+    if not analysed:
+        return ""
+    sentences = [f"- `{label}`: {verdict(rows)}" for label, rows in analysed.items()]
+    return "\n\n".join(
+        [
+            "## Stationarity",
+            STATIONARITY,
+            markdown_table(stationarity_cells(analysed)),
+            "\n".join(sentences),
+            "![stationarity.png](stationarity.png)",
+        ]
+    )
+
+
+def page(
+    runs: Sequence[Run],
+    sources: Sequence[str],
+    tables: str,
+    figures: dict[str, str],
+    stationarity: str = "",
+) -> str:
     """report.md.
 
     Args:
@@ -250,6 +288,7 @@ def page(runs: Sequence[Run], sources: Sequence[str], tables: str, figures: dict
         sources: Names of where they are from.
         tables: Table 1 in Markdown.
         figures: Name of a file beside it -> caption.
+        stationarity: A section, or nothing.
     """
     statuses = [run.status for run in runs]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("finished", "diverged", "unfinished"))
@@ -266,6 +305,7 @@ def page(runs: Sequence[Run], sources: Sequence[str], tables: str, figures: dict
             "As numbers: [table1.csv](table1.csv).",
             "## Figures",
             *(images or ["None: no run finished without diverging."]),
+            *([stationarity] if stationarity else []),
             "## What is the same in all runs",
             markdown_table([["key", "value"], *values]),
             "## What the columns are",

@@ -25,6 +25,8 @@ from consensus.run.plan import Plan
 from consensus.run.progress import Screen
 from consensus.run.report import draw
 from consensus.run.signals import TRY_AGAIN, StopSignals
+from consensus.run.stationarity import Stationarity
+from consensus.run.stationarity_report import draw_stationarity, measurements, verdict
 from consensus.run.watch import Watch
 from consensus.server import Server, digest
 from consensus.worker import Worker
@@ -61,6 +63,7 @@ class Trainer:
         self.algorithm = build_algorithm(plan, group)
         self.directory = RunDirectory(plan.origin, plan.config, plan.launch, group)
         self.run_dir = self.directory.path
+        self.stationarity = Stationarity(plan, group)
         self.rows: list[Row] = []
         self.best: dict[str, float] | None = None
         self.files: MetricsFiles | None = None
@@ -120,6 +123,8 @@ class Trainer:
                 self.files.close()
             self.directory.close()
         screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
+        if analysed := measurements(self.rows):
+            screen.say(verdict(analysed))
         screen.say(f"results in {self.run_dir}")
         return self.rows[-1]
 
@@ -141,23 +146,23 @@ class Trainer:
             step(t)
             done = t + 1
             log = done % output.log_every == 0
-            evaluate = done % output.eval_every == 0 or done == iterations
-            save = self.writer is not None and (
-                done % (output.checkpoint_every or iterations) == 0 or done == iterations
-            )
+            analyse = self.is_due(config.stationarity.every, done)
+            evaluate = self.is_due(output.eval_every, done) or analyse
+            save = self.is_due(output.checkpoint_every, done)
             if not (log or evaluate or save or watch.due(done)):
                 continue
             signal = watch.look(done, signals.received, self.problem)
             if log or evaluate:
                 self.log(done, screen)
             if evaluate:
-                self.evaluate(done, screen)
+                self.evaluate(done, screen, signals, analyse)
             if save:
                 self.save(done)
             if signal and done < iterations:
                 self.stop(done, signal, saved=save)
         if not self.rows or self.rows[-1]["iteration"] != iterations:
-            self.evaluate(iterations, screen)  # a checkpoint without its row, or one that grew
+            # a checkpoint without its row, or one that grew
+            self.evaluate(iterations, screen, signals, config.stationarity.every is not None)
         if self.writer is not None:
             if start == iterations and not self.plan.origin.continues:
                 self.save(iterations)  # a new run that begins where it ends has a checkpoint too
@@ -168,6 +173,10 @@ class Trainer:
                 self.files.close()
             self.finish()
         self.agree()
+
+    def is_due(self, every: int | None, done: int) -> bool:
+        """Whether what happens so often, and at the end, happens after `done` iterations."""
+        return every is not None and (done % every == 0 or done == self.config.algorithm.iterations)
 
     def steps(self, watch: Watch, screen: Screen) -> Callable[[int], None]:
         """An iteration and the look at what it left, replayed where that can be."""
@@ -272,8 +281,8 @@ class Trainer:
         with self.writing():
             self.files.scalars(values, done)
 
-    def evaluate(self, done: int, screen: Screen) -> None:
-        """Measure on all ranks, verify what must agree, write on rank 0."""
+    def evaluate(self, done: int, screen: Screen, signals: StopSignals, analyse: bool) -> None:
+        """Measure on all ranks, its stationarity too; verify what must agree, write on rank 0."""
         seconds = time.perf_counter() - self.resumed_at
         samples = (done - self.resumed_t) * self.config.algorithm.batch_size
         samples *= self.plan.num_workers
@@ -282,6 +291,11 @@ class Trainer:
         row["wall_s"] = time.perf_counter() - self.started
         row["samples_per_s"] = samples / seconds
         row["digest"] = f"{digest_of_u & (2**64 - 1):016x}"
+        if analyse:
+            asked_to_stop = lambda: signals.received != 0  # noqa: E731
+            found = self.stationarity.measure(self.algorithm, done, asked_to_stop)
+            if found is not None:
+                row["stationarity"] = found
         self.rows.append(row)
         if self.best is None or row["test_error"] < self.best["test_error"]:
             self.best = {"iteration": done, "test_error": row["test_error"]}
@@ -339,6 +353,8 @@ class Trainer:
         torch.save(self.plan.risk.layout.state_dict(self.algorithm.u), buffer)
         write_whole(self.run_dir / "model.pt", buffer.getvalue())
         draw({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
+        if analysed := measurements(self.rows):
+            draw_stationarity({self.run_dir.name: analysed}, self.run_dir / "stationarity.png")
         summary = self.rows[-1] | {"best": self.best, "environment": environment(self.plan)}
         if self.writer is not None:
             summary["checkpoints"] = {

@@ -211,7 +211,7 @@ def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_pa
 
 TOP = (
     "workers, seed, dtype, device, deterministic, cuda_graph, resume, plugins, potential, "
-    "algorithm, data, model, group, output"
+    "algorithm, data, model, group, output, stationarity"
 )
 IN_OUTPUT = (
     "allowed in `output`: root, run_dir, name, eval_every, checkpoint_every, keep_checkpoints, "
@@ -483,6 +483,27 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (["output.eval_every=0"], "`output.eval_every` is 0; allowed: a whole number >= 1"),
         (["output.log_every=0"], "`output.log_every` is 0; allowed: a whole number >= 1"),
+        (
+            ["stationarity.every=0"],
+            "`stationarity.every` is 0; allowed: a whole number >= 1, or null for never",
+        ),
+        (
+            ["stationarity.samples=0"],
+            "`stationarity.samples` is 0; allowed: a whole number >= 1, or null for all",
+        ),
+        (
+            ["stationarity.tolerance=1"],
+            "`stationarity.tolerance` is 1.0; allowed: a number in (0, 1)",
+        ),
+        (["stationarity.budget=1"], "`stationarity.budget` is 1; allowed: a whole number >= 2"),
+        *(
+            (
+                [*without, "stationarity.every=5"],
+                "`stationarity.every` is 5; allowed: null without a coupling (algorithm=msgd, or "
+                "lam = inf): there is no envelope",
+            )
+            for without in (["algorithm=msgd"], ["algorithm.lam=inf"])
+        ),
         (["output.name=a/b"], "`output.name` is 'a/b'; allowed: a word without `/`"),
         (['output.name=""'], "`output.name` is ''; allowed: a word without `/`"),
         (

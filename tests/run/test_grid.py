@@ -120,7 +120,10 @@ def test_equal_runs_are_one():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["grid=table2"], "`grid` is table2; allowed: conventions, figure1, smoke, table1, "),
+        (
+            ["grid=table2"],
+            "`grid` is table2; allowed: conventions, figure1, implicit, smoke, table1, ",
+        ),
         (["potential="], "`potential` is nothing; allowed: a value, or values between commas"),
         (["potential=quad,,tan"], "`potential` is quad,,tan; allowed: a value, or values between"),
         (["potential=quad,tann"], "`potential` is tann; allowed: cubic, log"),

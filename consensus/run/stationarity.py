@@ -1,0 +1,220 @@
+"""How stationary a run is: section 4 of the paper, measured while it trains.
+
+    f_j(z) = (B / |S_j|) sum over i in S_j of loss_i(z)  +  R(z)
+
+is what line 5 descends: the expected loss of a minibatch (B its size; 1 where the loss is its mean)
+over the shard S_j of worker j, or over as many fixed samples of it as `stationarity.samples` says.
+At iteration t, with the lam of then:
+
+    envelope_gradient    |sum_j grad e f_j (u)|, the measure of the paper, by (13) at the phi-prox
+    consensus_residual   (5a): |sum_j grad phi(u - z_j)| / lam
+    worker_residual      (5b): |grad f_j(z_j) - grad phi(u - z_j) / lam|, for each j
+    translation_gap      |grad phi(u - z_j) / lam - grad e f_j (u)|, for each j: 0 where z_j is the
+                         phi-prox of u, the translation of stationarity (9)
+    force                |grad phi(u - z_j)| / lam, for each j
+    consensus_gap        |u - z_j|, for each j and each layer
+    layers               the first four for each layer
+
+Where all workers have all the data, all f_j are one function: one prox, whose data the ranks share.
+Rank 0 seeks it, sends every point that it wants to know f at, and all sum up their shares. Else
+every rank seeks the proxes of its own workers. In both, all ranks meet at every evaluation of f, so
+that one that is asked to stop is heard and none waits longer than for one evaluation.
+
+Training stands still meanwhile: it would share the device with it. Nothing that a run computes
+depends on whether it is measured, and samples_per_s leaves it out.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from consensus.algorithm import Algorithm, value_at
+from consensus.comm import Group
+from consensus.core.flat import Scalar
+from consensus.core.layerwise import Layerwise
+from consensus.core.stationarity import consensus_residual, prox, worker_residual
+from consensus.core.updates import regularizer
+from consensus.problem.streams import stream
+from consensus.run.metrics import Row
+from consensus.run.plan import Plan
+
+Function = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A point (n,) -> value () and gradient (n,)."""
+
+EVALUATE, DONE = 0.0, 1.0
+
+
+class _AskedToStop(Exception):  # noqa: N818  (no error: it was asked for)
+    """On all ranks at the same evaluation of f."""
+
+
+class Stationarity:
+    """The measurement of one run. Every method is a collective.
+
+    Args:
+        plan: Of the run.
+        group: Its processes.
+    """
+
+    def __init__(self, plan: Plan, group: Group) -> None:
+        self.plan, self.group = plan, group
+        self.options = plan.config.stationarity
+        algorithm = plan.config.algorithm
+        self.batch = algorithm.batch_size if algorithm.loss_reduction == "sum" else 1
+        self.nu = algorithm.weight_decay
+        self.one_for_all = plan.config.data.partition == "full"
+        self.samples = [
+            self._sample(source.indices, 0 if self.one_for_all else source.worker)
+            for source in plan.oracle.minibatches
+        ]
+
+    def _sample(self, shard: Tensor, worker: int) -> Tensor:
+        """The samples that f_j is measured on, the same at all times."""
+        most = self.options.samples
+        if most is None or most >= len(shard):
+            return shard
+        generator = stream(self.plan.config.seed, "stationarity", worker)
+        chosen = torch.randperm(len(shard), generator=generator)[:most]
+        return shard[chosen.to(shard.device)]
+
+    def measure(
+        self, algorithm: Algorithm, t: int, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> Row | None:
+        """Measure after t iterations.
+
+        Args:
+            algorithm: Its state is read only.
+            t: Iterations done.
+            asked_to_stop: Whether this rank should be elsewhere.
+
+        Returns:
+            The same on all ranks, but for `seconds`; None if a rank was asked to stop.
+        """
+        began = time.perf_counter()
+        lam = value_at(algorithm.lam, max(0, t - 1))
+        phi, u, z = algorithm.phi, algorithm.u, algorithm.worker.z
+        try:
+            seek = self._prox_of_all if self.one_for_all else self._prox_of_each
+            envelopes, numbers = seek(phi, u, lam, asked_to_stop)
+        except _AskedToStop:
+            return None
+        f = [self._function(sample) for sample in self.samples]
+        gradients = torch.stack([f_j(z_j)[1] for f_j, z_j in zip(f, z, strict=True)])
+        residuals = worker_residual(gradients, phi, u, z, lam)
+        forces = gradients - residuals
+        differences = torch.stack([residuals, forces - envelopes, forces, u - z], 1)  # (K, 4, n)
+        of_layers = phi.distance(differences).double().flatten(1)
+        everyone = self.group.gather(torch.cat([of_layers, numbers], 1)).flatten(0, 1).cpu()
+        of_layers = everyone[:, :-4].unflatten(1, (4, -1)).transpose(0, 1)  # (4, M, L)
+        value, accuracy, evaluations, converged = everyone[:, -4:].T  # (M,) each
+        sums = [consensus_residual(phi, u, z, lam), envelopes.sum(0)]
+        sums_of_layers = phi.distance(self.group.sum_(torch.stack(sums))).double().cpu()
+        residual_u, envelope = sums_of_layers
+        of_workers = of_layers.norm(dim=-1)
+        return {
+            "envelope_gradient": float(envelope.norm()),
+            "consensus_residual": float(residual_u.norm()),
+            "worker_residual": of_workers[0].tolist(),
+            "translation_gap": of_workers[1].tolist(),
+            "force": of_workers[2].tolist(),
+            "consensus_gap": of_layers[3].tolist(),
+            "layers": {
+                "envelope_gradient": envelope.tolist(),
+                "consensus_residual": residual_u.tolist(),
+                "worker_residual": of_layers[0].tolist(),
+                "translation_gap": of_layers[1].tolist(),
+            },
+            "envelope": float(value.sum()),
+            "u_norm": float(u.double().norm()),
+            "accuracy": accuracy.tolist(),
+            "converged": bool(converged.all()),
+            "evaluations": int(evaluations.max()),
+            "samples": [min(self.options.samples or size, size) for size in self.plan.shard_sizes],
+            "seconds": time.perf_counter() - began,
+        }
+
+    # ---- f_j
+
+    def _function(self, sample: Tensor) -> Function:
+        """f_j, from all its samples."""
+        return lambda z: self._f(z, *self.plan.oracle.total(z, sample), len(sample))
+
+    def _f(self, z: Tensor, loss: Tensor, gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """f_j(z) and its gradient, from sums over its samples."""
+        factor = self.batch / samples
+        value = factor * loss.double() + regularizer(z.double(), self.nu)
+        return value.to(z), torch.add(self.nu * z, gradient, alpha=factor)
+
+    # ---- the prox: one of all, or each rank those of its workers
+    #      -> grad e f_j (u) (K, n), and value, accuracy, evaluations, converged, float64 (K, 4)
+
+    def _prox_of_all(
+        self, phi: Layerwise, u: Tensor, lam: Scalar, asked_to_stop: Callable[[], bool]
+    ) -> tuple[Tensor, Tensor]:
+        sample = self.samples[0]
+        share = torch.tensor_split(sample, self.group.size)[self.group.rank]
+        n = len(u)
+
+        def order(what: float, z: Tensor) -> Tensor:
+            """What rank 0 says: a vector, and what it is."""
+            return self.group.broadcast_(torch.cat([z, z.new_tensor([what])]))
+
+        def add_up(z: Tensor) -> tuple[Tensor, Tensor]:
+            loss, gradient = self.plan.oracle.total(z, share)
+            stop = loss.new_tensor(float(asked_to_stop()))
+            summed = self.group.sum_(torch.cat([gradient, torch.stack([loss, stop]).to(gradient)]))
+            if summed[-1] > 0:
+                raise _AskedToStop
+            return summed[n], summed[:n]
+
+        def f(z: Tensor) -> tuple[Tensor, Tensor]:
+            order(EVALUATE, z)
+            return self._f(z, *add_up(z), len(sample))
+
+        if self.group.rank == 0:
+            gradient, numbers = self._prox(f, phi, u, lam)
+            order(DONE, gradient)
+        else:
+            numbers = torch.zeros(4, dtype=torch.float64, device=u.device)
+            while (told := order(EVALUATE, u))[n] == EVALUATE:
+                add_up(told[:n])
+            gradient = told[:n]
+        self.group.broadcast_(numbers)
+        workers = len(self.samples)
+        return gradient.expand(workers, n), numbers.expand(workers, 4)
+
+    def _prox_of_each(
+        self, phi: Layerwise, u: Tensor, lam: Scalar, asked_to_stop: Callable[[], bool]
+    ) -> tuple[Tensor, Tensor]:
+        def others(here: bool) -> bool:
+            """Whether a rank is still at work; all ranks meet here at every evaluation."""
+            mine = torch.tensor([float(here), float(asked_to_stop())], device=u.device)
+            at_work, stops = self.group.sum_(mine).tolist()
+            if stops:
+                raise _AskedToStop
+            return bool(at_work)
+
+        def in_step(f_j: Function) -> Function:
+            def f(z: Tensor) -> tuple[Tensor, Tensor]:
+                others(True)
+                return f_j(z)
+
+            return f
+
+        f = [in_step(self._function(sample)) for sample in self.samples]
+        found = [self._prox(f_j, phi, u, lam) for f_j in f]
+        while others(False):
+            pass
+        gradients, numbers = zip(*found, strict=True)
+        return torch.stack(gradients), torch.stack(numbers)
+
+    def _prox(self, f: Function, phi: Layerwise, u: Tensor, lam: Scalar) -> tuple[Tensor, Tensor]:
+        """The phi-prox from z = u. -> (n,), (4,)."""
+        options = self.options
+        found = prox(f, phi, u, lam, tolerance=options.tolerance, budget=options.budget)
+        numbers = [found.value, found.accuracy, found.converged]
+        value, accuracy, converged = (number.double() for number in numbers)
+        evaluations = value.new_tensor(float(found.evaluations))
+        return found.gradient, torch.stack([value, accuracy, evaluations, converged])
