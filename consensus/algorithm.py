@@ -151,6 +151,17 @@ class Consensus(Algorithm):
         t_u = tau / lam if self.u_step_on == "objective" else tau
         return t_u, sigma, sigma / lam
 
+    def lam_at_rest(self, t: int) -> Scalar:
+        """The lam for which (15) is stationary where the z_j and u no longer move.
+
+        Momentum adds up the loss 1 / (1 - kappa) times. A coupling that acts outside the velocity
+        is added once: at rest (1 - kappa) v = -sigma grad f_j and v = -(sigma / lam) grad phi, so
+        grad f_j = ((1 - kappa) / lam) grad phi(u - z_j). And it acts in every `period`-th iteration
+        only, the loss in all; for small sigma that is a mean over them.
+        """
+        lam = value_at(self.lam, t) * self.period
+        return lam / (1.0 - self.worker.kappa) if self.worker.momentum_on == "loss" else lam
+
     @property
     def explicit(self) -> bool:
         """Whether every line is one formula, and none the solution of an equation."""

@@ -104,10 +104,12 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
             console.print(f"Table 1 and Figure 1 in {folder}/report.md", markup=False)
     analysed = measured(shown)
     if analysed:
-        draw_stationarity(analysed, figure.with_name("stationarity.png"))
+        second = figure.with_stem(f"{figure.stem}_stationarity")
+        draw_stationarity(analysed, second)
         console.print(stationarity_table(analysed))
         for label, rows in analysed.items():
             console.print(f"{label}: {verdict(rows)}", markup=False)
+        console.print(f"stationarity in {second}", markup=False)
     console.print(f"figure in {figure}", markup=False)
 
 

@@ -99,10 +99,14 @@ def run(sweep: Sweep, board: Board) -> None:
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train it: mSGD has no u, and no block solves equations."""
+    """Whether a population can train it.
+
+    mSGD has no u, no block solves equations, and stationarity is measured by the trainer.
+    """
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
-    return algorithm.name != "msgd" and explicit and config.stationarity.every is None
+    measured = config.stationarity.every is not None and config.coupled
+    return algorithm.name != "msgd" and explicit and not measured
 
 
 def member_of(cell: Cell, folder: Path) -> Member:

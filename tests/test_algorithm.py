@@ -703,3 +703,44 @@ def test_four_workers_are_one_run_on_one_two_or_four_processes(ranks, make_confi
         np.testing.assert_allclose(runs[size][0][0], runs[1][0][0], rtol=0, atol=1e-9)
     start = make_plan(config, Launch()).start
     assert np.abs(runs[1][0][0] - start.numpy()).max() > 1e-2, "nothing was trained"
+
+
+# ---- where it comes to rest
+
+
+class NoiselessQuadratics(Quadratics):
+    def gradient(self, points, batch):
+        return points - torch.from_numpy(np.stack([target(j) for j in self.workers]))
+
+
+@pytest.mark.parametrize(
+    ("potential", "kwargs", "factor"),
+    [
+        ("log", {"momentum_on": "loss"}, 10.0),
+        ("log", {"momentum_on": "objective"}, 1.0),
+        ("tan", {"momentum_on": "loss", "kappa": 0.0}, 1.0),
+        ("quad", {"momentum_on": "loss", "order": "jacobi", "u_step_on": "objective"}, 10.0),
+        ("tan", {"momentum_on": "loss", "coupling": "implicit", "u_update": "exact"}, 10.0),
+        ("quad", {"momentum_on": "loss", "period": 3}, 30.0),
+        ("quad", {"momentum_on": "objective", "period": 3}, 3.0),
+    ],
+    ids=["mEASGD", "objective", "plain", "jacobi", "implicit", "period", "objective-period"],
+)
+def test_it_rests_where_15_is_stationary_for_lam_at_rest(potential, kwargs, factor):
+    """grad f_j(z_j) = grad phi(u - z_j) / lam_at_rest, with momentum not the lam that was given."""
+    lam, nu, periodic = 0.5 / factor, 1e-2, "period" in kwargs
+    algorithm = build(Solo(), potential, lam=lam, nu=nu, sigma=2e-3, tau=2e-3, **kwargs)
+    worker = algorithm.worker
+    worker.oracle = NoiselessQuadratics(range(M))
+    for t in range(6_000):
+        algorithm.step(t)
+    assert algorithm.lam_at_rest(0) == pytest.approx(0.5, rel=1e-12)
+    z = worker.z.numpy()
+    # Between two communications the z_j move; else they rest, at the gradients of (16).
+    ahead = 0.0 if periodic else worker.kappa * worker.v.numpy()
+    own = z + ahead - np.stack([target(j) for j in range(M)]) + nu * z
+    force = algorithm.phi.grad(algorithm.u - worker.z).numpy() / 0.5
+    assert np.abs(own).max() > 0.5, "the targets differ, so that the forces do not vanish"
+    tolerance = 0.01 if periodic else 1e-3
+    np.testing.assert_allclose(force, own, rtol=0, atol=tolerance * np.abs(own).max())
+    assert np.abs(force.sum(0)).max() < tolerance * np.abs(own).max()

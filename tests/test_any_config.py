@@ -107,7 +107,10 @@ ANY_ALGORITHM = {  # key -> valid values
     "output.checkpoint_every": [None, 1, 2, 10**30],
     "output.keep_checkpoints": [1, 2, 10**30],
     "output.log_every": [1, 2, 10**30],
+    "stationarity.every": [None, 1, 2, 10**30],
+    "stationarity.lam": [None, 1e-3, 10],
     "stationarity.samples": [None, 1, 10, 10**30],
+    "stationarity.batch_size": [1, 7, 10**30],
     "stationarity.tolerance": [1e-300, 0.01, 0.99],
     "stationarity.budget": [2, 3, 10],
     "resume": ["never"],
@@ -122,7 +125,6 @@ ONLY_CONSENSUS = {
     "algorithm.u_step_on": ["coupling", "objective"],
     "algorithm.coupling": ["explicit", "implicit"],
     "algorithm.u_update": ["gradient", "exact"],
-    "stationarity.every": [None, 1, 2, 10**30],
 }
 GROUPS = ("experiment", "potential", "algorithm", "data", "model", "group", "output")
 MODELS = {"logistic": 1, "mlp": 3, "lenet5": 3}  # with their number of layers
@@ -191,8 +193,6 @@ def runnable(draw: st.DrawFn) -> Line:
                 says[key] = value
     if says.get("algorithm.order") == "jacobi":
         says.pop("algorithm.coupling", None)
-    if says.get("algorithm.lam") == math.inf:
-        says.pop("stationarity.every", None)
     typed = {k: v for k, v in says.items() if k not in chosen}
     overrides = [f"{key}={value}" for key, value in groups.items()]
     overrides += [f"{key}={text(value)}" for key, value in typed.items()]
@@ -357,7 +357,9 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "output.log_every": [*NO_WHOLE, "null", "0"],
     "output.tensorboard": NO_TRUTH,
     "stationarity.every": [*NO_WHOLE, "0"],
+    "stationarity.lam": [*NO_NUMBER, "true", "0", "-1", "nan", "inf"],
     "stationarity.samples": [*NO_WHOLE, "0"],
+    "stationarity.batch_size": [*NO_WHOLE, "null", "0"],
     "stationarity.tolerance": [*NO_NUMBER, "null", "true", "0", "1", "-1", "nan", "inf"],
     "stationarity.budget": [*NO_WHOLE, "null", "0", "1"],
     **{group: NO_GROUP for group in GROUPS},
@@ -860,7 +862,8 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt", "convergence.png"}
     files |= {"checkpoints"} if output.checkpoint_every is not None else set()
     files |= {"tensorboard"} if output.tensorboard else set()
-    every = config.stationarity.every or math.inf
+    coupled = config.algorithm.name != "msgd" and config.algorithm.lam < math.inf
+    every = config.stationarity.every if coupled and config.stationarity.every else math.inf
     files |= {"stationarity.png"} if every < math.inf else set()
     made = {path.name for path in run_dir.iterdir()}
     if run_dir == folder:  # run_dir=.

@@ -234,7 +234,7 @@ class MinibatchRisk:
         labels = self.dataset.train_labels.index_select(0, index)
         return images.view(*shape, *images.shape[1:]), labels.view(shape)
 
-    def total(self, point: Tensor, index: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    def total(self, point: Tensor, index: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         """The loss summed over the samples `index` (N,), chunk by chunk, and its gradient.
 
         What a model draws at random is left out (evaluation mode).

@@ -305,7 +305,9 @@ class StationarityConfig:
     """Whether and how the stationarity of section 4 is measured during a run."""
 
     every: int | None
+    lam: float | None
     samples: int | None
+    batch_size: int
     tolerance: float
     budget: int
 
@@ -315,8 +317,12 @@ class StationarityConfig:
             value = getattr(self, name)
             allowed = f"a whole number >= 1, or null for {none}"
             require(value is None or value >= 1, f"stationarity.{name}", value, allowed)
-        allowed = "a number in (0, 1)"
-        require(0 < self.tolerance < 1, "stationarity.tolerance", self.tolerance, allowed)
+        lam, tolerance = self.lam, self.tolerance
+        allowed = "a finite number > 0, or null"
+        require(lam is None or 0 < lam < math.inf, "stationarity.lam", lam, allowed)
+        size = self.batch_size
+        require(size >= 1, "stationarity.batch_size", size, "a whole number >= 1")
+        require(0 < tolerance < 1, "stationarity.tolerance", tolerance, "a number in (0, 1)")
         require(self.budget >= 2, "stationarity.budget", self.budget, "a whole number >= 2")
 
 
@@ -386,16 +392,14 @@ class Config:
                 self.potential.name,
                 f"quad for algorithm={algorithm.name} (algorithm=consensus takes any)",
             )
-        coupled = algorithm.name != "msgd" and algorithm.lam * factors["lam"][1] < math.inf
-        require(
-            coupled or self.stationarity.every is None,
-            "stationarity.every",
-            self.stationarity.every,
-            "null without a coupling (algorithm=msgd, or lam = inf): there is no envelope",
-        )
         require(
             not (self.device == "cpu" and self.group.name == "nccl"),
             "group",
             self.group.name,
             "auto or gloo with device=cpu: NCCL moves CUDA tensors only",
         )
+
+    @property
+    def coupled(self) -> bool:
+        """Whether there is a coupling, and so an envelope."""
+        return self.algorithm.name != "msgd" and self.algorithm.lam < math.inf

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,18 +177,19 @@ class MetricsFiles:
     def _stationarity(self, found: Row) -> dict[str, float]:
         """What run/stationarity.py measures: numbers, and those of each worker and each layer."""
         scalars = {f"stationarity/{k}": v for k, v in found.items() if isinstance(v, int | float)}
-        for key in ("worker_residual", "translation_gap", "force"):
+        for key in ("envelope_gradients", "worker_residual", "translation_gap", "force"):
             scalars |= {f"{key}/worker_{j}": value for j, value in enumerate(found[key])}
         for j, gaps in enumerate(found["consensus_gap"]):
             named = zip(self._layer_names, gaps, strict=True)
             scalars |= {f"consensus_gap/worker_{j}/{name}": gap for name, gap in named}
         return scalars
 
-    def scalars(self, values: dict[str, float], t: int) -> None:
+    def scalars(self, values: Mapping[str, float | None], t: int) -> None:
         """Add numbers to TensorBoard at iteration t."""
         if self._events is not None:
             for key, value in values.items():
-                self._events.add_scalar(key, value, t)
+                if value is not None:  # a number that overflowed, read back from metrics.jsonl
+                    self._events.add_scalar(key, value, t)
 
     def sync(self) -> None:
         """Everything so far to the disk: a checkpoint that appears after this relies on it."""

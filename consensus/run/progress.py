@@ -1,5 +1,7 @@
 """What a person sees of a run on rank 0: a live line in a terminal, plain lines elsewhere."""
 
+import math
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -94,12 +96,11 @@ class Screen:
         )
         if "stationarity" in row:
             found = row["stationarity"]
-            exact = "" if found["converged"] else f", inexact by {max(found['accuracy']):.1g}"
             self.say(
-                f"    stationarity  |sum grad e f_j (u)| {found['envelope_gradient']:.3g}{exact}  "
-                f"(5a) {found['consensus_residual']:.3g}  "
-                f"(5b) {max(found['worker_residual']):.3g}  "
-                f"(9) {max(found['translation_gap']):.3g}  in {found['seconds']:.1f} s"
+                f"    stationarity  |sum grad e f_j (u)| {found['envelope_gradient']:.3g} "
+                f"± {found['accuracy']:.1g}  (5a) {found['consensus_residual']:.3g}  "
+                f"(5b) {largest(found['worker_residual']):.3g}  "
+                f"(9) {largest(found['translation_gap']):.3g}  in {found['seconds']:.1f} s"
             )
 
     def table(self, rows: list[Row], title: str) -> None:
@@ -126,3 +127,9 @@ def format_cell(column: str, value: Any) -> str:
     if column == "iteration":
         return str(value)
     return f"{value:.2f}" if column in ("epoch", "train_error", "test_error") else f"{value:.5g}"
+
+
+def largest(values: Iterable[float | None]) -> float:
+    """The largest of them; nan if one is no number, which metrics write as null."""
+    numbers = [math.nan if value is None else value for value in values]
+    return max(numbers, key=lambda number: (math.isnan(number), number))

@@ -52,9 +52,10 @@ FROM_THE_PAPER = (
     "each potential; `-`: not typed."
 )
 STATIONARITY = (
-    "The last measurement of each run. f_j is the expected minibatch loss of worker j plus R, its "
-    "force grad phi(u - z_j) / lam. The first column is 0 where u is stationary for the sum over j "
-    "of e f_j (u), and (9) where each z_j is the phi-prox of u."
+    "The last measurement of each run, for the lam of the problem that it solves. f_j is the "
+    "expected minibatch loss of worker j plus R, its force grad phi(u - z_j) / lam. "
+    "|sum grad e f_j (u)| is 0 where u is stationary, ± how exactly it is known; (9) is 0 where "
+    "each z_j is the phi-prox of u; of the workers, the largest."
 )
 DEFINITIONS = {
     "objective": "train loss + R(u) + mean over workers j of (1 / lam) phi(u - z_j): F of (15) "
@@ -203,10 +204,10 @@ def _mean_record(name: str, mean: Mean | None) -> dict[str, float | None]:
 def run_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A record for each run: its status, its values of the differing keys, its last evaluation."""
     keys = varying(runs)
-    columns = dict.fromkeys([*COLUMNS, *(key for run in runs if run.rows for key in run.rows[-1])])
+    lasts = [_with_scalars(run.rows[-1]) if run.rows else {} for run in runs]
+    columns = dict.fromkeys([*COLUMNS, *(key for last in lasts for key in last)])
     records = []
-    for run in runs:
-        last = run.rows[-1] if run.rows else {}
+    for run, last in zip(runs, lasts, strict=True):
         record: dict[str, Any] = {"run": run.label, "status": run.status}
         record |= {key: _shown(run.config, key) for key in keys}
         values = {column: last.get(column) for column in columns}
@@ -218,6 +219,13 @@ def run_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
         }
         records.append(record)
     return records
+
+
+def _with_scalars(row: Row) -> Row:
+    """A row with the single numbers of its stationarity as columns of their own."""
+    found = row.get("stationarity") or {}
+    scalars = {f"stationarity.{k}": v for k, v in found.items() if not isinstance(v, list | dict)}
+    return {key: value for key, value in row.items() if key != "stationarity"} | scalars
 
 
 def csv_text(records: Sequence[dict[str, Any]]) -> str:

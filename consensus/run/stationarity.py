@@ -2,26 +2,31 @@
 
     f_j(z) = (B / |S_j|) sum over i in S_j of loss_i(z)  +  R(z)
 
-is what line 5 descends: the expected loss of a minibatch (B its size; 1 where the loss is its mean)
-over the shard S_j of worker j, or over as many fixed samples of it as `stationarity.samples` says.
-At iteration t, with the lam of then:
+is what line 5 descends, but for dropout, which is off: the expected loss of a minibatch (B its
+size; 1 where the loss is its mean) over the shard S_j of worker j, or over as many fixed samples of
+it as `stationarity.samples` says. u and the z_j come to rest at stationary points of (15) for the
+lam of `Consensus.lam_at_rest`, so that this is the lam here, unless `stationarity.lam` is set:
 
     envelope_gradient    |sum_j grad e f_j (u)|, the measure of the paper, by (13) at the phi-prox
+    accuracy             by how much the sum may be wrong: the sum over j of |grad f_j(p_j) - (13)|
+    envelope_gradients   |grad e f_j (u)|, for each j
     consensus_residual   (5a): |sum_j grad phi(u - z_j)| / lam
     worker_residual      (5b): |grad f_j(z_j) - grad phi(u - z_j) / lam|, for each j
     translation_gap      |grad phi(u - z_j) / lam - grad e f_j (u)|, for each j: 0 where z_j is the
                          phi-prox of u, the translation of stationarity (9)
     force                |grad phi(u - z_j)| / lam, for each j
     consensus_gap        |u - z_j|, for each j and each layer
-    layers               the first four for each layer
+    layers               the same of each layer
 
 Where all workers have all the data, all f_j are one function: one prox, whose data the ranks share.
 Rank 0 seeks it, sends every point that it wants to know f at, and all sum up their shares. Else
-every rank seeks the proxes of its own workers. In both, all ranks meet at every evaluation of f, so
-that one that is asked to stop is heard and none waits longer than for one evaluation.
+every rank seeks the proxes of its own workers. In both, all ranks meet at every evaluation of f for
+the prox, so that one that is asked to stop is heard, and a rank that is done waits for no more than
+one evaluation of another's. Then each worker's f_j is differentiated once more, at z_j.
 
 Training stands still meanwhile: it would share the device with it. Nothing that a run computes
-depends on whether it is measured, and samples_per_s leaves it out.
+depends on whether it is measured, and samples_per_s leaves it out. A prox keeps about 36 vectors
+(n,), on rank 0 or on all.
 """
 
 import time
@@ -30,9 +35,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from consensus.algorithm import Algorithm, value_at
+from consensus.algorithm import Consensus
 from consensus.comm import Group
-from consensus.core.flat import Scalar
 from consensus.core.layerwise import Layerwise
 from consensus.core.stationarity import consensus_residual, prox, worker_residual
 from consensus.core.updates import regularizer
@@ -80,7 +84,7 @@ class Stationarity:
         return shard[chosen.to(shard.device)]
 
     def measure(
-        self, algorithm: Algorithm, t: int, asked_to_stop: Callable[[], bool] = lambda: False
+        self, algorithm: Consensus, t: int, asked_to_stop: Callable[[], bool] = lambda: False
     ) -> Row | None:
         """Measure after t iterations.
 
@@ -93,43 +97,46 @@ class Stationarity:
             The same on all ranks, but for `seconds`; None if a rank was asked to stop.
         """
         began = time.perf_counter()
-        lam = value_at(algorithm.lam, max(0, t - 1))
         phi, u, z = algorithm.phi, algorithm.u, algorithm.worker.z
+        lam = self.options.lam or float(algorithm.lam_at_rest(max(0, t - 1)))
         try:
             seek = self._prox_of_all if self.one_for_all else self._prox_of_each
             envelopes, numbers = seek(phi, u, lam, asked_to_stop)
         except _AskedToStop:
             return None
-        f = [self._function(sample) for sample in self.samples]
-        gradients = torch.stack([f_j(z_j)[1] for f_j, z_j in zip(f, z, strict=True)])
-        residuals = worker_residual(gradients, phi, u, z, lam)
-        forces = gradients - residuals
-        differences = torch.stack([residuals, forces - envelopes, forces, u - z], 1)  # (K, 4, n)
-        of_layers = phi.distance(differences).double().flatten(1)
-        everyone = self.group.gather(torch.cat([of_layers, numbers], 1)).flatten(0, 1).cpu()
-        of_layers = everyone[:, :-4].unflatten(1, (4, -1)).transpose(0, 1)  # (4, M, L)
+        rows = []
+        for z_j, envelope, sample in zip(z, envelopes, self.samples, strict=True):
+            _, gradient = self._function(sample)(z_j)
+            force = phi.grad(u - z_j) / lam
+            residual = worker_residual(gradient.unsqueeze(0), phi, u, z_j.unsqueeze(0), lam)[0]
+            of_worker = (envelope, force, residual, force - envelope, u - z_j)
+            rows.append(torch.cat([phi.distance(x) for x in of_worker]).double())
+        mine = torch.cat([torch.stack(rows), numbers], 1)
+        everyone = self.group.gather(mine).flatten(0, 1).cpu()  # (M, 5 L + 4)
+        of_layers = everyone[:, :-4].unflatten(1, (5, -1)).transpose(0, 1)  # (5, M, L)
         value, accuracy, evaluations, converged = everyone[:, -4:].T  # (M,) each
-        sums = [consensus_residual(phi, u, z, lam), envelopes.sum(0)]
-        sums_of_layers = phi.distance(self.group.sum_(torch.stack(sums))).double().cpu()
-        residual_u, envelope = sums_of_layers
-        of_workers = of_layers.norm(dim=-1)
+        sums = torch.stack([envelopes.sum(0), consensus_residual(phi, u, z, lam)])
+        envelope, residual_u = phi.distance(self.group.sum_(sums)).double().cpu()
+        of_envelopes, force, residual, gap, apart = of_layers
         return {
+            "lam": lam,
             "envelope_gradient": float(envelope.norm()),
+            "accuracy": float(accuracy.sum()),
+            "converged": bool(converged.all()),
+            "envelope_gradients": of_envelopes.norm(dim=-1).tolist(),
             "consensus_residual": float(residual_u.norm()),
-            "worker_residual": of_workers[0].tolist(),
-            "translation_gap": of_workers[1].tolist(),
-            "force": of_workers[2].tolist(),
-            "consensus_gap": of_layers[3].tolist(),
+            "worker_residual": residual.norm(dim=-1).tolist(),
+            "translation_gap": gap.norm(dim=-1).tolist(),
+            "force": force.norm(dim=-1).tolist(),
+            "consensus_gap": apart.tolist(),
             "layers": {
                 "envelope_gradient": envelope.tolist(),
                 "consensus_residual": residual_u.tolist(),
-                "worker_residual": of_layers[0].tolist(),
-                "translation_gap": of_layers[1].tolist(),
+                "worker_residual": residual.tolist(),
+                "translation_gap": gap.tolist(),
             },
             "envelope": float(value.sum()),
             "u_norm": float(u.double().norm()),
-            "accuracy": accuracy.tolist(),
-            "converged": bool(converged.all()),
             "evaluations": int(evaluations.max()),
             "samples": [min(self.options.samples or size, size) for size in self.plan.shard_sizes],
             "seconds": time.perf_counter() - began,
@@ -139,7 +146,10 @@ class Stationarity:
 
     def _function(self, sample: Tensor) -> Function:
         """f_j, from all its samples."""
-        return lambda z: self._f(z, *self.plan.oracle.total(z, sample), len(sample))
+        return lambda z: self._f(z, *self._total(z, sample), len(sample))
+
+    def _total(self, z: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        return self.plan.oracle.total(z, sample, self.options.batch_size)
 
     def _f(self, z: Tensor, loss: Tensor, gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """f_j(z) and its gradient, from sums over its samples."""
@@ -151,7 +161,7 @@ class Stationarity:
     #      -> grad e f_j (u) (K, n), and value, accuracy, evaluations, converged, float64 (K, 4)
 
     def _prox_of_all(
-        self, phi: Layerwise, u: Tensor, lam: Scalar, asked_to_stop: Callable[[], bool]
+        self, phi: Layerwise, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]
     ) -> tuple[Tensor, Tensor]:
         sample = self.samples[0]
         share = torch.tensor_split(sample, self.group.size)[self.group.rank]
@@ -162,7 +172,7 @@ class Stationarity:
             return self.group.broadcast_(torch.cat([z, z.new_tensor([what])]))
 
         def add_up(z: Tensor) -> tuple[Tensor, Tensor]:
-            loss, gradient = self.plan.oracle.total(z, share)
+            loss, gradient = self._total(z, share)
             stop = loss.new_tensor(float(asked_to_stop()))
             summed = self.group.sum_(torch.cat([gradient, torch.stack([loss, stop]).to(gradient)]))
             if summed[-1] > 0:
@@ -186,7 +196,7 @@ class Stationarity:
         return gradient.expand(workers, n), numbers.expand(workers, 4)
 
     def _prox_of_each(
-        self, phi: Layerwise, u: Tensor, lam: Scalar, asked_to_stop: Callable[[], bool]
+        self, phi: Layerwise, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]
     ) -> tuple[Tensor, Tensor]:
         def others(here: bool) -> bool:
             """Whether a rank is still at work; all ranks meet here at every evaluation."""
@@ -210,11 +220,13 @@ class Stationarity:
         gradients, numbers = zip(*found, strict=True)
         return torch.stack(gradients), torch.stack(numbers)
 
-    def _prox(self, f: Function, phi: Layerwise, u: Tensor, lam: Scalar) -> tuple[Tensor, Tensor]:
+    def _prox(self, f: Function, phi: Layerwise, u: Tensor, lam: float) -> tuple[Tensor, Tensor]:
         """The phi-prox from z = u. -> (n,), (4,)."""
         options = self.options
         found = prox(f, phi, u, lam, tolerance=options.tolerance, budget=options.budget)
         numbers = [found.value, found.accuracy, found.converged]
         value, accuracy, converged = (number.double() for number in numbers)
         evaluations = value.new_tensor(float(found.evaluations))
-        return found.gradient, torch.stack([value, accuracy, evaluations, converged])
+        # Where f is not finite nothing was found: u itself, without a force, would look stationary.
+        gradient = torch.where(accuracy.isfinite(), found.gradient, torch.nan)
+        return gradient, torch.stack([value, accuracy, evaluations, converged])

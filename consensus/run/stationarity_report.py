@@ -1,18 +1,22 @@
 """What measurements of stationarity say: a figure, a table, and a sentence for each run."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from consensus.run.metrics import Row
+from consensus.run.progress import largest
 from consensus.run.report import name_lines, write_figure
 
 SAME = 1e-3
 """The part of |u| by which a z_j may differ from u and count as one with it."""
 
-MOST_IN_LEGEND = 12
+AGREEING = 0.5
+"""From here on the f_j pull u the same way, see `agreement`."""
+
+MOST_IN_LEGEND = 10
 
 
 def measurements(rows: Sequence[Row]) -> list[Row]:
@@ -27,27 +31,31 @@ def measured(runs: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
 
 
 def _largest(key: str) -> Callable[[Row], float]:
-    return lambda row: _max(map(_number, row["stationarity"][key]))
+    return lambda row: largest(row["stationarity"][key])
 
 
 def _scalar(key: str) -> Callable[[Row], float]:
-    return lambda row: _number(row["stationarity"][key])
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value  # JSON has no inf
-
-
-def _max(values: Iterable[float]) -> float:
-    return max(values, key=lambda value: (math.isnan(value), value))  # as `max` alone does not
+    return lambda row: largest([row["stationarity"][key]])
 
 
 def distance(row: Row) -> float:
     """max_j |u - z_j| / |u|."""
     found = row["stationarity"]
-    squares = [sum(_number(gap) ** 2 for gap in worker) for worker in found["consensus_gap"]]
-    u_norm = _number(found["u_norm"])
-    return _max(squares) ** 0.5 / u_norm if u_norm != 0.0 else float("nan")
+    squares = [
+        sum(math.nan if gap is None else gap**2 for gap in gaps) for gaps in found["consensus_gap"]
+    ]
+    u_norm = _scalar("u_norm")(row)
+    return largest(squares) ** 0.5 / u_norm if u_norm != 0.0 else math.nan
+
+
+def agreement(row: Row) -> float:
+    """|sum_j grad e f_j (u)| over the sum of the |grad e f_j (u)|.
+
+    1 where all f_j pull u the same way, 0 where they pull it apart and are in balance.
+    """
+    found = row["stationarity"]
+    total = sum(math.nan if g is None else g for g in found["envelope_gradients"])
+    return _scalar("envelope_gradient")(row) / total if total != 0.0 else 1.0
 
 
 SERIES: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
@@ -74,11 +82,13 @@ def draw_stationarity(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     axes = figure.subplots(2, 3, sharex=True)
     for axis, (_, title, value) in zip(axes.flat, SERIES, strict=True):
         for rows in runs.values():
-            axis.plot(
-                [row["iteration"] for row in rows], [value(row) for row in rows], ".-", label="run"
-            )
+            x, y = [row["iteration"] for row in rows], [value(row) for row in rows]
+            (line,) = axis.plot(x, y, ".-", label="run")
+            if axis is axes[0][0]:  # how exactly it is known
+                spread = [_scalar("accuracy")(row) for row in rows]
+                axis.errorbar(x, y, yerr=spread, fmt="none", color=line.get_color(), capsize=2)
         if any(value(row) > 0 for rows in runs.values() for row in rows):
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="clip")
         axis.set_title(title, parse_math=False)
         axis.grid(alpha=0.3, which="both")
     for axis in axes[1]:
@@ -93,38 +103,48 @@ def stationarity_cells(runs: Mapping[str, Sequence[Row]]) -> list[list[str]]:
 
     The envelope gradient also at the first one, since how far it has fallen is what counts.
     """
-    (first_heading, _, first), *others = SERIES
-    cells = [["run", "iteration", f"{first_heading}: first", "last", *(h for h, _, _ in others)]]
+    (name, _, first), *others = SERIES
+    cells = [["run", "iteration", f"{name}: first", "last", "±", *(h for h, _, _ in others)]]
     for label, rows in runs.items():
-        numbers = [first(rows[0]), first(rows[-1]), *(value(rows[-1]) for _, _, value in others)]
-        cells.append([label, str(rows[-1]["iteration"]), *(f"{number:.3g}" for number in numbers)])
+        last = rows[-1]
+        numbers = [first(rows[0]), first(last), _scalar("accuracy")(last)]
+        numbers += [value(last) for _, _, value in others]
+        cells.append([label, str(last["iteration"]), *(f"{number:.2g}" for number in numbers)])
     return cells
 
 
+NOT_ON_SCREEN = ("±", "force")  # a screen is narrow, and `verdict` says the first
+
+
 def stationarity_table(runs: Mapping[str, Sequence[Row]]) -> Table:
-    """The same for the screen."""
+    """The same for the screen, without some columns."""
     headings, *rows = stationarity_cells(runs)
+    shown = [i for i, heading in enumerate(headings) if heading not in NOT_ON_SCREEN]
     table = Table(title="stationarity: the last measurement of each run")
     table.add_column(headings[0], overflow="fold")
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
+    for i in shown[1:]:
+        table.add_column(headings[i], justify="right", min_width=7)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in shown))
     return table
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Whether the copies have become one, as where all f_j are one function (Corollary 5.1).
+    """Whether the copies become one, as where all f_j are one function (Corollary 5.1).
 
-    Else forces hold them apart, and u is stationary where those balance.
+    That depends on how the f_j pull at u: all the same way, down to nothing, or against each other.
     """
     last = rows[-1]
-    apart, force = distance(last), _largest("force")(last)
-    fallen = f"|sum grad e f_j (u)| from {SERIES[0][2](rows[0]):.2g} to {SERIES[0][2](last):.2g}"
-    if apart <= SAME:
-        return f"u = z_j: |u - z_j| is at most {apart:.1e} of |u|; {fallen}"
-    balance = _scalar("consensus_residual")(last)
-    return (
-        f"u is not z_j: |u - z_j| is up to {apart:.1e} of |u|, by forces of up to {force:.2g} "
-        f"whose sum is {balance:.2g}; {fallen}"
-    )
+    apart = f"|u - z_j| is up to {distance(last):.1e} of |u|"
+    value = SERIES[0][2]
+    fallen = f"|sum grad e f_j (u)| from {value(rows[0]):.2g} to {value(last):.2g}"
+    fallen += f" ± {_scalar('accuracy')(last):.1g}"
+    if agreement(last) < AGREEING:
+        pull = _largest("envelope_gradients")(last)
+        return (
+            f"u is not z_j: {apart}, since the f_j pull u apart: |grad e f_j (u)| is up to "
+            f"{pull:.2g}; {fallen}"
+        )
+    if distance(last) <= SAME:
+        return f"u = z_j: {apart}, and all f_j pull u the same way; {fallen}"
+    return f"u is not z_j yet: {apart}, but all f_j pull u the same way; {fallen}"

@@ -265,7 +265,7 @@ def make_run(label: str, run_dir: Path, config: Mapping[str, Any], rows: Sequenc
 
 def _says_where(key: str) -> bool:
     """Whether a key says where files lie or what is written, and nothing about the mathematics."""
-    return key in ("resume", "data.root") or key.startswith("output.")
+    return key in ("resume", "data.root") or key.startswith(("output.", "stationarity."))
 
 
 # ---- grouping

@@ -63,7 +63,9 @@ class Trainer:
         self.algorithm = build_algorithm(plan, group)
         self.directory = RunDirectory(plan.origin, plan.config, plan.launch, group)
         self.run_dir = self.directory.path
-        self.stationarity = Stationarity(plan, group)
+        every = plan.config.stationarity.every if plan.config.coupled else None
+        self.analyse_every = every  # iterations, None: never
+        self.stationarity = Stationarity(plan, group) if every is not None else None
         self.rows: list[Row] = []
         self.best: dict[str, float] | None = None
         self.files: MetricsFiles | None = None
@@ -136,6 +138,8 @@ class Trainer:
             screen.say(self.directory.warning)
         if config.workers not in (None, self.plan.num_workers):
             screen.say(f"workers={config.workers} has no effect: mSGD is one worker")
+        if config.stationarity.every is not None and not config.coupled:
+            screen.say("stationarity.every has no effect: without a coupling there is no envelope")
         start = self.restore(screen)
         self.files = self.open_files(start)
         watch = Watch(self.group, len(self.plan.local_workers), output.log_every)
@@ -146,12 +150,13 @@ class Trainer:
             step(t)
             done = t + 1
             log = done % output.log_every == 0
-            analyse = self.is_due(config.stationarity.every, done)
+            analyse = self.is_due(self.analyse_every, done)
             evaluate = self.is_due(output.eval_every, done) or analyse
             save = self.is_due(output.checkpoint_every, done)
             if not (log or evaluate or save or watch.due(done)):
                 continue
             signal = watch.look(done, signals.received, self.problem)
+            analyse = analyse and not signal
             if log or evaluate:
                 self.log(done, screen)
             if evaluate:
@@ -162,7 +167,7 @@ class Trainer:
                 self.stop(done, signal, saved=save)
         if not self.rows or self.rows[-1]["iteration"] != iterations:
             # a checkpoint without its row, or one that grew
-            self.evaluate(iterations, screen, signals, config.stationarity.every is not None)
+            self.evaluate(iterations, screen, signals, self.stationarity is not None)
         if self.writer is not None:
             if start == iterations and not self.plan.origin.continues:
                 self.save(iterations)  # a new run that begins where it ends has a checkpoint too
@@ -244,6 +249,9 @@ class Trainer:
             if self.group.rank == 0:
                 run = path.parent.parent if origin.source == path else origin.source
                 self.rows = rows_until(run, t)
+                done = t == self.config.algorithm.iterations and self.rows
+                if done and self.stationarity is not None and "stationarity" not in self.rows[-1]:
+                    self.rows.pop()  # to be evaluated again, with what it lacks
                 if origin.continues:
                     set_aside(self.run_dir, t)
                     if t < self.config.algorithm.iterations:
@@ -292,10 +300,13 @@ class Trainer:
         row["samples_per_s"] = samples / seconds
         row["digest"] = f"{digest_of_u & (2**64 - 1):016x}"
         if analyse:
-            asked_to_stop = lambda: signals.received != 0  # noqa: E731
-            found = self.stationarity.measure(self.algorithm, done, asked_to_stop)
+            assert self.stationarity is not None
+            assert isinstance(self.algorithm, Consensus)
+            found = self.stationarity.measure(self.algorithm, done, lambda: signals.received != 0)
             if found is not None:
                 row["stationarity"] = found
+            else:
+                screen.say("stationarity not measured: asked to stop")
         self.rows.append(row)
         if self.best is None or row["test_error"] < self.best["test_error"]:
             self.best = {"iteration": done, "test_error": row["test_error"]}

@@ -496,13 +496,13 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
             "`stationarity.tolerance` is 1.0; allowed: a number in (0, 1)",
         ),
         (["stationarity.budget=1"], "`stationarity.budget` is 1; allowed: a whole number >= 2"),
-        *(
-            (
-                [*without, "stationarity.every=5"],
-                "`stationarity.every` is 5; allowed: null without a coupling (algorithm=msgd, or "
-                "lam = inf): there is no envelope",
-            )
-            for without in (["algorithm=msgd"], ["algorithm.lam=inf"])
+        (
+            ["stationarity.lam=0"],
+            "`stationarity.lam` is 0.0; allowed: a finite number > 0, or null",
+        ),
+        (
+            ["stationarity.batch_size=0"],
+            "`stationarity.batch_size` is 0; allowed: a whole number >= 1",
         ),
         (["output.name=a/b"], "`output.name` is 'a/b'; allowed: a word without `/`"),
         (['output.name=""'], "`output.name` is ''; allowed: a word without `/`"),

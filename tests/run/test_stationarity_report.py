@@ -21,6 +21,8 @@ def row(t, envelope, gaps, **others):
     """A row as a run writes it; two workers with two layers, |u| = 10."""
     found = {
         "envelope_gradient": envelope,
+        "accuracy": 0.003,
+        "envelope_gradients": [envelope, envelope],
         "consensus_residual": 0.5 * (envelope or 0.0),
         "worker_residual": [1.0, 2.0],
         "translation_gap": [4.0, 3.0],
@@ -34,7 +36,12 @@ def row(t, envelope, gaps, **others):
     return {"iteration": t, "epoch": t / 10, **losses, "stationarity": found | others}
 
 
-APART = [row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]), row(20, 0.04, [[0.3, 0.4], [0.0, 0.1]])]
+PULLS = {"envelope_gradients": [0.5, 0.48]}
+APART = [
+    row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]),
+    row(20, 0.04, [[0.3, 0.4], [0.0, 0.1]], **PULLS),
+]
+NEAR = [APART[0], row(20, 0.04, [[3e-3, 4e-3], [0.0, 0.0]], **PULLS)]
 ONE = [row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]), row(20, 0.02, [[3e-3, 4e-3], [0.0, 1e-3]])]
 
 
@@ -59,6 +66,7 @@ def test_the_table_has_the_largest_of_the_workers():
         "iteration": "20",
         "|sum grad e f_j (u)|: first": "8",
         "last": "0.04",
+        "±": "0.003",
         "(5a)": "0.02",
         "(5b)": "2",
         "(9)": "4",
@@ -67,21 +75,38 @@ def test_the_table_has_the_largest_of_the_workers():
     }
 
 
-def test_the_verdict_says_whether_the_copies_are_one():
-    assert verdict(ONE) == (
-        "u = z_j: |u - z_j| is at most 5.0e-04 of |u|; |sum grad e f_j (u)| from 8 to 0.02"
-    )
-    assert verdict(APART) == (
-        "u is not z_j: |u - z_j| is up to 5.0e-02 of |u|, by forces of up to 6 whose sum is 0.02; "
-        "|sum grad e f_j (u)| from 8 to 0.04"
-    )
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (ONE, "u = z_j: |u - z_j| is up to 5.0e-04 of |u|, and all f_j pull u the same way; "),
+        (
+            ONE[:1],
+            "u is not z_j yet: |u - z_j| is up to 5.0e-01 of |u|, but all f_j pull u the same way"
+            "; ",
+        ),
+        (
+            APART,
+            "u is not z_j: |u - z_j| is up to 5.0e-02 of |u|, since the f_j pull u apart: "
+            "|grad e f_j (u)| is up to 0.5; ",
+        ),
+        (  # a stiff coupling holds together what is pulled apart
+            NEAR,
+            "u is not z_j: |u - z_j| is up to 5.0e-04 of |u|, since the f_j pull u apart: "
+            "|grad e f_j (u)| is up to 0.5; ",
+        ),
+    ],
+    ids=["one", "not yet", "apart", "near"],
+)
+def test_the_verdict_says_whether_the_copies_are_one(rows, said):
+    last = rows[-1]["stationarity"]["envelope_gradient"]
+    assert verdict(rows) == f"{said}|sum grad e f_j (u)| from 8 to {last:g} ± 0.003"
 
 
 def test_numbers_that_overflowed_are_null_in_the_file_and_no_failure():
     """JSON has no inf."""
     bad = row(30, None, [[0.0, 1.0], [None, 1.0]], worker_residual=[1.0, None], u_norm=0.0)
     assert "u is not z_j" in verdict([*APART, bad])
-    assert stationarity_cells({"name": [bad]})[1].count("nan") == 4  # both envelope gradients
+    assert stationarity_cells({"name": [bad]})[1].count("nan") == 4  # an envelope gradient twice
 
 
 def test_the_figure_has_a_panel_for_each_series(tmp_path):
@@ -118,11 +143,14 @@ def test_the_command_and_the_page_say_it(folder, monkeypatch, capsys):
     assert f"- `full`: {verdict(ONE)}" in page
     assert "\\|sum grad e f_j (u)\\|: first" in page  # a bar would end the cell
     assert (folder / "report" / "stationarity.png").exists()
-    assert (folder / "stationarity.png").exists()
+    assert (folder / "report_stationarity.png").exists()
+    table = (folder / "report" / "runs.csv").read_text().splitlines()
+    assert "stationarity.envelope_gradient" in table[0].split(",")
+    assert all(line.count(",") == table[0].count(",") for line in table)
 
 
 def test_without_measurements_nothing_is_said(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["consensus.report", str(folder / "none")])
     report.main()
     assert "stationarity" not in capsys.readouterr().out
-    assert not (folder / "none" / "stationarity.png").exists()
+    assert not (folder / "none" / "report_stationarity.png").exists()

@@ -128,7 +128,7 @@ def test_a_config_is_plain_data(write_run):
 
 
 def test_where_files_lie_is_no_part_of_a_run(write_run):
-    run_dir = write_run("a", config(), [])
+    run_dir = write_run("a", config() | {"stationarity": {"every": 5}}, [])
     made = make_run("a", run_dir, read_configs([run_dir])[0], [])
     assert set(made.config) == {
         "workers", "seed", "potential.name", "potential.eta", "algorithm.name", "algorithm.lam",
