@@ -30,7 +30,7 @@ SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must 
     "tests/test_scaling.py",
     "tests/test_sweep.py",
     "tests/test_any_config.py",
-    "tests/run/test_stationarity.py",
+    "tests/run/test_stationarity_of_runs.py",
     "tests/test_fused.py",
     "tests/run/test_checkpoint.py",
     "tests/test_algorithm.py",
