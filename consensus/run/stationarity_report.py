@@ -139,6 +139,8 @@ def verdict(rows: Sequence[Row]) -> str:
     value = SERIES[0][2]
     fallen = f"|sum grad e f_j (u)| from {value(rows[0]):.2g} to {value(last):.2g}"
     fallen += f" ± {_scalar('accuracy')(last):.1g}"
+    if math.isnan(agreement(last)) or math.isnan(distance(last)):
+        return f"whether u = z_j is not known, a number is not finite; {fallen}"
     if agreement(last) < AGREEING:
         pull = _largest("envelope_gradients")(last)
         return (

@@ -105,7 +105,7 @@ def test_the_verdict_says_whether_the_copies_are_one(rows, said):
 def test_numbers_that_overflowed_are_null_in_the_file_and_no_failure():
     """JSON has no inf."""
     bad = row(30, None, [[0.0, 1.0], [None, 1.0]], worker_residual=[1.0, None], u_norm=0.0)
-    assert "u is not z_j" in verdict([*APART, bad])
+    assert verdict([*APART, bad]).startswith("whether u = z_j is not known")
     assert stationarity_cells({"name": [bad]})[1].count("nan") == 4  # an envelope gradient twice
 
 
