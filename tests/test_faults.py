@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory):
     def make(size: int) -> tuple[str, list[int], bytes]:
         folder = tmp_path_factory.mktemp("undisturbed")
         with Ranks(size, RUN, folder) as ranks:
-            assert ranks.wait(60) == [0] * size, ranks.err(0)
+            assert ranks.wait(120) == [0] * size, ranks.err(0)
         return final(folder)
 
     return make
@@ -84,7 +84,7 @@ def strike(folder: Path, size: int, fault: dict, *overrides: str) -> Ranks:
 def continued(folder: Path, size: int) -> tuple[str, list[int], bytes]:
     """How the run ends that is continued from what the fault has left."""
     with Ranks(size, [*RUN, "resume=auto"], folder) as ranks:
-        assert ranks.wait(60) == [0] * size, ranks.err(0)
+        assert ranks.wait(120) == [0] * size, ranks.err(0)
     return final(folder)
 
 
@@ -130,7 +130,7 @@ def test_a_rank_that_is_lost(undisturbed, tmp_path, kind, size, code, why):
 def test_a_rank_that_comes_back_in_time(undisturbed, tmp_path, kind, size):
     fault = {"kind": kind, "rank": 1, "iteration": 17, "seconds": 2.0}
     with strike(tmp_path, size, fault) as ranks:
-        assert ranks.wait(90) == [0] * size, ranks.err(0)
+        assert ranks.wait(120) == [0] * size, ranks.err(0)
     assert final(tmp_path) == undisturbed(size)
 
 
@@ -321,7 +321,7 @@ def test_a_directory_in_use_and_a_launcher_that_is_killed(tmp_path):
         metrics = tmp_path / "run/metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.read_text())
         with Ranks(1, [*RUN, *endless, "resume=auto", "workers=2"], tmp_path) as second:
-            assert second.wait(60) == [1]
+            assert second.wait(120) == [1]
             (line,) = second.lines(0)
         assert re.match(
             rf"consensus.train: rank 0: {tmp_path}/run is in use by another run, begun by process "
@@ -357,6 +357,6 @@ def test_a_run_that_ends_well_says_goodbye(tmp_path):
     )
     env = {"PYTHONPATH": f"{tmp_path}:{Path(consensus.__file__).parents[1]}"}
     with Ranks(2, [*RUN, "plugins=[goodbye]"], tmp_path, env) as ranks:
-        assert ranks.wait(60) == [0, 0], ranks.err(0)
+        assert ranks.wait(120) == [0, 0], ranks.err(0)
         assert "results in" in ranks.out(0)
     assert {path.name for path in tmp_path.glob("left-*")} == {"left-0", "left-1"}

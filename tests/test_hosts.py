@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hosts import Hosts
 
+from launch import Ranks
+
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,13 +69,9 @@ def wait_for(condition, process, seconds=120.0):
 def alone(tmp_path_factory):
     """The digests of the same run on one host, four processes, Gloo, by iteration."""
     folder = tmp_path_factory.mktemp("alone")
-    script = str(ROOT / "launch" / "local.sh")
-    words = [script, "4", *RUN, f"algorithm.iterations={LENGTH}", "output.run_dir=alone"]
-    environment = os.environ | {"CONSENSUS_VENV": sys.prefix}
-    subprocess.run(
-        [*words, "group.shared_memory=false", "output.eval_every=25"],
-        cwd=folder, env=environment, check=True, capture_output=True,
-    )  # fmt: skip
+    own = [f"algorithm.iterations={LENGTH}", "output.run_dir=alone", "output.eval_every=25"]
+    with Ranks(4, [*RUN, *own, "group.shared_memory=false"], folder) as ranks:
+        assert ranks.wait(200) == [0] * 4, ranks.err(0)
     return digests(folder / "alone")
 
 

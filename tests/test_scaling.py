@@ -310,8 +310,8 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how large a process was")
 def test_the_memory_of_a_point_is_known():
-    ballast = torch.ones(1 << 29)  # 2 GiB that are this process's own, and not the measured one's
-    n = 20_000_000
+    ballast = torch.ones(1 << 28)  # 1 GiB that are this process's own, and not the measured one's
+    n = 10_000_000
     steps = f"algorithm = point({n}).make(); algorithm.step(0); algorithm.step(1)"
     vectors = growth(f"{steps}; algorithm.require_feasible()") / (4 * n)
     assert 5 < vectors <= scaling.VECTORS
