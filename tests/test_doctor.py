@@ -201,6 +201,29 @@ def test_the_quota_of_a_container_counts(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "measuring"),
+    [
+        ([], ""),
+        (["stationarity.every=5"], "; to measure the stationarity: 1.1 MB"),  # 36 vectors, once
+        (
+            ["stationarity.every=5", "data.partition=sharded"],
+            "; to measure the stationarity: 2.3 MB",
+        ),
+    ],
+)
+def test_the_memory_of_a_measurement_counts(make_config, monkeypatch, overrides, measuring):
+    """7,850 numbers of 4 bytes, and two processes of two workers with three such vectors each."""
+    config = make_config("model=logistic", "workers=4", "device=cpu", *overrides)
+    plan = machine.make_plan(config, Launch(0, 2, 0, 2))
+    monkeypatch.setattr(machine, "memory_left", lambda: 1_400_000)
+    finding = next(iter(machine.check_memory(plan)))
+    workers = "1.4 MB left; z, v and gradients of the workers of this node: 377 kB"
+    assert finding.text == workers + measuring
+    assert finding.level == (Level.FAULT if measuring else Level.FINE)
+    assert ("stationarity.every=null" in finding.remedy) == bool(measuring)
+
+
+@pytest.mark.parametrize(
     ("known", "capability", "runs"),
     [
         (["sm_80", "sm_90"], (8, 6), True),

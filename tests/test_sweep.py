@@ -132,6 +132,15 @@ def test_a_refusal_is_one_line_and_starts_nothing(sweep, tmp_path):
             ("workers=3000",),
             "`workers` is 3000; allowed: at most 2481, whose z, v and gradients fit the memory",
         ),
+        (  # a phi-prox takes 36 vectors
+            ("workers=3000", "stationarity.every=9"),
+            "`workers` is 3000; allowed: at most 2469, whose z, v and gradients fit the memory",
+        ),
+        (
+            ("stationarity.every=9", "model=mlp", "model.options.hidden=[10000]"),
+            "`stationarity.every` is 9; allowed: null for this model: a phi-prox needs "
+            "2,289,602,880 bytes of memory, there are 2,000,000,000",
+        ),
         (
             ("workers=1000", "sweep.jobs=4"),
             "`sweep.jobs` is 4; allowed: at most 2 of 1000 workers each, whose z, v and gradients",
@@ -148,7 +157,7 @@ def test_a_refusal_is_one_line_and_starts_nothing(sweep, tmp_path):
     ],
 )
 def test_more_memory_than_there_is_is_refused(sweep, monkeypatch, tmp_path, arguments, line):
-    """LeNet-5 in float64: 3 vectors of 33,580 coordinates, 806 kB for a worker."""
+    """In float64, LeNet-5: 3 vectors of 33,580 coordinates, 806 kB for a worker. mlp: 7,950,010."""
     monkeypatch.setattr("consensus.run.plan.memory_of", lambda device: 2 * 10**9)
     own = ("seed=1,2", "dtype=float64", "device=cpu", "sweep.dir=many")
     code, out, err = sweep(*own, *arguments)

@@ -18,6 +18,8 @@ MEMORY = 10
 ARMIJO = 1e-4
 SHORTEST = 1e-12  # a step below this part of the first is no step
 TO_BOUNDARY = 0.9  # of the way to the boundary, at most
+VECTORS = 2 * MEMORY + 16
+"""Like the start, at most, that a descent and its function hold at once."""
 
 
 @dataclass(frozen=True)

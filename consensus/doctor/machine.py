@@ -20,7 +20,7 @@ from consensus.doctor.finding import Finding, fault, warning
 from consensus.run.compose import config_dir
 from consensus.run.config import Config, ConfigError
 from consensus.run.directory import LOCK
-from consensus.run.plan import Plan, bytes_of_worker, make_plan
+from consensus.run.plan import Plan, bytes_of_measurement, bytes_of_worker, make_plan
 from consensus.shared_memory import FOLDER, available, num_bytes
 
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn")
@@ -229,19 +229,24 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
 
 def check_memory(plan: Plan) -> Iterator[Finding]:
     """What the workers of this node, or of this GPU, need against what is left for them."""
-    need = bytes_of_worker(plan.model) * len(plan.local_workers)
     if plan.device.type == "cuda":
-        need *= math.ceil(plan.launch.local_size / torch.cuda.device_count())
+        processes = math.ceil(plan.launch.local_size / torch.cuda.device_count())
         left: int | None = torch.cuda.mem_get_info(plan.device)[0]
         where = f"GPU {plan.device.index}"
     else:
-        need *= plan.launch.local_size
+        processes = plan.launch.local_size
         left, where = memory_left(), "this node"
     if left is None:
         return
+    need = bytes_of_worker(plan.model) * len(plan.local_workers) * processes
     text = f"{_bytes(left)} left; z, v and gradients of the workers of {where}: {_bytes(need)}"
-    if need > left:
-        yield fault("memory", text, "fewer workers on a node, or nodes with more memory")
+    remedy = "fewer workers on a node, or nodes with more memory"
+    if beside := bytes_of_measurement(plan.config, plan.model):
+        beside *= 1 if plan.config.data.partition == "full" else processes
+        text += f"; to measure the stationarity: {_bytes(beside)}"
+        remedy += ", or stationarity.every=null"
+    if need + beside > left:
+        yield fault("memory", text, remedy)
     else:
         yield Finding("memory", text)
     if plan.device.type == "cpu" and plan.launch.size == plan.launch.local_size > 1:

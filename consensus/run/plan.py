@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consensus.comm import Launch, choose_backend
+from consensus.core.descent import VECTORS
 from consensus.core.layerwise import Layerwise
 from consensus.problem import (
     DATASETS,
@@ -117,7 +118,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
             raise ValueError(f"it turns 1 image into {tuple(logits.shape)}, not logits {wanted}")
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
-    require_memory(model, num_workers // launch.size, device)
+    require_memory(config, model, num_workers // launch.size, device)
     shards = deal_out(config, dataset, num_workers)
     minibatches = [
         Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
@@ -169,9 +170,9 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
-def require_memory(model: nn.Module, workers: int, device: torch.device) -> None:
+def require_memory(config: Config, model: nn.Module, workers: int, device: torch.device) -> None:
     """Refuse more workers on this process than its memory has room for z, v and gradients of."""
-    most = memory_of(device) // bytes_of_worker(model)
+    most = _room_for_workers(config, model, device) // bytes_of_worker(model)
     require(workers <= most, "workers", f"{workers} on one process", _at_most(most))
 
 
@@ -185,13 +186,14 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
         with torch.device("meta"):
             model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
         bytes_each = bytes_of_worker(model.to(getattr(torch, config.dtype)))
+        beside = bytes_of_measurement(config, model)
     except Exception:  # a model of a user, which may do anything
         return
     if not bytes_each:  # no parameters, which the run refuses
         return
     device = choose_device(config, Launch())
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    room = memory_of(device) // bytes_each
+    room = _room_for_workers(config, model, device) // bytes_each
     workers = processes if config.workers is None else config.workers
     if config.algorithm.name == "msgd":
         workers = 1
@@ -199,8 +201,20 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
     most = room // share * processes
     require(workers <= most, "workers", workers, _at_most(most))
     if jobs > 1:  # each run has one of the devices
-        most = room // workers * devices
+        most = memory_of(device) // (workers * bytes_each + beside) * devices
         require(jobs <= most, "sweep.jobs", jobs, _at_most(most, f" of {workers} workers each"))
+
+
+def _room_for_workers(config: Config, model: nn.Module, device: torch.device) -> int:
+    """Bytes that are left beside a measurement of the stationarity, if there is one."""
+    memory, beside = memory_of(device), bytes_of_measurement(config, model)
+    require(
+        not beside or beside + bytes_of_worker(model) <= memory,
+        "stationarity.every",
+        config.stationarity.every,
+        f"null for this model: a phi-prox needs {beside:,} bytes of memory, there are {memory:,}",
+    )
+    return memory - beside
 
 
 def _at_most(most: int, of: str = "") -> str:
@@ -209,7 +223,16 @@ def _at_most(most: int, of: str = "") -> str:
 
 def bytes_of_worker(model: nn.Module) -> int:
     """z, v and gradient."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    return 3 * _bytes_of_vector(model)
+
+
+def bytes_of_measurement(config: Config, model: nn.Module) -> int:
+    """What one phi-prox needs (run/stationarity.py); 0 where none is sought."""
+    return VECTORS * _bytes_of_vector(model) if config.stationarity.every is not None else 0
+
+
+def _bytes_of_vector(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def memory_of(device: torch.device) -> int:

@@ -25,8 +25,8 @@ the prox, so that one that is asked to stop is heard, and a rank that is done wa
 one evaluation of another's. Then each worker's f_j is differentiated once more, at z_j.
 
 Training stands still meanwhile: it would share the device with it. Nothing that a run computes
-depends on whether it is measured, and samples_per_s leaves it out. A prox keeps about 36 vectors
-(n,), on rank 0 or on all.
+depends on whether it is measured, and samples_per_s leaves it out. A prox needs `VECTORS`
+of descent.py, (n,) each, on rank 0 or on all.
 """
 
 import time
