@@ -130,7 +130,7 @@ def test_a_rank_that_is_lost(undisturbed, tmp_path, kind, size, code, why):
 def test_a_rank_that_comes_back_in_time(undisturbed, tmp_path, kind, size):
     fault = {"kind": kind, "rank": 1, "iteration": 17, "seconds": 2.0}
     with strike(tmp_path, size, fault) as ranks:
-        assert ranks.wait(120) == [0] * size, ranks.err(0)
+        assert ranks.wait(120) == [0] * size, [ranks.err(rank) for rank in range(size)]
     assert final(tmp_path) == undisturbed(size)
 
 

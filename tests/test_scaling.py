@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from footprint import growth
 from matplotlib.figure import Figure
 
 from benchmarks import scaling
@@ -286,26 +287,13 @@ def test_what_does_not_fit_is_left_out_with_a_line(monkeypatch):
     ]
 
 
-def growth(code: str) -> int:
-    """What a process grows by at most while it runs this code with a point of tan_sep. Bytes."""
-    setting = f"""
-from pathlib import Path
+POINT_OF_TAN_SEP = """
 from benchmarks import scaling
-def peak():  # not getrusage: there a process starts with the peak of the one that started it
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(fields["VmHWM"].split()[0])
 def point(n):
     (_, _, _, last) = scaling.points_of_n([n])
     assert last.series == "tan_sep"
     return last
-before = peak()
-{code}
-print(peak() - before)
 """
-    command = [sys.executable, "-c", setting]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how large a process was")
@@ -313,10 +301,10 @@ def test_the_memory_of_a_point_is_known():
     ballast = torch.ones(1 << 28)  # 1 GiB that are this process's own, and not the measured one's
     n = 10_000_000
     steps = f"algorithm = point({n}).make(); algorithm.step(0); algorithm.step(1)"
-    vectors = growth(f"{steps}; algorithm.require_feasible()") / (4 * n)
+    vectors = growth(POINT_OF_TAN_SEP, f"{steps}; algorithm.require_feasible()") / (4 * n)
     assert 5 < vectors <= scaling.VECTORS
     n = 4_000_000  # here digests take the most of it
-    whole = growth(f"scaling.measure([point({n})], scaling.Solo(), 2, 1e-9)")
+    whole = growth(POINT_OF_TAN_SEP, f"scaling.measure([point({n})], scaling.Solo(), 2, 1e-9)")
     assert 0 < whole <= scaling.bytes_of_size(n)
     del ballast
 

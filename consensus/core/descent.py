@@ -19,7 +19,7 @@ ARMIJO = 1e-4
 SHORTEST = 1e-12  # a step below this part of the first is no step
 TO_BOUNDARY = 0.9  # of the way to the boundary, at most
 VECTORS = 2 * MEMORY + 16
-"""Like the start, at most, that a descent and its function hold at once."""
+"""How many tensors (..., n) a descent and its function hold at once, at most."""
 
 
 @dataclass(frozen=True)
