@@ -43,7 +43,7 @@ def why_not(algorithm: Algorithm, processes: int) -> str | None:
     oracle = algorithm.worker.oracle
     if not isinstance(oracle, MinibatchRisk):
         return f"{type(oracle).__name__} does not say which samples a minibatch has"
-    if oracle.draws_inside:
+    if oracle.model_draws:
         return "the model draws random numbers (dropout)"
     return None
 

@@ -70,7 +70,7 @@ class PopulationRisk:
             numbers goes one by one.
 
     Attributes:
-        draws_inside: Whether the model draws random numbers.
+        model_draws: Whether the model draws random numbers in a forward pass.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class PopulationRisk:
         self.sources = {seed: tuple(minibatches[seed]) for seed in dict.fromkeys(seeds)}
         every = [source for sources in self.sources.values() for source in sources]
         self._all = MinibatchRisk(risk, dataset, every)
-        self.draws_inside = self._all.draws_inside
+        self.model_draws = self._all.model_draws
         self.risk = risk
         self.way = Way() if way is None else way
         self._risks: dict[str, Risk] = {"one_by_one": risk}
@@ -108,7 +108,7 @@ class PopulationRisk:
         if not sources:
             return
         torch.cat([source.draw() for source in sources], out=self._index)
-        if self.draws_inside:
+        if self.model_draws:
             self._random = [
                 stream_seed(source.seed, "model", source.worker, source.position)
                 for seed in self._own
@@ -119,7 +119,7 @@ class PopulationRisk:
         """Lines 4 and 5: the gradients (A M, n) at the points (A M, n), in their memory."""
         index = self._index.view(len(self._drawing), -1).index_select(0, self._rows)  # (A, M B)
         images, labels = self._all.gather(index.view(-1))
-        if self.draws_inside:
+        if self.model_draws:
             return self.risk.gradient(points, images, labels, seeds=self._random, out=points)
         risk = self.risk_for(self.way.name)
         if self.way.name == "one_by_one":
@@ -131,7 +131,7 @@ class PopulationRisk:
 
     def evaluate(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """`Risk.evaluate` of several points. (A, n) -> float64 (A, 2)."""
-        risk = self.risk_for("one_by_one" if self.draws_inside else self.way.name)
+        risk = self.risk_for("one_by_one" if self.model_draws else self.way.name)
         parts = torch.split(points, self.way.at_once)
         return torch.cat([risk.evaluate_each(some, images, labels) for some in parts])
 
@@ -161,7 +161,7 @@ class PopulationRisk:
             ValueError: If none of them is possible, with what the first of them said: a model may
                 do what `vmap` cannot, and the memory may be too small.
         """
-        if self.draws_inside or set(names) == {"one_by_one"}:
+        if self.model_draws or set(names) == {"one_by_one"}:
             return Way()
         number, data = len(points), self._all.dataset
         seconds: dict[Way, float] = {}

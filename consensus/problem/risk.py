@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.dropout import _DropoutNd
 
 from consensus.core.flat import FlatLayout
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
 from consensus.problem.passes import OneAfterAnother, Streams, Threads
-from consensus.problem.streams import stream_seed
+from consensus.problem.streams import draws_random_numbers, stream_seed
 
 Batch = tuple[Tensor, Tensor]
 """Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
@@ -197,7 +196,7 @@ class MinibatchRisk:
             indices on the device of the data.
 
     Attributes:
-        draws_inside: Whether the model draws random numbers.
+        model_draws: Whether the model draws random numbers in a forward pass.
     """
 
     def __init__(self, risk: Risk, dataset: Dataset, minibatches: Sequence[Minibatches]) -> None:
@@ -207,7 +206,7 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
-        self.draws_inside = any(isinstance(m, _DropoutNd) for m in risk.model.modules())
+        self.model_draws = draws_random_numbers(risk.model, dataset.train_images[: self.batch_size])
 
     @property
     def losses(self) -> Tensor:
@@ -258,7 +257,7 @@ class MinibatchRisk:
         vector less.
         """
         seeds = None
-        if self.draws_inside:  # a function of (seed, worker, draw), in every layout and on resume
+        if self.model_draws:  # a function of (seed, worker, draw), in every layout and on resume
             sources = self.minibatches
             seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
         return self.risk.gradient(points, *batch, seeds=seeds, out=points)

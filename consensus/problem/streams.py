@@ -8,6 +8,7 @@ and four processes with one worker each are the same run.
 import hashlib
 
 import torch
+from torch import Tensor, nn
 
 
 def stream_seed(seed: int, purpose: str, *keys: int) -> int:
@@ -31,3 +32,31 @@ def stream(seed: int, purpose: str, *keys: int) -> torch.Generator:
     uses the low 32 bits of its seed: two given streams coincide with probability 2^-32.
     """
     return torch.Generator().manual_seed(stream_seed(seed, purpose, *keys))
+
+
+@torch.no_grad()
+def draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether a forward pass advances one of torch's global generators.
+
+    Found by trying and not by the class of a module: `torch.nn.functional.dropout`, stochastic
+    depth or an attention with dropout draw without any dropout module. The model runs once, in the
+    mode it is in. The generators of the CPU and of the device of `inputs` are restored afterwards.
+
+    Args:
+        model: On the device of `inputs`.
+        inputs: A minibatch. (B, ...)
+    """
+    device = inputs.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        before = _generator_states(device)
+        model(inputs)
+        after = _generator_states(device)
+    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states

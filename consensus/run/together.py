@@ -237,7 +237,7 @@ class Together:
             {seed: plan.oracle.minibatches for seed, plan in self.plans.items()},
         )
         wanted = configs[0].cuda_graph and plan.device.type == "cuda"
-        self.record = cuda_graph if wanted and not oracle.draws_inside else None
+        self.record = cuda_graph if wanted and not oracle.model_draws else None
         plan.risk.side_by_side = self.record is not None
         return Population(
             torch.stack([self.plans[config.seed].start for config in configs]),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 
 from consensus.problem import (
     Dataset,
@@ -212,13 +212,20 @@ class Dropping(nn.Module):
         return self.fc(self.drop(images.flatten(1)))
 
 
-def test_dropout_depends_on_seed_worker_and_draw_only():
+class FunctionallyDropping(Dropping):
+    def __init__(self):
+        super().__init__()
+        self.drop = lambda x: dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("model", [Dropping, FunctionallyDropping])
+def test_dropout_depends_on_seed_worker_and_draw_only(model):
     """The masks of worker 1 are the same alone, beside worker 0, and after a restart."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(12, 1, 28, 28, generator=generator, dtype=torch.float64)
     labels = torch.arange(12) % 3
     dataset = Dataset(images, labels, images, labels, 3)
-    risk = Risk(Dropping().double(), "sum")
+    risk = Risk(model().double(), "sum")
     point = risk.layout.flatten(risk.model)
 
     def gradients(workers, position, noise):

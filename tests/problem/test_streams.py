@@ -4,9 +4,13 @@ import hashlib
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
-from consensus.problem import stream, stream_seed
+from consensus.problem import build_model, stream, stream_seed
+from consensus.problem.streams import draws_random_numbers
 
 
 def test_seed_is_the_hash_of_its_name():
@@ -52,3 +56,70 @@ def test_the_stream_is_on_the_cpu_and_leaves_the_global_one_alone():
     before = torch.get_rng_state()
     assert stream(0, "init").device == torch.device("cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x):
+        return functional.dropout(x, 0.5, self.training)
+
+
+class StochasticDepth(nn.Module):
+    """Skips its layer at random; no dropout anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.fc(x) if not self.training or torch.rand(()) < 0.5 else x
+
+
+class AttentionWithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class LstmWithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+RANDOM = [
+    lambda: nn.Dropout(0.5),
+    lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU()),
+    FunctionalDropout,
+    StochasticDepth,
+    AttentionWithDropout,
+    LstmWithDropout,
+]
+
+
+@pytest.mark.parametrize("make", RANDOM)
+def test_a_random_model_is_found_by_trying_it(make):
+    model, before = make(), torch.get_rng_state()
+    assert draws_random_numbers(model, torch.rand(3, 4))
+    assert not draws_random_numbers(model.eval(), torch.rand(3, 4))
+    torch.set_rng_state(before)
+
+
+def test_the_probe_leaves_the_generator_and_the_model_alone():
+    model, images = StochasticDepth(), torch.rand(3, 4)
+    weights, before = model.fc.weight.clone(), torch.get_rng_state()
+    assert draws_random_numbers(model, images)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model.fc.weight, weights)
+    assert model.fc.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["lenet5", "mlp", "logistic"])
+def test_the_models_of_the_paper_are_deterministic(name):
+    model = build_model(name, seed=0, dtype=torch.float32)
+    assert not draws_random_numbers(model, torch.rand(2, 1, 28, 28))
