@@ -1,7 +1,8 @@
 """What a latency of the network costs an iteration, over the period.
 
-Run by scripts/bench_latency, as root: the hosts are network namespaces (tests/hosts.py), the
-latency and the loss those of a switch in user space (tests/switch.py). `latency` is one way.
+Run by scripts/bench_latency, as root: the hosts are network namespaces (tests/testing/hosts.py),
+the latency and the loss those of a switch in user space (tests/testing/switch.py). `latency` is one
+way.
 
 Runs are those of launch/multinode.sh: torchrun on every host, one process of one worker each, Gloo
 over TCP, LeNet-5 on digits. A run has one period; the latency changes while it goes on, so that all
@@ -45,16 +46,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from hosts import Hosts, available
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from benchmarks.scaling import num_cores
 from consensus.comm import Group, Launch, Solo, open_group
 from consensus.run.compose import config_dir, register_schema, to_config
+from consensus.run.health import Watch
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
-from consensus.run.watch import Watch
+from tests.testing.hosts import Hosts, available
 
 ROOT = Path(__file__).resolve().parents[1]
 COORDINATES = 33_580  # of LeNet-5
@@ -286,7 +287,7 @@ def costs_of(hosts: Hosts, plan: Plan) -> dict[float, Costs]:
     """
     hosts.set_latency(0.0)
     words = [sys.executable, __file__, "--child", str(len(plan.latencies))]
-    here = str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")
+    here = str(ROOT), os.environ.get("PYTHONPATH", "")
     ranks = []
     for rank, name in enumerate(hosts.names):
         environment = os.environ | {

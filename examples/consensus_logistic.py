@@ -22,9 +22,9 @@ from scipy.optimize import minimize
 from sklearn.datasets import load_breast_cancer
 from torch.nn.functional import softplus
 
-from consensus.core.composite import Function, LinearMap, Model
 from consensus.core.potentials import POTENTIALS
-from consensus.core.splitting import alternating_minimization
+from consensus.theory.composite import Function, LinearMap, Model
+from consensus.theory.splitting import alternating_minimization
 
 RIDGE = 0.1
 

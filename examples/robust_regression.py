@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.linear_model import HuberRegressor
 
-from consensus.core.composite import Function, LinearMap, Model
 from consensus.core.potentials import POTENTIALS
-from consensus.core.splitting import alternating_minimization
+from consensus.theory.composite import Function, LinearMap, Model
+from consensus.theory.splitting import alternating_minimization
 
 NU, LAM, HEIGHT = 1e-6, 0.5, 0.5
 

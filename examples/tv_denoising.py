@@ -17,10 +17,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from consensus.core.composite import Function, LinearMap, Model
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
-from consensus.core.splitting import palm
+from consensus.theory.composite import Function, LinearMap, Model
+from consensus.theory.splitting import palm
 
 LAM, ETA = 1000.0, 0.02
 

@@ -5,41 +5,38 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import container
-import hosts
 import pytest
-import slurm
 import torch
 from hydra import compose, initialize_config_dir
-from ranks import RankPool
 
 from consensus.run.compose import config_dir, register_schema, to_config
 from consensus.run.config import Config
+from tests.testing import ROOT, container, hosts, slurm
+from tests.testing.ranks import RankPool
 
 if not torch.cuda.is_available():  # read by Triton when it is imported, which torch does late
     os.environ["TRITON_INTERPRET"] = "1"
 
-ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 
 SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must not begin last
-    "tests/test_hosts.py",  # mostly waits
+    "tests/launch/test_hosts.py",  # mostly waits
     "tests/test_faults.py",
     "tests/test_kill.py",
     "tests/test_train.py",
-    "tests/test_scaling.py",
-    "tests/test_sweep.py",
+    "tests/benchmarks/test_scaling.py",
+    "tests/sweep/test_sweep.py",
     "tests/test_any_config.py",
-    "tests/run/test_stationarity_of_runs.py",
+    "tests/run/test_stationarity.py",
     "tests/test_fused.py",
-    "tests/run/test_checkpoint.py",
+    "tests/run/checkpoint/test_checkpoint.py",
     "tests/test_algorithm.py",
-    "tests/test_bench_gpu.py",
+    "tests/benchmarks/test_gpu.py",
     "tests/test_replay.py",
-    "tests/test_benchmarks.py",
+    "tests/benchmarks/test_compare.py",
     "tests/test_readme.py",
     "tests/test_population.py",
-    "tests/test_bench_population.py",
+    "tests/benchmarks/test_population.py",
 )
 
 

@@ -11,14 +11,15 @@ PACKAGE = Path(consensus.__file__).parent
 BELOW_ENTRIES = {
     "core",
     "registry",
-    "meeting",
-    "shared_memory",
+    "atomic_files",
+    "theory",
     "comm",
     "server",
     "worker",
     "algorithm",
     "problem",
     "run",
+    "report",
     "replay",
     "population",
 }
@@ -28,32 +29,32 @@ BELOW_ENTRIES = {
 MAY_IMPORT = {
     "consensus": {"core"},
     "consensus.registry": set(),
+    "consensus.atomic_files": set(),
     "consensus.core": {"registry"},
-    "consensus.shared_memory": set(),
-    "consensus.meeting": set(),
-    "consensus.comm": {"meeting", "shared_memory"},
+    "consensus.theory": {"core"},
+    "consensus.comm": set(),
     "consensus.server": {"comm", "core"},
     "consensus.worker": {"core"},
     "consensus.algorithm": {"comm", "core", "server", "worker"},
     "consensus.replay": {"algorithm", "problem"},
     "consensus.population": {"algorithm", "core", "replay", "worker"},
     "consensus.problem": {"core.flat", "registry"},
+    "consensus.report": BELOW_ENTRIES,
     "consensus.run": BELOW_ENTRIES,
     "consensus.run.config": {"algorithm", "server", "worker", "core", "problem", "registry"},
     "consensus.run.compose": {"run.config"},
     "consensus.train": BELOW_ENTRIES,
     "consensus.sweep": BELOW_ENTRIES | {"report"},
-    "consensus.report": BELOW_ENTRIES,
     "consensus.doctor": BELOW_ENTRIES,
 }
 
-# Processes meet in meeting.py and talk in comm.py alone. Files have no group: where they are,
-# torch's format is used.
+# Processes meet and talk in comm/ alone. Files have no group: where they are, torch's format is
+# used.
 MAY_IMPORT_DISTRIBUTED = {
-    "consensus.meeting": "torch.distributed",
-    "consensus.comm": "torch.distributed",
-    "consensus.run.checkpoint": "torch.distributed.checkpoint",
-    "consensus.run.checkpoint_writer": "torch.distributed.checkpoint",
+    "consensus.comm.rendezvous": "torch.distributed",
+    "consensus.comm.process_group": "torch.distributed",
+    "consensus.run.checkpoint.reader": "torch.distributed.checkpoint",
+    "consensus.run.checkpoint.writer": "torch.distributed.checkpoint",
 }
 
 
@@ -161,9 +162,9 @@ def tree(tmp_path):
         ("core/flat.py", "import torch as t\nt.distributed.x", "torch.distributed"),
         ("run/metrics.py", "from torch.distributed import x", "torch.distributed"),
         ("doctor/speed.py", "import torch.distributed as dist", "torch.distributed"),
-        ("meeting.py", "import consensus.comm", "consensus.comm"),
+        ("theory/composite.py", "import consensus.comm", "consensus.comm"),
         ("registry.py", "from consensus.core import flat", "consensus.core.flat"),
-        ("comm.py", "from consensus.core.flat import x", "consensus.core.flat"),
+        ("comm/rendezvous.py", "from consensus.core.flat import x", "consensus.core.flat"),
         ("server.py", "import consensus.worker", "consensus.worker"),
         ("worker.py", "import consensus.comm", "consensus.comm"),
         ("algorithm.py", "import consensus.problem", "consensus.problem"),
@@ -172,7 +173,7 @@ def tree(tmp_path):
         ("run/config.py", "import consensus.run.plan", "consensus.run.plan"),
         ("run/config.py", "import consensus.comm", "consensus.comm"),
         ("run/trainer.py", "import consensus.train", "consensus.train"),
-        ("train.py", "from consensus import report", "consensus.report"),
+        ("train.py", "from consensus import sweep", "consensus.sweep"),
     ],
 )
 def test_the_checker_sees_an_import(tree, file, text, imported):
@@ -199,7 +200,7 @@ def test_the_checker_sees_packages_and_files(tree):
     [
         ("core/layerwise.py", "from consensus.core.flat import x\nfrom . import potentials"),
         ("core/potentials.py", "from consensus.registry import Registry"),
-        ("comm.py", "import torch.distributed as dist"),
+        ("comm/process_group.py", "import torch.distributed as dist"),
         (
             "problem/risk.py",
             "from consensus.core.flat import x\nfrom consensus.problem import data",

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,9 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples"
+from tests.testing import ROOT
+
+FOLDER = ROOT / "examples"
 torch.set_num_threads(1)
 
 

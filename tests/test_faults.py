@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import command, environment, marked
 
 import consensus
 from consensus.server import digest
-from launch import Ranks
+from tests.test_train import command, environment, marked
+from tests.testing.launch import Ranks
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory):
 
 def strike(folder: Path, size: int, fault: dict, *overrides: str) -> Ranks:
     """Start a run that suffers this fault."""
-    how = ["plugins=[faults]", *overrides]
+    how = ["plugins=[tests.testing.faults]", *overrides]
     return Ranks(size, [*RUN, *how], folder, env={"FAULTS": json.dumps([fault])})
 
 

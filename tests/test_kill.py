@@ -21,15 +21,15 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import rows_of
-from test_train import run as run_command
 
 import consensus
 from consensus.comm import Solo
-from consensus.run.checkpoint import choose, list_checkpoints, load
-from consensus.run.manifest import Manifest
+from consensus.run.checkpoint.manifest import Manifest
+from consensus.run.checkpoint.reader import choose, list_checkpoints, load
 from consensus.server import digest
-from launch import Ranks
+from tests.test_train import rows_of
+from tests.test_train import run as run_command
+from tests.testing.launch import Ranks
 
 KILLS = int(os.environ.get("CONSENSUS_KILLS", "3"))
 SEED = os.environ.get("CONSENSUS_KILL_SEED", "0")
@@ -164,11 +164,11 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory) -> dict[str, str]:
-    """The environment in which `plugins=[dropout_model]` and `plugins=[faults]` are found."""
+    """The environment in which `dropout_model` and `tests.testing.faults` are found."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "dropout_model.py").write_text(PLUGIN)
     package = Path(consensus.__file__).parents[1]
-    return {"PYTHONPATH": f"{folder}:{Path(__file__).parent}:{package}"}
+    return {"PYTHONPATH": f"{folder}:{package}"}
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_a_killed_run_ends_as_if_nobody_had_killed_it(number, reference, plugin,
 @pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (4, 2)])
 def test_the_others_name_the_killed_rank_and_end(size, victim, plugin, tmp_path):
     fault = {"kind": "kill", "rank": victim, "iteration": 30}
-    plugins = "plugins=[dropout_model,faults]"
+    plugins = "plugins=[dropout_model,tests.testing.faults]"
     environment = plugin | {"FAULTS": json.dumps([fault])}
     with Ranks(size, [*RUN, *HERE, plugins], tmp_path, environment) as ranks:
         while ranks.codes[victim] is None:
@@ -432,7 +432,7 @@ def test_torchrun_restarts_until_the_run_is_complete(reference, plugin, tmp_path
     ]
     expected = reference(2).finished
     environment = plugin | {"PET_MAX_RESTARTS": "3", "FAULTS": json.dumps(faults)}  # --max-restarts
-    overrides = [*RUN, "plugins=[dropout_model,faults]"]
+    overrides = [*RUN, "plugins=[dropout_model,tests.testing.faults]"]
     ended = run_command(tmp_path, *overrides, processes=2, timeout=300, **environment)
     assert ended.code == 0, ended.err
     assert ended.left_behind == []
@@ -456,7 +456,7 @@ def test_a_deterministic_run_repeats_itself(plugin, tmp_path):
         folder.mkdir()
         if name == "killed":
             fault = json.dumps([{"kind": "kill", "rank": "all", "iteration": 33}])
-            faulty = [*overrides, "plugins=[dropout_model,faults]"]
+            faulty = [*overrides, "plugins=[dropout_model,tests.testing.faults]"]
             with Ranks(2, faulty, folder, plugin | {"FAULTS": fault}) as ranks:
                 assert -9 in ranks.wait(120)
         with Ranks(2, overrides, folder, plugin) as ranks:

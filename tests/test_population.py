@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tape import taped
 from torch import nn
 
 from benchmarks.gpu import Unbranched
@@ -15,6 +14,7 @@ from consensus.problem import WAYS, Dataset, Minibatches, PopulationRisk, Risk, 
 from consensus.replay import cuda_graph
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm, scheduled
+from tests.testing.tape import taped
 
 SIX = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
 WORKERS = 3

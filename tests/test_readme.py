@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from consensus.core.potentials import POTENTIALS
 from consensus.run.compose import REFUSALS, explain
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
+from tests.testing import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL_SNIPPET, PLUGIN, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

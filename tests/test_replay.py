@@ -5,7 +5,6 @@ There is no GPU in most places. `Tape` stands in for a CUDA graph.
 
 import pytest
 import torch
-from tape import taped
 from torch import nn
 
 from benchmarks.gpu import GRADIENTS, Unbranched, host_syncs
@@ -14,9 +13,10 @@ from consensus.algorithm import Consensus, Msgd
 from consensus.comm import Solo
 from consensus.problem import Dataset, Minibatches, MinibatchRisk, Risk, build_model
 from consensus.replay import WARM_UP, Replay, cuda_graph, why_not
-from consensus.run.watch import Watch
+from consensus.run.health import Watch
 from consensus.server import Server
 from consensus.worker import Worker
+from tests.testing.tape import taped
 
 SIGMA = 1e-3
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -39,6 +39,7 @@ from consensus.comm import (
     choose_backend,
     open_group,
 )
+from consensus.comm.rendezvous import Exchange
 from consensus.doctor import folder, machine, network, speed
 from consensus.doctor.finding import (
     FaultError,
@@ -51,7 +52,6 @@ from consensus.doctor.finding import (
     unexpected,
     worst,
 )
-from consensus.meeting import Exchange
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import Config, ConfigError
 from consensus.run.plan import Plan, choose_device, set_determinism

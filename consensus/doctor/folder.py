@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from consensus.comm.rendezvous import Exchange
 from consensus.doctor.finding import Finding, fault, warning
-from consensus.meeting import Exchange
 
 SIZE = 16 << 20
 SEEN_S = 10.0

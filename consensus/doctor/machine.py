@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from consensus.comm import Launch, backends, choose_backend
+from consensus.comm.shared_memory import FOLDER, available, num_bytes
 from consensus.doctor.finding import Finding, fault, warning
+from consensus.run.checkpoint.directory import LOCK
 from consensus.run.compose import config_dir
 from consensus.run.config import Config, ConfigError
-from consensus.run.directory import LOCK
 from consensus.run.plan import Plan, bytes_of_measurement, bytes_of_worker, make_plan
-from consensus.shared_memory import FOLDER, available, num_bytes
 
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn")
 MUST_AGREE = ("python", "torch", "cuda", "nccl", "consensus")

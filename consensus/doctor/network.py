@@ -17,8 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from consensus.comm.rendezvous import Exchange
 from consensus.doctor.finding import FaultError, Finding, fault, warning
-from consensus.meeting import Exchange
 
 NET = Path("/sys/class/net")
 SIOCGIFADDR = 0x8915

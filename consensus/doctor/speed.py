@@ -11,11 +11,11 @@ from torch import Tensor
 
 from consensus.algorithm import Consensus
 from consensus.comm import Group, RepeatedSum
+from consensus.comm.shared_memory import FOLDER, num_bytes
 from consensus.doctor.finding import Finding, fault, table, warning
 from consensus.run.plan import Plan
 from consensus.run.trainer import build_algorithm
 from consensus.server import digest
-from consensus.shared_memory import FOLDER, num_bytes
 
 SIZES = (1, 1_000, 100_000, 10_000_000)
 FEWEST, MOST = 3, 50

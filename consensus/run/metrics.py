@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from consensus.algorithm import Algorithm, value_at
+from consensus.atomic_files import write_whole
 from consensus.comm import Group
 from consensus.core.updates import coupling, regularizer
-from consensus.run.files import write_whole
 from consensus.run.plan import Plan
 
 Row = dict[str, Any]

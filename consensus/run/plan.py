@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from consensus.comm import Launch, choose_backend
-from consensus.core.descent import VECTORS
 from consensus.core.layerwise import Layerwise
 from consensus.problem import (
     DATASETS,
@@ -25,8 +24,9 @@ from consensus.problem import (
     build_model,
     partition,
 )
+from consensus.run.checkpoint.directory import Origin, find_origin
 from consensus.run.config import Config, ConfigError, require
-from consensus.run.directory import Origin, find_origin
+from consensus.theory.descent import VECTORS
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ from torch import Tensor
 from consensus.algorithm import Consensus
 from consensus.comm import Group
 from consensus.core.layerwise import Layerwise
-from consensus.core.stationarity import consensus_residual, prox, worker_residual
 from consensus.core.updates import regularizer
 from consensus.problem.streams import stream
 from consensus.run.metrics import Row
 from consensus.run.plan import Plan
+from consensus.theory.stationarity import consensus_residual, prox, worker_residual
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A point (n,) -> value () and gradient (n,)."""

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from consensus.algorithm import Algorithm, Consensus, Msgd
+from consensus.atomic_files import write_whole
 from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
 from consensus.replay import Replay, why_not
-from consensus.run.checkpoint import candidates, choose, load, set_aside
-from consensus.run.checkpoint_writer import CheckpointWriter, Facts
+from consensus.report.runs import draw
+from consensus.report.stationarity import draw_stationarity, measurements, verdict
+from consensus.run.checkpoint.directory import RunDirectory
+from consensus.run.checkpoint.manifest import Manifest
+from consensus.run.checkpoint.reader import candidates, choose, load, set_aside
+from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.config import AlgorithmConfig
-from consensus.run.directory import RunDirectory
-from consensus.run.files import write_whole
-from consensus.run.manifest import Manifest
+from consensus.run.health import Watch
 from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
-from consensus.run.report import draw
 from consensus.run.signals import TRY_AGAIN, StopSignals
 from consensus.run.stationarity import Stationarity
-from consensus.run.stationarity_report import draw_stationarity, measurements, verdict
-from consensus.run.watch import Watch
 from consensus.server import Server, digest
 from consensus.worker import Worker
 

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from consensus.atomic_files import write_whole
 from consensus.comm import Launch, Solo
-from consensus.run.files import write_whole
 from consensus.run.metrics import MetricsFiles, measure, to_json
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm

@@ -1,0 +1,1 @@
+"""Checkpoints: manifest, reading, writing, resuming, and the run directory."""

@@ -1,0 +1,246 @@
+"""Checkpoints are written in the background, and appear whole or not at all.
+
+Data flow: the training thread copies the state to the CPU and goes on. A second thread, over a
+group of its own, compares the digests of u, hands every rank's tensors to
+torch.distributed.checkpoint, hashes the files, writes the manifest, syncs, and renames
+
+    checkpoints/.00000500.tmp  ->  checkpoints/00000500
+
+so a name without a dot is a whole checkpoint, whenever the run was killed.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from consensus.atomic_files import sync, write_whole
+from consensus.comm import Group, GroupError, ProcessGroup
+from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, brief
+from consensus.run.checkpoint.reader import (
+    FOLDER,
+    by_worker,
+    file_digest,
+    first_failure,
+    list_checkpoints,
+)
+from consensus.run.config import Config
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a manifest says beside its files."""
+
+    iteration: int
+    digest: int
+    wall_s: float
+    best: dict[str, float] | None
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, in a thread of its own on every rank.
+
+    Args:
+        run_dir: Of the run.
+        config: Of the run.
+        side: A group that the training thread does not use.
+        workers: The j of the workers of this process, and M in all.
+        keep: How many checkpoints stay.
+        before_publish: Called on rank 0 before a checkpoint appears: whatever must be on disk by
+            then. May raise OSError.
+
+    Attributes:
+        problem: Why the last write failed, None if it did not.
+        written: Number of checkpoints.
+        wait_s: Seconds for which `write` has kept the training waiting in all.
+        write_s: Seconds for which the second thread has worked.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        side: Group,
+        workers: tuple[range, int],
+        keep: int,
+        before_publish: Callable[[], None],
+    ) -> None:
+        self.folder = run_dir / FOLDER
+        self.config = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+        self.side = side
+        self.workers, self.num_workers = workers
+        self.keep = keep
+        self.before_publish = before_publish
+        self.problem: str | None = None
+        self.written = 0
+        self.wait_s = self.write_s = 0.0
+        self._copy: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    def write(self, state: dict[str, Tensor], facts: Facts) -> None:
+        """Copy the state and write it in the background.
+
+        Waits for the copy, and before it for the checkpoint that is still being written, if any:
+        one copy exists at a time.
+        """
+        started = time.perf_counter()
+        self.wait()
+        if self.problem is not None:
+            return  # the run is about to end with it
+        if not self._copy:
+            self._copy = {key: torch.empty_like(x, device="cpu") for key, x in state.items()}
+        for key, value in state.items():
+            self._copy[key].copy_(value)
+        self.wait_s += time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._work, args=(facts,), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; for the end of a run."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, facts: Facts) -> None:
+        started = time.perf_counter()
+        try:
+            self._write(facts)
+            self.written += 1
+        except GroupError as error:
+            self.problem = str(error)
+        except Exception as error:
+            self.problem = f"rank {self.side.rank}: checkpoint {facts.iteration}: {brief(error)}"
+        self.write_s += time.perf_counter() - started
+
+    def _write(self, facts: Facts) -> None:
+        side = self.side
+        final = self.folder / f"{facts.iteration:08d}"
+        aside = final.with_name(f".{final.name}.tmp")
+        first = side.rank == 0
+        digests = side.gather(torch.tensor(facts.digest)).tolist()
+        if len(set(digests)) > 1:
+            wrong = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise GroupError(f"u on rank {wrong} differs from u on rank 0: no checkpoint of that")
+        try:
+            with self._together(final):
+                if first:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    aside.mkdir(parents=True)
+                    (aside / CONFIG).write_bytes(self.config)
+            tensors = self._save(aside, final)
+            files = self._hash(aside, final)
+            with self._together(final):
+                if first:
+                    self.before_publish()
+                    manifest = Manifest(
+                        facts.iteration,
+                        self.num_workers,
+                        f"{facts.digest & (2**64 - 1):016x}",
+                        facts.wall_s,
+                        facts.best,
+                        torch.__version__,
+                        files,
+                        tensors,
+                    )
+                    write_whole(aside / MANIFEST, manifest.to_json())
+                    self._publish(aside, final)
+        except GroupError:
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    @contextmanager
+    def _together(self, final: Path) -> Iterator[None]:
+        """One part of a write: if it fails on any rank, it raises on all."""
+        problem = None
+        try:
+            yield
+        except GroupError:
+            raise
+        except OSError as error:
+            problem = brief(error)
+        self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
+
+    def _save(self, aside: Path, final: Path) -> dict[str, Place]:
+        """Every rank's tensors to files. Returns where they lie, on rank 0."""
+        # Imported where it is used: see checkpoint.py.
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        places: dict[str, Place] = {}
+
+        class Writer(dcp.FileSystemWriter):
+            """torch's writer, with our index instead of its pickle."""
+
+            def write_data(self, plan: Any, planner: Any) -> Any:
+                try:
+                    return super().write_data(plan, planner)
+                except RuntimeError as error:  # torch.save hides what the disk has said
+                    cause = error.__context__
+                    raise cause if isinstance(cause, OSError) else error from error
+
+            def finish(self, metadata: Any, results: Any) -> None:
+                for written in (item for of_rank in results for item in of_rank):
+                    tensor = metadata.state_dict_metadata[written.index.fqn]
+                    where = written.storage_data
+                    places[written.index.fqn] = Place(
+                        str(tensor.properties.dtype),
+                        tuple(tensor.size),
+                        where.relative_path,
+                        where.offset,
+                        where.length,
+                    )
+
+        side = self.side
+        try:
+            dcp.save(
+                by_worker(self._copy, self.workers),
+                storage_writer=Writer(aside, sync_files=True),
+                process_group=side.handle if isinstance(side, ProcessGroup) else None,
+                no_dist=not isinstance(side, ProcessGroup),
+            )
+        except CheckpointException as error:  # a BaseException, on all ranks alike
+            rank, why = first_failure(error.failures)
+            raise GroupError(f"rank {rank}: cannot write checkpoint {final}: {why}") from error
+        return places
+
+    def _hash(self, aside: Path, final: Path) -> dict[str, tuple[int, str]]:
+        """Bytes and SHA-256 of every file, each rank its share."""
+        side = self.side
+        names = side.share(sorted(path.name for path in aside.iterdir()))
+        mine: dict[str, tuple[int, str]] = {}
+        with self._together(final):
+            mine = {name: file_digest(aside / name) for name in names[side.rank :: side.size]}
+        files: dict[str, tuple[int, str]] = {}
+        for part in side.gather_objects(mine):
+            files |= part
+        return files
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        """Rank 0: from here on the checkpoint exists, and old ones do not."""
+        sync(aside / CONFIG)
+        sync(aside)
+        if final.exists():
+            _remove(final)
+        aside.rename(final)
+        sync(self.folder)
+        for old in list_checkpoints(self.folder.parent)[self.keep :]:
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Never leave half a checkpoint under its name."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

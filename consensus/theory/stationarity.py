@@ -1,0 +1,125 @@
+"""How near a point is to being stationary: the phi-prox, the phi-envelope and its gradient.
+
+    e_lam f (u) = min over z of f(z) + (1 / lam) phi(u - z)                                    (2)
+    P_lam f (u) = the z that attains it                                                        (3)
+    grad e_lam f (u) = (1 / lam) grad phi(u - p),   p = P_lam f (u)                            (13)
+
+f is any smooth function of blocks of points; rows are independent problems and are solved together.
+The minimum is sought by descent (descent.py) from z = u, where the coupling is 0, and u - z stays
+inside dom phi. What is found is a stationary point near u; where f is weakly convex and lam below
+the threshold of Theorem 4.3 that is the minimum.
+
+At the exact p the gradient of f and that of the coupling cancel. How far they are from it is the
+accuracy that is returned: it is the error of (13) as a gradient of f, |grad f(p) - (13)|.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from consensus.core.potentials import Potential
+from consensus.theory.descent import Smooth, descend
+
+
+@dataclass(frozen=True)
+class Prox:
+    """What was found for each point u.
+
+    Attributes:
+        point: p. (..., n)
+        value: f(p) + (1 / lam) phi(u - p), an upper bound on the envelope. (...)
+        gradient: (1 / lam) grad phi(u - p), equation (13). (..., n)
+        accuracy: |grad f(p) - gradient|. (...)
+        converged: Whether that is below the tolerance. bool (...)
+        evaluations: Of f, each for all rows.
+    """
+
+    point: Tensor
+    value: Tensor
+    gradient: Tensor
+    accuracy: Tensor
+    converged: Tensor
+    evaluations: int
+
+
+def prox(
+    f: Smooth,
+    phi: Potential,
+    u: Tensor,
+    lam: float | Tensor,
+    *,
+    start: Tensor | None = None,
+    tolerance: float = 1e-6,
+    absolute: float = 0.0,
+    budget: int = 100,
+) -> Prox:
+    """The phi-prox of f, (3), with the envelope (2) and its gradient (13).
+
+    Args:
+        f: The function.
+        phi: The potential.
+        u: Where. (..., n)
+        lam: Coupling parameter.
+        start: Where to begin, with u - start inside dom phi; None: at u.
+        tolerance: A row has converged when its accuracy is below this part of |(13)| ...
+        absolute: ... or below this number.
+        budget: Evaluations of f, at most.
+
+    Raises:
+        ValueError: If u - start is not inside dom phi.
+    """
+    z = u if start is None else start
+    if not bool(phi.contains(u - z).all()):
+        raise ValueError("`start` is outside the domain; allowed: u - start strictly inside")
+
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = f(z)
+        w = u - z
+        return value + phi.value(w) / lam, gradient - phi.grad(w) / lam
+
+    def enough(z: Tensor, first: Tensor) -> Tensor:
+        force: Tensor = phi.grad(u - z).norm(dim=-1) / lam
+        return (tolerance * force).clamp(min=absolute)
+
+    found = descend(total, z, enough, budget=budget, max_step=lambda z, d: phi.max_step(u - z, -d))
+    return Prox(
+        found.point,
+        found.value,
+        phi.grad(u - found.point) / lam,
+        found.residual,
+        found.converged,
+        found.evaluations,
+    )
+
+
+def consensus_residual(phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor) -> Tensor:
+    """(1 / lam) sum_j grad phi(u - z_j), which (5a) wants to be 0.
+
+    Args:
+        phi: The potential.
+        u: The consensus variable. (..., n)
+        z: The workers. (..., M, n)
+        lam: Coupling parameter.
+
+    Returns:
+        (..., n); a part of the workers gives a part of the sum.
+    """
+    return phi.grad(u.unsqueeze(-2) - z).sum(-2) / lam
+
+
+def worker_residual(
+    gradient: Tensor, phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor
+) -> Tensor:
+    """Grad f_j(z_j) - (1 / lam) grad phi(u - z_j), which (5b) wants to be 0, for each worker.
+
+    Args:
+        gradient: grad f_j(z_j). (..., M, n)
+        phi: The potential.
+        u: The consensus variable. (..., n)
+        z: The workers. (..., M, n)
+        lam: Coupling parameter.
+
+    Returns:
+        (..., M, n)
+    """
+    return gradient - phi.grad(u.unsqueeze(-2) - z) / lam

@@ -1,0 +1,261 @@
+"""What the benchmark of a GPU times is Algorithm 1, and its tables say what arithmetic says."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks import gpu
+from consensus import POTENTIALS, Layerwise
+from tests.testing import ROOT
+
+CPU = torch.device("cpu")
+
+# ---- lenet5
+
+
+@pytest.mark.parametrize("gradients", ["grouped", "products"])
+def test_batched_gradients_are_those_of_separate_models(gradients):
+    plain = gpu.lenet5(CPU, "quad", gradients, num_images=100, dtype=torch.float64)
+    oracle = plain.worker.oracle
+    points = plain.u + 0.01 * torch.randn(4, plain.u.numel(), dtype=torch.float64)
+    images, labels = oracle.draw()
+    found = oracle.gradient(points.clone(), (images, labels))  # which it overwrites
+    for k in range(4):
+        model = gpu.build_model("lenet5", 0, torch.float64, num_classes=10)
+        torch.nn.utils.vector_to_parameters(points[k], model.parameters())
+        loss = cross_entropy(model(images[k]), labels[k], reduction="sum")
+        loss.backward()
+        expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        torch.testing.assert_close(found[k], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(oracle.losses[k], loss.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gradients", gpu.GRADIENTS)
+@pytest.mark.parametrize("potential", gpu.TABLE_2)
+def test_off_the_cpu_no_line_asks_the_host(potential, gradients):
+    # Tensors on "meta" take every branch that is not for the CPU, and have no number to give.
+    risk = gpu.GRADIENTS[gradients](gpu.build_model("lenet5", 0, torch.float32), "sum")
+    n = risk.layout.size
+    u, z = torch.zeros(n, device="meta"), torch.zeros(4, n, device="meta")
+    phi = Layerwise(POTENTIALS[potential], risk.layout.layers, eta=0.5)
+    server = gpu.Server(u, phi, gpu.Solo("meta"))
+    worker = gpu.Worker(z, None, phi, nu=1e-4)
+    images = torch.zeros(4, 5, 1, 28, 28, device="meta")
+    labels = torch.zeros(4, 5, dtype=torch.int64, device="meta")
+    pending = server.start(worker.z, worker.scratch)
+    delta = risk.gradient(worker.z, images, labels)
+    u = server.finish(pending, 1e-3)
+    worker.update(delta, 1e-3, 1e-2, u, u)
+    assert worker.z.shape == (4, n)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(phi.contains(u))
+
+
+# ---- vector
+
+
+def test_vectors_moved_by_hand():
+    # One worker. Line 3: u, z -> message; message, u -> u. Line 6: u, delta, v, z -> v, z. Before:
+    # u, z for norms; u, z, message for the step of u; u, delta, v, z for the step of z.
+    expected = {
+        "quad": (3 + 3, 6),
+        "cubic": (2 + 3 + 3, 2 + 6),
+        "tan": (2 + 3 + 3 + 3, 4 + 6),
+        "tan_sep": (3 + 3 + 3, 4 + 6),
+        "log": (2 + 3 + 3 + 3, 4 + 6),
+        "log_sep": (3 + 3 + 3, 4 + 6),
+    }
+    for name, vectors in expected.items():
+        phi = Layerwise(POTENTIALS[name], [(0, 3), (3, 5)])
+        assert tuple(gpu.vectors_moved(phi, line) for line in ("line 3", "line 6")) == vectors
+    quad, tan = (Layerwise(POTENTIALS[name], [(0, 5)]) for name in ("quad", "tan"))
+    assert gpu.vectors_moved(quad, "line 6", num_workers=4) == 1 + 4 * 3 + 4 * 2
+    assert gpu.vectors_moved(tan, "line 3", num_workers=4) == (1 + 4) + (1 + 4 + 1) * 2 + 3
+
+
+@pytest.mark.parametrize("potential", gpu.TABLE_2)
+def test_the_timed_lines_are_lines_3_and_6(potential):
+    n, layers = 1000, 16
+    coupling = gpu.Coupling(CPU, potential, n)
+    u, z, delta = (x.clone() for x in (coupling.server.u, coupling.worker.z[0], coupling.delta[0]))
+    for start, stop in coupling.phi.layers:
+        assert stop - start in (n // layers, n // layers + 1)
+        assert (u - z)[start:stop].norm() == pytest.approx(0.3, rel=0.4)
+    assert len(coupling.phi.layers) == layers
+    coupling.lines["line 3"]()
+    phi = POTENTIALS[potential]
+
+    def force(w):
+        return torch.cat([phi.grad(w[start:stop]) for start, stop in coupling.phi.layers])
+
+    u = u - gpu.TAU * force(u - z)
+    torch.testing.assert_close(coupling.server.u, u)
+    coupling.lines["line 6"]()
+    v = -gpu.SIGMA * (delta + gpu.NU * z)
+    torch.testing.assert_close(coupling.worker.v[0], v, atol=1e-9, rtol=1e-5)
+    z = z + v + gpu.SIGMA / gpu.LAM * force(u - z)
+    torch.testing.assert_close(coupling.worker.z[0], z)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_line_is_the_line():
+    eager = gpu.Coupling(CPU, "tan_sep", 10_000)
+    fused = gpu.Coupling(CPU, "tan_sep", 10_000, gpu.Unbranched)
+    call, why = gpu.compiled(fused.lines["line 6"])
+    assert call is not None, why
+    call()
+    for _ in range(2):
+        eager.lines["line 6"]()
+    torch.testing.assert_close(fused.worker.z, eager.worker.z)
+    torch.testing.assert_close(fused.worker.v, eager.worker.v, atol=1e-9, rtol=1e-5)
+
+
+# ---- models
+
+
+def test_the_models_are_as_large_as_their_names_say():
+    with torch.device("meta"):
+        resnet, gpt = gpu.ResNet(), gpu.Gpt()
+    resnet50, gpt2 = 25_557_032, 124_439_808  # as published
+    untied = -50_257 * 768 + 2 * 25_152 * 768
+    assert sum(p.numel() for p in resnet.parameters()) == resnet50
+    assert sum(p.numel() for p in gpt.parameters()) == gpt2 + untied
+    assert untied / gpt2 < 3e-4
+    for model in (resnet, gpt):
+        assert list(model.buffers()) == []
+
+
+def test_a_token_does_not_see_those_after_it():
+    model = gpu.gpt2(CPU, True).model
+    tokens = torch.arange(16).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, 10] = 63
+    with torch.no_grad():
+        same = (model(tokens) == model(changed)).all(1)
+    assert same.tolist() == [True] * 10 + [False] * 6
+
+
+@pytest.mark.parametrize("name", gpu.MODELS)
+def test_the_oracle_of_a_model_is_its_gradient(name):
+    workload = gpu.MODELS[name](CPU, True)
+    oracle = gpu.ResidentBatches(workload)
+    point = oracle.risk.layout.flatten(workload.model)
+    oracle.draw()
+    inputs, labels = oracle.draw()
+    assert torch.equal(inputs[0], workload.inputs[1])
+    found = oracle.gradient(point.unsqueeze(0), (inputs, labels))
+    cross_entropy(workload.model(workload.inputs[1]), workload.labels[1]).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in workload.model.parameters()])
+    torch.testing.assert_close(found[0], expected)
+    other = gpu.ResidentBatches(workload)
+    other.load_state_dict(oracle.state_dict())
+    assert torch.equal(other.draw()[0], oracle.draw()[0])
+
+
+def test_the_labels_of_gpt2_are_the_next_tokens():
+    workload = gpu.gpt2(CPU, True)
+    inputs, labels = workload.inputs[0], workload.labels[0].view(workload.inputs[0].shape)
+    assert torch.equal(labels[:, :-1], inputs[:, 1:])
+
+
+# ---- the tables
+
+
+def test_the_tables(tmp_path, monkeypatch, capsys):
+    def no_compiler(*args, **kwargs):
+        def call():
+            raise RuntimeError("No working C++ compiler found\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.chdir(tmp_path)
+    command = "--device cpu --quick --potentials quad tan --models resnet50 gpt2 --n 2e4"
+    gpu.main([*command.split(), "--json", "rows.json", "--trace", "traces"])
+    found = json.loads((tmp_path / "rows.json").read_text())
+    printed = capsys.readouterr().out.splitlines()
+    modes = [(row["potential"], row["gradients"], row["mode"]) for row in found["lenet5"]]
+    assert modes == [
+        (potential, gradients, mode)
+        for potential in ("quad", "tan")
+        for gradients, mode in (
+            ("loop", "plain"),
+            ("loop", "eager"),
+            ("loop", "static"),
+            ("streams", "static"),
+            ("grouped", "static"),
+            ("products", "static"),
+        )
+    ]
+    for row in found["lenet5"]:
+        assert row["steps_per_s"] == pytest.approx(1e3 / row["ms"])
+        assert row["seconds_for_30000"] == pytest.approx(30 * row["ms"])
+        assert row["host_syncs"] is None
+    copy = found["vector"]["copy_bytes_per_s"]
+    assert found["vector"]["n"] == 20_000
+    vectors = {"quad": {"line 3": 6, "line 6": 6}, "tan": {"line 3": 11, "line 6": 10}}
+    assert len(found["vector"]["rows"]) == 2 * 2 * 3
+    for row in found["vector"]["rows"]:
+        assert row["bytes"] == vectors[row["potential"]][row["line"]] * 4 * 20_000
+        if row["mode"] == "compiled":
+            assert row["ms"] is None
+            assert row["absent"] == "No working C++ compiler found"
+        else:
+            assert row["bytes_per_s"] == pytest.approx(1e3 * row["bytes"] / row["ms"])
+            assert row["share_of_copy"] == pytest.approx(row["bytes_per_s"] / copy)
+    assert sum(line.endswith("absent: No working C++ compiler found") for line in printed) == 4
+    methods = [(row["model"], row["method"]) for row in found["models"]]
+    assert methods == [(m, x) for m in ("resnet50", "gpt2") for x in ("local", "quad", "tan")]
+    for row in found["models"]:
+        assert (row["ratio_to_local"] == 1.0) or (row["method"] != "local")
+    traces = {path.name: path for path in (tmp_path / "traces").iterdir()}
+    assert set(traces) == {
+        *(f"lenet5-tan-loop-{mode}.json" for mode in ("plain", "eager", "static")),
+        *(
+            f"lenet5-tan-{gradients}-static.json"
+            for gradients in ("streams", "grouped", "products")
+        ),
+        *(
+            f"vector-{potential}-line{line}-{mode}.json"
+            for potential in ("quad", "tan")
+            for line in (3, 6)
+            for mode in ("eager", "fused")
+        ),
+    }
+    events = json.loads(traces["lenet5-tan-loop-static.json"].read_text())["traceEvents"]
+    count = sum(event.get("name") == "aten::index_select" for event in events)
+    assert count == 5 * 2  # images and labels in each of five steps
+    assert sum("aten::convolution_backward" in line for line in printed) >= 1
+
+
+def test_what_it_refuses(capsys):
+    for arguments, message in (
+        (["--n", "20.5"], "20.5; allowed: a whole number, at least 16"),
+        (["--n", "many"], "invalid whole_number value: 'many'"),
+        (["--models", "bert"], "invalid choice: 'bert'"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            gpu.main(arguments)
+        assert refused.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_absent_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(["--device", "cuda"])
+    assert refused.value.code == 2
+    assert "`--device` is cuda, and torch finds none; allowed here: cpu" in capsys.readouterr().err
+
+
+def test_it_needs_torch_alone():
+    absent = ("hydra", "omegaconf", "torchvision", "sklearn", "matplotlib", "rich", "tensorboard")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

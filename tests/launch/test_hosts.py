@@ -1,0 +1,200 @@
+"""Runs on several hosts, which are network namespaces of this machine, by launch/multinode.sh."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.testing import ROOT
+from tests.testing.hosts import Hosts
+from tests.testing.launch import Ranks
+
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+
+RUN = [
+    *("model=logistic", "workers=4", "potential=tan", "device=cpu", "output.tensorboard=false"),
+    *("output.eval_every=200", "output.checkpoint_every=50", "output.log_every=50"),
+]
+LENGTH = 800
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with Hosts(2, tmp_path_factory.mktemp("hosts")) as hosts:
+        yield hosts
+
+
+def rows(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def digests(run_dir):
+    return {row["iteration"]: row["digest"] for row in rows(run_dir)}
+
+
+def start(hosts, number, processes, folder, *overrides):
+    """launch/multinode.sh on so many hosts, so many processes on each."""
+    environment = os.environ | {
+        "REMOTE": str(hosts.remote),
+        "ADDRESS": hosts.addresses[0],
+        "INTERFACE": "eth0",
+        "NPROC": str(processes),
+        "CONSENSUS_VENV": sys.prefix,
+    }
+    script = str(ROOT / "launch" / "multinode.sh")
+    command = [script, ",".join(hosts.names[:number]), *RUN, *overrides]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The digests of the same run on one host, four processes, Gloo, by iteration."""
+    folder = tmp_path_factory.mktemp("alone")
+    own = [f"algorithm.iterations={LENGTH}", "output.run_dir=alone", "output.eval_every=25"]
+    with Ranks(4, [*RUN, *own, "group.shared_memory=false"], folder) as ranks:
+        assert ranks.wait(200) == [0] * 4, ranks.err(0)
+    return digests(folder / "alone")
+
+
+def test_four_hosts_are_one_whatever_the_network(alone, tmp_path):
+    """Two hosts of two processes end with these bits in the next test."""
+    run = ["algorithm.iterations=25", "output.run_dir=mine"]
+    with Hosts(4, tmp_path, latency_ms=10.0, loss=0.01) as hosts:
+        process = start(hosts, 4, 1, tmp_path, *run)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        hosts.set_latency(0.0)  # its answer says what was lost
+        assert hosts.lost > 0
+    assert digests(tmp_path / "mine") == {25: alone[25]}
+    assert f"--rdzv-endpoint={hosts.addresses[0]}:29400" in err
+    assert f"--local-addr={hosts.addresses[1]}" in err
+    assert err.count("GLOO_SOCKET_IFNAME=eth0") == 4
+    assert out.count("consensus with tan: 4 workers, 4 processes on cpu over gloo") == 1
+
+
+def test_a_host_that_is_cut_off_is_named_and_the_run_continues_when_it_is_back(
+    hosts, alone, tmp_path
+):
+    own = [f"algorithm.iterations={LENGTH}", "output.run_dir=mine", "resume=auto"]
+    own += ["group.timeout_s=10"]
+    process = start(hosts, 2, 2, tmp_path, *own)
+    try:
+        wait_for(lambda: rows(tmp_path / "mine"), process)
+        hosts.cut("host1")
+        cut = time.monotonic()
+        _, err = process.communicate(timeout=200)
+    finally:
+        hosts.join("host1")
+    assert process.returncode != 0
+    assert time.monotonic() - cut < 120
+    lines = [line for line in err.splitlines() if line.startswith("consensus.train: ")]
+    assert lines, err
+    assert any("rank" in line for line in lines), lines
+    before = len(rows(tmp_path / "mine"))
+    assert before < 4
+    process = start(hosts, 2, 2, tmp_path, *own)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "continues " in out
+    assert digests(tmp_path / "mine") == {t: alone[t] for t in (200, 400, 600, 800)}
+
+
+def test_no_packet_is_faster_than_the_latency(tmp_path):
+    with Hosts(2, tmp_path, latency_ms=10.0) as hosts:
+        times = sorted(hosts.round_trips(20))
+        assert times[0] >= 0.020
+        assert times[10] < 0.030
+        hosts.set_latency(5.0)
+        times = sorted(hosts.round_trips(20))
+        assert times[0] >= 0.010
+        assert times[10] < 0.018
+
+
+@pytest.mark.parametrize(("loss", "least", "most"), [(0.0, 1000, 1000), (0.2, 730, 870)])
+def test_packets_are_lost_as_often_as_asked(tmp_path, loss, least, most):
+    kind = socket.SOCK_DGRAM
+    with (
+        Hosts(3, tmp_path, latency_ms=0.0, loss=loss) as hosts,
+        hosts.socket("host0", kind) as here,
+        hosts.socket("host2", kind) as there,
+    ):
+        arrived = 0
+        there.settimeout(0.1)
+        for _ in range(20):
+            for _ in range(50):  # no more than its buffer holds
+                here.sendto(b"x", there.getsockname())
+            for _ in range(50):
+                try:
+                    arrived += len(there.recv(2))
+                except TimeoutError:
+                    break
+        hosts.join("host1")  # its answer says what was lost
+        assert hosts.lost == 1000 - arrived
+        assert least <= arrived <= most  # 1000 (1 - loss), and five standard deviations
+
+
+def test_a_host_behind_the_switch_is_cut_off_and_back(tmp_path):
+    with Hosts(2, tmp_path, latency_ms=0.0) as hosts:
+        hosts.cut("host1")
+        with pytest.raises(TimeoutError):
+            hosts.round_trips(1)
+        hosts.join("host1")
+        assert len(hosts.round_trips(1)) == 1
+
+
+def test_hosts_leave_nothing_behind(tmp_path):
+    with Hosts(2, tmp_path, latency_ms=1.0) as hosts:
+        spaces = {hosts.space(name) for name in hosts.names}
+        assert spaces <= set(os.listdir("/run/netns"))
+    assert not spaces & set(os.listdir("/run/netns"))
+    assert hosts.switch.returncode == 0
+
+
+def test_hosts_that_cannot_begin_leave_nothing_behind(tmp_path):
+    hosts = Hosts(2, tmp_path, latency_ms=1.0)
+    hosts.options[0] = "soon"
+    with pytest.raises(RuntimeError, match="switch has ended"), hosts:
+        pass
+    assert not {hosts.space(name) for name in hosts.names} & set(os.listdir("/run/netns"))
+
+
+def test_ctrl_c_asks_every_host_for_a_checkpoint(hosts, tmp_path):
+    own = ["output.run_dir=mine", "algorithm.iterations=1000000"]
+    process = start(hosts, 2, 1, tmp_path, *own)
+    wait_for(lambda: rows(tmp_path / "mine"), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "SIGTERM: stopped at iteration" in err
+    left = subprocess.run(
+        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert left.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["potential=tan"], ["--help"]])
+def test_without_hosts_it_says_how_it_is_used(arguments):
+    done = subprocess.run(
+        [str(ROOT / "launch" / "multinode.sh"), *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "usage: launch/multinode.sh HOST[,HOST ...] [OVERRIDE ...]\n"

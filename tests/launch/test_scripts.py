@@ -1,0 +1,328 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.testing import ROOT
+
+SCRIPTS = [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").iterdir())]
+LAUNCH = ["health.sh", "local.sh", "multinode.sh", "node.sh", "slurm.sbatch", "slurm_sweep.sh"]
+SHELL = [*SCRIPTS, *(f"launch/{name}" for name in LAUNCH), ".ci/run"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+# ---- every shell script
+
+
+@pytest.mark.parametrize("script", SHELL)
+def test_script_is_executable_strict_and_parses(script):
+    path = ROOT / script
+    lines = path.read_text().splitlines()
+    assert os.access(path, os.X_OK)
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("script", [".ci/run", "scripts/test"])
+def test_nothing_follows_the_last_command_of_a_test_run(script):
+    assert (ROOT / script).read_text().splitlines()[-1].startswith("exec ")
+
+
+# ---- requirements.lock
+
+
+# No hash, path or address fits.
+PIN = re.compile(r"(?P<name>[a-z0-9.-]+)==(?P<version>[^\s;@/]+)( ; [^@/]+)?")
+
+
+def lock_lines() -> list[str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def pins() -> dict[str, list[str]]:
+    """Versions by package; a package may have one for each marker."""
+    found: dict[str, list[str]] = {}
+    for pin in filter(None, map(PIN.fullmatch, lock_lines())):
+        found.setdefault(canonicalize_name(pin["name"]), []).append(pin["version"])
+    return found
+
+
+def test_lock_holds_pins_only():
+    assert "://" not in (ROOT / "requirements.lock").read_text()
+    assert [line for line in lock_lines() if not PIN.fullmatch(line)] == []
+
+
+def test_lock_pins_every_dependency_within_its_bounds():
+    project = PYPROJECT["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    locked = pins()
+    for requirement in map(Requirement, wanted):
+        versions = locked.get(canonicalize_name(requirement.name), [])
+        assert versions, f"{requirement} is not in requirements.lock"
+        for version in versions:
+            assert version in requirement.specifier, f"{version} is locked for {requirement}"
+
+
+# ---- the wheel
+
+
+def test_wheel_holds_the_package_the_configs_and_the_commands(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("consensus_training-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry_points,) = [n for n in archive.namelist() if n.endswith("/entry_points.txt")]
+        commands = archive.read(entry_points).decode()
+
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "consensus").rglob("*.py")}
+    configs = {f"consensus/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
+    assert modules | configs <= names
+    assert "consensus/configs/train.yaml" in names
+    assert not [name for name in names if not name.startswith("consensus/")]
+    assert "consensus-train = consensus.train:main" in commands
+    assert "consensus-report = consensus.report.__main__:main" in commands
+    assert "consensus-doctor = consensus.doctor.__main__:main" in commands
+
+
+# ---- scripts/setup, with stand-ins for python, pip and uv that only note how they were called
+
+# What the scripts themselves may use, and what the stand-ins use besides.
+TOOLS = ["bash", "cat", "dirname", "flock", "grep", "ls", "mkdir", "mv", "rm", "sha256sum"]
+STUB_TOOLS = ["chmod", "env", "sleep"]
+
+# Stands for the interpreter on PATH and, copied there by `-m venv`, for the one of the environment.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *"sys.version_info <"*)
+        "$STUB_REAL" -c "import sys; sys.version_info = ${STUB_VERSION:-(3, 11, 0)}; ${*: 2}"
+        ;;
+    *"import ensurepip"*) exit "${STUB_BARE:-0}" ;;
+    *"-venv"*) echo python3.11-venv ;;
+    --version) echo "Python 3.11.0" ;;
+    "-m venv "*)
+        echo venv >>"$STUB_LOG"
+        mkdir -p "$3/bin"
+        cat "$0" >"$3/bin/python"
+        cat "$STUB_UV" >"$3/bin/uv"
+        chmod +x "$3/bin/python" "$3/bin/uv"
+        ;;
+    "-m pip install "*) echo "pip ${*: -1}" >>"$STUB_LOG" ;;
+    *) echo "cwd=$PWD omp=${OMP_NUM_THREADS:-} $*" ;;
+esac
+"""
+UV = """#!/usr/bin/env bash
+echo "uv $2" >>"$STUB_LOG"
+sleep "${STUB_SLOW:-0}"
+exit "${STUB_UV_FAILS:-0}"
+"""
+MADE = ["venv", "pip uv==9.9.9", "uv sync", "uv install"]
+
+
+class Checkout:
+    """A checkout of the scripts, and a PATH with a few tools and a stand-in python3.11 only."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "check out"  # a blank in the path, since people have them
+        for name in [*SCRIPTS, "launch/local.sh", "launch/node.sh"]:
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.root / name)
+        self.lock = self.root / "requirements.lock"
+        self.lock.write_text("torch==1.0\nuv==9.9.9\n")
+        (self.root / "pyproject.toml").write_text("[project]\n")
+        self.venv = self.root / ".venv"
+
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for tool in [*TOOLS, *STUB_TOOLS]:
+            found = shutil.which(tool)
+            assert found, f"{tool} is not on PATH"
+            (self.bin / tool).symlink_to(found)
+        self.python = self.bin / "python3.11"
+        self.python.write_text(PYTHON)
+        self.python.chmod(0o755)
+        uv = folder / "uv"
+        uv.write_text(UV)
+        self.log = folder / "log"
+        self.log.touch()
+        self.env = {
+            "PATH": str(self.bin),
+            "STUB_LOG": str(self.log),
+            "STUB_UV": str(uv),
+            "STUB_REAL": sys.executable,
+        }
+
+    def start(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.root / command[0], *command[1:]],
+            cwd=cwd or self.root,
+            env=self.env | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, cwd: Path | None = None, **env: str) -> tuple[int, str, str]:
+        process = self.start(*command, cwd=cwd, **env)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def calls(self) -> list[str]:
+        """What the stand-ins were asked to do since the last time."""
+        lines = self.log.read_text().splitlines()
+        self.log.write_text("")
+        return lines
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def test_setup_makes_the_environment_once(checkout):
+    code, out, _ = checkout.run("scripts/setup")
+    assert (code, out) == (0, f"{checkout.venv}\n")
+    assert checkout.calls() == MADE
+
+    assert checkout.run("scripts/setup") == (0, f"{checkout.venv}\n", "")
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize("file", ["requirements.lock", "pyproject.toml"])
+def test_setup_updates_in_place_when_its_inputs_change(checkout, file):
+    checkout.run("scripts/setup")
+    checkout.calls()
+    with (checkout.root / file).open("a") as lines:
+        lines.write("# changed\n")
+    assert checkout.run("scripts/setup")[0] == 0
+    assert checkout.calls() == ["uv sync", "uv install"]
+    assert checkout.run("scripts/setup")[2] == ""
+
+
+@pytest.mark.parametrize("first_time", [True, False])
+def test_setup_that_was_interrupted_is_repaired_by_the_next(checkout, first_time):
+    if not first_time:
+        checkout.run("scripts/setup")
+        checkout.lock.write_text("torch==2.0\nuv==9.9.9\n")
+    code, out, _ = checkout.run("scripts/setup", STUB_UV_FAILS="1")
+    assert (code, out) == (1, "")
+    leftover = checkout.venv / "half-installed"
+    leftover.touch()
+    checkout.calls()
+
+    assert checkout.run("scripts/setup")[0] == 0
+    assert checkout.calls() == MADE
+    assert not leftover.exists()
+
+
+def test_setup_makes_a_moved_environment_again(checkout):
+    checkout.run("scripts/setup")
+    checkout.calls()
+    moved = checkout.root / "moved"
+    checkout.venv.rename(moved)
+    assert checkout.run("scripts/setup", CONSENSUS_VENV=str(moved))[0] == 0
+    assert checkout.calls() == MADE
+
+
+def test_setup_twice_at_once_installs_once(checkout):
+    both = [checkout.start("scripts/setup", STUB_SLOW="0.3") for _ in range(2)]
+    results = [process.communicate(timeout=30)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert results == [f"{checkout.venv}\n"] * 2
+    assert checkout.calls() == MADE
+
+
+def test_setup_takes_the_folder_from_the_environment(checkout, tmp_path):
+    code, out, _ = checkout.run("scripts/setup", cwd=tmp_path, CONSENSUS_VENV="other/")
+    assert (code, out) == (0, f"{tmp_path}/other\n")
+    assert (tmp_path / "other/bin/python").exists()
+    assert not checkout.venv.exists()
+
+
+def test_setup_leaves_a_folder_of_someone_else_alone(checkout):
+    checkout.venv.mkdir()
+    precious = checkout.venv / "precious"
+    precious.touch()
+    code, _, err = checkout.run("scripts/setup")
+    assert code == 1
+    assert "was not made by scripts/setup" in err
+    assert err.count("\n") == 1
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"STUB_VERSION": "(3, 10, 19)"}, "no Python >= 3.11 on PATH"),
+        ({"CONSENSUS_PYTHON": "python9"}, "CONSENSUS_PYTHON=python9 is not a Python >= 3.11"),
+        ({"STUB_BARE": "1"}, "python3.11-venv"),
+    ],
+)
+def test_setup_says_in_one_line_which_python_is_missing(checkout, env, message):
+    code, out, err = checkout.run("scripts/setup", **env)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not checkout.venv.exists()
+
+
+def test_setup_without_any_python(checkout):
+    checkout.python.unlink()
+    code, out, err = checkout.run("scripts/setup")
+    assert (code, out) == (1, "")
+    assert err.startswith("scripts/setup: no Python >= 3.11 on PATH")
+    assert err.count("\n") == 1
+
+
+# ---- scripts/train and launch/local.sh, with the same stand-ins
+
+
+def command_of(cwd: Path, processes: int, *overrides: str, omp: str = "1") -> str:
+    """What the stand-in python prints when it is started as it should be."""
+    run = "-m torch.distributed.run --standalone"
+    rest = " ".join(["-m consensus.train", *overrides])
+    return f"cwd={cwd} omp={omp} {run} --nproc-per-node={processes} {rest}\n"
+
+
+def test_train_sets_up_and_starts_four_processes_where_it_is_called(checkout, tmp_path):
+    code, out, _ = checkout.run("scripts/train", "potential=tan", cwd=tmp_path)
+    assert code == 0
+    assert out == command_of(tmp_path, 4, "experiment=digits", "potential=tan")
+    assert checkout.calls() == MADE
+
+
+def test_train_keeps_a_chosen_experiment(checkout, tmp_path):
+    _, out, _ = checkout.run("scripts/train", "seed=1", "experiment=smoke", cwd=tmp_path, NPROC="2")
+    assert out == command_of(tmp_path, 2, "seed=1", "experiment=smoke")
+
+
+def test_train_stops_where_setup_fails(checkout):
+    code, out, err = checkout.run("scripts/train", STUB_VERSION="(3, 10, 19)")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+
+
+def test_local_takes_the_number_of_processes_first(checkout):
+    checkout.run("scripts/setup")
+    code, out, err = checkout.run("launch/local.sh", "8", "data=mnist", OMP_NUM_THREADS="3")
+    assert code == 0
+    assert out == command_of(checkout.root, 8, "data=mnist", omp="3")
+    assert err.rstrip().endswith("--standalone --nproc-per-node=8 -m consensus.train data=mnist")
+
+
+@pytest.mark.parametrize("nproc", ["0", "four", "-1", "2.5"])
+def test_local_refuses_what_is_no_number_of_processes(checkout, nproc):
+    code, out, err = checkout.run("launch/local.sh", NPROC=nproc)
+    assert (code, out) == (2, "")
+    assert f"NPROC={nproc}" in err
+    assert err.count("\n") == 1

@@ -1,0 +1,147 @@
+"""Jobs on a real SLURM cluster of virtual nodes on this machine: `scripts/slurm_test`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.testing import ROOT
+from tests.testing.slurm import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+VENV = Path(sys.prefix)
+RUN = [
+    *("model=logistic", "workers=4", "potential=tan", "device=cpu", "output.tensorboard=false"),
+    *("output.eval_every=1000", "output.checkpoint_every=200", "output.log_every=100"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        cluster.environment |= {"CONSENSUS_VENV": str(VENV), "CONSENSUS_ROOT": str(ROOT)}
+        yield cluster
+
+
+def submit(cluster, folder, *options, overrides=()):
+    """The number of a job of launch/slurm.sbatch with two processes on each of two nodes."""
+    script = str(ROOT / "launch" / "slurm.sbatch")
+    words = ["--parsable", "--nodes=2", "--cpus-per-task=2", *options, script, *RUN, *overrides]
+    return cluster.call("sbatch", *words, cwd=folder)
+
+
+def rows(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ended(cluster, job):
+    return not any(line.split()[0] == job for line in cluster.queue())
+
+
+def alone(folder, iterations):
+    """The digests of an undisturbed run with the same layout, without SLURM."""
+    command = [str(ROOT / "launch" / "local.sh"), "4", *RUN, f"algorithm.iterations={iterations}"]
+    environment = os.environ | {"CONSENSUS_VENV": str(VENV)}
+    words = [*command, "output.run_dir=alone", "group.shared_memory=false"]
+    subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)
+    return [row["digest"] for row in rows(folder / "alone")]
+
+
+def test_a_job_on_two_nodes_that_is_put_back_into_the_queue_ends_with_the_same_bits(
+    cluster, tmp_path
+):
+    iterations = 6000
+    job = submit(cluster, tmp_path, overrides=[f"algorithm.iterations={iterations}"])
+    run_dir = tmp_path / "runs" / f"consensus-{job}"
+    cluster.wait(lambda: len(rows(run_dir)) >= 1)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # what the time limit does
+    cluster.wait(lambda: ended(cluster, job), 300.0)
+    said = (tmp_path / f"consensus-{job}.out").read_text()
+    assert "stopped before the time limit; back into the queue" in said
+    assert "SIGTERM: stopped at iteration" in said
+    assert said.count("-m consensus.train resume=auto") == 4, "two nodes, started twice"
+    found = rows(run_dir)
+    assert [row["iteration"] for row in found] == list(range(1000, iterations + 1, 1000))
+    assert [row["digest"] for row in found] == alone(tmp_path, iterations)
+
+
+def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_put_back(cluster, tmp_path):
+    job = submit(cluster, tmp_path, overrides=["algorithm.iterations=1000000"])
+    run_dir = tmp_path / "runs" / f"consensus-{job}"
+    cluster.wait(lambda: len(rows(run_dir)) >= 1)
+    cluster.call("scancel", job)
+    cluster.wait(lambda: ended(cluster, job))
+    said = (tmp_path / f"consensus-{job}.out").read_text()
+    assert "SIGTERM: stopped at iteration" in said
+    assert "with a checkpoint" in said
+    assert "back into the queue" not in said
+
+
+def test_a_mistake_ends_the_job_with_one_line_of_ours(cluster, tmp_path):
+    job = submit(cluster, tmp_path, overrides=["algorithm.lam=-1"])
+    cluster.wait(lambda: ended(cluster, job))
+    said = (tmp_path / f"consensus-{job}.out").read_text().splitlines()
+    (line,) = {line for line in said if line.startswith("consensus.train: ")}
+    assert line.startswith("consensus.train: `algorithm.lam` is -1.0; allowed: ")
+
+
+def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, tmp_path):
+    option = "--export=ALL,MODULE=consensus.doctor"
+    well = submit(cluster, tmp_path, option)
+    ill = submit(cluster, tmp_path, option, overrides=["data=mnist", f"data.root={tmp_path}/none"])
+    cluster.wait(lambda: ended(cluster, well) and ended(cluster, ill), seconds=240)
+    said = (tmp_path / f"consensus-{well}.out").read_text()
+    assert "2 nodes meet at " in said
+    assert "consensus.doctor: 4 processes" in said
+    assert "after 3 iterations all ranks hold the same bits of u" in said
+    assert "FAULT" not in said
+    said = (tmp_path / f"consensus-{ill}.out").read_text()
+    assert f"MNIST is not in {tmp_path}/none/MNIST/raw" in said
+    assert "1 fault" in said
+
+
+def test_a_sweep_by_submitit_that_is_stopped_and_continued(cluster, tmp_path):
+    overrides = ["grid=smoke", "device=cpu", "output.tensorboard=false", "sweep.dir=many"]
+    overrides += [
+        "algorithm.iterations=2000",
+        "output.eval_every=500",
+        "output.checkpoint_every=100",
+    ]
+    overrides += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"]
+    command = [str(ROOT / "launch" / "slurm_sweep.sh"), *overrides]
+
+    def start():
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=cluster.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+
+    first = start()
+    many = tmp_path / "many"
+    cluster.wait(lambda: any(many.glob("*/metrics.jsonl")))
+    second = start()
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert "still in the queue: wait for them, or `scancel " in err
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert "consensus.sweep: stopped, the jobs " in err
+    cluster.wait(lambda: not cluster.queue())
+    states = [json.loads(path.read_text())["state"] for path in many.glob("*/status.json")]
+    assert "failed" not in states
+    assert "stopped" in states
+    third = start()
+    out, err = third.communicate(timeout=400)
+    assert third.returncode == 0, err
+    assert "\n4 done\n" in out
+    for run_dir in many.glob("potential=*"):
+        assert [row["iteration"] for row in rows(run_dir)] == list(range(500, 2001, 500))
+    assert (many / "report" / "table1.md").exists()

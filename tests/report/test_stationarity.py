@@ -1,0 +1,156 @@
+"""What measurements of stationarity look like to a reader: table, sentence, figure, pages."""
+
+import json
+import sys
+
+import pytest
+from matplotlib.image import imread
+
+from consensus.report import __main__ as report
+from consensus.report.stationarity import (
+    SERIES,
+    distance,
+    draw_stationarity,
+    measured,
+    stationarity_cells,
+    verdict,
+)
+
+
+def row(t, envelope, gaps, **others):
+    """A row as a run writes it; two workers with two layers, |u| = 10."""
+    found = {
+        "envelope_gradient": envelope,
+        "accuracy": 0.003,
+        "envelope_gradients": [envelope, envelope],
+        "consensus_residual": 0.5 * (envelope or 0.0),
+        "worker_residual": [1.0, 2.0],
+        "translation_gap": [4.0, 3.0],
+        "force": [6.0, 5.0],
+        "consensus_gap": gaps,
+        "u_norm": 10.0,
+    }
+    losses = dict.fromkeys(
+        ("objective", "train_loss", "train_error", "test_loss", "test_error"), 1.0
+    )
+    return {"iteration": t, "epoch": t / 10, **losses, "stationarity": found | others}
+
+
+PULLS = {"envelope_gradients": [0.5, 0.48]}
+APART = [
+    row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]),
+    row(20, 0.04, [[0.3, 0.4], [0.0, 0.1]], **PULLS),
+]
+NEAR = [APART[0], row(20, 0.04, [[3e-3, 4e-3], [0.0, 0.0]], **PULLS)]
+ONE = [row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]), row(20, 0.02, [[3e-3, 4e-3], [0.0, 1e-3]])]
+
+
+def plain(t):
+    return {key: value for key, value in row(t, 1.0, [[1.0]]).items() if key != "stationarity"}
+
+
+def test_only_runs_with_measurements_are_told_of():
+    runs = {"plain": [plain(1)], "some": [plain(1), APART[0], plain(15), APART[1]]}
+    assert measured(runs) == {"some": APART}
+
+
+def test_the_distance_is_that_of_the_farthest_copy():
+    assert [distance(r) for r in APART] == [0.5, 0.05]
+    assert [distance(r) for r in ONE] == pytest.approx([0.5, 5e-4])
+
+
+def test_the_table_has_the_largest_of_the_workers():
+    headings, cells = stationarity_cells({"name": APART})
+    assert dict(zip(headings, cells, strict=True)) == {
+        "run": "name",
+        "iteration": "20",
+        "|sum grad e f_j (u)|: first": "8",
+        "last": "0.04",
+        "±": "0.003",
+        "(5a)": "0.02",
+        "(5b)": "2",
+        "(9)": "4",
+        "force": "6",
+        "|u - z_j| / |u|": "0.05",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (ONE, "u = z_j: |u - z_j| is up to 5.0e-04 of |u|, and all f_j pull u the same way; "),
+        (
+            ONE[:1],
+            "u is not z_j yet: |u - z_j| is up to 5.0e-01 of |u|, but all f_j pull u the same way"
+            "; ",
+        ),
+        (
+            APART,
+            "u is not z_j: |u - z_j| is up to 5.0e-02 of |u|, since the f_j pull u apart: "
+            "|grad e f_j (u)| is up to 0.5; ",
+        ),
+        (  # a stiff coupling holds together what is pulled apart
+            NEAR,
+            "u is not z_j: |u - z_j| is up to 5.0e-04 of |u|, since the f_j pull u apart: "
+            "|grad e f_j (u)| is up to 0.5; ",
+        ),
+    ],
+    ids=["one", "not yet", "apart", "near"],
+)
+def test_the_verdict_says_whether_the_copies_are_one(rows, said):
+    last = rows[-1]["stationarity"]["envelope_gradient"]
+    assert verdict(rows) == f"{said}|sum grad e f_j (u)| from 8 to {last:g} ± 0.003"
+
+
+def test_numbers_that_overflowed_are_null_in_the_file_and_no_failure():
+    """JSON has no inf."""
+    bad = row(30, None, [[0.0, 1.0], [None, 1.0]], worker_residual=[1.0, None], u_norm=0.0)
+    assert verdict([*APART, bad]).startswith("whether u = z_j is not known")
+    assert stationarity_cells({"name": [bad]})[1].count("nan") == 4  # an envelope gradient twice
+
+
+def test_the_figure_has_a_panel_for_each_series(tmp_path):
+    draw_stationarity({"a": APART, "b": ONE}, tmp_path / "x.png")
+    assert imread(tmp_path / "x.png").shape == (1050, 1950, 4)
+    assert len(SERIES) == 6
+    draw_stationarity({"a": [row(1, 0.0, [[0.0]])]}, tmp_path / "zeros.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three runs: two that measured and one that did not."""
+    for name, rows in {"full": ONE, "skew": APART, "none": [plain(20)]}.items():
+        path = tmp_path / name
+        path.mkdir()
+        (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (path / "summary.json").write_text(json.dumps(rows[-1]))
+        (path / "config.yaml").write_text(
+            f"potential: {{name: quad}}\ndata: {{name: digits, partition: {name}}}\n"
+            "model: {name: lenet5}\nalgorithm: {name: consensus}\n"
+        )
+    return tmp_path
+
+
+def test_the_command_and_the_page_say_it(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["consensus.report", str(folder)])
+    report.main()
+    said = capsys.readouterr().out
+    assert f"full: {verdict(ONE)}" in said
+    assert f"skew: {verdict(APART)}" in said
+    assert "none:" not in said
+    page = (folder / "report" / "report.md").read_text()
+    assert "## Stationarity" in page
+    assert f"- `full`: {verdict(ONE)}" in page
+    assert "\\|sum grad e f_j (u)\\|: first" in page  # a bar would end the cell
+    assert (folder / "report" / "stationarity.png").exists()
+    assert (folder / "report_stationarity.png").exists()
+    table = (folder / "report" / "runs.csv").read_text().splitlines()
+    assert "stationarity.envelope_gradient" in table[0].split(",")
+    assert all(line.count(",") == table[0].count(",") for line in table)
+
+
+def test_without_measurements_nothing_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["consensus.report", str(folder / "none")])
+    report.main()
+    assert "stationarity" not in capsys.readouterr().out
+    assert not (folder / "none" / "report_stationarity.png").exists()

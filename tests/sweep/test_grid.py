@@ -1,0 +1,149 @@
+"""Grids and command lines, against the runs that they mean, written out by hand."""
+
+from itertools import product
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.sweep.grid import LONGEST_NAME, check, read_sweep, register_sweep_schema
+
+POTENTIALS = ["quad", "cubic", "tan", "tan_sep", "log", "log_sep"]
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    register_schema()
+    register_sweep_schema()
+    with initialize_config_dir(config_dir(), version_base="1.3", job_name="sweep"):
+        yield
+
+
+def runs(*arguments):
+    return [
+        dict(text.split("=", 1) for text in cell.overrides) for cell in read_sweep(arguments).cells
+    ]
+
+
+def test_table_1_is_432_configurations():
+    found = runs("grid=table1")
+    tied = "$\\{algorithm.sigma\\}"  # as Hydra's parser prints it
+    expected = [
+        {
+            "experiment": "table1_cell",
+            "potential": potential,
+            "potential.eta": eta,
+            "algorithm.lam": lam,
+            "algorithm.sigma": sigma,
+            "algorithm.tau": tied,
+            "algorithm.momentum": momentum,
+        }
+        for potential, eta, lam, sigma, momentum in product(
+            POTENTIALS,
+            ["0.5", "1.0", "2.0"],
+            ["0.1", "0.05", "0.025", "0.01", "0.005", "0.0025"],
+            ["0.001", "0.005"],
+            ["0.9", "0.99"],
+        )
+    ]
+    assert found == expected
+    assert len(found) == 432
+    config = to_config(
+        compose("train", overrides=["algorithm.sigma=0.25", f"algorithm.tau={tied}"])
+    )
+    assert config.algorithm.tau == 0.25
+
+
+def test_figure_1_has_both_panels_and_momentum_sgd():
+    found = [
+        (r["experiment"], r.get("potential", r.get("algorithm"))) for r in runs("grid=figure1")
+    ]
+    both = ["figure1_4", "figure1_8"]
+    assert found == [*product(both, POTENTIALS), *product(both, ["msgd"])]
+
+
+@pytest.mark.parametrize("grid", ["table1", "table1_small", "figure1", "conventions", "smoke"])
+def test_every_grid_is_one_of_valid_runs_with_names_of_their_own(grid):
+    sweep = read_sweep([f"grid={grid}"])
+    check(sweep)
+    assert str(sweep.path) == f"runs/{grid}"
+    names = [cell.name for cell in sweep.cells]
+    assert len(set(names)) == len(names)
+    assert len(names) > 1
+
+
+def test_the_command_line_replaces_what_a_grid_says():
+    found = runs("grid=smoke", "seed=3", "algorithm.lam=range(1,3)", "+data.options.x=1")
+    assert [(r["potential"], r["algorithm.lam"], r["seed"]) for r in found] == [
+        (potential, lam, "3") for potential, lam in product(["quad", "tan"], ["1", "2"])
+    ]
+    assert all(r["+data.options.x"] == "1" for r in found)
+
+
+def test_without_a_grid():
+    sweep = read_sweep(["potential=quad,tan", "model.options.hidden=[8],[8,8]", "model=mlp"])
+    assert str(sweep.path) == "runs/sweep"
+    assert [cell.overrides for cell in sweep.cells] == [
+        (f"potential={p}", f"model.options.hidden={h}", "model=mlp")
+        for p, h in product(["quad", "tan"], ["[8]", "[8,8]"])
+    ]
+    assert [cell.overrides for cell in read_sweep([]).cells] == [()]
+
+
+def test_names_say_what_varies():
+    sweep = read_sweep(["potential=quad,tan", "algorithm.lam=0.1,0.2", "seed=4"])
+    assert [cell.name for cell in sweep.cells] == [
+        f"potential={p},lam={lam}" for p, lam in product(["quad", "tan"], ["0.1", "0.2"])
+    ]
+    (cell,) = read_sweep(["seed=4"]).cells
+    assert cell.name == "run"
+    two = read_sweep(["algorithm.schedule.tau.name=a,b", "algorithm.schedule.sigma.name=c,d"])
+    first = two.cells[0].name
+    assert first == "algorithm.schedule.tau.name=a,algorithm.schedule.sigma.name=c"
+
+
+def test_names_are_names_of_directories_and_never_the_same():
+    long = ",".join("x" * 300 + end for end in "ab")
+    odd = "'a/b','a-b','../c'"
+    for values in (long, odd):
+        names = [cell.name for cell in read_sweep([f"output.name={values}"]).cells]
+        assert len(set(names)) == len(names) > 1
+        assert all(len(name) <= LONGEST_NAME and "/" not in name for name in names)
+        assert not any(name.startswith(".") for name in names)
+
+
+def test_equal_runs_are_one():
+    assert len(read_sweep(["seed=1,1,2"]).cells) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["grid=table2"],
+            "`grid` is table2; allowed: conventions, figure1, implicit, smoke, table1, ",
+        ),
+        (["potential="], "`potential` is nothing; allowed: a value, or values between commas"),
+        (["potential=quad,,tan"], "`potential` is quad,,tan; allowed: a value, or values between"),
+        (["potential=quad,tann"], "`potential` is tann; allowed: cubic, log"),
+        (["grid=smoke", "potential.etta=1"], "unknown key `potential.etta` (did you mean `eta`?)"),
+        (["algorithm.lam=0.1,-1"], "`algorithm.lam` is -1.0; allowed: "),
+        (["grid=smoke", "workers=3,4", "sweep.processes=2"], "`sweep.processes` is 2; allowed: a "),
+        (["sweep.jobs=0"], "`sweep.jobs` is 0; allowed: a whole number >= 1"),
+        (["sweep.processes=0"], "`sweep.processes` is 0; allowed: a whole number >= 1"),
+        (["sweep.dir=''"], "`sweep.dir` is ; allowed: a path or null"),
+        (["sweep.job=2"], "unknown key `sweep.job`; allowed in `sweep`: sweep.dir, sweep.jobs"),
+        (["output.run_dir=a"], "`output.run_dir` is set; allowed: nothing here"),
+        (["resume=auto"], "`resume` is set; allowed: nothing here"),
+        (["grid=without_parts"], "`grid.parts` is []; allowed: at least one part"),
+        (["grid=without_seeds"], "`grid: seed` is []; allowed: at least one value"),
+    ],
+)
+def test_bad_grids_are_refused_in_one_line(arguments, line):
+    store = ConfigStore.instance().store
+    store(group="grid", name="without_parts", node={"parts": []})
+    store(group="grid", name="without_seeds", node={"parts": [{"seed": []}]})
+    with pytest.raises(REFUSALS) as caught:
+        check(read_sweep(arguments))
+    assert explain(caught.value).startswith(line)

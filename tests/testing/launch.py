@@ -1,0 +1,225 @@
+"""The ranks of the command without torchrun: real processes that start in milliseconds.
+
+Starting a process costs 5 s of CPU for imports. Here one server process (multiprocessing's
+forkserver) imports everything once and forks the ranks. Forking a process that has threads would be
+unsound; this one has none, and every rank checks that before it does anything.
+
+`Ranks` plays torchrun's part: it keeps the store at which the ranks meet, on a port that the kernel
+chose and that it holds, tells each rank its place in the environment, and kills what is left.
+Unlike torchrun it does not end the others when a rank fails, as in a job over several nodes.
+"""
+
+import functools
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+PRELOAD = [
+    "consensus.train",
+    "hydra.core.override_parser.overrides_parser",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch._inductor",  # torch.use_deterministic_algorithms imports it
+    "torch.distributed.checkpoint",
+    "torch.utils.tensorboard",
+]
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RanksError(AssertionError):
+    """Ranks did not end in time; the message says which, and what they said."""
+
+
+class Ranks:
+    """`size` processes on this machine, each of them `python -m consensus.train OVERRIDES`.
+
+    A context manager: at its end no process of it is left, whatever happened.
+
+    Args:
+        size: Number of processes.
+        overrides: The arguments of the command.
+        cwd: Where it runs; what the ranks say goes to files there, one pair for each rank.
+        env: What differs in the environment of the ranks; PYTHONPATH is searched first. The
+            checkout is on their path as it is on ours, so `plugins=[tests.testing.faults]` works.
+        attempt: Torchrun's restarts before this start.
+
+    Attributes:
+        pids: The processes, by rank.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        overrides: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        attempt: int = 0,
+    ) -> None:
+        self.size, self.cwd = size, cwd
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[Any] = []
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in PLACE and not name.startswith("TORCHELASTIC_")
+        }
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and outlives rank 0
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }
+        context = _server()
+        try:
+            for rank in range(size):
+                place = {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(size),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(size),
+                }
+                environment = kept | {"OMP_NUM_THREADS": "1"} | meeting | place | dict(env or {})
+                files = [self._file(rank, stream) for stream in ("out", "err")]
+                process = context.Process(
+                    target=_be_rank, args=(list(overrides), cwd, environment, files), daemon=True
+                )
+                process.start()
+                self._processes.append(process)
+        except BaseException:
+            self.close()
+            raise
+        self.pids = [process.pid for process in self._processes]
+
+    def wait(self, timeout: float) -> list[int]:
+        """The exit codes by rank, once all have ended; -9 is a SIGKILL.
+
+        Raises:
+            RanksError: If they have not after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = self.codes
+        if None in codes:
+            late = [rank for rank, code in enumerate(codes) if code is None]
+            said = "\n".join(f"rank {rank}: {self.err(rank)}" for rank in range(self.size))
+            raise RanksError(f"ranks {late} have not ended in {timeout} s\n{said}")
+        return [code for code in codes if code is not None]
+
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit codes by rank, None for those that run."""
+        return [process.exitcode for process in self._processes]
+
+    @property
+    def ended(self) -> bool:
+        """Whether a rank has ended."""
+        return bool(wait([process.sentinel for process in self._processes], timeout=0))
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL, as the kernel's out-of-memory killer sends it; nothing if the rank has ended."""
+        self._processes[rank].kill()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every rank that runs."""
+        for process in self._processes:
+            process.kill()
+
+    def out(self, rank: int) -> str:
+        """What a rank has written to stdout."""
+        return self._read(rank, "out")
+
+    def err(self, rank: int) -> str:
+        """What a rank has written to stderr."""
+        return self._read(rank, "err")
+
+    def lines(self, rank: int) -> list[str]:
+        """What the command itself says on stderr."""
+        lines = self.err(rank).splitlines()
+        return [line for line in lines if line.startswith("consensus.train:")]
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        self.kill_all()
+        for process in self._processes:
+            process.join()
+        del self._store
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _file(self, rank: int, stream: str) -> Path:
+        return self.cwd / f"rank{rank}.{stream}"
+
+    def _read(self, rank: int, stream: str) -> str:
+        path = self._file(rank, stream)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+@functools.cache
+def _server() -> Any:
+    """The context whose processes are forks of the server, which starts now."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # It takes its path and the number of its threads from the environment that it is born into.
+    born = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in born}
+    os.environ |= born
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    return context
+
+
+def _be_rank(
+    overrides: list[str], cwd: Path, environment: dict[str, str], files: list[Path]
+) -> None:
+    for number, path in enumerate(files, start=1):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(handle, number)
+        os.close(handle)
+    threads = os.listdir(f"/proc/{os.getppid()}/task")
+    assert len(threads) == 1, f"the server has {len(threads)} threads: forks of it are unsound"
+    assert set(sys.modules) >= set(PRELOAD), "the server has not imported what it should have"
+    threading.Thread(target=_end_with_the_tests, name="end-with-the-tests", daemon=True).start()
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ |= environment
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    os.chdir(cwd)
+    sys.argv = ["consensus.train", *overrides]
+    from consensus.train import main  # imported already; here, so that nothing else imports it
+
+    main()
+
+
+def _end_with_the_tests() -> None:
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
