@@ -12,8 +12,8 @@ Three questions, each with a table:
              of all workers in one pass, the convolutions grouped or as products of matrices,
              which sums in another order.
     vector   lines 3 and 6 alone on vectors of n coordinates, each potential of Table 2, by the
-             operations of torch, by the kernels of core/fused.py, and by what torch.compile makes
-             of those operations: bytes per second beside those of a copy.
+             operations of torch, by those of core/kernels/triton.py, and by what torch.compile
+             makes of those operations: bytes per second beside those of a copy.
     models   --models: one worker with a model as large as ResNet-50 or GPT-2 small; its step
              without coupling, and with quad and tan. In float32 with torch's defaults: in lower
              precision the gradients take less time, and the coupling a larger share of it.
@@ -25,9 +25,9 @@ Data flow: a function per table builds the problem, hands a callable to `median_
 rows. Times are medians over blocks of calls; on a GPU between two events on its stream, which hold
 the time in which the device waits for the host.
 
-Bytes. The table has what the kernels of core/fused.py read and write, counted there, over the
-measured time, also where the operations of torch do the same in more passes. What fits into a cache
-can surpass 100 % of the copy.
+Bytes. The table has what the kernels of core/kernels/triton.py read and write, counted there, over
+the measured time, also where the operations of torch do the same in more passes. What fits into a
+cache can surpass 100 % of the copy.
 """
 
 import argparse
@@ -52,6 +52,7 @@ from torch.profiler import ProfilerActivity, profile
 from consensus import POTENTIALS, Layerwise, Radial
 from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Solo
+from consensus.core.kernels.plain import Plain
 from consensus.problem import (
     Batch,
     BatchedRisk,
@@ -177,7 +178,7 @@ VARIANTS = (
     ("grouped", "graph"),
     ("products", "graph"),
 )
-"""Gradients and mode: without the kernels of core/fused.py, with them, and replayed."""
+"""Gradients and mode: without the kernels of core/kernels/triton.py, with them, and replayed."""
 
 
 def lenet5(
@@ -198,7 +199,7 @@ def lenet5(
         potential: A name in POTENTIALS.
         gradients: A name in GRADIENTS.
         num_images: N.
-        fused: Whether a GPU uses the kernels of core/fused.py.
+        fused: Whether a GPU uses the kernels of core/kernels/triton.py.
         batch_size: B.
         dtype: Of images and parameters.
         eta: Width of the potential.
@@ -215,8 +216,8 @@ def lenet5(
     phi = Layerwise(POTENTIALS[potential], risk.layout.layers, eta)
     z = u.expand(WORKERS, -1)
     return Consensus(
-        Server(u, phi, Solo(device), fused=fused),
-        Worker(z, oracle, phi, kappa=KAPPA, nu=NU, fused=fused),
+        Server(u, phi, Solo(device), None if fused else Plain(phi, u)),
+        Worker(z, oracle, phi, kappa=KAPPA, nu=NU, kernel=None if fused else Plain(phi, u)),
         tau=TAU,
         sigma=SIGMA,
         lam=LAM,
@@ -328,7 +329,7 @@ class Coupling:
         n: The number of coordinates, in layers of equal size.
         kind: `Layerwise` as a run has it, or `Unbranched` where no number may go to the host.
         num_layers: L.
-        fused: Whether a GPU uses the kernels of core/fused.py.
+        fused: Whether a GPU uses the kernels of core/kernels/triton.py.
 
     Attributes:
         lines: "line 3" and "line 6", each a call without arguments.
@@ -352,9 +353,11 @@ class Coupling:
         z = torch.randn(1, n, generator=random, device=device).mul_(0.3 * math.sqrt(num_layers / n))
         z += u
         self.phi = phi
-        self.server = Server(u, phi, Solo(device), fused=fused)
+        self.server = Server(u, phi, Solo(device), None if fused else Plain(phi, u))
         oracle = cast(Oracle, None)  # nothing is drawn
-        self.worker = Worker(z, oracle, phi, kappa=KAPPA, nu=NU, fused=fused)
+        self.worker = Worker(
+            z, oracle, phi, kappa=KAPPA, nu=NU, kernel=None if fused else Plain(phi, u)
+        )
         self.delta = torch.randn(1, n, generator=random, device=device).mul_(1e-3)
         self.lines: dict[str, Call] = {"line 3": self.line_3, "line 6": self.line_6}
 
@@ -369,7 +372,7 @@ class Coupling:
 
 
 def vectors_moved(phi: Layerwise, line: str, num_workers: int = 1) -> int:
-    """Vectors of n coordinates that the kernels read or write; counted in core/fused.py."""
+    """n-vectors that the kernels read or write; counted in core/kernels/triton.py."""
     k = num_workers
     norms = isinstance(phi.size, Radial) and phi.profile.slope is None
     if line == "line 3":

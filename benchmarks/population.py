@@ -15,7 +15,7 @@ S configurations of M = 4 workers, batch 20, on images of noise. For each potent
                 products and convolutions of forward and backward passes, as torch counts them, over
                 the rate of one large product of matrices, in the precision that convolutions have
                 (TF32 on a GPU, where torch's default allows it). Bytes of lines 3, 5 and 6, each
-                vector read and written as often as core/fused.py says and activations not counted,
+                vector read and written as often as in core/kernels/triton.py, without activations,
                 over the bandwidth of a copy.
 
 Data flow: one problem for all; `Population` or `Consensus` of it is stepped by `median_ms` of

@@ -1,8 +1,8 @@
 """Algorithm 1 on one screen, and the baselines that share its parts.
 
-Data flow: `Consensus.step` asks the server to begin the all-reduce of line 3, has the workers
-draw and differentiate meanwhile, lets the server move u, and the workers move z. The sum of forces
-and the minibatch gradients depend on z^t only, so hiding the communication changes no iterate.
+Data flow: `Consensus.step` begins the all-reduce of line 3, draws minibatches and computes their
+gradients meanwhile, then moves u and the z_j. The sum of forces and the minibatch gradients depend
+on z^t only, so hiding the communication changes no iterate.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ StepSize = Scalar | Callable[[int], Scalar]
 
 
 class Algorithm(ABC):
-    """What the trainer sees: a step, the consensus variable, and the state behind it.
+    """Interface of the trainer: a step, the consensus variable, and the state behind it.
 
     Attributes:
         worker: The K workers of this process.
@@ -42,9 +42,9 @@ class Algorithm(ABC):
         """Iteration t = 0, 1, ... on every rank."""
 
     @property
-    def explicit(self) -> bool:
-        """Whether every line is one formula, and none the solution of an equation."""
-        return self.worker.coupling == "explicit"
+    def closed_form(self) -> bool:
+        """Whether no line solves an equation by iterations that the host controls."""
+        return self.worker.kernel.closed_form
 
     @property
     @abstractmethod
@@ -53,28 +53,28 @@ class Algorithm(ABC):
 
     @property
     def cuts(self) -> Tensor:
-        """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
+        """The numbers of cuts of s_u and of the s_j of this process. -> int64 (2,)."""
         cuts = self.worker.cuts.sum()
         return torch.stack([torch.zeros_like(cuts), cuts])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that survives an iteration; all else is a function of t, seed and config.
+        """The state that survives an iteration; all else is a function of t, seed and config.
 
-        Keys `worker/...` have a row for each worker of this process, (K, ...); whatever else there
-        is, is equal on all ranks. Not copies: the next step may change them.
+        Keys `worker/...` have a row for each worker of this process, (K, ...); all others are equal
+        on all ranks. The tensors are not copies: the next step may change them.
         """
         return {f"worker/{key}": rows for key, rows in self.worker.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from copies of what `state_dict` returned, on any device."""
+        """Continue from copies of a `state_dict`, on any device."""
         self.worker.load_state_dict(part_of(state, "worker"))
 
     @abstractmethod
     def verify(self) -> int:
-        """Check what must hold on all ranks, and return the digest of u.
+        """Check the invariants of all ranks; return the digest of u.
 
         Raises:
-            GroupError: If it does not hold, on every rank.
+            GroupError: On every rank, if one is violated.
         """
 
 
@@ -139,7 +139,7 @@ class Consensus(Algorithm):
     def step_alone(self, t: int) -> None:
         """An iteration between two communications: lines 4 to 6 without the coupling.
 
-        The line search still holds every z_j inside the domain around the u that stands still.
+        The line search keeps every z_j inside the domain around the unchanged u.
         """
         sigma = value_at(self.sigma, t)
         delta = self.worker.gradient(self.worker.draw())
@@ -154,18 +154,18 @@ class Consensus(Algorithm):
     def lam_at_rest(self, t: int) -> Scalar:
         """The lam for which (15) is stationary where the z_j and u no longer move.
 
-        Momentum adds up the loss 1 / (1 - kappa) times. A coupling that acts outside the velocity
-        is added once: at rest (1 - kappa) v = -sigma grad f_j and v = -(sigma / lam) grad phi, so
-        grad f_j = ((1 - kappa) / lam) grad phi(u - z_j). And it acts in every `period`-th iteration
-        only, the loss in all; for small sigma that is a mean over them.
+        Momentum accumulates the loss 1 / (1 - kappa) times. A coupling outside the velocity is
+        added once: at rest (1 - kappa) v = -sigma grad f_j and v = -(sigma / lam) grad phi, so
+        grad f_j = ((1 - kappa) / lam) grad phi(u - z_j). The coupling acts in every `period`-th
+        iteration only and the loss in all of them; for small sigma the ratio is the period.
         """
         lam = value_at(self.lam, t) * self.period
         return lam / (1.0 - self.worker.kappa) if self.worker.momentum_on == "loss" else lam
 
     @property
-    def explicit(self) -> bool:
-        """Whether every line is one formula, and none the solution of an equation."""
-        return super().explicit and self.server.update == "gradient"
+    def closed_form(self) -> bool:
+        """Whether no line solves an equation by iterations that the host controls."""
+        return super().closed_form and self.server.kernel.closed_form
 
     @property
     def u(self) -> Tensor:
@@ -174,26 +174,29 @@ class Consensus(Algorithm):
 
     @property
     def cuts(self) -> Tensor:
-        """How often the line search cut s_u and the s_j of this process. -> int64 (2,)."""
+        """The numbers of cuts of s_u and of the s_j of this process. -> int64 (2,)."""
         return torch.stack([self.server.cuts, self.worker.cuts.sum()])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that survives an iteration: the workers, and `server/...`."""
+        """The state that survives an iteration: the workers, and `server/...`."""
         server = {f"server/{key}": value for key, value in self.server.state_dict().items()}
         return super().state_dict() | server
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from copies of what `state_dict` returned, on any device."""
+        """Continue from copies of a `state_dict`, on any device."""
         super().load_state_dict(state)
         self.server.load_state_dict(part_of(state, "server"))
 
     def verify(self) -> int:
-        """Replicas of u agree bit for bit, every u - z_j is feasible; returns the digest of u."""
+        """Check that replicas of u agree bit for bit and that every u - z_j is feasible."""
         self.require_feasible()
         return self.server.verify_replicas()
 
     def require_feasible(self) -> None:
-        """Raise on all ranks if a u - z_j is not strictly inside dom phi. No collective without."""
+        """Raise on all ranks if a u - z_j is not strictly inside dom phi.
+
+        No collective where the domain is unbounded.
+        """
         if not self.phi.bounded:
             return
         w = torch.sub(self.u, self.worker.z, out=self.worker.scratch)
@@ -230,7 +233,7 @@ class Msgd(Algorithm):
         return self.worker.z[0]
 
     def verify(self) -> int:
-        """Nothing to compare: one process holds the one copy."""
+        """The digest of u; one process holds the only copy."""
         return int(digest(self.u))
 
 

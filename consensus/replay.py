@@ -1,15 +1,15 @@
-"""Iterations of one process on a GPU, recorded once as a CUDA graph and replayed.
+"""CUDA graphs of one process: an iteration is recorded once and then replayed.
 
-`Replay` is for a run; a population records itself, by `Kinds`.
+`Replay` serves a run; a population uses `RecordedCalls` itself.
 
 With a model as small as LeNet-5 an iteration is some hundred kernels of a few microseconds, and
-Python takes ten times as long to launch them as they take to run. A replay launches them all at
-once. What differs from one iteration to the next lies in memory that the host fills before: the
+Python takes ten times as long to launch them as they take to run. A replay launches all of them at
+once. The numbers that differ between iterations lie in memory that the host fills before: the
 indices of the minibatches, t, and the step sizes that follow a schedule.
 
-The first iterations run as they are, since libraries set themselves up in them; recording runs
-nothing. The workers' gradients become branches of the graph, which run side by side. So the same
-operations happen in both ways to run, each worker's in the same order.
+The first iterations run eagerly, because libraries initialize themselves in them; recording
+executes nothing. The workers' gradients become parallel branches of the graph. Both modes execute
+the same operations, each worker's in the same order.
 """
 
 import gc
@@ -26,33 +26,33 @@ from consensus.problem import Batch, MinibatchRisk
 
 Call = Callable[[], object]
 Record = Callable[[Call], Call]
-"""Takes a function without running it, and returns what does the same on the same memory."""
+"""Records a function without running it; returns a function that replays it on the same memory."""
 
 WARM_UP = 3
-"""Iterations of each kind that run as they are."""
+"""Eager calls of each kind before its recording."""
 
 
-def why_not(algorithm: Algorithm, processes: int) -> str | None:
-    """What stands in the way of replaying its steps; None if nothing does."""
+def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
+    """The reason why the steps of an algorithm cannot be replayed; None if they can."""
     if algorithm.u.device.type != "cuda":
         return "the device is no GPU"
     if processes > 1:
         return f"there are {processes} processes, and their messages are not recorded"
-    if not algorithm.explicit:
-        return "its equations are solved until numbers on the host say so"
+    if not algorithm.closed_form:
+        return "the solver checks convergence on the host"
     oracle = algorithm.worker.oracle
     if not isinstance(oracle, MinibatchRisk):
-        return f"{type(oracle).__name__} does not say which samples a minibatch has"
+        return f"{type(oracle).__name__} does not provide the indices of its minibatches"
     if oracle.model_draws:
-        return "the model draws random numbers (dropout)"
+        return "the model draws random numbers, such as dropout"
     return None
 
 
 def cuda_graph(step: Call) -> Call:
-    """Record a step that reads no number of the device on the host; what is replayed is one launch.
+    """Record a step as a CUDA graph; the step must read no device number on the host.
 
     Raises:
-        RuntimeError: If the step does something that cannot be recorded.
+        RuntimeError: If the step contains an operation that cannot be recorded.
     """
     gc.collect()  # a tensor that is freed while recording could end the recording
     graph = torch.cuda.CUDAGraph()
@@ -61,27 +61,27 @@ def cuda_graph(step: Call) -> Call:
     return graph.replay
 
 
-class Kinds:
-    """Calls of a few kinds that are run at first, then recorded, and replayed from then on.
+class RecordedCalls:
+    """Calls of a few kinds: the first of each kind run eagerly, the later ones are replayed.
 
     Args:
-        record: What records a call; None: nothing is recorded.
-        refused: Gets a line if a call cannot be recorded; all then run as they are.
+        record: Records a call; None: nothing is recorded.
+        refused: Receives a line if a call cannot be recorded; all calls then run eagerly.
 
     Attributes:
-        plain: Whether nothing is recorded.
+        eager: Whether nothing is recorded.
     """
 
     def __init__(self, record: Record | None, refused: Callable[[str], None]) -> None:
         self._record = record
         self._refused = refused
-        self.plain = record is None
+        self.eager = record is None
         self._done: dict[Hashable, int] = {}
         self._replays: dict[Hashable, Call] = {}
 
     def __call__(self, kind: Hashable, run: Call) -> None:
-        """Run a call, or replay what it does."""
-        if kind not in self._replays and not self.plain:
+        """Run a call, or its replay."""
+        if kind not in self._replays and not self.eager:
             done = self._done.setdefault(kind, 0)
             self._done[kind] += 1
             if done == WARM_UP:
@@ -94,8 +94,8 @@ class Kinds:
             self._replays[kind] = self._record(run)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
-            self._refused(f"cuda_graph: an iteration cannot be recorded ({first_line}); none is")
-            self.plain = True
+            self._refused(f"CUDA graph capture failed ({first_line}); running without it")
+            self.eager = True
             self._replays.clear()
 
 
@@ -105,13 +105,13 @@ class Replay:
     There are two kinds, iterations with and without coupling (`period`).
 
     Args:
-        algorithm: For which `why_not` has no answer.
-        after: Belongs to every iteration and is recorded with it; gets t, a number or an int64
-            tensor ().
-        record: What records a step.
-        refused: Gets a line if a step cannot be recorded, as with a model that reads a number on
-            the host; the iterations then run as they are.
-        side_by_side: Whether the gradients of the workers are branches of the graph.
+        algorithm: One without an `obstacle_to_replay`.
+        after: Called at the end of every iteration and recorded with it, with t as a number or an
+            int64 tensor ().
+        record: Records a step.
+        refused: Receives a line if a step cannot be recorded, such as that of a model that reads a
+            number on the host; the iterations then run eagerly.
+        side_by_side: Whether the gradients of the workers are parallel branches of the graph.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Replay:
         side_by_side: bool = True,
     ) -> None:
         oracle = algorithm.worker.oracle
-        assert isinstance(oracle, MinibatchRisk), why_not(algorithm, 1)
+        assert isinstance(oracle, MinibatchRisk), obstacle_to_replay(algorithm, 1)
         device = algorithm.u.device
         self.algorithm = algorithm
         self.oracle = oracle
@@ -143,11 +143,11 @@ class Replay:
         self._sizes = {
             name: torch.zeros((), dtype=torch.float64, device=device) for name in self._schedules
         }
-        self._kinds = Kinds(self._record, refused)
+        self._calls = RecordedCalls(self._record, refused)
 
     def step(self, t: int) -> None:
         """Iteration t."""
-        if self._kinds.plain:
+        if self._calls.eager:
             self.algorithm.step(t)
             if self.after is not None:
                 self.after(t)
@@ -156,7 +156,7 @@ class Replay:
         self._t.fill_(t)
         for name, schedule in self._schedules.items():
             self._sizes[name].fill_(schedule(t))
-        self._kinds(t % self.period == 0, lambda: self._run(t))
+        self._calls(t % self.period == 0, lambda: self._run(t))
 
     def _record(self, run: Call) -> Call:
         before = self._addresses()
@@ -176,7 +176,7 @@ class Replay:
 
     @contextmanager
     def _from_memory(self) -> Iterator[None]:
-        """Have the algorithm read its minibatches and scheduled sizes where `step` puts them."""
+        """Let the algorithm read its minibatches and scheduled sizes from the memory of `step`."""
         worker = self.algorithm.worker
         worker.oracle = _Resident(self.oracle, self._index)
         for name, size in self._sizes.items():
@@ -194,11 +194,11 @@ class Replay:
 
 
 _DRAWN = "worker/oracle"
-"""What an oracle says of its draws is made anew each time it is asked."""
+"""Prefix of the state of an oracle's draws, which is made anew at each call."""
 
 
 class _Resident:
-    """An oracle whose minibatches are what the buffer says."""
+    """Oracle whose minibatches are given by an index buffer."""
 
     def __init__(self, oracle: MinibatchRisk, index: Tensor) -> None:
         self._oracle, self._index = oracle, index

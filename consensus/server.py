@@ -1,13 +1,13 @@
 """The consensus server: u, and line 3 of Algorithm 1 over a group.
 
 Data flow of one iteration: every rank sums grad phi(u - z_j) over its own workers, one all-reduce
-adds the ranks up (while the minibatch gradients are computed), every rank applies the same update
-to its own copy of u. Rank 0's copy is the one that is evaluated and saved; the others are checked
-against it, bit for bit.
+adds the sums of all ranks (hidden by the minibatch gradients), and every rank applies the same
+update to its replica of u. Rank 0's replica is evaluated and saved; the others are compared with it
+bit for bit.
 
 With a bounded domain the ranks also agree on the smallest feasible step. On the CPU the all-reduce
-carries how far each rank's u - z_j are from 0, which settles it nearly always; a second collective
-is left for the times near the boundary.
+carries the reach of each rank's u - z_j, which decides nearly every step. A second collective is
+left for steps near the boundary.
 """
 
 from dataclasses import dataclass
@@ -17,27 +17,20 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError, Pending
 from consensus.core.flat import Scalar
+from consensus.core.kernels import ConsensusKernel, choose_kernel
 from consensus.core.layerwise import Layerwise
-from consensus.core.lines import lines_for, shared_by_all
-from consensus.core.mean import phi_mean
-from consensus.core.updates import consensus_direction
-
-U_UPDATES = ("gradient", "exact")
-EXACT = {torch.float32: 1e-5, torch.float64: 1e-9}
-"""How far the forces may be from their balance, as a part of their sum, in an exact update."""
 
 
 @dataclass
 class PendingForce:
-    """sum_j grad phi(u - z_j) on its way, and the z_j it belongs to.
+    """sum_j grad phi(u - z_j), on its way.
 
     Attributes:
-        force: Its handle; a tensor (n,), with the reach of each rank behind it on the CPU. None
-            where u is not moved by it.
-        z: (K, n) for the line search.
+        force: The handle of the sum: a tensor (n,), followed by the reach of each rank on the CPU.
+        z: The z_j of this rank. (K, n)
     """
 
-    force: Pending | None
+    force: Pending
     z: Tensor
 
 
@@ -48,38 +41,25 @@ class Server:
         u: The start, equal on all ranks; a copy is taken. (n,)
         phi: The layer-wise potential (18).
         group: The processes of the run.
-        update: "gradient": line 3; "exact": the minimizer (14a) in its place, which costs several
-            sums that nothing hides, and needs no tau.
-        fused: Whether large vectors, and those on a GPU, go the ways of core/lines.py, equal up to
-            rounding.
+        kernel: Line 3; None: the fastest implementation.
 
     Attributes:
         u: The consensus variable. (n,)
         step: s_u of the last iteration, a tensor () on the device; 1 unless phi is bounded.
-        cuts: How often s_u was below 1, likewise.
+        cuts: The number of iterations with s_u < 1, likewise.
     """
 
     def __init__(
-        self,
-        u: Tensor,
-        phi: Layerwise,
-        group: Group,
-        *,
-        update: str = "gradient",
-        fused: bool = True,
+        self, u: Tensor, phi: Layerwise, group: Group, kernel: ConsensusKernel | None = None
     ) -> None:
-        assert update in U_UPDATES, update
         self.u = u.clone()
         self.phi = phi
         self.group = group
-        self.update = update
+        self.kernel = choose_kernel(phi, u) if kernel is None else kernel
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
-        # On the CPU a branch is free and a collective is not; on a GPU it is the other way round.
-        branches = phi.bounded and u.device.type == "cpu"
-        self._slot = len(phi.reach(u)) if branches else 0  # numbers that tell a rank's reach
-        self._sum = group.repeated_sum(len(u) + group.size * self._slot, u)
-        self._lines = lines_for(phi, u) if fused else None
+        size = self.kernel.force_size + group.size * self.kernel.reach_size
+        self._sum = group.repeated_sum(size, u)
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).
@@ -88,82 +68,35 @@ class Server:
             z: (K, n)
             scratch: Memory like z that may be overwritten.
         """
-        if self.update == "exact":
-            return PendingForce(None, z)
-        n = len(self.u)
-        message = self._sum.message
-        if self._lines is not None:
-            reach = self._lines.forces(self.u, z, out=message[:n])
-        else:
-            w, reach = torch.sub(self.u, z, out=scratch), None
-            if self._slot:
-                force, reach = self.phi.grad_and_reach_(w)
-            else:
-                force = self.phi.grad_(w)
-            torch.sum(force, 0, out=message[:n])
-        if self._slot:
-            # A sum of one rank's numbers and the others' zeros: everyone learns everyone's reach.
-            assert reach is not None
-            slots = message[n:].zero_().view(self.group.size, self._slot)
-            slots[self.group.rank] = reach.amax(0)
+        force, reaches = self._sum.message.tensor_split([self.kernel.force_size])
+        reach = self.kernel.forces(self.u, z, force, scratch)
+        if reach is not None:
+            # A sum of one rank's numbers and the others' zeros: every rank gets every reach.
+            reaches.zero_().view(self.group.size, -1)[self.group.rank] = reach.amax(0)
         return PendingForce(self._sum.start(), z)
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
-        """Line 3, second half: wait, cut the step, move u in place. Returns u+ (n,).
+        """Line 3, second half: wait, then u -= s_u t_u force in place. Returns u+ (n,).
 
         Args:
-            pending: What `start` returned; neither u nor z has changed since.
+            pending: The result of `start`; neither u nor z has changed since.
             t_u: tau or tau / lam.
         """
-        if pending.force is None:
-            tolerance = EXACT[self.u.dtype]
-            self.u.copy_(
-                phi_mean(
-                    self.phi,
-                    pending.z,
-                    self.u,
-                    total=self.group.sum_,
-                    smallest=self.group.min_,
-                    tolerance=tolerance,
-                ).u
-            )
-            self.step.fill_(1.0)
-            return self.u
-        force, reaches = pending.force.wait().tensor_split([len(self.u)])
-        if self._lines is not None and shared_by_all(t_u):
-            if self.phi.bounded:
-                reach = reaches.view(-1, self._slot).amax(0) if self._slot else None
-                agreed = self._lines.consensus_step(self.u, pending.z, force, t_u, self.step, reach)
-                if not agreed:
-                    self.group.min_(self.step)
-            self._lines.move_consensus(self.u, force, t_u, self.step, self.cuts)
-            return self.u
-        d = consensus_direction(force, t_u, out=self._sum.message[: len(self.u)])
-        if self.phi.bounded and not self._sure_of(reaches, d):
-            # The smallest s_u over all workers: safe for each of them, since dom phi is convex.
-            s = self.phi.feasible_step(self.u - pending.z, d, self.u).amin()
-            self.step.copy_(self.group.min_(s))
-            self.cuts += self.step < 1
-            d *= self.step
-        self.u += d
+        n = self.kernel.force_size
+        force, reaches = pending.force.wait().tensor_split([n])
+        self.kernel.move_consensus(
+            self.u, pending.z, force, t_u,
+            reaches.view(self.group.size, -1).amax(0) if len(reaches) else None,
+            step=self.step, cuts=self.cuts, agree=self.group.min_, out=self._sum.message[:n],
+        )  # fmt: skip
         return self.u
 
-    def _sure_of(self, reaches: Tensor, d: Tensor) -> bool:
-        """Whether s_u is 1, which then is set. All ranks know the same, and answer the same."""
-        if not self._slot:
-            return False
-        reach = reaches.view(-1, self._slot).amax(0)
-        sure = self.phi.surely_feasible(reach, d, self.u)
-        if sure:
-            self.step.fill_(1.0)
-        return sure
-
     def state_dict(self) -> dict[str, Tensor]:
-        """What survives an iteration: `u` (n,), `step` () and `cuts` ()."""
+        """The state that survives an iteration: `u` (n,), `step` () and `cuts` ()."""
         return {"u": self.u, "step": self.step, "cuts": self.cuts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from copies of what `state_dict` returned, on any device."""
+        """Continue from copies of a `state_dict`, on any device."""
         self.u.copy_(state["u"])
         self.step.copy_(state["step"])
         self.cuts.copy_(state["cuts"])

@@ -15,6 +15,7 @@ import torch
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import GroupError, Launch, Solo
+from consensus.core.kernels import consensus_kernel, worker_kernel
 from consensus.core.potentials import scaled_quad
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm
@@ -75,10 +76,13 @@ def build(
 ):
     workers = block(group)
     phi = Layerwise(POTENTIALS[name], LAYERS, eta)
-    server = Server(torch.from_numpy(start_u()), phi, group, update=u_update)
+    u = torch.from_numpy(start_u())
+    server = Server(u, phi, group, consensus_kernel(u_update, phi, u, group.sum_))
     z = torch.from_numpy(start_z()[workers.start : workers.stop])
-    own = {"kappa": kappa, "nu": nu, "momentum_on": momentum_on, "coupling": coupling}
-    worker = Worker(z, Quadratics(workers), phi, **own)
+    worker = Worker(
+        z, Quadratics(workers), phi, kappa=kappa, nu=nu, momentum_on=momentum_on,
+        kernel=worker_kernel(coupling, phi, z),
+    )  # fmt: skip
     options = {"tau": 0.02, "sigma": 0.02, "lam": 0.2} | options
     return Consensus(server, worker, **options)
 

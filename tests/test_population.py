@@ -368,18 +368,18 @@ def test_what_is_recorded_has_the_configurations_that_are_left(make_config):
 def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, potential, others):
     """On a CPU by Triton's interpreter."""
     pytest.importorskip("triton")
-    from consensus.core.fused import Fused
+    from consensus.core.kernels.triton import Triton
 
     plans = [make_plan(config, Launch()) for config in configs(make_config, potential, *others)]
     apart = separately(plans, 4)
     made = []
 
-    def lines_for(phi, like, configurations):
+    def choose_kernel(phi, like, configurations):
         assert phi.scale.numel() == configurations == len(like)
-        made.append(Fused(phi, like, block=2048))
+        made.append(Triton(phi, like, block=2048))
         return made[-1]
 
-    monkeypatch.setattr("consensus.population.lines_for", lines_for)
+    monkeypatch.setattr("consensus.population.choose_kernel", choose_kernel)
     together = population(plans)
     for t in range(3):
         together.step(t)

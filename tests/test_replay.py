@@ -12,7 +12,7 @@ from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import Solo
 from consensus.problem import Dataset, Minibatches, MinibatchRisk, Risk, build_model
-from consensus.replay import WARM_UP, Replay, cuda_graph, why_not
+from consensus.replay import WARM_UP, Replay, cuda_graph, obstacle_to_replay
 from consensus.run.health import Watch
 from consensus.server import Server
 from consensus.worker import Worker
@@ -187,7 +187,7 @@ def test_a_step_that_moves_its_state_is_found():
 
 
 def test_who_cannot_be_replayed():
-    assert why_not(make(), 1) == "the device is no GPU"
+    assert obstacle_to_replay(make(), 1) == "the device is no GPU"
 
 
 # ---- on a GPU

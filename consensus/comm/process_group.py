@@ -515,8 +515,10 @@ class ProcessGroup(Group):
         Raises:
             PeerLostError: If a peer does not answer.
         """
+        if numel == 0:
+            return sent_sum(Solo(), numel, like)  # nothing to send
         shared = None
-        if like.device.type == "cpu" and numel > 0:
+        if like.device.type == "cpu":
             shared = self._share_memory(numel, like.dtype)
         if shared is not None:
             return shared

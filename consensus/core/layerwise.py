@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import column
-from consensus.core.potentials import Potential, Radial
+from consensus.core.potentials import Potential
+from consensus.core.sizes import Radial
 
 
 class Layerwise(Potential):

@@ -4,8 +4,8 @@ For `quad` it is the mean; for `pseudo_huber` with a small eta it is nearly the 
 coordinate. Newton's method from a feasible u, with steps that stay inside dom phi and decrease the
 sum, which is convex: so it converges from anywhere.
 
-The points may be spread over ranks: every sum over j is formed by `total`, and everyone decides by
-the same totals.
+The points may be distributed over ranks: every sum over j is formed by `total`, and all ranks
+branch on the same totals.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from consensus.core.layerwise import Layerwise
-from consensus.core.potentials import Separable
+from consensus.core.sizes import Separable
 
 Reduce = Callable[[Tensor], Tensor]
 """A sum, or a minimum, over ranks of one tensor of each; may work in place."""
@@ -26,13 +26,12 @@ ARMIJO = 1e-4
 
 @dataclass(frozen=True)
 class Mean:
-    """What was found.
+    """The phi-mean.
 
     Attributes:
         u: The point. (n,)
-        residual: |sum_j grad phi(u - z_j)| over the sum of the |grad phi(u - z_j)|, which are then
-            in balance.
-        iterations: Of Newton.
+        residual: |sum_j grad phi(u - z_j)| over the sum of the |grad phi(u - z_j)|.
+        iterations: Newton iterations.
     """
 
     u: Tensor
@@ -54,10 +53,10 @@ def phi_mean(
     Args:
         phi: The potential.
         z: The points of this rank. (K, n)
-        u: Where to begin; every u - z_j is inside dom phi. The same on all ranks. (n,)
+        u: The start; every u - z_j is inside dom phi. The same on all ranks. (n,)
         total: The sum over ranks.
         smallest: The minimum over ranks.
-        tolerance: Of the residual. Below the rounding of the dtype there is nothing to gain.
+        tolerance: Of the residual; at least a few units of rounding of the dtype.
     """
     if phi.profile.slope is not None:  # weights, the same for all points, cancel
         summed = total(torch.cat([z.sum(0), z.new_tensor([float(len(z))])]))
@@ -76,7 +75,7 @@ def phi_mean(
         d = _newton(phi, w, force, total)
         slope = float(d @ force)
         step = 1.0
-        if phi.bounded:  # convex: the smallest step of all points is safe for each, as is any below
+        if phi.bounded:  # convex: the smallest step of all points is feasible for each
             step = float(smallest(phi.feasible_step(w, d, u).amin()))
         for _ in range(MOST_HALVINGS):
             if step * d.abs().max() <= torch.finfo(u.dtype).eps * u.abs().max():
@@ -90,13 +89,13 @@ def phi_mean(
 
 
 def _newton(phi: Layerwise, w: Tensor, force: Tensor, total: Reduce) -> Tensor:
-    """The direction -H^-1 force, H the Hessian of the sum; downhill in any case. (n,)."""
+    """The direction -H^-1 force, H the Hessian of the sum; a descent direction. (n,)."""
     if isinstance(phi.size, Separable):
         diagonal = total(phi.hvp(w, torch.ones_like(w)).sum(0))
         # Where the curvature vanishes, as that of |x|^3 at 0, so does the force.
         return torch.where(diagonal > 0, -force / diagonal, 0.0)
     # Per layer H is a multiple of the identity and one direction for each point: conjugate
-    # gradients need as many steps as there are points. Solved as exactly as Newton can use it.
+    # gradients need as many steps as there are points. Solved as accurately as Newton needs it.
     d, r = torch.zeros_like(force), -force
     p, rr = r, float(r @ r)
     enough = 1e-2 * rr

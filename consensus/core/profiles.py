@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
-"""What the theory asks of phi (the paper, section 3):
+"""Assumptions of the theory on phi (the paper, section 3):
 
 (A1) proper, lower semicontinuous and strictly convex; (A2) essentially smooth: differentiable
 inside its domain, with a gradient that blows up at the boundary, so that with (A1) phi is Legendre;
@@ -37,8 +37,8 @@ class Profile:
         near_zero: Cheaper forms of psi', cheapest first: up to which s, and the function of s, or
             the number, that is psi' up to there within a unit in the last place of float32.
         assumptions: Which of (A1) to (A5) hold; see ALL_ASSUMPTIONS.
-        kernel: Its name in kernels.py, where psi' is written once more for a GPU; None: there, and
-            everywhere, the operations of torch do.
+        kernel: Its name in kernels/triton_kernels.py, which repeats psi' for a GPU; None: there the
+            operations of torch are used as well.
     """
 
     psi: Callable[[Tensor], Tensor]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from consensus.algorithm import ORDERS, U_STEP_ON
+from consensus.core.kernels import COUPLINGS, U_UPDATES
 from consensus.core.potentials import POTENTIALS, Potential
 from consensus.core.schedules import SCHEDULES, Schedule
 from consensus.problem import DATASETS, MODELS, PARTITIONS
 from consensus.registry import Registry
-from consensus.server import U_UPDATES
-from consensus.worker import COUPLING, MOMENTUM_ON
+from consensus.worker import MOMENTUM_ON
 
 ALGORITHMS = ("consensus", "easgd", "msgd")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -164,7 +164,7 @@ class AlgorithmConfig:
         require_one_of("algorithm.order", self.order, ORDERS)
         require_one_of("algorithm.momentum_on", self.momentum_on, MOMENTUM_ON)
         require_one_of("algorithm.u_step_on", self.u_step_on, U_STEP_ON)
-        require_one_of("algorithm.coupling", self.coupling, COUPLING)
+        require_one_of("algorithm.coupling", self.coupling, COUPLINGS)
         require_one_of("algorithm.u_update", self.u_update, U_UPDATES)
         if self.coupling == "implicit":
             require(

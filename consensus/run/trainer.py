@@ -14,7 +14,8 @@ from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.atomic_files import write_whole
 from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
-from consensus.replay import Replay, why_not
+from consensus.core.kernels import consensus_kernel, worker_kernel
+from consensus.replay import Replay, obstacle_to_replay
 from consensus.report.runs import draw
 from consensus.report.stationarity import draw_stationarity, measurements, verdict
 from consensus.run.checkpoint.directory import RunDirectory
@@ -194,7 +195,7 @@ class Trainer:
             algorithm.step(t)
             observe(t)
 
-        if not self.config.cuda_graph or why_not(algorithm, self.group.size):
+        if not self.config.cuda_graph or obstacle_to_replay(algorithm, self.group.size):
             return step
         return Replay(algorithm, observe, refused=screen.say).step
 
@@ -418,12 +419,12 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         kappa=config.momentum,
         nu=config.weight_decay,
         momentum_on=config.momentum_on,
-        coupling=config.coupling,
+        kernel=worker_kernel(config.coupling, plan.phi, u),
     )
     if config.name == "msgd":
         return Msgd(worker, group, sigma=scheduled(config, "sigma"))
     return Consensus(
-        Server(u, plan.phi, group, update=config.u_update),
+        Server(u, plan.phi, group, consensus_kernel(config.u_update, plan.phi, u, group.sum_)),
         worker,
         tau=scheduled(config, "tau"),
         sigma=scheduled(config, "sigma"),

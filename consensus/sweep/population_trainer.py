@@ -52,7 +52,7 @@ FORMAT = 2
 """Of the state of a population; part of its name, so that no other is read."""
 
 MOST_MODELS = 65_535
-"""In one population: the kernels of core/fused.py have a place in their grid for each."""
+"""In one population: the kernels of core/kernels/triton.py have a place in their grid for each."""
 
 VECTORS = 8
 """Of (M, n) that a configuration needs at most at once: z, v, the look-ahead points, u - z, its

@@ -20,8 +20,9 @@ from scipy.optimize import minimize
 
 from consensus.core import potentials
 from consensus.core.layerwise import Layerwise
-from consensus.core.potentials import POTENTIALS, Potential, Radial, Separable
+from consensus.core.potentials import POTENTIALS, Potential
 from consensus.core.profiles import ALL_ASSUMPTIONS, Profile, power_profile
+from consensus.core.sizes import Radial, Separable
 
 mp.dps = 50
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""The kernels that a GPU runs, here by Triton's interpreter on the CPU, against the plain formulas.
+"""The Triton kernels, on a CPU by Triton's interpreter, against the formulas.
 
-The expected values come from `Layerwise` and updates.py, which tests of their own check against
-closed forms. On a GPU the same tests run the compiled kernels.
+The expected values come from `Layerwise`, whose own tests check it against closed forms. On a GPU
+the same tests run the compiled kernels.
 """
 
 import math
@@ -12,10 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core.fused import Fused
-from consensus.core.lines import lines_for
-from consensus.core.tiled import Tiled
-from consensus.core.updates import consensus_direction, velocity, worker_direction
+from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels.plain import Plain, velocity
+from consensus.core.kernels.triton import Triton
 
 # NumPy, which interprets, warns where a lane divides by zero that no one asks.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -47,7 +46,7 @@ def make(name, layers="crossing", eta=1.0, dtype=torch.float64, num_workers=3, s
         part *= spread * eta / part.norm(dim=1, keepdim=True)
     z, v, delta = u - w, noise(num_workers, n) * 0.1 * eta, noise(num_workers, n) * 0.1 * eta
     tensors = [x.to(DEVICE, dtype) for x in (u, z, v, delta)]
-    return phi, Fused(phi, tensors[0], block=64), *tensors
+    return phi, Triton(phi, tensors[0], block=64), *tensors
 
 
 def close(a, b, dtype=torch.float64):
@@ -59,18 +58,18 @@ def close(a, b, dtype=torch.float64):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_sum_of_forces(name, layers, dtype):
-    phi, fused, u, z, *_ = make(name, layers, eta=0.7, dtype=dtype)
+    phi, kernel, u, z, *_ = make(name, layers, eta=0.7, dtype=dtype)
     out = torch.full_like(u, torch.nan)
-    fused.forces(u, z, out)
+    kernel.forces(u, z, out)
     close(out, phi.grad(u - z).sum(0), dtype)
 
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_a_force_outside_the_domain_is_not_a_number(name):
-    phi, fused, u, z, *_ = make(name, num_workers=1)
+    phi, kernel, u, z, *_ = make(name, num_workers=1)
     z[0, 70] = u[70] - 2.0  # the second layer has one coordinate
     out = torch.empty_like(u)
-    fused.forces(u, z, out)
+    kernel.forces(u, z, out)
     assert bool(out[70].isnan()) == phi.bounded
     assert not out[:70].isnan().any()
     assert not out[71:].isnan().any()
@@ -80,18 +79,23 @@ def test_a_force_outside_the_domain_is_not_a_number(name):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("name", TABLE_2)
 def test_line_3(name, layers, t_u):
-    phi, fused, u, z, *_ = make(name, layers, eta=0.7, spread=0.9)
+    phi, kernel, u, z, *_ = make(name, layers, eta=0.7, spread=0.9)
     force = phi.grad(u - z).sum(0)
-    d = consensus_direction(force, t_u)
+    d = -t_u * force
     expected = phi.feasible_step(u - z, d, u).amin()
     step, cuts = u.new_full((), torch.nan), torch.zeros((), dtype=torch.int64, device=DEVICE)
-    moved = u.clone()
-    if phi.bounded:
-        assert not fused.consensus_step(u, z, force, t_u, step, None)  # the other ranks have a say
-        assert torch.equal(step, expected)
-    fused.move_consensus(moved, force, t_u, step, cuts)
+    moved, asked = u.clone(), []
+
+    def agree(own):
+        asked.append(own.clone())
+        return own
+
+    kernel.move_consensus(moved, z, force, t_u, None, step=step, cuts=cuts, agree=agree)
     close(moved, u + expected * d)
     assert int(cuts) == int(expected < 1)
+    assert asked == ([expected] if phi.bounded else [])  # the other ranks take part
+    if phi.bounded:
+        assert torch.equal(step, expected)
 
 
 @pytest.mark.parametrize("through", [False, True])
@@ -99,15 +103,16 @@ def test_line_3(name, layers, t_u):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("name", TABLE_2)
 def test_line_6(name, layers, pull, through):
-    phi, fused, u, z, v, delta = make(name, layers, eta=0.7, spread=0.9)
+    phi, kernel, u, z, v, delta = make(name, layers, eta=0.7, spread=0.9)
     new = velocity(v, delta, z, **NUMBERS)
-    d = new if pull is None else worker_direction(new, phi.grad(u - z), pull)
+    d = new if pull is None else new + pull * phi.grad(u - z)
     s = phi.feasible_step(z - u, d, u)
     new = d if through and pull is not None else new
     expected_z, expected_v = z + s[:, None] * d, s[:, None] * new
     step, cuts = u.new_ones(()), torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
     z, v = z.clone(), v.clone()
-    fused.move_workers(z, v, delta, u, **NUMBERS, pull=pull, through=through, step=step, cuts=cuts)
+    numbers = Hyperparameters(**NUMBERS, pull=pull, through=through)
+    kernel.move_workers(z, v, delta, u, u, numbers, step=step, cuts=cuts)
     close(z, expected_z)
     close(v, expected_v)
     assert torch.equal(step, s.amin())
@@ -116,38 +121,43 @@ def test_line_6(name, layers, pull, through):
 
 ETAS = torch.tensor([[0.7], [0.9], [1.3]], dtype=torch.float64, device=DEVICE)
 COLUMNS = {  # of three configurations
-    "kappa": torch.tensor([[0.9], [0.0], [0.5]], dtype=torch.float64, device=DEVICE),
-    "sigma": torch.tensor([[0.3], [0.2], [0.1]], dtype=torch.float64, device=DEVICE),
-    "nu": torch.tensor([[0.01], [0.0], [0.1]], dtype=torch.float64, device=DEVICE),
+    "kappa": torch.tensor([0.9, 0.0, 0.5], dtype=torch.float64, device=DEVICE),
+    "sigma": torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64, device=DEVICE),
+    "nu": torch.tensor([0.01, 0.0, 0.1], dtype=torch.float64, device=DEVICE),
 }
-PULLS = torch.tensor([[30.0], [1e-3], [1.0]], dtype=torch.float64, device=DEVICE)
+PULLS = torch.tensor([30.0, 1e-3, 1.0], dtype=torch.float64, device=DEVICE)
 
 
-def several(name):
+def several(name, make_kernel):
     """Three configurations of two workers in one block, and each of them by itself."""
     starts = [make(name, eta=float(eta), num_workers=2, spread=0.9) for eta in ETAS]
     phi = Layerwise(POTENTIALS[name], LAYERS["crossing"], ETAS)
     u, z, v, delta = (torch.stack(parts) for parts in list(zip(*starts, strict=True))[2:])
     u = u * torch.tensor([[1.0], [-1.0], [2.0]], dtype=u.dtype, device=DEVICE)  # no two alike
     z = u.unsqueeze(1) - (starts[0][2] - starts[0][3]) * ETAS.unsqueeze(-1) / 0.7
-    return phi, Fused(phi, u, block=64), [start[0] for start in starts], u, z, v, delta
+    return phi, make_kernel(phi, u), [start[0] for start in starts], u, z, v, delta
 
 
+KERNELS = {"plain": Plain, "triton": lambda phi, u: Triton(phi, u, block=64)}
+
+
+@pytest.mark.parametrize("make_kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("name", TABLE_2)
-def test_line_3_of_several_configurations(name):
-    phi, fused, alone, u, z, *_ = several(name)
+def test_line_3_of_several_configurations(name, make_kernel):
+    phi, kernel, alone, u, z, *_ = several(name, make_kernel)
     t_u = PULLS * 0.3
     force = torch.full_like(u, torch.nan)
-    fused.forces(u, z.flatten(0, 1), force)
-    step, cuts = u.new_full((3,), torch.nan), torch.full((3,), 5, device=DEVICE)
+    reach = kernel.forces(u, z, force, None)
+    step, cuts = u.new_ones(3), torch.full((3,), 5, device=DEVICE)
     moved = u.clone()
-    if phi.bounded:
-        fused.consensus_step(u, z.flatten(0, 1), force, t_u, step, None)
-    fused.move_consensus(moved, force, t_u, step, cuts)
+    kernel.move_consensus(
+        moved, z, force, t_u, None if reach is None else reach.amax(1), step=step, cuts=cuts,
+        agree=lambda own: own, out=torch.empty_like(force),
+    )  # fmt: skip
     for s, own in enumerate(alone):
         expected_force = own.grad(u[s] - z[s]).sum(0)
         close(force[s], expected_force)
-        d = consensus_direction(expected_force, float(t_u[s]))
+        d = -float(t_u[s]) * expected_force
         expected = own.feasible_step(u[s] - z[s], d, u[s]).amin()
         close(moved[s], u[s] + expected * d)
         assert int(cuts[s]) == 5 + int(expected < 1)
@@ -155,24 +165,25 @@ def test_line_3_of_several_configurations(name):
         assert len(set(step.tolist())) > 1
 
 
+@pytest.mark.parametrize("make_kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("through", [False, True])
 @pytest.mark.parametrize("name", TABLE_2)
-def test_line_6_of_several_configurations(name, through):
-    _, fused, alone, u, z, v, delta = several(name)
-    step, cuts = u.new_ones(3), torch.full((6,), 5, device=DEVICE)
-    moved, velocities = z.flatten(0, 1).clone(), v.flatten(0, 1).clone()
-    fused.move_workers(
-        moved, velocities, delta.flatten(0, 1).clone(), u, **COLUMNS, pull=PULLS, through=through,
-        step=step, cuts=cuts,
+def test_line_6_of_several_configurations(name, through, make_kernel):
+    _, kernel, alone, u, z, v, delta = several(name, make_kernel)
+    step, cuts = u.new_ones(3), torch.full((3, 2), 5, device=DEVICE)
+    moved, velocities = z.clone(), v.clone()
+    kernel.move_workers(
+        moved, velocities, delta.clone(), u, u,
+        Hyperparameters(**COLUMNS, pull=PULLS, through=through), step=step, cuts=cuts, scratch=None,
     )  # fmt: skip
     for s, own in enumerate(alone):
         new = velocity(v[s], delta[s], z[s], **{key: float(c[s]) for key, c in COLUMNS.items()})
-        d = worker_direction(new, own.grad(u[s] - z[s]), float(PULLS[s]))
+        d = new + float(PULLS[s]) * own.grad(u[s] - z[s])
         sizes = own.feasible_step(z[s] - u[s], d, u[s])
         new = d if through else new
-        close(moved.view_as(z)[s], z[s] + sizes[:, None] * d)
-        close(velocities.view_as(z)[s], sizes[:, None] * new)
-        assert cuts.view(3, 2)[s].tolist() == (5 + (sizes < 1)).tolist()
+        close(moved[s], z[s] + sizes[:, None] * d)
+        close(velocities[s], sizes[:, None] * new)
+        assert cuts[s].tolist() == (5 + (sizes < 1)).tolist()
         if own.bounded:
             assert float(step[s]) == float(sizes.amin())
 
@@ -181,7 +192,7 @@ def test_the_cases_of_line_6_meet_the_boundary():
     cut = set()
     for pull in (1e-3, 0.1, 1.0, 30.0):
         phi, _, u, z, v, delta = make("tan", eta=0.7, spread=0.9)
-        d = worker_direction(velocity(v, delta, z, **NUMBERS), phi.grad(u - z), pull)
+        d = velocity(v, delta, z, **NUMBERS) + pull * phi.grad(u - z)
         cut |= set(phi.feasible_step(z - u, d, u).tolist())
     assert 1.0 in cut
     assert len(cut) >= 3
@@ -202,20 +213,19 @@ def test_the_stored_point_stays_inside_where_a_step_ends_at_the_boundary(name):
     random, eta, n, crossed = torch.Generator().manual_seed(0), 1e-2, 100, 0
     phi = Layerwise(POTENTIALS[name], [(0, n)], eta)
     radius = eta * math.sqrt(phi.profile.bound)
-    fused = Fused(phi, torch.empty(n, device=DEVICE), block=128)
+    kernel = Triton(phi, torch.empty(n, device=DEVICE), block=128)
     for trial in range(100):
         u, z, outward = start_at(0.5, radius, n, random)
         d = (0.5 * radius * (1 - 1e-6 * (trial % 10))) * outward
         crossed += int(not phi.contains(u - (z + d)))
         step, cuts = u.new_ones(()), torch.zeros(1, dtype=torch.int64, device=DEVICE)
         moved = z.clone()
-        fused.move_workers(
-            moved, d.unsqueeze(0).clone(), torch.zeros_like(z), u, kappa=1.0, sigma=0.0, nu=0.0,
-            pull=None, through=False, step=step, cuts=cuts,
+        kernel.move_workers(
+            moved, d.unsqueeze(0).clone(), torch.zeros_like(z), u, u,
+            Hyperparameters(kappa=1.0, sigma=0.0, nu=0.0, pull=None), step=step, cuts=cuts,
         )  # fmt: skip
         assert bool(phi.contains(u - moved))
-        fused.consensus_step(u, z, d, 1.0, step, None)
-        fused.move_consensus(u, d, 1.0, step, cuts[0])
+        kernel.move_consensus(u, z, d, 1.0, None, step=step, cuts=cuts[0], agree=lambda own: own)
         assert bool(phi.contains(u - z))
     assert crossed > 10  # a full step would have left
 
@@ -226,21 +236,19 @@ def test_the_stored_point_stays_inside_where_pull_and_velocity_cancel(name):
     random, eta, n = torch.Generator().manual_seed(0), 1.0, 100
     phi = Layerwise(POTENTIALS[name], [(0, n)], eta)
     radius = math.sqrt(phi.profile.bound)
-    fused = Fused(phi, torch.empty(n, device=DEVICE), block=128)
+    kernel = Triton(phi, torch.empty(n, device=DEVICE), block=128)
     for trial in range(100):
         u, z, outward = start_at(0.9, radius, n, random)
         pull = 10.0 ** (trial % 5)
         v = -pull * phi.grad(u - z) + 0.3 * radius * outward
         step, cuts = u.new_ones(()), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        fused.move_workers(
-            z, v, torch.zeros_like(z), u, kappa=1.0, sigma=0.0, nu=0.0, pull=pull, through=False,
-            step=step, cuts=cuts,
-        )  # fmt: skip
+        numbers = Hyperparameters(kappa=1.0, sigma=0.0, nu=0.0, pull=pull)
+        kernel.move_workers(z, v, torch.zeros_like(z), u, u, numbers, step=step, cuts=cuts)
         assert bool(phi.contains(u - z))
 
 
 def test_halvings_are_the_largest_powers_of_two_below():
-    from consensus.core import kernels
+    from consensus.core.kernels import triton_kernels
 
     below = {1.0: 0.5, 0.5: 0.25, 0.75: 0.5, 1.5: 1.0, math.inf: 1.0, 0.0: 0.0, 2.0**-9: 2.0**-10}
     below |= {
@@ -253,26 +261,10 @@ def test_halvings_are_the_largest_powers_of_two_below():
     exits = torch.stack([exits.clamp(max=1e300), torch.full_like(exits, math.inf)], 1)
     own, smallest = torch.empty(len(below), device=DEVICE), torch.empty((), device=DEVICE)
     cuts = torch.zeros(len(below), dtype=torch.int64, device=DEVICE)
-    kernels.steps[(1,)](own, smallest, cuts, exits, len(below), 2, LINE=6, WIDTH=2)
+    triton_kernels.steps[(1,)](own, smallest, cuts, exits, len(below), 2, LINE=6, WIDTH=2)
     assert own.tolist() == list(below.values())
     assert float(smallest) == 0.0
     assert cuts.tolist() == [int(value < 1) for value in below.values()]
-
-
-def test_which_way_is_chosen():
-    small, large = torch.zeros(100), torch.zeros(200_000)
-    for like in (small, large):
-        layers = [(0, like.numel())]
-        tan, two_widths = (
-            Layerwise(POTENTIALS["tan"], layers, eta) for eta in (0.5, torch.tensor([[1.0], [2.0]]))
-        )
-        assert isinstance(lines_for(tan, like), Tiled) == (like is large)
-        assert lines_for(two_widths, like) is None
-        if ON_GPU:
-            assert isinstance(lines_for(tan, like.cuda()), Fused)
-            assert lines_for(two_widths, like.cuda()) is None
-            assert isinstance(lines_for(two_widths, like.cuda(), 2), Fused)
-            assert lines_for(Layerwise(POTENTIALS["log_cosh"], layers), like.cuda()) is None
 
 
 def test_the_force_of_tan_is_accurate_up_to_its_pole_in_float32():
@@ -280,7 +272,7 @@ def test_the_force_of_tan_is_accurate_up_to_its_pole_in_float32():
     s = torch.cat([torch.linspace(1e-4, 1.5, 1000), math.pi / 2 - torch.logspace(-0.1, -5, 1000)])
     w = s.sqrt().to(DEVICE)
     out = torch.empty_like(w)
-    Fused(phi, w, block=1024).forces(w, torch.zeros(1, 2000, device=DEVICE), out)
+    Triton(phi, w, block=1024).forces(w, torch.zeros(1, 2000, device=DEVICE), out)
     s = w.square().double()  # what the kernel takes the cosine of, rounded
     expected = 2 * w.double() / s.cos().square()
     # A compiler may not round w^2 before the cosine: the conditioning of 1 / cos^2 at s.

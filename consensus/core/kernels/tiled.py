@@ -1,39 +1,42 @@
 """Lines 3 and 6 of Algorithm 1 on a CPU, for vectors that are larger than its cache.
 
-The operations of updates.py and layerwise.py, tile by tile: what one operation leaves, the next one
-finds in the cache, and memory is read and written once for several of them. A tile lies in one
-layer. Tiles are worked on in order, and sums over tiles are taken in float64: the same bits on all
-ranks.
+The operations of plain.py, tile by tile: the temporaries of one operation are still in the cache
+for the next one, and memory is read and written once for several of them. A tile lies in one layer.
+Tiles are processed in order, and sums over tiles are taken in float64: the same bits on all ranks.
 
-Vectors of n coordinates that are read from memory or written to it, for one worker (plain: by the
-formulas as they are):
+Vectors of n coordinates that are read from or written to memory, for one worker, here and by
+plain.py:
 
     line 3   quad       u, z -> force; force, u -> u                     6    plain 12
              bounded    u, z; u, z -> force; force, u; force, u -> u    10          18
     line 6   quad       u, z, v, delta -> v, z                           6          19
              bounded    u, z; u, z, v, delta -> v, d; d, z -> z         11          30
 
-where the first u, z is for the norms of a radial potential. The line search asks whether |x| + |d|
-stays far inside the domain, as `Potential.surely_feasible` does, and only else takes the boundary
-step, by the formulas as they are.
+The first u, z is for the norms of a radial potential. The line search tests by the triangle
+inequality whether |x| + |d| stays far inside the domain, as `Potential.surely_feasible` does. Only
+if it does not, the boundary step is computed by the formulas.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, column
+from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
-from consensus.core.potentials import CHUNK, Potential, Separable
+from consensus.core.potentials import Potential
+from consensus.core.sizes import CHUNK, Separable
 
 TILE = CHUNK
-"""Coordinates of a tile. Half a dozen of them fit into the last cache; smaller ones fit into nearer
-caches, and spend as long in Python as in arithmetic."""
+"""Coordinates of a tile. Half a dozen tiles fit into the last cache. Smaller ones fit into nearer
+caches, but take as long in Python as in arithmetic."""
 
 
-class Tiled:
-    """`Lines` for one potential on a CPU.
+class Tiled(Plain):
+    """`Kernel` for large vectors on a CPU and one configuration.
 
     Args:
         phi: A potential with one scale for all coordinates.
@@ -42,8 +45,8 @@ class Tiled:
     """
 
     def __init__(self, phi: Layerwise, like: Tensor, tile: int = TILE) -> None:
+        super().__init__(phi, like)
         assert isinstance(phi.scale, float)
-        self.phi = phi
         self._scale = phi.scale
         self._separable = isinstance(phi.size, Separable)
         layers = [(0, like.shape[-1])] if self._separable else phi.layers
@@ -59,8 +62,11 @@ class Tiled:
         self._pointwise = Potential(phi.profile, phi.size, phi.scale)
         self._slope = phi.profile.slope
 
-    def forces(self, u: Tensor, z: Tensor, out: Tensor) -> Tensor | None:
-        """As in `Lines`."""
+    def forces(
+        self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None = None
+    ) -> Tensor | None:
+        """As in `ConsensusKernel`."""
+        del scratch
         memory = self._memory(z)
         if self._separable:
             return self._separable_forces(u, z, out, memory)
@@ -71,7 +77,7 @@ class Tiled:
             torch.mul(w[0], factors[layer][0], out=total)
             for row, factor in zip(w[1:], factors[layer][1:], strict=True):
                 total.add_(row, alpha=factor)
-        return reach
+        return reach if self.phi.bounded else None
 
     def _separable_forces(
         self, u: Tensor, z: Tensor, out: Tensor, memory: dict[int, Tensor]
@@ -86,28 +92,32 @@ class Tiled:
             torch.sum(force, 0, out=total)
         return found.amax(0) if self.phi.bounded else None
 
-    def consensus_step(
-        self, u: Tensor, z: Tensor, force: Tensor, t_u: Scalar, step: Tensor, reach: Tensor | None
-    ) -> bool:
-        """As in `Lines`. From what all ranks know, so that all return the same."""
-        t_u = float(t_u)
-        assert reach is not None
-        of_force, of_u = self._reach_of(force), self._reach_of(u)
-        if self.phi.far_inside(reach, abs(t_u) * of_force, of_u):
-            step.fill_(1.0)
-            return True
-        step.copy_(self.phi.feasible_step(u - z, force * -t_u, u).amin())
-        return False
-
     def move_consensus(
-        self, u: Tensor, force: Tensor, t_u: Scalar, step: Tensor, cuts: Tensor
+        self,
+        u: Tensor,
+        z: Tensor,
+        force: Tensor,
+        t_u: Scalar,
+        reach: Tensor | None,
+        *,
+        step: Tensor,
+        cuts: Tensor,
+        agree: Callable[[Tensor], Tensor],
+        out: Tensor | None = None,
     ) -> None:
-        """As in `Lines`."""
+        """As in `ConsensusKernel`. The reach is the same on all ranks, so all branch alike."""
+        del out
         t_u = float(t_u)
         if self.phi.bounded:
-            s = float(step)
-            cuts += int(s < 1)
-            t_u *= s
+            assert reach is not None
+            of_force, of_u = self._reach_of(force), self._reach_of(u)
+            if self.phi.far_inside(reach, abs(t_u) * of_force, of_u):
+                step.fill_(1.0)
+            else:
+                step.copy_(agree(self.phi.feasible_step(u - z, force * -t_u, u).amin()))
+                s = float(step)
+                cuts += int(s < 1)
+                t_u *= s
         u.add_(force, alpha=-t_u)
 
     def move_workers(
@@ -116,36 +126,32 @@ class Tiled:
         v: Tensor,
         delta: Tensor,
         u: Tensor,
+        anchor: Tensor,
+        numbers: Hyperparameters,
         *,
-        kappa: Scalar,
-        sigma: Scalar,
-        nu: Scalar,
-        pull: Scalar | None,
-        through: bool,
         step: Tensor,
         cuts: Tensor,
+        scratch: Tensor | None = None,
     ) -> None:
-        """As in `Lines`."""
-        kappa, sigma, nu = float(kappa), float(sigma), float(nu)
+        """As in `WorkerKernel`."""
+        if anchor is not u and self.phi.bounded:  # Jacobi order: two differences of each z_j
+            return super().move_workers(
+                z, v, delta, u, anchor, numbers, step=step, cuts=cuts, scratch=scratch
+            )
+        kappa, sigma, nu = float(numbers.kappa), float(numbers.sigma), float(numbers.nu)
         memory, bounded = self._memory(z), self.phi.bounded
-        pulls: list[list[float]] | float | None = None
-        reach: Tensor | None = None
-        if pull is not None and self._separable:
-            pulls = float(pull)
-        elif pull is not None:
-            if self._slope is None:
-                reach = self._reach_of_difference(u, z, memory)
-            pulls = [[float(pull) * c for c in row] for row in self._factors(reach, len(z))]
+        through = numbers.through and numbers.pull is not None
+        reach, pulls = self._pulls(anchor, z, numbers.pull, memory)
         of_w, of_d, of_u = self._table(z), self._table(z), self._table(u)
         for i, (layer, own, own_z, new, own_delta) in enumerate(
-            zip(self._layers, *self._tiles(u, z, v, delta), strict=True)
+            zip(self._layers, *self._tiles(anchor, z, v, delta), strict=True)
         ):
             part = torch.add(own_delta, own_z, alpha=nu, out=memory[own.numel()])
             new.mul_(kappa).add_(part, alpha=-sigma)
             w = torch.sub(own, own_z, out=part)
             if not bounded:
                 d = self._direction(w, new, layer, pulls, part)
-                if through and pull is not None:
+                if through:
                     new.copy_(d)
                 own_z += d
                 continue
@@ -154,7 +160,7 @@ class Tiled:
             of_u[i] = self._length(own)
             of_d[i] = self._length(self._direction(w, new, layer, pulls, own_delta))
         if not bounded:
-            return
+            return None
         reach = self._reach(of_w) if reach is None else reach
         if self.phi.far_inside(reach, self._reach(of_d), self._reach(of_u)):
             step.fill_(1.0)
@@ -164,9 +170,19 @@ class Tiled:
             cuts += s < 1
             v *= column(s)
             delta *= column(s)
-        if through and pull is not None:
+        if through:
             v.copy_(delta)
         z += delta
+        return None
+
+    def _pulls(
+        self, u: Tensor, z: Tensor, pull: Scalar | None, memory: dict[int, Tensor]
+    ) -> tuple[Tensor | None, list[list[float]] | float | None]:
+        """The reach of u - z where it is computed, and the pull, per layer and worker if radial."""
+        if pull is None or self._separable:
+            return None, None if pull is None else float(pull)
+        reach = None if self._slope is not None else self._reach_of_difference(u, z, memory)
+        return reach, [[float(pull) * c for c in row] for row in self._factors(reach, len(z))]
 
     def _direction(
         self,
@@ -211,15 +227,15 @@ class Tiled:
         return self._reach(table)
 
     def _table(self, x: Tensor) -> Tensor:
-        """For a `_length` of each tile of x (..., n); (T, ...) or (T, ..., 1).
+        """Memory for a `_length` of each tile of x (..., n); (T, ...) or (T, ..., 1).
 
-        Tensors as small as that, left between the temporaries of the tiles, would keep the
-        allocator from using their memory again: the process would grow by several vectors of n.
+        Tensors of that size, allocated between the temporaries of the tiles, would keep the
+        allocator from reusing their memory: the process would grow by several n-vectors.
         """
         return x.new_empty((len(self._lengths), *x.shape[:-1], *([1] if self._separable else [])))
 
     def _length(self, part: Tensor) -> Tensor:
-        """Of one tile (..., tile): the length, or the largest entry. (...) or (..., 1)."""
+        """The length of one tile (..., tile), or its largest entry. (...) or (..., 1)."""
         if self._separable:
             return self.phi.size.largest(part)
         length: Tensor = torch.linalg.vector_norm(part, dim=-1)
@@ -232,7 +248,7 @@ class Tiled:
         squares = table.new_zeros((self._num_layers, *table.shape[1:]), dtype=torch.float64)
         squares.index_add_(0, self._layer_of, table.double().square())
         reach = (squares.sqrt() * self._scale).movedim(0, -1)
-        return reach.to(table.dtype)  # whose rounding is part of the margin of the line search
+        return reach.to(table.dtype)  # its rounding is covered by the margin of the line search
 
     def _tiles(self, *vectors: Tensor) -> list[tuple[Tensor, ...]]:
         """The tiles of each block (..., n), as views."""

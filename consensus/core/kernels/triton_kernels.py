@@ -1,6 +1,6 @@
-"""The Triton kernels of fused.py: what one program reads, computes and writes.
+"""Triton kernels of lines 3 and 6, launched by triton.py.
 
-A vector of n coordinates is cut into tiles of BLOCK, aligned in memory; a program works on one. A
+A vector of n coordinates is cut into tiles of BLOCK, aligned in memory; a program processes one. A
 layer may begin inside a tile: tile i meets the layers first[i] to last[i], and has a slot of its
 own for each, i + layer. Along the vector either the tile or the layer goes up, or both, so no two
 share a slot, and the slots of a layer lie side by side. Sums are taken slot by slot, and then over
@@ -100,32 +100,18 @@ def _halving_below(t):
 
 @triton.jit
 def sums(
-    slots,
-    u,
-    z,
-    v,
-    direction,
-    first,
-    last,
-    starts,
-    numbers,
-    n,
-    M,
-    slots_of_one,
-    LINE: tl.constexpr,
-    KIND: tl.constexpr,
-    SEPARABLE: tl.constexpr,
-    COUPLED: tl.constexpr,
+    slots, u, z, v, direction, first, last, starts, numbers, n, M, slots_of_one,
+    LINE: tl.constexpr, KIND: tl.constexpr, SEPARABLE: tl.constexpr, COUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """What the forces and the line search need to know of all coordinates, tile by tile.
+):  # fmt: skip
+    """Inner products and exits for the forces and the line search, tile by tile.
 
     Grid (tiles, K). LINE 1: the norms alone; reads u, z_k. LINE 3: reads u, z_k and the total force
     `direction` (S, n). LINE 6: reads u, z_k, v_k and the gradient `direction` (K, n).
 
     Radial: <w,w>, and for a line search <w,x>, <x,x>, <u,u>, with x the force or the new velocity,
-    to slots (K, 1 or 4, slots_of_one). Separable: where the coordinates leave the domain, to slots
-    (K, slots_of_one).
+    to slots (K, 1 or 4, slots_of_one). Separable: the steps at which the coordinates leave the
+    domain, to slots (K, slots_of_one).
     """
     dtype: tl.constexpr = u.dtype.element_ty
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -183,21 +169,10 @@ def _total(slots, begin, end, WIDTH: tl.constexpr):
 
 @triton.jit
 def finish(
-    factors,
-    exits,
-    slots,
-    spans,
-    numbers,
-    L,
-    M,
-    slots_of_one,
-    LINE: tl.constexpr,
-    KIND: tl.constexpr,
-    SEPARABLE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COUPLED: tl.constexpr,
+    factors, exits, slots, spans, numbers, L, M, slots_of_one, LINE: tl.constexpr,
+    KIND: tl.constexpr, SEPARABLE: tl.constexpr, BOUNDED: tl.constexpr, COUPLED: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+):  # fmt: skip
     """From the slots of a layer to its factor (K, L) and to where it leaves the domain (K, L).
 
     Grid (L, K), L = 1 if separable. `spans` (L + 1, 2): the slots of each layer, begin and end.
@@ -272,21 +247,9 @@ def steps(own, smallest, cuts, exits, M, L, LINE: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def forces(
-    out,
-    u,
-    z,
-    factors,
-    first,
-    last,
-    starts,
-    numbers,
-    n,
-    M,
-    L,
-    KIND: tl.constexpr,
-    SEPARABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    out, u, z, factors, first, last, starts, numbers, n, M, L, KIND: tl.constexpr,
+    SEPARABLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Line 3: sum_k grad phi(w_k) to out (S, n). Grid (tiles, S). Reads u and the z_k."""
     dtype: tl.constexpr = u.dtype.element_ty
     tile, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -340,26 +303,10 @@ def move_u(u, force, step, cuts, numbers, n, BOUNDED: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def move_z(
-    z,
-    v,
-    u,
-    delta,
-    factors,
-    own_steps,
-    first,
-    last,
-    starts,
-    numbers,
-    n,
-    M,
-    L,
-    KIND: tl.constexpr,
-    SEPARABLE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COUPLED: tl.constexpr,
-    THROUGH: tl.constexpr,
+    z, v, u, delta, factors, own_steps, first, last, starts, numbers, n, M, L, KIND: tl.constexpr,
+    SEPARABLE: tl.constexpr, BOUNDED: tl.constexpr, COUPLED: tl.constexpr, THROUGH: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Line 6. Grid (tiles, K). Reads u, z_k, v_k and delta_k, writes z_k and v_k.
 
     THROUGH: the coupling passes through the velocity.

@@ -1,11 +1,12 @@
-"""Tile by tile, against the formulas as they are."""
+"""The tiled kernel against the formulas."""
 
 import pytest
 import torch
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core.tiled import Tiled
-from consensus.core.updates import consensus_direction, velocity, worker_direction
+from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels.plain import velocity
+from consensus.core.kernels.tiled import Tiled
 
 NAMES = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber", "log_cosh", "power")
 NUMBERS = {"kappa": 0.9, "sigma": 0.3, "nu": 0.01}
@@ -64,17 +65,34 @@ def test_a_force_outside_the_domain_is_not_a_number(name):
 def test_line_3(name, spread, t_u):
     phi, tiled, u, z, *_ = make(name, spread=spread)
     force = phi.grad(u - z).sum(0)
-    d = consensus_direction(force, t_u)
+    d = -t_u * force
     expected = phi.feasible_step(u - z, d, u).amin()
     step, cuts, moved = u.new_ones(()), torch.zeros((), dtype=torch.int64), u.clone()
-    if phi.bounded:
-        reach = phi.reach(u - z).amax(0)
-        known = tiled.consensus_step(u, z, force, t_u, step, reach)
-        assert known == phi.surely_feasible(reach, d, u)  # without the other ranks
-        assert torch.equal(step, expected)
-    tiled.move_consensus(moved, force, t_u, step, cuts)
+    reach = phi.reach(u - z).amax(0) if phi.bounded else None
+    asked = []
+
+    def agree(own):
+        asked.append(float(own))
+        return own
+
+    tiled.move_consensus(moved, z, force, t_u, reach, step=step, cuts=cuts, agree=agree)
     close(moved, u + expected * d)
     assert int(cuts) == int(expected < 1)
+    if phi.bounded:  # the ranks agree on a step unless the reach decides for all of them
+        assert torch.equal(step, expected)
+        assert asked == ([] if phi.surely_feasible(reach, d, u) else [float(expected)])
+
+
+def test_a_smaller_step_of_another_rank_counts():
+    phi, tiled, u, z, *_ = make("log", spread=0.9)
+    force = phi.grad(u - z).sum(0)
+    step, cuts, moved = u.new_ones(()), torch.zeros((), dtype=torch.int64), u.clone()
+    tiled.move_consensus(
+        moved, z, force, 1.0, phi.reach(u - z).amax(0), step=step, cuts=cuts,
+        agree=lambda own: own.fill_(0.125),
+    )  # fmt: skip
+    close(moved, u - 0.125 * force)
+    assert (float(step), int(cuts)) == (0.125, 1)
 
 
 @pytest.mark.parametrize("through", [False, True])
@@ -84,12 +102,13 @@ def test_line_3(name, spread, t_u):
 def test_line_6(name, num_workers, spread, pull, through):
     phi, tiled, u, z, v, delta = make(name, num_workers=num_workers, spread=spread)
     new = velocity(v, delta, z, **NUMBERS)
-    d = new if pull is None else worker_direction(new, phi.grad(u - z), pull)
+    d = new if pull is None else new + pull * phi.grad(u - z)
     s = phi.feasible_step(z - u, d, u)
     new = d if through and pull is not None else new
     expected_z, expected_v = z + s[:, None] * d, s[:, None] * new
     step, cuts = u.new_ones(()), torch.full((num_workers,), 5)
-    tiled.move_workers(z, v, delta, u, **NUMBERS, pull=pull, through=through, step=step, cuts=cuts)
+    numbers = Hyperparameters(**NUMBERS, pull=pull, through=through)
+    tiled.move_workers(z, v, delta, u, u, numbers, step=step, cuts=cuts)
     close(z, expected_z)
     close(v, expected_v)
     assert torch.equal(step, s.amin())
@@ -101,7 +120,7 @@ def test_the_cases_meet_the_boundary_and_stay_far_from_it():
     for spread in (0.02, 0.9):
         for pull in (1e-3, 0.1, 1.0, 30.0):
             phi, _, u, z, v, delta = make("tan", spread=spread)
-            d = worker_direction(velocity(v, delta, z, **NUMBERS), phi.grad(u - z), pull)
+            d = velocity(v, delta, z, **NUMBERS) + pull * phi.grad(u - z)
             steps |= set(phi.feasible_step(z - u, d, u).tolist())
             known.add(phi.surely_feasible(phi.reach(u - z), d, u))
     assert 1.0 in steps
@@ -115,10 +134,25 @@ def test_step_sizes_may_be_tensors():
         _, tiled, u, z, v, delta = make("tan")
         step, cuts = u.new_ones(()), torch.zeros(3, dtype=torch.int64)
         numbers = {key: kind(value) for key, value in NUMBERS.items()}
-        tiled.move_workers(
-            z, v, delta, u, **numbers, pull=kind(0.1), through=False, step=step, cuts=cuts
-        )
-        tiled.move_consensus(u, z[0], kind(0.1), step, cuts[0])
+        numbers = Hyperparameters(**numbers, pull=kind(0.1))
+        tiled.move_workers(z, v, delta, u, u, numbers, step=step, cuts=cuts)
+        tiled.move_consensus(
+            u, z, z[0] / 100, kind(0.1), tiled.phi.reach(u - z).amax(0), step=step, cuts=cuts[0],
+            agree=lambda own: own,
+        )  # fmt: skip
         results.append((u, z, v))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["quad", "log"])
+def test_jacobi_order_pulls_to_the_anchor_and_stays_inside_around_u(name):
+    phi, tiled, u, z, v, delta = make(name, spread=0.5)
+    anchor = u + 0.01
+    d = velocity(v, delta, z, **NUMBERS) + 0.1 * phi.grad(anchor - z)
+    s = phi.feasible_step(z - u, d, u)
+    expected = z + s[:, None] * d
+    step, cuts = u.new_ones(()), torch.zeros(3, dtype=torch.int64)
+    numbers = Hyperparameters(**NUMBERS, pull=0.1)
+    tiled.move_workers(z, v, delta, u, anchor, numbers, step=step, cuts=cuts)
+    close(z, expected)

@@ -1,10 +1,9 @@
-"""Lines 3 and 6 of Algorithm 1 on a GPU, each vector read as seldom as the mathematics allows.
+"""Lines 3 and 6 of Algorithm 1 on a GPU, with each vector read as seldom as possible.
 
-`Layerwise` and updates.py say what is computed, one operation of torch after another, and each of
-them reads and writes vectors of n coordinates. Here the same is done by the kernels of kernels.py.
-lines.py says where they serve; everywhere else the operations of torch do.
+`Layerwise` and plain.py define the computation, one operation of torch after another, and each of
+them reads and writes n-vectors. The kernels of triton_kernels.py do the same in fewer passes.
 
-Bytes. With K workers, in vectors of n coordinates, and the message of the all-reduce in memory:
+Bytes, in n-vectors, with K workers and the message of the all-reduce in memory:
 
     line 3, forces    u, z_k -> message            K + 2    radial but quad: K + 1 before, the norms
             step      u, z_k, message              K + 2    bounded
@@ -13,17 +12,17 @@ Bytes. With K workers, in vectors of n coordinates, and the message of the all-r
             move      u, z_k, v_k, delta_k -> z_k, v_k      5 K + 1
 
 S configurations in one block (population.py): S times the bytes of one with K = M workers, and as
-many kernels as one.
+many kernels as for one. For K = 1: quad 6 and 6, cubic 8 and 8, tan and log 11 and 10, tan_sep 9
+and 10.
 
-For K = 1: quad 6 and 6, cubic 8 and 8, tan and log 11 and 10, tan_sep 9 and 10.
-
-The step of line 6 needs no second pass. With d = v+ + c_l w in layer l, c_l known from |w_l|, all
-that the quadratic of the line search asks for follows from <w,w>, <w,v+> and <v+,v+>, which are
-taken at once. Where the two parts of d cancel, what is left of their rounding is bounded and the
-boundary moved inwards by it, as `Potential.feasible_step` does for the rounding of u - z.
+The step of line 6 needs no second pass. With d = v+ + c_l w in layer l, c_l known from |w_l|, the
+quadratic of the line search follows from <w,w>, <w,v+> and <v+,v+>, which are taken at once. Where
+the two parts of d cancel, their remaining rounding is bounded and the boundary moved inwards by it,
+as `Potential.feasible_step` does for the rounding of u - z.
 """
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -31,12 +30,14 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar
+from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
-from consensus.core.potentials import Separable
+from consensus.core.sizes import Separable
 
 
-class Fused:
-    """`Lines` for one potential on a GPU: the kernels with their tables and memory.
+class Triton(Plain):
+    """`Kernel` on a GPU: the Triton kernels with their tables and memory.
 
     Args:
         phi: A potential that has a kernel, with one scale, or one for each of S configurations.
@@ -45,10 +46,11 @@ class Fused:
     """
 
     def __init__(self, phi: Layerwise, like: Tensor, block: int | None = None) -> None:
-        from consensus.core import kernels
+        from consensus.core.kernels import triton_kernels
 
-        self._kernels: ModuleType = kernels
-        self.phi = phi
+        super().__init__(phi, like)
+        self.reach_size = 0  # the reach stays on the device
+        self._kernels: ModuleType = triton_kernels
         n, device = like.shape[-1], like.device
         block = block or (4096 if n >= 1 << 22 else 1024)
         layers = [(0, n)] if isinstance(phi.size, Separable) else list(phi.layers)
@@ -67,57 +69,51 @@ class Fused:
         self._numbers = torch.zeros(self._configurations, 8, dtype=torch.float64, device=device)
         self._known: dict[int, float] = {}
         eps = torch.finfo(like.dtype).eps
-        radius = math.sqrt(phi.profile.bound) if phi.bounded else 0.0
+        radius = math.sqrt(phi.bound) if phi.bounded else 0.0
         self._set({0: phi.scale * phi.scale, 1: radius, 2: eps})
         self._how: dict[str, Any] = {
             "KIND": phi.profile.kernel,
             "SEPARABLE": isinstance(phi.size, Separable),
         }
         self._block = block
-        self._bounded = phi.bounded
         self._needs_norms = not self._how["SEPARABLE"] and phi.profile.slope is None
         self._memory: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def forces(self, u: Tensor, z: Tensor, out: Tensor) -> None:
-        """As in `Lines`; the reach stays on the device, where nothing is decided by it."""
+    def forces(
+        self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None = None
+    ) -> Tensor | None:
+        """As in `ConsensusKernel`."""
+        del scratch
         factors = self._factors(u, z)
         self._kernels.forces[(self._tiles, self._configurations)](
-            out,
-            u,
-            z,
-            factors,
-            *self._tables,
-            self._n,
-            self._workers_of_one(z),
-            self._num_layers,
-            **self._how,
-            BLOCK=self._block,
-        )
-
-    def consensus_step(
-        self, u: Tensor, z: Tensor, force: Tensor, t_u: Scalar, step: Tensor, reach: Tensor | None
-    ) -> bool:
-        """As in `Lines`: of the workers of this rank alone."""
-        del reach
-        self._set({3: t_u})
-        self._search(3, u, z, z, force, True, step, None)
-        return False
+            out, u, z, factors, *self._tables, self._n, self._workers_of_one(z), self._num_layers,
+            **self._how, BLOCK=self._block,
+        )  # fmt: skip
+        return None
 
     def move_consensus(
-        self, u: Tensor, force: Tensor, t_u: Scalar, step: Tensor, cuts: Tensor
+        self,
+        u: Tensor,
+        z: Tensor,
+        force: Tensor,
+        t_u: Scalar,
+        reach: Tensor | None,
+        *,
+        step: Tensor,
+        cuts: Tensor,
+        agree: Callable[[Tensor], Tensor],
+        out: Tensor | None = None,
     ) -> None:
-        """As in `Lines`."""
+        """As in `ConsensusKernel`."""
+        del reach, out
         self._set({3: t_u})
+        if self.phi.bounded:
+            self._search(3, u, z, z, force, True, step, None)
+            agree(step)
         self._kernels.move_u[(self._tiles, self._configurations)](
-            u,
-            force,
-            step,
-            cuts,
-            self._numbers,
-            self._n,
-            BOUNDED=self._bounded,
+            u, force, step, cuts, self._numbers, self._n, BOUNDED=self.phi.bounded,
             BLOCK=self._block,
-        )
+        )  # fmt: skip
 
     def move_workers(
         self,
@@ -125,42 +121,33 @@ class Fused:
         v: Tensor,
         delta: Tensor,
         u: Tensor,
+        anchor: Tensor,
+        numbers: Hyperparameters,
         *,
-        kappa: Scalar,
-        sigma: Scalar,
-        nu: Scalar,
-        pull: Scalar | None,
-        through: bool,
         step: Tensor,
         cuts: Tensor,
+        scratch: Tensor | None = None,
     ) -> None:
-        """As in `Lines`."""
-        coupled = pull is not None
-        self._set({4: sigma, 6: kappa, 7: nu})
-        if pull is not None:
-            self._set({5: pull})
+        """As in `WorkerKernel`."""
+        if anchor is not u and self.phi.bounded:  # Jacobi order: two differences of each z_j
+            return super().move_workers(
+                z, v, delta, u, anchor, numbers, step=step, cuts=cuts, scratch=scratch
+            )
+        coupled = numbers.pull is not None
+        self._set({4: numbers.sigma, 6: numbers.kappa, 7: numbers.nu})
+        if numbers.pull is not None:
+            self._set({5: numbers.pull})
         _, factors, _, own_steps = self._memory_for(z)
-        if self._bounded:
-            self._search(6, u, z, v, delta, coupled, step, cuts)
+        if self.phi.bounded:
+            self._search(6, anchor, z, v, delta, coupled, step, cuts)
         elif coupled:
-            self._factors(u, z)
-        self._kernels.move_z[(self._tiles, len(z))](
-            z,
-            v,
-            u,
-            delta,
-            factors,
-            own_steps,
-            *self._tables,
-            self._n,
-            self._workers_of_one(z),
-            self._num_layers,
-            **self._how,
-            BOUNDED=self._bounded,
-            COUPLED=coupled,
-            THROUGH=through and coupled,
-            BLOCK=self._block,
-        )
+            self._factors(anchor, z)
+        self._kernels.move_z[(self._tiles, self._num_workers(z))](
+            z, v, anchor, delta, factors, own_steps, *self._tables, self._n,
+            self._workers_of_one(z), self._num_layers, **self._how, BOUNDED=self.phi.bounded,
+            COUPLED=coupled, THROUGH=numbers.through and coupled, BLOCK=self._block,
+        )  # fmt: skip
+        return None
 
     def _factors(self, u: Tensor, z: Tensor) -> Tensor:
         """2 psi'(s_l) scale^2 of every worker and layer, float64 (K, L), for a radial potential."""
@@ -180,66 +167,42 @@ class Fused:
         step: Tensor,
         cuts: Tensor | None,
     ) -> None:
-        """The line search: the smallest step to `step`, in line 6 the s_k to memory and `cuts`."""
+        """The line search: writes the smallest step, in line 6 also the s_k and the cuts."""
         self._sums_and_exits(line, u, z, v, direction, coupled)
         _, _, exits, own = self._memory_for(z)
         groups = self._num_layers
         self._kernels.steps[(self._configurations,)](
-            own,
-            step,
-            step if cuts is None else cuts,
-            exits,
-            self._workers_of_one(z),
-            groups,
-            LINE=line,
-            WIDTH=min(1024, 1 << (groups - 1).bit_length()),
-        )
+            own, step, step if cuts is None else cuts, exits, self._workers_of_one(z), groups,
+            LINE=line, WIDTH=min(1024, 1 << (groups - 1).bit_length()),
+        )  # fmt: skip
 
     def _sums_and_exits(
         self, line: int, u: Tensor, z: Tensor, v: Tensor, direction: Tensor, coupled: bool
     ) -> None:
         slots, factors, exits, _ = self._memory_for(z)
-        self._kernels.sums[(self._tiles, len(z))](
-            slots,
-            u,
-            z,
-            v,
-            direction,
-            *self._tables,
-            self._n,
-            self._workers_of_one(z),
-            self._num_slots,
-            LINE=line,
-            COUPLED=coupled,
-            **self._how,
-            BLOCK=self._block,
-        )
-        self._kernels.finish[(self._num_layers, len(z))](
-            factors,
-            exits,
-            slots,
-            self._spans,
-            self._numbers,
-            self._num_layers,
-            self._workers_of_one(z),
-            self._num_slots,
-            LINE=line,
-            COUPLED=coupled,
-            BOUNDED=self._bounded,
-            **self._how,
-            WIDTH=1024,
-        )
+        self._kernels.sums[(self._tiles, self._num_workers(z))](
+            slots, u, z, v, direction, *self._tables, self._n, self._workers_of_one(z),
+            self._num_slots, LINE=line, COUPLED=coupled, **self._how, BLOCK=self._block,
+        )  # fmt: skip
+        self._kernels.finish[(self._num_layers, self._num_workers(z))](
+            factors, exits, slots, self._spans, self._numbers, self._num_layers,
+            self._workers_of_one(z), self._num_slots, LINE=line, COUPLED=coupled,
+            BOUNDED=self.phi.bounded, **self._how, WIDTH=1024,
+        )  # fmt: skip
 
     @property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._first, self._last, self._starts, self._numbers
 
+    def _num_workers(self, z: Tensor) -> int:
+        return z.numel() // self._n
+
     def _workers_of_one(self, z: Tensor) -> int:
-        return len(z) // self._configurations
+        return self._num_workers(z) // self._configurations
 
     def _memory_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Slots (K, 4, slots of one), factors and exits (K, L), steps (K,), for the K of z."""
-        k = len(z)
+        k = self._num_workers(z)
         if k not in self._memory:
             table = torch.zeros(2, k, self._num_layers, dtype=torch.float64, device=z.device)
             slots = z.new_zeros(k, 4, self._num_slots)
@@ -247,9 +210,9 @@ class Fused:
         return self._memory[k]
 
     def _set(self, values: dict[int, Scalar]) -> None:
-        """Bring hyperparameters to where the kernels read them, when they have changed."""
+        """Write the hyperparameters that have changed to the memory that the kernels read."""
         for i, value in values.items():
-            if isinstance(value, Tensor):  # a captured graph repeats this copy, and no comparison
+            if isinstance(value, Tensor):  # a captured graph repeats the copy, but no comparison
                 self._numbers[:, i].copy_(value.reshape(-1))
                 self._known.pop(i, None)
             elif self._known.get(i) != value:

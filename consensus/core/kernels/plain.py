@@ -1,0 +1,129 @@
+"""Lines 3 and 6 of Algorithm 1 as formulas, one operation of torch after another.
+
+    line 3   u+  = u - s_u t_u sum_j grad phi(u - z_j)
+    line 6   v_j+ = kappa v_j - sigma (delta_j + nu z_j)
+             z_j+ = z_j + s_j (v_j+ + (sigma / lam) grad phi(u+ - z_j)),   v_j+ scaled by s_j
+
+The steps s_u and s_j are `Potential.feasible_step`. Vectors are written in place, since a model may
+be as large as the memory. Hyperparameters are numbers, or tensors over the leading axes of a block.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from consensus.core.flat import Scalar, add_scaled, column, scaled
+from consensus.core.kernels import Hyperparameters
+from consensus.core.layerwise import Layerwise
+from consensus.core.sizes import Separable
+
+
+class Plain:
+    """`Kernel` for any potential on any device.
+
+    Args:
+        phi: The potential; with S configurations its scale broadcasts over (S, K, n).
+        like: A tensor (..., n) of the device and dtype of the vectors.
+    """
+
+    closed_form = True
+
+    def __init__(self, phi: Layerwise, like: Tensor) -> None:
+        self.phi = phi
+        self.force_size = like.shape[-1]
+        # The line search may branch on the CPU, where reading a number is free. On a GPU that would
+        # wait for the device, and the boundary step is computed each time.
+        branches = phi.bounded and like.device.type == "cpu"
+        groups = 1 if isinstance(phi.size, Separable) else len(phi.layers)
+        self.reach_size = groups if branches else 0
+
+    def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor | None:
+        """As in `ConsensusKernel`."""
+        force, reach = self._force(u, z, scratch)
+        torch.sum(force, -2, out=out)
+        return reach
+
+    def move_consensus(
+        self,
+        u: Tensor,
+        z: Tensor,
+        force: Tensor,
+        t_u: Scalar,
+        reach: Tensor | None,
+        *,
+        step: Tensor,
+        cuts: Tensor,
+        agree: Callable[[Tensor], Tensor],
+        out: Tensor,
+    ) -> None:
+        """As in `ConsensusKernel`."""
+        d = scaled(-t_u, force, out)
+        row, center = d.unsqueeze(-2), u.unsqueeze(-2)  # (1, n) beside z (K, n)
+        if reach is not None and self.phi.surely_feasible(reach.unsqueeze(-2), row, center):
+            step.fill_(1.0)
+        elif self.phi.bounded:
+            # dom phi is convex: the smallest step of all workers is feasible for each of them.
+            step.copy_(agree(self.phi.feasible_step(center - z, row, center).amin(-1)))
+            cuts += step < 1
+            d *= column(step)
+        u += d
+
+    def move_workers(
+        self,
+        z: Tensor,
+        v: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        anchor: Tensor,
+        numbers: Hyperparameters,
+        *,
+        step: Tensor,
+        cuts: Tensor,
+        scratch: Tensor | None,
+    ) -> None:
+        """As in `WorkerKernel`."""
+        kappa, sigma, nu = column(numbers.kappa), column(numbers.sigma), column(numbers.nu)
+        d, reach = velocity(v, delta, z, kappa, sigma, nu, out=v), None
+        if numbers.pull is not None:
+            force, reach = self._force(anchor, z, scratch)
+            d = add_scaled(v, column(numbers.pull), force, out=delta)
+            if numbers.through:
+                v.copy_(d)
+        center = u.unsqueeze(-2)
+        if anchor is not u:
+            reach = None  # the line search is around u
+        if reach is not None and self.phi.surely_feasible(reach, d, center):
+            step.fill_(1.0)
+        elif self.phi.bounded:
+            # z moves by d, so z - u moves by d; dom phi is symmetric.
+            s = self.phi.feasible_step(z - center, d, center, reach)
+            step.copy_(s.amin(-1))
+            cuts += s < 1
+            v *= column(s)
+            if d is not v:
+                d *= column(s)
+        z += d
+
+    def _force(self, u: Tensor, z: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Grad phi(u - z_k) of every worker, and the reach where the line search needs it."""
+        w = torch.sub(u.unsqueeze(-2), z, out=scratch)
+        return self.phi.grad_and_reach_(w) if self.reach_size else (self.phi.grad_(w), None)
+
+
+def velocity(
+    v: Tensor,
+    delta: Tensor,
+    z: Tensor,
+    kappa: Scalar,
+    sigma: Scalar,
+    nu: Scalar,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Line 6: kappa v - sigma (delta + nu z). (..., n) -> (..., n).
+
+    The regularizer is taken at z and only the loss at the look-ahead point, as (16) prints it. With
+    `out`, delta holds delta + nu z afterwards.
+    """
+    gradient = add_scaled(delta, nu, z, None if out is None else delta)
+    return add_scaled(scaled(kappa, v, out), -sigma, gradient, out)
