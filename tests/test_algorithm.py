@@ -16,7 +16,6 @@ from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import GroupError, Launch, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
-from consensus.core.potentials import scaled_quad
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm
 from consensus.server import Server, digest
@@ -322,33 +321,6 @@ def test_quad_with_tau_one_over_two_m_gives_the_mean_of_the_workers(ranks, size)
     np.testing.assert_allclose(u, before.mean(0), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("weight", [0.5, [1.0, 2.0], [1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 4.0]])
-def test_the_scaled_quadratic_pulls_each_coordinate_with_its_weight(weight):
-    q = np.broadcast_to(weight, N) if np.size(weight) in (1, N) else np.repeat(weight, [3, 4])
-    phi = Layerwise(scaled_quad(weight), LAYERS)
-    server = Server(torch.from_numpy(start_u()), phi, Solo())
-    u = server.finish(server.start(torch.from_numpy(start_z())), 0.01)
-    expected = start_u() - 0.01 * sum(2.0 * q * (start_u() - z) for z in start_z())
-    np.testing.assert_allclose(u, expected, rtol=0, atol=1e-15)
-
-
-def test_pseudo_huber_at_a_small_scale_converges_to_the_componentwise_median():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(5, N))
-    z[4] += 100.0  # a broken worker
-    eta = 1e-3
-    server = Server(
-        torch.zeros(N, dtype=torch.float64),
-        Layerwise(POTENTIALS["pseudo_huber"], LAYERS, eta),
-        Solo(),
-    )
-    # The gradient of each term is at most 1 / eta, its slope at most 1 / eta^2 within eta of a z_j.
-    for t in range(40_000):
-        server.finish(server.start(torch.from_numpy(z)), eta * 5e-3 * 0.9997**t)
-    np.testing.assert_allclose(server.u, np.median(z, axis=0), rtol=0, atol=5 * eta)
-    assert np.abs(server.u.numpy() - z.mean(0)).max() > 10.0, "the mean is spoilt"
-
-
 def test_without_coupling_a_worker_is_torchs_nesterov_sgd():
     """torch keeps the look-ahead point: its parameter is z + kappa v, with v = -lr buf."""
     kappa, sigma = 0.9, 0.05
@@ -456,32 +428,6 @@ def test_one_flipped_bit_in_one_replica_is_caught_by_all_ranks(ranks, size):
     answers = ranks(size, flip_a_bit, wrong)
     assert answers == [f"u on rank {wrong} differs from u on rank 0: the replicas diverged"] * size
     assert ranks(size, flip_a_bit, []) == [None] * size
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_digest_sees_every_single_bit_and_the_order(dtype):
-    """Also the reference of splitmix64's finalizer in Python integers."""
-    u = torch.linspace(-1, 1, 50, dtype=dtype)
-    first = int(digest(u))
-    width = 8 * u.element_size()
-    integer = torch.int32 if width == 32 else torch.int64
-    for coordinate in (0, 17, 49):
-        for bit in range(width):
-            other = u.clone()
-            one = torch.tensor(1, dtype=integer) << bit
-            other.view(integer)[coordinate] ^= one
-            assert int(digest(other)) != first
-    assert int(digest(u.flip(0))) != first
-    assert int(digest(-u)) != first, "sign bits of an even number of coordinates do not cancel"
-    assert int(digest(u.clone())) == first
-    mask = 2**64 - 1
-    total = 0
-    for i, b in enumerate(u.view(integer).tolist()):
-        x = (b ^ (i * 0x9E3779B97F4A7C15)) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        total = (total + (x ^ (x >> 31))) & mask
-    assert first & mask == total
 
 
 def infeasible(group):
