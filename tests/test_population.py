@@ -330,7 +330,7 @@ def test_a_step_that_cannot_be_recorded_is_run(make_config):
     for t in range(10, 16):
         together.step(t)
     (line,) = lines
-    assert line.startswith("cuda_graph: an iteration cannot be recorded (")
+    assert line.startswith("CUDA graph capture failed (")
 
 
 def test_what_is_recorded_has_the_configurations_that_are_left(make_config):

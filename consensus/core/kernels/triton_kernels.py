@@ -2,21 +2,20 @@
 
 A vector of n coordinates is cut into tiles of BLOCK, aligned in memory; a program processes one. A
 layer may begin inside a tile: tile i meets the layers first[i] to last[i], and has a slot of its
-own for each, i + layer. Along the vector either the tile or the layer goes up, or both, so no two
-share a slot, and the slots of a layer lie side by side. Sums are taken slot by slot, and then over
-the slots of a layer in one order: the same bits in every run, which atomics would not give.
+own for each, i + layer. The slots of a layer are contiguous, and none is shared. Sums are taken
+slot by slot, then over the slots of a layer in one order: the same bits in every run, which
+atomics would not give.
 
 S configurations of M workers each may be one block: u (S, n) and z (K, n), K = S M, where worker k
 belongs to configuration k // M. A run alone has S = 1.
 
-`numbers` (S, 8) holds the hyperparameters of each on the device, as float64:
-
+`numbers` (S, 8) has the hyperparameters of each on the device, as float64:
     0 scale^2   1 radius   2 eps of the dtype   3 t_u   4 sigma   5 sigma / lam   6 kappa   7 nu
 
 w = u - z_k throughout. KIND is a profile's `kernel` (profiles.py), LINE a line of Algorithm 1.
 """
 
-# Triton reads the source of these functions; annotations other than constexpr would be types to it.
+# Triton parses these functions and takes annotations other than constexpr for types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 # ruff: noqa: N803
 
@@ -29,8 +28,7 @@ def _cos(s):
     """Cosine on [0, pi / 2), relatively accurate up to the pole of tan; anything beyond.
 
     In float32 without the reduction of large arguments, which costs more than the memory: Cephes'
-    polynomials for cos s up to pi / 4, and for sin(pi / 2 - s) above, where the difference is exact
-    but for the tail of pi / 2.
+    polynomials of cos s up to pi / 4, of sin(pi / 2 - s) above, exact but for the tail of pi / 2.
     """
     if s.dtype == tl.float64:
         cos = tl.cos(s)
@@ -224,7 +222,7 @@ def finish(
 def steps(own, smallest, cuts, exits, M, L, LINE: tl.constexpr, WIDTH: tl.constexpr):
     """From the exits (K, L) to the steps of the line search: s_k (K,) and the smallest (S,).
 
-    Grid (S,). LINE 6 also counts the cuts (K,); in line 3 the other ranks have a say first.
+    Grid (S,). LINE 6 also counts the cuts (K,); in line 3 the ranks agree first.
     """
     dtype: tl.constexpr = smallest.dtype.element_ty
     s0 = tl.program_id(0).to(tl.int64) * M
