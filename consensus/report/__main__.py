@@ -7,14 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from consensus.records import NoEvaluationError, Row, read_rows
 from consensus.report.page import write_report
 from consensus.report.runs import (
-    NoEvaluationError,
     comparison_table,
     draw,
     find_runs,
     is_run,
-    read_metrics,
 )
 from consensus.report.stationarity import (
     draw_stationarity,
@@ -31,7 +30,6 @@ from consensus.report.table1 import (
     screen_tables,
     varying,
 )
-from consensus.run.metrics import Row
 
 MOST_RUNS_ON_SCREEN = 40
 
@@ -130,7 +128,7 @@ def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row
     missing: NoEvaluationError | None = None
     for label, path in zip(labels(paths, named), paths, strict=True):
         try:
-            metrics[label] = read_metrics(path)
+            metrics[label] = read_rows(path)
         except NoEvaluationError as error:
             if path in named:
                 raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from consensus.atomic_files import write_whole
+from consensus.records import COLUMNS, Row
 from consensus.report.plots import draw_figure1, draw_sensitivity
 from consensus.report.stationarity import (
     draw_stationarity,
@@ -32,8 +33,6 @@ from consensus.report.table1 import (
     show,
     varying,
 )
-from consensus.run.metrics import Row
-from consensus.run.progress import COLUMNS
 
 LAST_EVALUATION = (
     "Of each run the last evaluation counts, if the run finished and did not diverge. Several "
@@ -221,7 +220,7 @@ def run_records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return records
 
 
-def _with_scalars(row: Row) -> Row:
+def _with_scalars(row: Row) -> dict[str, Any]:
     """A row with the single numbers of its stationarity as columns of their own."""
     found = row.get("stationarity") or {}
     scalars = {f"stationarity.{k}": v for k, v in found.items() if not isinstance(v, list | dict)}

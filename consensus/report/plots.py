@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from consensus.records import Row, number
 from consensus.report.runs import PANELS, name_lines, printable, write_figure
 from consensus.report.table1 import MSGD, PAPER_ORDER
-from consensus.run.metrics import Row
 
 LOGARITHMIC = ("objective", "train_loss")
 MOST_MARKERS = 30  # above so many evaluations a line needs no markers
@@ -32,10 +32,10 @@ def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[
         for row, over in enumerate(("iteration", "epoch")):
             axis = axes[row][column]
             positive = False
-            for number, (name, seeds) in enumerate(curves.items()):
+            for i, (name, seeds) in enumerate(curves.items()):
                 x, mean, std = curve(seeds, over, key)
                 positive |= bool((mean > 0).any())
-                style = line_style(name, number)
+                style = line_style(name, i)
                 marker = "." if len(x) <= MOST_MARKERS else None
                 axis.plot(x, mean, marker=marker, label="run", **style)
                 if std is not None:
@@ -72,8 +72,8 @@ def curve(
     by_iteration = [{row["iteration"]: row for row in rows} for rows in seeds]
     common = sorted(set.intersection(*map(set, by_iteration)))
     rows = [[of_seed[t] for t in common] for of_seed in by_iteration]
-    x = np.array([row[over] for row in rows[0]], dtype=float)
-    values = np.array([[row[key] for row in of_seed] for of_seed in rows], dtype=float)
+    x = np.array([number(row, over) for row in rows[0]], dtype=float)
+    values = np.array([[number(row, key) for row in of_seed] for of_seed in rows], dtype=float)
     return x, values.mean(0), values.std(0, ddof=1) if len(rows) > 1 else None
 
 

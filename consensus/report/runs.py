@@ -1,6 +1,5 @@
 """Reading runs, and the figure and the table of their evaluations, from metrics files alone."""
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from consensus.run.metrics import Row
-from consensus.run.progress import COLUMNS, format_cell
+from consensus.records import METRICS, Row, cells, headings, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,37 +20,6 @@ PANELS = (
     ("test_error", "test error (%)"),
 )
 MOST_IN_LEGEND = 20  # more names than that would cover the panel
-
-
-class NoEvaluationError(ValueError):
-    """A run that has not come to its first evaluation, or ended before it."""
-
-
-def read_metrics(run_dir: Path) -> list[Row]:
-    """The evaluations of a run.
-
-    Raises:
-        NoEvaluationError: If metrics.jsonl is empty.
-        ValueError: If there is no metrics.jsonl, or a line of it is damaged.
-    """
-    path = run_dir / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ValueError(f"{run_dir} holds no readable metrics.jsonl ({error.strerror})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        missing = [key for key in COLUMNS if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
-        rows.append(row)
-    if not rows:
-        raise NoEvaluationError(f"{path} holds no evaluation yet")
-    return rows
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -74,7 +41,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run directory."""
-    return (path / "metrics.jsonl").exists()
+    return (path / METRICS).exists()
 
 
 def _runs_in(path: Path) -> list[Path]:
@@ -107,10 +74,10 @@ def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
         if len(runs) > 10:  # matplotlib's own colors begin again after ten
             axis.set_prop_cycle(color=[tab20(i) for i in range(20)])
         for rows in runs.values():
-            values = [float("nan") if row[key] is None else row[key] for row in rows]
+            values = [number(row, key) for row in rows]
             iterations = [row["iteration"] for row in rows]
             axis.plot(iterations, values, marker=".", label="run")
-        positive = any((row[key] or 0) > 0 for rows in runs.values() for row in rows)
+        positive = any(number(row, key) > 0 for rows in runs.values() for row in rows)
         if key in ("objective", "train_loss") and positive:
             axis.set_yscale("log")
         axis.set_title(title)
@@ -150,9 +117,8 @@ def comparison_table(runs: Mapping[str, Sequence[Row]]) -> Table:
     table = Table(title="last evaluation of each run")
     longest = max(map(len, runs), default=0)
     table.add_column("run", overflow="fold", min_width=min(longest, 16))  # names must stay apart
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), justify="right")
+    for column in headings():
+        table.add_column(column, justify="right")
     for label, rows in runs.items():
-        cells = [format_cell(column, rows[-1][column]) for column in COLUMNS]
-        table.add_row(label, *cells)
+        table.add_row(label, *cells(rows[-1]))
     return table

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from consensus.records import Row, largest
 from consensus.report.runs import name_lines, write_figure
-from consensus.run.metrics import Row
-from consensus.run.progress import largest
 
 SAME = 1e-3
 """The part of |u| by which a z_j may differ from u and count as one with it."""

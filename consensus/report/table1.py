@@ -19,8 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from consensus.run.metrics import Row
-from consensus.run.progress import format_cell
+from consensus.records import Row, format_cell, number
 
 # The columns of Table 1, and what stands above them.
 HEADINGS = {
@@ -133,7 +132,7 @@ class Configuration:
 
     def mean(self, column: str) -> Mean:
         """A column of the last evaluations, over the seeds that count; there must be one."""
-        values = [float(run.rows[-1][column]) for run in self.kept.values()]
+        values = [number(run.rows[-1], column) for run in self.kept.values()]
         std = statistics.stdev(values) if len(values) > 1 else None
         return Mean(statistics.fmean(values), std)
 
@@ -414,13 +413,13 @@ def screen_tables(lines: Sequence[Line], keys: Sequence[str]) -> list[Table]:
 
 def _screen_table(title: str, cells: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
-    for number, heading in enumerate(cells[0]):
-        words = number == 0 or heading == "with"
+    for i, heading in enumerate(cells[0]):
+        words = i == 0 or heading == "with"
         table.add_column(
             heading,
             justify="left" if words else "right",
             overflow="fold",
-            min_width=max(len(row[0]) for row in cells) if number == 0 else None,
+            min_width=max(len(row[0]) for row in cells) if i == 0 else None,
         )
     for row in cells[1:]:
         table.add_row(*map(Text, row))  # Text: a name may look like markup

@@ -10,8 +10,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from consensus.records import read_rows
 from consensus.report import __main__ as report
-from consensus.report.runs import comparison_table, draw, find_runs, read_metrics
+from consensus.report.runs import comparison_table, draw, find_runs
 
 
 def row(t, **others):
@@ -45,20 +46,20 @@ def write_run(tmp_path):
 # ---- reading
 
 
-def test_read_metrics(write_run):
+def test_read_rows(write_run):
     rows = [row(10, objective=None, extra=[1, 2]), row(20)]
-    assert read_metrics(write_run("a", rows)) == rows
+    assert read_rows(write_run("a", rows)) == rows
 
 
 def test_nothing_to_read(tmp_path, write_run):
     with pytest.raises(ValueError, match="no readable metrics") as caught:
-        read_metrics(tmp_path)
+        read_rows(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path} holds no readable metrics.jsonl (No such file or directory)"
     )
     run_dir = write_run("empty", [])
     with pytest.raises(ValueError, match="holds no evaluation yet") as caught:
-        read_metrics(run_dir)
+        read_rows(run_dir)
     assert str(caught.value) == f"{run_dir}/metrics.jsonl holds no evaluation yet"
 
 
@@ -79,7 +80,7 @@ def test_a_damaged_line_is_named(write_run, damage, complaint):
     with (run_dir / "metrics.jsonl").open("ab") as file:
         file.write(damage)
     with pytest.raises(ValueError, match="line 2") as caught:
-        read_metrics(run_dir)
+        read_rows(run_dir)
     assert str(caught.value).startswith(f"{run_dir}/metrics.jsonl, {complaint}")
     assert "\n" not in str(caught.value)
 

@@ -14,10 +14,11 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from consensus.comm import Launch, Solo
+from consensus.records import read_rows
 from consensus.report import __main__ as report
 from consensus.report.page import figure1_groups, markdown_table, write_report
 from consensus.report.plots import curve, draw_figure1, draw_sensitivity, line_style
-from consensus.report.runs import find_runs, read_metrics
+from consensus.report.runs import find_runs
 from consensus.report.table1 import (
     Run,
     chosen_keys,
@@ -721,7 +722,7 @@ def test_what_the_trainer_writes_is_what_is_read(make_config, tmp_path):
     )
     last = Trainer(make_plan(trained, Launch()), Solo()).run()
     (run_dir,) = find_runs([tmp_path / "runs"])
-    made = make_run("tan", run_dir, read_configs([run_dir])[0], read_metrics(run_dir))
+    made = make_run("tan", run_dir, read_configs([run_dir])[0], read_rows(run_dir))
     assert (made.status, made.name, made.problem) == ("finished", "tan", ("digits", "lenet5"))
     assert made.config["workers"] == 1, "from summary.json: the config leaves it to the launch"
     assert not [key for key, value in made.config.items() if str(tmp_path) in str(value)]
