@@ -170,9 +170,9 @@ def _finite(value: Any) -> Any:
 
 
 def number(row: Mapping[str, Any], key: str) -> float:
-    """A number of a row or a measurement; nan where it is null or absent."""
+    """A number of a mapping; nan where it is null, absent or no number."""
     value = row.get(key)
-    return math.nan if value is None else float(value)
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def largest(values: Iterable[float | None]) -> float:

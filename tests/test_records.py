@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from consensus.records import (
@@ -74,8 +75,8 @@ def test_a_run_of_today_is_reported_also_after_a_column_was_added(
     old_runs, added, monkeypatch, capsys
 ):
     if added:
-        for module in ("consensus.records", "consensus.report.page"):
-            monkeypatch.setattr(f"{module}.COLUMNS", (*COLUMNS, added))
+        monkeypatch.setattr("consensus.records.COLUMNS", (*COLUMNS, added))
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
     monkeypatch.setattr(sys, "argv", ["consensus.report", str(old_runs)])
     main()
     shown = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
@@ -99,6 +100,56 @@ def write(folder, text):
 
 def lines(*rows):
     return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """`write_run("name", rows)`: a run directory with these rows."""
+
+    def write_rows(name, rows):
+        (tmp_path / name).mkdir()
+        return write(tmp_path / name, lines(*rows))
+
+    return write_rows
+
+
+def test_read_rows(write_run):
+    rows = [row(10, objective=None, extra=[1, 2]), row(20)]
+    assert read_rows(write_run("a", rows)) == rows
+
+
+def test_nothing_to_read(tmp_path, write_run):
+    with pytest.raises(ValueError, match="no readable metrics") as caught:
+        read_rows(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} holds no readable metrics.jsonl (No such file or directory)"
+    )
+    run_dir = write_run("empty", [])
+    with pytest.raises(ValueError, match="holds no evaluation yet") as caught:
+        read_rows(run_dir)
+    assert str(caught.value) == f"{run_dir}/metrics.jsonl holds no evaluation yet"
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (b'{"iteration": 20, "epo\n', "line 2 is not JSON: "),
+        (b"\n", "line 2 is not JSON: "),
+        (b'{"iteration": 20, "epoch": 1, "objective": 3, "train_loss": 1, "train_error": 1}\n',
+         "line 2 lacks test_loss, test_error"),
+        (b"[1, 2]\n", "line 2 lacks iteration, epoch, objective, train_loss, train_error"),
+        (b"3\n", "line 2 lacks iteration, "),
+        (b"\xff\xfe\n", "line 2 is not JSON: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(write_run, damage, complaint):
+    run_dir = write_run("a", [row(10)])
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(ValueError, match="line 2") as caught:
+        read_rows(run_dir)
+    assert str(caught.value).startswith(f"{run_dir}/metrics.jsonl, {complaint}")
+    assert "\n" not in str(caught.value)
 
 
 def test_rows_until_keeps_each_iteration_once_and_skips_damage(tmp_path):

@@ -17,8 +17,8 @@ from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
 from consensus.records import Row, rows_until, to_json
 from consensus.replay import Replay, why_not
-from consensus.report.runs import draw
-from consensus.report.stationarity import draw_stationarity, measurements, verdict
+from consensus.report.plots import draw_convergence, draw_stationarity
+from consensus.report.stationarity import measurements, verdict
 from consensus.run.checkpoint.directory import RunDirectory
 from consensus.run.checkpoint.manifest import Manifest
 from consensus.run.checkpoint.reader import candidates, choose, load, set_aside
@@ -365,7 +365,7 @@ class Trainer:
         buffer = io.BytesIO()
         torch.save(self.plan.risk.layout.state_dict(self.algorithm.u), buffer)
         write_whole(self.run_dir / "model.pt", buffer.getvalue())
-        draw({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
+        draw_convergence({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
         if analysed := measurements(self.rows):
             draw_stationarity({self.run_dir.name: analysed}, self.run_dir / "stationarity.png")
         summary = self.rows[-1] | {"best": self.best, "environment": environment(self.plan)}
