@@ -1,11 +1,11 @@
-"""Files that are whole or absent, whenever the process or the machine stops."""
+"""Atomic file writes: a file holds its old or its new content, also after a crash."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing."""
+    """Replace a file atomically, and flush it to the disk first."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
@@ -18,7 +18,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """A file's content, or a directory's names, to the disk."""
+    """Flush the content of a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -32,8 +32,8 @@ from consensus import train as entry
 from consensus.comm import GroupError, Launch
 from consensus.problem import DATASETS
 from consensus.run.config import Config
-from consensus.run.metrics import MetricsFiles
 from consensus.run.plan import make_plan
+from consensus.run.sinks import JsonlSink
 from consensus.run.trainer import Trainer
 from consensus.server import digest
 
@@ -433,7 +433,7 @@ def fill_the_disk(group, config):
     """A run whose rank 0 cannot write its second evaluation."""
     plan = make_plan(config, Launch(group.rank, group.size, group.rank, group.size))
     trainer = Trainer(plan, group)
-    write, rows = MetricsFiles.evaluation, []
+    write, rows = JsonlSink.evaluation, []
 
     def evaluation(self, row):
         rows.append(row)
@@ -441,13 +441,13 @@ def fill_the_disk(group, config):
             raise OSError(28, "No space left on device")
         write(self, row)
 
-    MetricsFiles.evaluation = evaluation
+    JsonlSink.evaluation = evaluation
     try:
         trainer.run()
     except GroupError as error:
         return str(error), int(digest(trainer.algorithm.u))
     finally:
-        MetricsFiles.evaluation = write
+        JsonlSink.evaluation = write
     return None
 
 

@@ -1,37 +1,18 @@
-"""Entry that draws runs from their metrics files: python -m consensus.report RUN_DIR..."""
+"""Command line of the report: python -m consensus.report RUN_DIR..."""
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from consensus.report.page import write_report
-from consensus.report.runs import (
-    NoEvaluationError,
-    comparison_table,
-    draw,
-    find_runs,
-    is_run,
-    read_metrics,
-)
-from consensus.report.stationarity import (
-    draw_stationarity,
-    measured,
-    stationarity_table,
-    verdict,
-)
-from consensus.report.table1 import (
-    Run,
-    chosen_keys,
-    make_lines,
-    make_run,
-    read_configs,
-    screen_tables,
-    varying,
-)
-from consensus.run.metrics import Row
+from consensus.report.plots import draw_convergence, draw_stationarity
+from consensus.report.render import comparison_table, screen_tables
+from consensus.report.runs import comparable_runs, find_runs, is_run, read_all
+from consensus.report.stationarity import measured, stationarity_table, verdict
+from consensus.report.table1 import table1
 
 MOST_RUNS_ON_SCREEN = 40
 
@@ -51,8 +32,8 @@ def main() -> None:
         "--folder",
         type=Path,
         default=None,
-        help="where Table 1, Figure 1 and report.md go, if two or more runs differ in their config "
-        "[RUN_DIR/report of the first, if that is a folder of runs]",
+        help="folder for Table 1, Figure 1 and report.md, if two or more runs differ in their "
+        "config [RUN_DIR/report of the first, if that is a folder of runs]",
     )
     arguments = parser.parse_args()
     try:
@@ -67,11 +48,12 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
 
     Args:
         named: Runs and folders of runs.
-        figure: Of all runs; None: report.png in the first of them.
-        folder: For Table 1 and Figure 1; None: report/ in the first, if that is a folder of runs.
+        figure: The figure of all runs; None: report.png in the first path.
+        folder: For Table 1 and Figure 1; None: report/ in the first path, if that is a folder of
+            runs.
 
     Raises:
-        ValueError: If they hold no metrics that can be read, or there is nothing for the folder.
+        ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.
         OSError: If a file cannot be written.
     """
     first = named[0]
@@ -84,95 +66,37 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
         folder = first / "report"
     figure = figure or first / "report.png"
     evaluated = {label: rows for label, rows in metrics.items() if rows}
-    draw(evaluated, figure)
+    shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
+    draw_convergence(evaluated, figure)
     if runs and folder is not None:
         write_report(runs, folder, [path.resolve().name for path in named])
     console = Console(soft_wrap=True, highlight=False)
-    shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
     console.print(comparison_table(shown))
     if len(shown) < len(evaluated):
         where = f": {folder}/runs.csv, and {folder}/table1.csv" if runs and folder else ""
-        console.print(f"and {len(evaluated) - len(shown)} more runs{where}", markup=False)
+        say(f"and {len(evaluated) - len(shown)} more runs{where}")
     if len(evaluated) < len(metrics):
-        console.print(f"{len(metrics) - len(evaluated)} without an evaluation", markup=False)
+        say(f"{len(metrics) - len(evaluated)} without an evaluation")
     if runs:
-        for table in screen_tables(make_lines(runs), chosen_keys(runs)):
+        for table in screen_tables(table1(runs)):
             console.print(table)
-        if folder is None:
-            console.print("--folder FOLDER writes Table 1 and Figure 1 there", markup=False)
-        else:
-            console.print(f"Table 1 and Figure 1 in {folder}/report.md", markup=False)
-    analysed = measured(shown)
-    if analysed:
+        say(
+            "--folder FOLDER writes Table 1 and Figure 1 there"
+            if folder is None
+            else f"Table 1 and Figure 1 in {folder}/report.md"
+        )
+    if analysed := measured(shown):
         second = figure.with_stem(f"{figure.stem}_stationarity")
         draw_stationarity(analysed, second)
         console.print(stationarity_table(analysed))
         for label, rows in analysed.items():
-            console.print(f"{label}: {verdict(rows)}", markup=False)
-        console.print(f"stationarity in {second}", markup=False)
-    console.print(f"figure in {figure}", markup=False)
-
-
-def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row]]:
-    """Label -> the evaluations of each run.
-
-    A sweep goes on while it is looked at, and some of its runs diverge before their first
-    evaluation: found in a folder beside others, they have none.
-
-    Args:
-        paths: The run directories.
-        named: What was asked for by name; a run among it must have evaluations.
-
-    Raises:
-        ValueError: If metrics cannot be read, or no run has an evaluation.
-    """
-    metrics: dict[str, list[Row]] = {}
-    missing: NoEvaluationError | None = None
-    for label, path in zip(labels(paths, named), paths, strict=True):
-        try:
-            metrics[label] = read_metrics(path)
-        except NoEvaluationError as error:
-            if path in named:
-                raise
-            missing = missing or error
-            metrics[label] = []
-    if missing is not None and not any(metrics.values()):
-        raise missing
-    return metrics
-
-
-def comparable_runs(paths: Sequence[Path], metrics: Mapping[str, Sequence[Row]]) -> list[Run]:
-    """The runs with their configs, if there are two or more that differ; otherwise none.
-
-    Raises:
-        ValueError: If a config.yaml is missing beside others, or damaged.
-    """
-    configs = read_configs(paths) if len(paths) > 1 else None
-    if configs is None:
-        return []
-    runs = [
-        make_run(label, path, config, rows)
-        for path, config, (label, rows) in zip(paths, configs, metrics.items(), strict=True)
-    ]
-    return runs if varying(runs) else []
-
-
-def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
-    """The name of each run directory; of those that coincide more of the path.
-
-    Args:
-        paths: The run directories.
-        folders: Where they were looked for: a path below the first that holds it may suffice.
-    """
-    names = [path.resolve().name for path in paths]
-    inside = [
-        next((str(path.relative_to(f)) for f in folders if f in path.parents), str(path))
-        for path in paths
-    ]
-    return [
-        name if names.count(name) == 1 else below if inside.count(below) == 1 else str(path)
-        for name, below, path in zip(names, inside, paths, strict=True)
-    ]
+            say(f"{label}: {verdict(rows)}")
+        say(f"stationarity in {second}")
+    say(f"figure in {figure}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,210 @@
-"""Figure 1 of the paper, and how the test error depends on lam and eta."""
+"""All figures of a report.
 
-from collections.abc import Mapping, Sequence
+matplotlib is imported where a figure is made: the import takes most of a second, which the ranks
+above 0 do not spend. `Figure` instead of pyplot needs no window system and no global state.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consensus.report.runs import PANELS, name_lines, printable, write_figure
-from consensus.report.table1 import MSGD, PAPER_ORDER
-from consensus.run.metrics import Row
+from consensus.records import Row, number
+from consensus.report.stationarity import SERIES, accuracy
+from consensus.report.table1 import (
+    MSGD,
+    PAPER_ORDER,
+    Configuration,
+    Record,
+    best_of,
+    sensitivity,
+)
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+PANELS = (
+    ("objective", "objective"),
+    ("train_loss", "train loss (sum)"),
+    ("train_error", "train error (%)"),
+    ("test_error", "test error (%)"),
+)
 LOGARITHMIC = ("objective", "train_loss")
-MOST_MARKERS = 30  # above so many evaluations a line needs no markers
+MOST_IN_LEGEND = 20  # more names would cover the panel
+MOST_IN_SMALL_LEGEND = 10
+MOST_MARKERS = 30  # a line with more evaluations needs no markers
 MOST_TICKS = 10
+ENDINGS = ("png", "pdf")
+
+
+# ---- the style of all figures
+
+
+def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
+    """A figure and its array of axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+Grid = Literal["major", "both"]
+
+
+def _style(axis: "Axes", title: str, xlabel: str, log: bool, grid: Grid = "major") -> None:
+    if log:
+        axis.set_yscale("log")
+    axis.set_title(title, parse_math=False)
+    axis.set_xlabel(xlabel)
+    axis.grid(alpha=0.3, which=grid)
+
+
+def name_lines(legend: "Legend", labels: Iterable[str]) -> None:
+    """Set the names of the lines of a legend, each of which was drawn with some label."""
+    # Set afterwards: matplotlib leaves out labels that begin with `_` and parses those with `$`.
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(printable(label))
+
+
+def printable(label: str) -> str:
+    """A label with escapes in place of the characters that no font draws."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in label)
+
+
+def _write(figure: "Figure", *paths: Path) -> None:
+    """Write a figure; the ending of a path selects the format."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # draws a box
+        for path in paths:
+            figure.savefig(path, dpi=150)
+
+
+# ---- runs
+
+
+def draw_convergence(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw objective, train loss and the two errors over iterations, a line for each run.
+
+    Args:
+        runs: Label -> evaluations.
+        path: The figure.
+    """
+    from matplotlib import colormaps
+
+    named, tab20 = len(runs) <= MOST_IN_LEGEND, colormaps["tab20"]
+    below = named and (len(runs) > 4 or max(map(len, runs), default=0) > 40)
+    figure, axes = _figure(2, 2, 10, 7 + (0.1 * len(runs) if below else 0), sharex=True)
+    for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
+        if len(runs) > 10:  # matplotlib's own colors begin again after ten
+            axis.set_prop_cycle(color=[tab20(i) for i in range(20)])
+        for rows in runs.values():
+            values = [number(row, key) for row in rows]
+            axis.plot([row["iteration"] for row in rows], values, marker=".", label="run")
+        positive = any(number(row, key) > 0 for rows in runs.values() for row in rows)
+        xlabel = "iteration" if axis in axes[1] else ""
+        _style(axis, title, xlabel, log=key in LOGARITHMIC and positive)
+    if below:
+        lines = axes[0][0].lines
+        name_lines(figure.legend(handles=lines, loc="outside lower center", ncols=2), runs)
+    elif named:
+        name_lines(axes[0][0].legend(), runs)
+    _write(figure, path)
+
+
+def draw_stationarity(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the measurements over iterations, a line for each run.
+
+    Args:
+        runs: Label -> rows with measurements.
+        path: The figure.
+    """
+    figure, axes = _figure(2, 3, 13, 7, sharex=True)
+    for axis, (_, title, value) in zip(axes.flat, SERIES, strict=True):
+        for rows in runs.values():
+            x, y = [row["iteration"] for row in rows], [value(row) for row in rows]
+            (line,) = axis.plot(x, y, ".-", label="run")
+            if axis is axes[0][0]:
+                spread = [accuracy(row) for row in rows]
+                axis.errorbar(x, y, yerr=spread, fmt="none", color=line.get_color(), capsize=2)
+        positive = any(value(row) > 0 for rows in runs.values() for row in rows)
+        _style(axis, title, "iteration" if axis in axes[1] else "", log=positive, grid="both")
+    if 1 < len(runs) <= MOST_IN_SMALL_LEGEND:
+        name_lines(axes[0][0].legend(fontsize="small"), runs)
+    _write(figure, path)
+
+
+# ---- Table 1
+
+
+def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
+    """Draw Figure 1, and the sensitivity if lam or eta varies.
+
+    Returns:
+        Name of each PNG -> caption.
+    """
+    captions = {}
+    for suffix, title, best in figure1_groups(records):
+        name = f"figure1{suffix}"
+        curves = {
+            potential: [run.rows for run in configuration.kept.values()]
+            for potential, configuration in best.items()
+        }
+        draw_figure1(curves, [folder / f"{name}.{ending}" for ending in ENDINGS])
+        captions[f"{name}.png"] = (
+            f"Figure 1{title}: of each potential the configuration best in final test error; with "
+            "several seeds their mean, in a band of one sample standard deviation"
+        )
+    panels = {record.label: sensitivity(record) for record in records if record.name != MSGD}
+    panels = {label: of_eta for label, of_eta in panels.items() if of_eta}
+    places = {(e, lam) for of in panels.values() for e, of_lam in of.items() for lam in of_lam}
+    if len(places) > 1:
+        draw_sensitivity(panels, [folder / f"sensitivity.{ending}" for ending in ENDINGS])
+        captions["sensitivity.png"] = (
+            "Test error of the last evaluation over lam, one line for each eta, the best over all "
+            "other keys; a cross at the top where no run finished without diverging"
+        )
+    return captions
+
+
+def figure1_groups(
+    records: Sequence[Record],
+) -> list[tuple[str, str, dict[str, Configuration]]]:
+    """The contents of each Figure 1: one for each problem and each M, with mSGD in all of them.
+
+    Returns:
+        The end of its file name and of its title, empty for a single figure, and potential -> the
+        configuration with the lowest test error. A group without a finished run is left out.
+    """
+    groups: dict[tuple[tuple[str, str], Any], dict[str, list[Configuration]]] = {}
+    finished = {id(r): [c for c in r.configurations if c.kept] for r in records}
+    for r in records:
+        for c in finished[id(r)] if r.name != MSGD else ():
+            group = groups.setdefault((r.problem, c.config.get("workers")), {})
+            group.setdefault(r.name, []).append(c)
+    for r in records:
+        if r.name == MSGD and finished[id(r)]:
+            of_problem = [key for key in groups if key[0] == r.problem]
+            for key in of_problem or [(r.problem, None)]:
+                groups.setdefault(key, {})[MSGD] = finished[id(r)]
+    problems = {problem for problem, _ in groups}
+    found = []
+    for (problem, m), of_name in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] or 0)):
+        words = list(problem) if len(problems) > 1 else []
+        suffix = "".join("_" + re.sub(r"\W+", "-", word) for word in words)
+        title = f" ({', '.join(words)})" if words else ""
+        if len({other_m for other, other_m in groups if other == problem}) > 1:
+            m_text = "unknown" if m is None else str(m)
+            suffix, title = f"{suffix}_M{m_text}", f"{title}, M = {m_text}"
+        best = {name: best_of(configurations) for name, configurations in of_name.items()}
+        found.append((suffix, title, {name: c for name, c in best.items() if c is not None}))
+    return found
 
 
 def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[Path]) -> None:
@@ -22,48 +214,41 @@ def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[
 
     Args:
         curves: Potential or mSGD -> the evaluations of each seed.
-        paths: Where to write it; the endings say which formats.
+        paths: The figure, in one format or several.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 7), layout="constrained")
-    axes = figure.subplots(2, len(PANELS))
-    for column, (key, title) in enumerate(PANELS):
-        for row, over in enumerate(("iteration", "epoch")):
-            axis = axes[row][column]
+    figure, axes = _figure(2, len(PANELS), 16, 7)
+    for j, (key, title) in enumerate(PANELS):
+        for axis, over in zip(axes[:, j], ("iteration", "epoch"), strict=True):
             positive = False
-            for number, (name, seeds) in enumerate(curves.items()):
+            for i, (name, seeds) in enumerate(curves.items()):
                 x, mean, std = curve(seeds, over, key)
                 positive |= bool((mean > 0).any())
-                style = line_style(name, number)
+                style = line_style(name, i)
                 marker = "." if len(x) <= MOST_MARKERS else None
                 axis.plot(x, mean, marker=marker, label="run", **style)
                 if std is not None:
                     low = mean - std
                     if key in LOGARITHMIC:  # a band to below 0 ends at the lowest mean instead
                         low = np.where(low > 0, low, np.nanmin(mean))
-                    axis.fill_between(
-                        x, low, mean + std, color=style["color"], alpha=0.2, linewidth=0
-                    )
-            if key in LOGARITHMIC and positive:
-                axis.set_yscale("log")
-            axis.set_title(title)
-            axis.set_xlabel(over)
-            axis.grid(alpha=0.3)
+                    colour = style["color"]
+                    axis.fill_between(x, low, mean + std, color=colour, alpha=0.2, linewidth=0)
+            _style(axis, title, over, log=key in LOGARITHMIC and positive)
     name_lines(axes[0][-1].legend(), curves)
-    for path in paths:
-        write_figure(figure, path)
+    _write(figure, *paths)
+
+
+Vector = NDArray[np.float64]
 
 
 def curve(
     seeds: Sequence[Sequence[Row]], over: str, key: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
-    """What is drawn of a configuration.
+) -> tuple[Vector, Vector, Vector | None]:
+    """The curve of a configuration.
 
     Args:
         seeds: The evaluations of each of S seeds.
         over: `iteration` or `epoch`.
-        key: Of a number in a row; nan where it overflowed.
+        key: The column; nan where it is not finite.
 
     Returns:
         The T places on the axis, the mean over seeds and the sample standard deviation (None for
@@ -72,23 +257,23 @@ def curve(
     by_iteration = [{row["iteration"]: row for row in rows} for rows in seeds]
     common = sorted(set.intersection(*map(set, by_iteration)))
     rows = [[of_seed[t] for t in common] for of_seed in by_iteration]
-    x = np.array([row[over] for row in rows[0]], dtype=float)
-    values = np.array([[row[key] for row in of_seed] for of_seed in rows], dtype=float)
+    x = np.array([number(row, over) for row in rows[0]], dtype=np.float64)
+    values = np.array([[number(row, key) for row in of_seed] for of_seed in rows], dtype=np.float64)
     return x, values.mean(0), values.std(0, ddof=1) if len(rows) > 1 else None
 
 
-def line_style(name: str, number: int) -> dict[str, str]:
+def line_style(name: str, i: int) -> dict[str, str]:
     """The same colour for the same potential in every figure; mSGD is dashed and black.
 
     Args:
         name: The potential, or mSGD.
-        number: Its place in the figure, which chooses where the paper has no such potential.
+        i: Its place in the figure, which selects the style of a potential not in the paper.
     """
     if name == MSGD:
         return {"color": "black", "linestyle": "--"}
     if name in PAPER_ORDER:
         return {"color": f"C{PAPER_ORDER.index(name)}", "linestyle": "-"}
-    return {"color": f"C{6 + number % 4}", "linestyle": ("-.", ":")[number // 4 % 2]}
+    return {"color": f"C{6 + i % 4}", "linestyle": ("-.", ":")[i // 4 % 2]}
 
 
 def draw_sensitivity(
@@ -96,57 +281,39 @@ def draw_sensitivity(
 ) -> None:
     """Test error over lam, a panel for each potential and a line for each eta.
 
-    A cross at the top stands where no run finished without diverging.
+    A cross at the top marks a lam where no run finished without diverging.
 
     Args:
         panels: Potential -> eta -> lam -> test error in percent, None for a cross.
-        paths: Where to write it; the endings say which formats.
+        paths: The figure, in one format or several.
     """
-    from matplotlib.figure import Figure
-
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(1.5 + 4 * across, 3.5 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    figure, axes = _figure(down, across, 1.5 + 4 * across, 3.5 * down, sharex=True, sharey=True)
     lams = sorted({lam for lines in panels.values() for of in lines.values() for lam in of})
     etas = sorted({eta for lines in panels.values() for eta in lines})
     errors = [e for lines in panels.values() for of in lines.values() for e in of.values() if e]
+    log = bool(errors) and max(errors) > 10 * min(errors)  # outliers would flatten the others
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
         for eta, line in lines.items():
-            colour = f"C{etas.index(eta) % 10}"
+            i = etas.index(eta) % 10
             known = [(lam, error) for lam, error in line.items() if error is not None]
-            axis.plot(
-                [lam for lam, _ in known],
-                [error for _, error in known],
-                marker="o",
-                color=colour,
-                label=f"eta = {eta:g}",
-            )
+            x, y = [lam for lam, _ in known], [error for _, error in known]
+            axis.plot(x, y, marker="o", color=f"C{i}", label=f"eta = {eta:g}")
             crosses = [lam for lam, error in line.items() if error is None]
-            height = 0.97 - 0.05 * (etas.index(eta) % 10)  # of several eta they would coincide
-            axis.plot(
-                crosses,
-                [height] * len(crosses),
-                marker="x",
-                linestyle="",
-                color=colour,
-                transform=axis.get_xaxis_transform(),
-            )
+            height = [0.97 - 0.05 * i] * len(crosses)  # crosses of several eta stay apart
+            top = axis.get_xaxis_transform()
+            axis.plot(crosses, height, "x", color=f"C{i}", transform=top)
         axis.set_xscale("log")
         if len(lams) <= MOST_TICKS:  # the values that were tried, and no others
             axis.set_xticks(lams, [f"{lam:g}" for lam in lams])
             axis.minorticks_off()
         axis.tick_params(labelbottom=True)  # the panel below may be absent
-        if errors and max(errors) > 10 * min(errors):  # what did not learn would flatten the rest
-            axis.set_yscale("log")
-        axis.set_title(printable(name), parse_math=False)
-        axis.set_xlabel("lam")
+        _style(axis, printable(name), "lam", log, grid="both")
         axis.margins(y=0.15)  # room for the crosses
-        axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis in axes[:, 0]:
         axis.set_ylabel("test error (%)")
-    for path in paths:
-        write_figure(figure, path)
+    _write(figure, *paths)

@@ -1,64 +1,59 @@
-"""Reading runs, and the figure and the table of their evaluations, from metrics files alone."""
+"""Runs: finding run directories, and reading their config, rows and status."""
 
 import json
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from rich.table import Table
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from consensus.run.metrics import Row
-from consensus.run.progress import COLUMNS, format_cell
+from consensus.records import METRICS, NoEvaluationError, Row, number, read_rows
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.legend import Legend
-
-PANELS = (
-    ("objective", "objective"),
-    ("train_loss", "train loss (sum)"),
-    ("train_error", "train error (%)"),
-    ("test_error", "test error (%)"),
-)
-MOST_IN_LEGEND = 20  # more names than that would cover the panel
+RESULTS = ("objective", "train_loss", "train_error", "test_loss", "test_error")
+"""The columns of Table 1; a run has diverged where one is not finite."""
 
 
-class NoEvaluationError(ValueError):
-    """A run that has not come to its first evaluation, or ended before it."""
+@dataclass(frozen=True)
+class Run:
+    """One run.
 
-
-def read_metrics(run_dir: Path) -> list[Row]:
-    """The evaluations of a run.
-
-    Raises:
-        NoEvaluationError: If metrics.jsonl is empty.
-        ValueError: If there is no metrics.jsonl, or a line of it is damaged.
+    Attributes:
+        label: Its name in tables.
+        config: Dotted key -> value, without the keys that name files. `workers` is M, from
+            summary.json where config.yaml leaves it to the launch.
+        rows: Its evaluations; empty if it ended before the first.
+        finished: Whether it has a summary.json.
     """
-    path = run_dir / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ValueError(f"{run_dir} holds no readable metrics.jsonl ({error.strerror})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        missing = [key for key in COLUMNS if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
-        rows.append(row)
-    if not rows:
-        raise NoEvaluationError(f"{path} holds no evaluation yet")
-    return rows
+
+    label: str
+    config: Mapping[str, Any]
+    rows: Sequence[Row]
+    finished: bool
+
+    @property
+    def status(self) -> str:
+        """finished, diverged (a result of the last evaluation is not finite) or unfinished."""
+        if self.rows and not all(math.isfinite(number(self.rows[-1], key)) for key in RESULTS):
+            return "diverged"
+        return "finished" if self.finished and self.rows else "unfinished"
+
+    @property
+    def problem(self) -> tuple[str, str]:
+        """Names of the data and the model: losses of different problems are not comparable."""
+        return str(self.config.get("data.name", "?")), str(self.config.get("model.name", "?"))
+
+
+# ---- finding
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """The run directories among the paths and, sorted, at any depth below them.
 
-    Nothing is looked for inside a run directory or in `checkpoints`.
+    Run directories and `checkpoints` are not searched.
 
     Raises:
         ValueError: If a path neither is nor holds a run.
@@ -67,14 +62,14 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = _runs_in(path)
         if not found:
-            raise ValueError(f"{path} is no run directory and holds none (no metrics.jsonl)")
+            raise ValueError(f"{path}: no run found here (no {METRICS})")
         runs += [run for run in found if run not in runs]
     return runs
 
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run directory."""
-    return (path / "metrics.jsonl").exists()
+    return (path / METRICS).exists()
 
 
 def _runs_in(path: Path) -> list[Path]:
@@ -82,77 +77,147 @@ def _runs_in(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         return []
-    # A link counts only if it is a run itself: links to folders may go round in circles.
+    # Links to folders may form a circle, so a link counts only if it is a run itself.
     inside = [p for p in sorted(path.iterdir()) if p.name != "checkpoints"]
     return [run for p in inside if is_run(p) or not p.is_symlink() for run in _runs_in(p)]
 
 
-def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw objective, train loss and the two errors over iterations, one line a run.
+def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
+    """The name of each run directory, with more of its path where names coincide.
 
     Args:
-        runs: Label -> evaluations.
-        path: Of the figure; the ending says which format.
+        paths: The run directories.
+        folders: The searched folders; a path below the first that holds the run may suffice.
     """
-    # Imported where it is used: it takes most of a second that the ranks above 0 need not spend.
-    # `Figure` instead of pyplot: no window system, no global state.
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    named, tab20 = len(runs) <= MOST_IN_LEGEND, colormaps["tab20"]
-    below = named and (len(runs) > 4 or max(map(len, runs), default=0) > 40)
-    figure = Figure(figsize=(10, 7 + (0.1 * len(runs) if below else 0)), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
-        if len(runs) > 10:  # matplotlib's own colors begin again after ten
-            axis.set_prop_cycle(color=[tab20(i) for i in range(20)])
-        for rows in runs.values():
-            values = [float("nan") if row[key] is None else row[key] for row in rows]
-            iterations = [row["iteration"] for row in rows]
-            axis.plot(iterations, values, marker=".", label="run")
-        positive = any((row[key] or 0) > 0 for rows in runs.values() for row in rows)
-        if key in ("objective", "train_loss") and positive:
-            axis.set_yscale("log")
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("iteration")
-    if below:
-        lines = axes[0][0].lines
-        name_lines(figure.legend(handles=lines, loc="outside lower center", ncols=2), runs)
-    elif named:
-        name_lines(axes[0][0].legend(), runs)
-    write_figure(figure, path)
+    names = [path.resolve().name for path in paths]
+    inside = [
+        next((str(path.relative_to(f)) for f in folders if f in path.parents), str(path))
+        for path in paths
+    ]
+    return [
+        name if names.count(name) == 1 else below if inside.count(below) == 1 else str(path)
+        for name, below, path in zip(names, inside, paths, strict=True)
+    ]
 
 
-def name_lines(legend: "Legend", labels: Iterable[str]) -> None:
-    """Name the lines of a legend, each of which was drawn with some label, in their order."""
-    # Set afterwards: a label that begins with `_` is left out, and one with `$` read as a formula.
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_parse_math(False)
-        text.set_text(printable(label))
+# ---- reading
 
 
-def printable(label: str) -> str:
-    """A label without the characters that no font draws."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in label)
+def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row]]:
+    """Label -> the evaluations of each run.
+
+    A run of a sweep may be waiting, or may have failed before its first evaluation. Such a run has
+    no rows here if it was found in a folder beside others.
+
+    Args:
+        paths: The run directories.
+        named: The paths on the command line; a run among them must have evaluations.
+
+    Raises:
+        ValueError: If metrics cannot be read, or no run has an evaluation.
+    """
+    metrics: dict[str, list[Row]] = {}
+    missing: NoEvaluationError | None = None
+    for label, path in zip(labels(paths, named), paths, strict=True):
+        try:
+            metrics[label] = read_rows(path)
+        except NoEvaluationError as error:
+            if path in named:
+                raise
+            missing = missing or error
+            metrics[label] = []
+    if missing is not None and not any(metrics.values()):
+        raise missing
+    return metrics
 
 
-def write_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure; the ending of the path says which format."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # draws a box
-        figure.savefig(path, dpi=150)
+def comparable_runs(paths: Sequence[Path], metrics: Mapping[str, Sequence[Row]]) -> list[Run]:
+    """The runs with their configs, if there are two or more that differ; otherwise none.
+
+    Raises:
+        ValueError: If a config.yaml is missing beside others, or damaged.
+    """
+    configs = read_configs(paths) if len(paths) > 1 else None
+    if configs is None:
+        return []
+    runs = [
+        make_run(label, path, config, rows)
+        for path, config, (label, rows) in zip(paths, configs, metrics.items(), strict=True)
+    ]
+    return runs if varying(runs) else []
 
 
-def comparison_table(runs: Mapping[str, Sequence[Row]]) -> Table:
-    """The last evaluation of each run."""
-    table = Table(title="last evaluation of each run")
-    longest = max(map(len, runs), default=0)
-    table.add_column("run", overflow="fold", min_width=min(longest, 16))  # names must stay apart
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), justify="right")
-    for label, rows in runs.items():
-        cells = [format_cell(column, rows[-1][column]) for column in COLUMNS]
-        table.add_row(label, *cells)
-    return table
+def read_configs(run_dirs: Sequence[Path]) -> list[dict[str, Any]] | None:
+    """The config.yaml of each run by dotted key; None if no run has one.
+
+    The values are plain data, checked against no schema: runs of other versions stay readable.
+
+    Raises:
+        ValueError: If a config.yaml is missing beside others, is damaged or names no potential.
+    """
+    paths = [run_dir / "config.yaml" for run_dir in run_dirs]
+    return [_read_config(path) for path in paths] if any(p.exists() for p in paths) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: its run cannot be placed in a table") from error
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{path} is no readable configuration: {cause}") from error
+    flat = flatten(config) if isinstance(config, dict) else {}
+    if not isinstance(flat.get("potential.name"), str):
+        raise ValueError(f"{path} lacks potential.name")
+    return flat
+
+
+def flatten(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, `{"a": {"b": 1}}` as `{"a.b": 1}`; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def make_run(label: str, run_dir: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> Run:
+    """A run from its directory, its dotted config and its evaluations.
+
+    Raises:
+        ValueError: If summary.json is damaged.
+    """
+    path = run_dir / "summary.json"
+    finished = path.exists()
+    # Keys that name files or select output do not distinguish configurations.
+    ignored = ("output.", "stationarity.")
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in ("resume", "data.root") and not key.startswith(ignored)
+    }
+    if finished and kept.get("workers") is None:
+        try:
+            kept["workers"] = json.loads(path.read_bytes()).get("environment", {}).get("workers")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    return Run(label, kept, rows, finished)
+
+
+# ---- comparing
+
+
+def canonical(value: Any) -> str:
+    """A text that is equal for equal values."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def varying(runs: Sequence[Run]) -> list[str]:
+    """The keys whose values differ between runs, in the order of the configs."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    values = {
+        key: {canonical(run.config[key]) if key in run.config else "" for run in runs}
+        for key in keys
+    }
+    return [key for key in keys if len(values[key]) > 1]

@@ -40,7 +40,7 @@ from consensus.comm import Group
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import regularizer
 from consensus.problem.streams import stream
-from consensus.run.metrics import Row
+from consensus.records import Measurement
 from consensus.run.plan import Plan
 from consensus.theory.stationarity import consensus_residual, prox, worker_residual
 
@@ -85,7 +85,7 @@ class Stationarity:
 
     def measure(
         self, algorithm: Consensus, t: int, asked_to_stop: Callable[[], bool] = lambda: False
-    ) -> Row | None:
+    ) -> Measurement | None:
         """Measure after t iterations.
 
         Args:

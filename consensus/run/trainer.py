@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from signal import Signals
 
 import torch
@@ -15,19 +16,21 @@ from consensus.atomic_files import write_whole
 from consensus.comm import Group, GroupError, PeerLostError
 from consensus.core.flat import Scalar
 from consensus.core.kernels import consensus_kernel, worker_kernel
+from consensus.records import Row, rows_until, to_json
 from consensus.replay import Replay, obstacle_to_replay
-from consensus.report.runs import draw
-from consensus.report.stationarity import draw_stationarity, measurements, verdict
+from consensus.report.plots import draw_convergence, draw_stationarity
+from consensus.report.stationarity import measurements, verdict
 from consensus.run.checkpoint.directory import RunDirectory
 from consensus.run.checkpoint.manifest import Manifest
 from consensus.run.checkpoint.reader import candidates, choose, load, set_aside
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.config import AlgorithmConfig
 from consensus.run.health import Watch
-from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
+from consensus.run.metrics import measure
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
 from consensus.run.signals import TRY_AGAIN, StopSignals
+from consensus.run.sinks import MINIBATCH_LOSS, RunInfo, Sinks
 from consensus.run.stationarity import Stationarity
 from consensus.server import Server, digest
 from consensus.worker import Worker
@@ -69,7 +72,7 @@ class Trainer:
         self.stationarity = Stationarity(plan, group) if every is not None else None
         self.rows: list[Row] = []
         self.best: dict[str, float] | None = None
-        self.files: MetricsFiles | None = None
+        self.sinks: Sinks | None = None
         self._problem: str | None = None
         output = plan.config.output
         self.writer: CheckpointWriter | None = None
@@ -122,8 +125,8 @@ class Trainer:
             raise
         finally:
             signals.close()
-            if self.files is not None:
-                self.files.close()
+            if self.sinks is not None:
+                self.sinks.close()
             self.directory.close()
         screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
         if analysed := measurements(self.rows):
@@ -142,7 +145,7 @@ class Trainer:
         if config.stationarity.every is not None and not config.coupled:
             screen.say("stationarity.every has no effect: without a coupling there is no envelope")
         start = self.restore(screen)
-        self.files = self.open_files(start)
+        self.sinks = self.open_sinks(start, screen)
         watch = Watch(self.group, len(self.plan.local_workers), output.log_every)
         screen.begin(start)
         self.resumed_at, self.resumed_t = time.perf_counter(), start  # behind samples_per_s
@@ -159,7 +162,7 @@ class Trainer:
             signal = watch.look(done, signals.received, self.problem)
             analyse = analyse and not signal
             if log or evaluate:
-                self.log(done, screen)
+                self.log(done)
             if evaluate:
                 self.evaluate(done, screen, signals, analyse)
             if save:
@@ -175,8 +178,8 @@ class Trainer:
             self.writer.wait()
         self.agree()
         with self.writing():
-            if self.files is not None:
-                self.files.close()
+            if self.sinks is not None:
+                self.sinks.close()
             self.finish()
         self.agree()
 
@@ -262,33 +265,33 @@ class Trainer:
         screen.say(f"continues {path} at iteration {t:,}")
         return t
 
-    def open_files(self, start: int) -> MetricsFiles | None:
-        """metrics.jsonl and TensorBoard on rank 0, with what a continued run keeps of them."""
-        files = None
+    def open_sinks(self, start: int, screen: Screen) -> Sinks | None:
+        """The sinks, on rank 0, with the evaluations that a continued run keeps."""
+        sinks = None
         if self.group.rank == 0:
+            info = RunInfo(
+                self.run_dir,
+                self.plan.risk.layout.layer_names,
+                tuple(self.rows),
+                continues_after=start if self.plan.origin.continues else None,
+                config=asdict(self.config),
+            )
             with self.writing():
-                files = MetricsFiles(
-                    self.run_dir,
-                    self.plan.risk.layout.layer_names,
-                    self.config.output.tensorboard,
-                    self.rows,
-                    continues_after=start if self.plan.origin.continues else None,
-                )
+                sinks = Sinks(info, self.config.output.tensorboard, screen.say, screen)
         self.agree()
-        return files
+        return sinks
 
-    def log(self, done: int, screen: Screen) -> None:
+    def log(self, done: int) -> None:
         """The cheap numbers, on rank 0."""
-        if self.files is None:
+        if self.sinks is None:
             return
         worker = self.algorithm.worker
         loss = float(self.plan.oracle.losses.mean())
-        screen.advance(done, loss)
-        values = {"training/minibatch_loss": loss, "training/smallest_s_j": float(worker.step)}
+        values = {MINIBATCH_LOSS: loss, "training/smallest_s_j": float(worker.step)}
         if isinstance(self.algorithm, Consensus):
             values["training/s_u"] = float(self.algorithm.server.step)
         with self.writing():
-            self.files.scalars(values, done)
+            self.sinks.scalars(values, done)
 
     def evaluate(self, done: int, screen: Screen, signals: StopSignals, analyse: bool) -> None:
         """Measure on all ranks, its stationarity too; verify what must agree, write on rank 0."""
@@ -312,9 +315,8 @@ class Trainer:
         if self.best is None or row["test_error"] < self.best["test_error"]:
             self.best = {"iteration": done, "test_error": row["test_error"]}
         with self.writing():
-            if self.files is not None:
-                self.files.evaluation(row)
-            screen.evaluation(row)
+            if self.sinks is not None:
+                self.sinks.evaluation(row)
         self.agree()
         # Evaluation is not training: the next samples_per_s starts here.
         self.resumed_at, self.resumed_t = time.perf_counter(), done
@@ -354,8 +356,8 @@ class Trainer:
             self.writer.wait()
 
     def _sync_metrics(self) -> None:
-        if self.files is not None:
-            self.files.sync()
+        if self.sinks is not None:
+            self.sinks.sync()
 
     def finish(self) -> None:
         """Rank 0 writes the model, the figure and, last of all, the summary."""
@@ -364,7 +366,7 @@ class Trainer:
         buffer = io.BytesIO()
         torch.save(self.plan.risk.layout.state_dict(self.algorithm.u), buffer)
         write_whole(self.run_dir / "model.pt", buffer.getvalue())
-        draw({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
+        draw_convergence({self.run_dir.name: self.rows}, self.run_dir / "convergence.png")
         if analysed := measurements(self.rows):
             draw_stationarity({self.run_dir.name: analysed}, self.run_dir / "stationarity.png")
         summary = self.rows[-1] | {"best": self.best, "environment": environment(self.plan)}

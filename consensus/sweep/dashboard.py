@@ -3,7 +3,6 @@
 It reads the files of the runs, so it is the same whoever runs them, here or on a cluster.
 """
 
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from consensus.records import last_row
 from consensus.sweep.grid import Cell
 from consensus.sweep.job import Status
 
@@ -128,12 +128,12 @@ class Board:
         shown = [c for c in self.cells if self.statuses[c.name].state in order]
         shown.sort(key=lambda cell: order[self.statuses[cell.name].state])
         for cell in shown[:ROWS]:
-            status, last = self.statuses[cell.name], last_row(self.path / cell.name) or {}
-            error = last.get("test_error")
+            status, last = self.statuses[cell.name], last_row(self.path / cell.name)
+            error = last.get("test_error") if last else None
             table.add_row(
                 status.state,
                 cell.name,
-                f"{last.get('iteration', 0):,}",
+                f"{last['iteration'] if last else 0:,}",
                 "" if error is None else f"{error:.2f}",
                 f"{status.seconds:.0f}" if status.seconds else "",
                 status.message,
@@ -141,16 +141,6 @@ class Board:
         if len(shown) > ROWS:
             table.caption = f"and {len(shown) - ROWS} more"
         return table
-
-
-def last_row(run_dir: Path) -> dict[str, float] | None:
-    """The newest evaluation of a run, None if there is none yet."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def duration(seconds: float) -> str:

@@ -31,10 +31,11 @@ from consensus.core.flat import part_of
 from consensus.core.layerwise import Layerwise
 from consensus.population import Population
 from consensus.problem import WAYS, PopulationRisk, Way
+from consensus.records import Row, rows_until, to_json
 from consensus.replay import cuda_graph
 from consensus.run.checkpoint.directory import Origin, RunDirectory, find_origin
 from consensus.run.config import Config, ConfigError
-from consensus.run.metrics import MetricsFiles, Row, measure, rows_until, to_json
+from consensus.run.metrics import measure
 from consensus.run.plan import (
     Plan,
     count_workers,
@@ -44,6 +45,7 @@ from consensus.run.plan import (
     set_determinism,
 )
 from consensus.run.signals import StopSignals
+from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.run.trainer import environment, scheduled
 from consensus.server import digest
 from consensus.sweep.job import Status
@@ -347,9 +349,9 @@ class Together:
             numbers["samples_per_s"] = samples / seconds
             numbers["digest"] = f"{int(digest(view.u)) & (2**64 - 1):016x}"
             names = plan.risk.layout.layer_names
-            files = MetricsFiles(member.run_dir, names, tensorboard=False, rows=member.rows)
-            files.evaluation(numbers)
-            files.close()
+            sink = JsonlSink(RunInfo(member.run_dir, names, member.rows))
+            sink.evaluation(numbers)
+            sink.close()
             member.rows.append(numbers)
         self._clock, self._done = time.perf_counter(), done
 

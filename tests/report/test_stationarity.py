@@ -1,4 +1,4 @@
-"""What measurements of stationarity look like to a reader: table, sentence, figure, pages."""
+"""Measurements of stationarity in the report: table, verdict, figure, page."""
 
 import json
 import sys
@@ -7,10 +7,10 @@ import pytest
 from matplotlib.image import imread
 
 from consensus.report import __main__ as report
+from consensus.report.plots import draw_stationarity
 from consensus.report.stationarity import (
     SERIES,
     distance,
-    draw_stationarity,
     measured,
     stationarity_cells,
     verdict,

@@ -1,20 +1,14 @@
-"""What an evaluation measures, against the plain torch module, and the files it leaves."""
+"""The measured row against the plain torch module."""
 
-import errno
-import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from consensus.atomic_files import write_whole
 from consensus.comm import Launch, Solo
-from consensus.run.metrics import MetricsFiles, measure, to_json
+from consensus.run.metrics import measure
 from consensus.run.plan import make_plan
 from consensus.run.trainer import build_algorithm
 from consensus.server import digest
@@ -137,110 +131,3 @@ def test_msgd_has_no_coupling(make_config):
     row = measure(algorithm, plan, Solo(), t=1)
     assert (row["coupling"], row["distance"], row["cuts_u"], row["cuts_z"]) == (0.0, [0.0], 0, 0)
     assert row["objective"] == row["train_loss"] + row["regularizer"]
-
-
-# ---- files
-
-
-def test_json_is_strict():
-    inf, nan = math.inf, math.nan
-    row = {"a": inf, "b": -inf, "c": nan, "d": [1.0, inf], "e": {"f": nan}, "g": 2, "h": 0.5}
-    assert to_json(row) == (
-        '{"a": null, "b": null, "c": null, "d": [1.0, null], "e": {"f": null}, "g": 2, "h": 0.5}'
-    )
-    assert to_json({"a": [inf]}, indent=2) == '{\n  "a": [\n    null\n  ]\n}'
-    assert row["d"] == [1.0, inf], "the row itself is not touched"
-
-
-def test_write_whole(tmp_path):
-    path = tmp_path / "model.pt"
-    write_whole(path, b"old")
-    write_whole(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["model.pt"]
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch, broken):
-    path = tmp_path / "summary.json"
-    path.write_bytes(b"old and whole")
-
-    def no_space(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    owner = os if broken == "fsync" else Path
-    monkeypatch.setattr(owner, broken, no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, b"new")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old and whole"
-    visible = [name for name in os.listdir(tmp_path) if not name.startswith(".")]
-    assert visible == ["summary.json"]
-
-
-ROW = {
-    "iteration": 20,
-    "epoch": 0.25,
-    "objective": 3.5,
-    "train_loss": 3.0,
-    "train_error": 12.5,
-    "test_loss": 2.0,
-    "test_error": 25.0,
-    "regularizer": 0.25,
-    "coupling": math.inf,
-    "distance": [0.5, 0.75],
-    "cuts_u": 4,
-    "cuts_z": 9,
-    "wall_s": 1.5,
-    "samples_per_s": 800.0,
-}
-
-
-def test_metrics_files(tmp_path):
-    files = MetricsFiles(tmp_path, ("conv1", "fc"), tensorboard=True)
-    files.evaluation({**ROW, "iteration": 10, "coupling": 0.125})
-    on_disk = (tmp_path / "metrics.jsonl").read_text()  # before it is closed
-    assert on_disk.endswith("\n")
-    assert [json.loads(line)["iteration"] for line in on_disk.splitlines()] == [10]
-    files.evaluation(ROW)
-    files.scalars({"training/s_u": 0.5}, 20)
-    files.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[1]) == {**ROW, "coupling": None}
-
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    read = {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-    assert read == {
-        "evaluation/objective": [(10, 3.5), (20, 3.5)],
-        "evaluation/train_loss": [(10, 3.0), (20, 3.0)],
-        "evaluation/train_error": [(10, 12.5), (20, 12.5)],
-        "evaluation/test_loss": [(10, 2.0), (20, 2.0)],
-        "evaluation/test_error": [(10, 25.0), (20, 25.0)],
-        "evaluation/regularizer": [(10, 0.25), (20, 0.25)],
-        "evaluation/coupling": [(10, 0.125), (20, math.inf)],
-        "evaluation/samples_per_s": [(10, 800.0), (20, 800.0)],
-        "distance/conv1": [(10, 0.5), (20, 0.5)],
-        "distance/fc": [(10, 0.75), (20, 0.75)],
-        "cuts/u": [(10, 4.0), (20, 4.0)],
-        "cuts/z": [(10, 9.0), (20, 9.0)],
-        "training/s_u": [(20, 0.5)],
-    }
-
-
-def test_without_tensorboard_there_is_no_folder_of_it(tmp_path):
-    files = MetricsFiles(tmp_path, ("conv1", "fc"), tensorboard=False)
-    files.evaluation(ROW)
-    files.scalars({"training/s_u": 0.5}, 20)
-    files.close()
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
-
-
-def test_evaluations_are_appended(tmp_path):
-    kept = [{"iteration": 1}]
-    files = MetricsFiles(tmp_path, ("conv1", "fc"), tensorboard=False, rows=kept)
-    files.evaluation(ROW)
-    files.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in lines] == [1, 20]

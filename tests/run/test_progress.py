@@ -1,4 +1,4 @@
-"""What a person sees of a run."""
+"""The screen of a run: log lines, the live line and the final table."""
 
 import io
 import math
@@ -7,8 +7,10 @@ import re
 import pytest
 from rich.console import Console
 
-from consensus.run.progress import Screen, evaluation_table, format_cell
+from consensus.run.progress import Screen, evaluation_table
+from consensus.run.sinks import MINIBATCH_LOSS
 
+LOSS = {MINIBATCH_LOSS: 0.5}
 ROW = {
     "iteration": 500,
     "epoch": 6.9589,
@@ -42,7 +44,7 @@ def test_plain_lines_without_a_terminal():
     shown, written = screen()
     with shown:
         shown.say("[bold] is not markup, it is a folder")
-        shown.advance(50, 0.5)  # live only
+        shown.scalars(LOSS, 50)  # live only
         shown.evaluation(ROW)
     assert written.getvalue() == (
         "[bold] is not markup, it is a folder\n"
@@ -68,7 +70,7 @@ def test_an_overflow_does_not_stop_the_line():
 def test_a_live_line_in_a_terminal():
     shown, written = screen(terminal=True)
     with shown:
-        shown.advance(37, 0.123456)
+        shown.scalars({MINIBATCH_LOSS: 0.123456}, 37)
         shown.evaluation(ROW)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
     assert text != written.getvalue(), "it moves the cursor"
@@ -90,7 +92,7 @@ def test_other_ranks_say_nothing(terminal):
     shown, written = screen(enabled=False, terminal=terminal)
     with shown:
         shown.say("hello")
-        shown.advance(1, 0.5)
+        shown.scalars(LOSS, 1)
         shown.evaluation(ROW)
         shown.table([ROW], title="t")
     assert written.getvalue() == ""
@@ -153,19 +155,3 @@ def test_the_table_reaches_the_screen():
     shown.table([ROW], title="u at the evaluations")
     assert "u at the evaluations" in written.getvalue()
     assert "123.46" in written.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "shown"),
-    [
-        ("objective", None, "overflow"),  # as a metrics file holds it
-        ("test_error", None, "overflow"),
-        ("objective", math.inf, "inf"),  # as the run itself holds it
-        ("objective", 1.0e9, "1e+09"),
-        ("objective", 0.000123456, "0.00012346"),
-        ("epoch", 0.1234, "0.12"),
-        ("iteration", 30000, "30000"),
-    ],
-)
-def test_cells(column, value, shown):
-    assert format_cell(column, value) == shown

@@ -14,9 +14,10 @@ import torch
 from consensus import train
 from consensus.population import Population
 from consensus.problem import PopulationRisk
+from consensus.records import last_row
 from consensus.sweep import __main__ as entry
 from consensus.sweep import job as cells
-from consensus.sweep.dashboard import duration, last_row
+from consensus.sweep.dashboard import duration
 from consensus.sweep.job import Status
 from consensus.sweep.population_trainer import Member, key_of, populations
 

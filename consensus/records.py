@@ -1,0 +1,252 @@
+"""The metrics row: its keys, and how rows are read, written and shown.
+
+Each evaluation appends one row to metrics.jsonl, a JSON object on a line of its own. In memory a
+row is a plain dict. JSON has no inf or nan, so a number that is not finite is written as null and
+read as None.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Required, TypedDict, cast
+
+from rich.markup import escape
+from rich.table import Table
+
+METRICS = "metrics.jsonl"
+
+Measurement = dict[str, Any]
+"""A measurement of stationarity: numbers, and lists over the M workers and the L layers."""
+
+
+class Row(TypedDict, total=False):
+    """One evaluation of u. A new key must be optional: runs written before must stay readable.
+
+    Attributes:
+        iteration: The iterations done.
+        epoch: Passes of one worker over its training data.
+        objective: train_loss + R(u) + coupling: F of (15) over M, not multiplied by M.
+        train_loss: Data loss of u, summed over the training set.
+        train_error: Percent of the training set that u classifies wrongly.
+        test_loss: Data loss of u, summed over the test set.
+        test_error: Percent of the test set that u classifies wrongly.
+        regularizer: R(u).
+        coupling: (1 / lam) phi(u - z_j), mean over the M workers.
+        distance: |u - z_j| of each layer, mean over the workers. (L,)
+        cuts_u: Step-size cuts of line 3 so far.
+        cuts_z: Step-size cuts of line 6 so far, summed over the workers.
+        wall_s: Seconds since the start, those before a resume included.
+        samples_per_s: Training throughput of all workers since the previous evaluation.
+        digest: Hash of the bits of u, in hexadecimal.
+        stationarity: The measurement of `run/stationarity.py`, at the evaluations that have one.
+    """
+
+    iteration: Required[int]
+    epoch: Required[float]
+    objective: Required[float]
+    train_loss: Required[float]
+    train_error: Required[float]
+    test_loss: Required[float]
+    test_error: Required[float]
+    regularizer: float
+    coupling: float
+    distance: list[float]
+    cuts_u: int
+    cuts_z: int
+    wall_s: float
+    samples_per_s: float
+    digest: str
+    stationarity: Measurement
+
+
+REQUIRED = tuple(key for key in Row.__annotations__ if key in Row.__required_keys__)
+"""The keys without which `read_rows` refuses a row."""
+
+COLUMNS = (
+    "iteration",
+    "epoch",
+    "objective",
+    "train_loss",
+    "train_error",
+    "test_loss",
+    "test_error",
+)
+"""The keys that tables of evaluations show; a row may lack one that is not required."""
+
+_FORMATS = {"epoch": ".2f", "train_error": ".2f", "test_error": ".2f"}
+
+
+# ---- reading
+
+
+class NoEvaluationError(ValueError):
+    """A metrics.jsonl without a row: the run has not evaluated yet, or failed before it did."""
+
+
+def read_rows(run_dir: Path) -> list[Row]:
+    """All rows of a run; strict.
+
+    Raises:
+        NoEvaluationError: If metrics.jsonl is empty.
+        ValueError: If metrics.jsonl is missing, or a line is damaged or lacks a required key.
+    """
+    path = run_dir / METRICS
+    try:
+        lines = _lines(path)
+    except OSError as error:
+        raise ValueError(f"{run_dir} holds no readable {METRICS} ({error.strerror})") from error
+    rows: list[Row] = []
+    for n, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {n} is not JSON: {error}") from error
+        missing = [key for key in REQUIRED if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise ValueError(f"{path}, line {n} lacks {', '.join(missing)}")
+        rows.append(row)
+    if not rows:
+        raise NoEvaluationError(f"{path} holds no evaluation yet")
+    return rows
+
+
+def rows_until(run_dir: Path, t: int) -> list[Row]:
+    """The rows up to iteration t in order, each iteration once; damaged lines are skipped.
+
+    A killed run may have written later rows, and its last line in part.
+    """
+    rows: list[Row] = []
+    try:
+        lines = _lines(run_dir / METRICS)
+    except FileNotFoundError:
+        return []
+    for row in _whole(lines):
+        if (rows[-1]["iteration"] if rows else 0) < row["iteration"] <= t:
+            rows.append(row)
+    return rows
+
+
+def last_row(run_dir: Path) -> Row | None:
+    """The newest whole row of a run that may be writing; None if there is none yet."""
+    try:
+        return next(_whole(reversed(_lines(run_dir / METRICS))), None)
+    except OSError:
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _whole(lines: Iterable[str]) -> Iterator[Row]:
+    """The rows among lines that may be damaged."""
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+            yield cast(Row, row)
+
+
+# ---- writing
+
+
+def to_json(row: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON, with null for each number that is not finite."""
+    return json.dumps(_finite(row), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- showing
+
+
+def number(row: Mapping[str, Any], key: str) -> float:
+    """A number of a mapping; nan where it is null, absent or no number."""
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def largest(values: Iterable[float | None]) -> float:
+    """The largest value; nan if one is nan or null."""
+    numbers = [math.nan if value is None else value for value in values]
+    return max(numbers, key=lambda number: (math.isnan(number), number))
+
+
+def headings() -> list[str]:
+    """`COLUMNS` as table headings."""
+    return [column.replace("_", " ") for column in COLUMNS]
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The values of a row under `headings`; `-` where the row lacks one."""
+    return [format_cell(key, row[key]) if key in row else "-" for key in COLUMNS]
+
+
+def format_cell(column: str, value: Any) -> str:
+    """A value as its column shows it."""
+    if value is None:
+        return "overflow"
+    if column == "iteration" or not isinstance(value, int | float):
+        return str(value)
+    return format(value, _FORMATS.get(column, ".5g"))
+
+
+def evaluation_lines(row: Row) -> list[str]:
+    """The log lines of an evaluation: one, and a second if it measured stationarity."""
+    lines = [
+        f"iteration {row['iteration']:>6}  epoch {row['epoch']:6.2f}  "
+        f"train loss {number(row, 'train_loss'):.5g} error {number(row, 'train_error'):.2f} %  "
+        f"test loss {number(row, 'test_loss'):.5g} error {number(row, 'test_error'):.2f} %  "
+        f"coupling {number(row, 'coupling'):.3g}  {number(row, 'samples_per_s'):.0f} samples/s"
+    ]
+    cuts = row.get("cuts_u", 0), row.get("cuts_z", 0)
+    if any(cuts):
+        lines[0] += f"  cuts {cuts[0]}, {cuts[1]}"
+    if "stationarity" in row:
+        found = row["stationarity"]
+        lines.append(
+            f"    stationarity  |sum grad e f_j (u)| {number(found, 'envelope_gradient'):.3g} "
+            f"± {number(found, 'accuracy'):.1g}  (5a) {number(found, 'consensus_residual'):.3g}  "
+            f"(5b) {largest(found['worker_residual']):.3g}  "
+            f"(9) {largest(found['translation_gap']):.3g}  in {number(found, 'seconds'):.1f} s"
+        )
+    return lines
+
+
+def text_table(
+    title: str,
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[str] = (),
+    first_width: int | None = None,
+    width: int | None = None,
+) -> Table:
+    """A table for the terminal. Text too long for its column is folded, so no name is cut off.
+
+    Args:
+        title: Above the table.
+        rows: The cells of each row; the first row holds the headings.
+        left: Headings of the columns that are aligned to the left.
+        first_width: Least width of the first column in characters.
+        width: Least width of the others.
+    """
+    table = Table(title=title)
+    for i, heading in enumerate(rows[0]):
+        table.add_column(
+            heading,
+            justify="left" if heading in left else "right",
+            overflow="fold",
+            min_width=width if i else first_width,
+        )
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))  # a name may look like markup
+    return table

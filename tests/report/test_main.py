@@ -1,0 +1,231 @@
+"""The command, from run directories to the screen and the folder."""
+
+import csv
+import re
+
+import pytest
+
+from tests.testing.made_runs import BLUE, FIRST, ORANGE, SECOND, config, pixels_of, row, row_at
+
+
+def test_the_command_on_two_runs(command, write_run):
+    a, b = write_run("a", None, [row_at(10), row_at(20)]), write_run("b", None, [row_at(30)])
+    code, out, err = command(a, b)
+    assert (code, err) == (0, "")
+    assert re.search(r"\ba +│ +20 │ +0\.20 │ +45 │", out)
+    assert re.search(r"\bb +│ +30 │ +0\.30 │ +30 │", out)
+    assert out.splitlines()[-1] == f"figure in {a}/report.png"
+    assert min(pixels_of(a / "report.png", colour) for colour in (BLUE, ORANGE)) > 50
+
+
+def test_the_command_on_the_folder_of_runs(command, write_run, tmp_path):
+    write_run("a", None, [row_at(10), row_at(20)])
+    write_run("b", None, [row_at(30)])
+    figure = tmp_path / "here.png"
+    code, out, err = command(tmp_path / "sweep", "--output", figure)
+    assert (code, err) == (0, "")
+    assert re.search(r"\ba +│ +20 │", out)
+    assert re.search(r"\bb +│ +30 │", out)
+    assert min(pixels_of(figure, colour) for colour in (BLUE, ORANGE)) > 50
+    assert not (tmp_path / "sweep" / "report.png").exists()
+
+
+def test_the_command_refuses_in_one_line(command, write_run, tmp_path):
+    good, empty = write_run("good", None, [row_at(10)]), write_run("empty", None, [])
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+    for arguments, complaint in [
+        ([tmp_path / "absent"], f"{tmp_path}/absent: no run found here (no metrics.jsonl)"),
+        ([good, tmp_path / "absent"], f"{tmp_path}/absent: no run found here (no metrics.jsonl)"),
+        ([empty], f"{empty}/metrics.jsonl holds no evaluation yet"),
+        ([tmp_path / "binary"], f"{tmp_path}/binary"),
+        ([good, "--output", tmp_path / "no" / "x.png"], "[Errno 2] No such file or directory"),
+        ([good, "--output", tmp_path / "x.exe"], "Format 'exe' is not supported"),
+    ]:
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"consensus.report: {complaint}")
+        assert err.count("\n") == 1
+
+
+@pytest.fixture
+def sweep(tmp_path, write_run):
+    """Two potentials, two lam, two seeds of one, one diverged, one without an evaluation; mSGD."""
+    write_run("quad/a", config(lam=0.1), [FIRST])
+    write_run("quad/b", config(lam=0.1, seed=1), [FIRST | {"test_error": 0.5}])
+    write_run("quad/c", config(lam=0.2), [SECOND])
+    write_run("cubic/a", config("cubic", lam=0.2), [row(None, None, 90, None, 90)], finished=False)
+    write_run("cubic/b", config("cubic", lam=0.3), [], finished=False)
+    msgd = config(workers=None, algorithm__name="msgd")
+    write_run("msgd", msgd, [row(50, 50, 5, 500, 5)], workers=1)
+    return tmp_path / "sweep"
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_the_command_on_a_sweep(command, sweep):
+    code, out, err = command(sweep)
+    assert (code, err) == (0, "")
+    folder = sweep / "report"
+    assert {path.name for path in folder.iterdir()} == {
+        "table1.md", "table1.csv", "runs.csv", "report.md", "figure1.png", "figure1.pdf",
+        "sensitivity.png", "sensitivity.pdf",
+    }  # fmt: skip
+    assert "last evaluation of each run" in out
+    assert "1 without an evaluation" in out
+    assert out.splitlines()[-2:] == [
+        f"Table 1 and Figure 1 in {folder}/report.md",
+        f"figure in {sweep}/report.png",
+    ]
+    # by hand: test error 0.9 and 0.5: mean 0.7, std 0.4 / sqrt 2 = 0.28
+    part_one_rows = [
+        "| quad | 2 | 7 | 6 | 0.30 ± 0.00 | 100 ± 0 | 0.70 ± 0.28 | 3 / 0 |",
+        "| cubic | 2 | - | - | - | - | - | 0 / 2 |",
+        "| mSGD | 1 | 50 | 50 | 5.00 | 500 | 5.00 | 1 / 0 |",
+    ]
+    part_two_rows = [
+        "| quad | 2 | 9 ± 0 | 8 ± 0 | 0.30 ± 0.00 | 100 ± 0 | 0.70 ± 0.28 | 0.1 | 4 |",
+        "| cubic | - | - | - | - | - | - | - | - |",
+        "| mSGD | 1 | 50 | 50 | 5.00 | 500 | 5.00 | 0.1 | 1 |",
+    ]
+    table = (folder / "table1.md").read_text(encoding="utf-8")
+    assert [line for line in table.splitlines() if re.match(r"\| (quad|cubic|mSGD)", line)] == (
+        part_one_rows + part_two_rows
+    )
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert "6 runs from `sweep`: 4 finished, 1 diverged, 1 unfinished." in page
+    assert all(line in page for line in part_one_rows + part_two_rows)
+    assert "| data.name | digits |" in page
+    assert "| algorithm.lam |" not in page.split("## Settings shared")[1]
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        assert (folder / target).exists()
+
+    quad, cubic, msgd = read_csv(folder / "table1.csv")
+    assert (quad["lowest_objective"], quad["objective_at_best"]) == ("7.0", "9.0")
+    assert float(quad["lowest_test_error"]) == pytest.approx(0.7)
+    assert float(quad["test_error_at_best_std"]) == pytest.approx(0.08**0.5)
+    assert (quad["seeds_at_best"], quad["algorithm.lam"], quad["runs_finished"]) == (
+        "2",
+        "0.1",
+        "3",
+    )
+    assert (cubic["lowest_objective"], cubic["algorithm.lam"]) == ("", "")
+    assert cubic["runs_diverged_or_unfinished"] == "2"
+    assert (msgd["potential"], msgd["workers"], msgd["paper_test_error"]) == ("mSGD", "1", "")
+
+    runs = read_csv(folder / "runs.csv")
+    shown = ("run", "status", "seed", "algorithm.lam", "train_loss")
+    assert [tuple(r[key] for key in shown) for r in runs] == [
+        ("cubic/a", "diverged", "0", "0.2", ""),
+        ("cubic/b", "unfinished", "0", "0.3", ""),
+        ("msgd", "finished", "0", "0.1", "50"),
+        ("quad/a", "finished", "0", "0.1", "8.0"),
+        ("quad/b", "finished", "1", "0.1", "8.0"),
+        ("c", "finished", "0", "0.2", "6.0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_the_folder_may_be_elsewhere(command, sweep, tmp_path):
+    code, _, err = command(
+        sweep, "--folder", tmp_path / "new" / "here", "--output", tmp_path / "one.pdf"
+    )
+    assert (code, err) == (0, "")
+    assert (tmp_path / "new" / "here" / "report.md").exists()
+    assert (tmp_path / "one.pdf").exists()
+    assert not (sweep / "report").exists()
+    assert not (sweep / "report.png").exists()
+    before = (tmp_path / "new" / "here" / "report.md").read_bytes()
+    assert command(sweep, "--folder", tmp_path / "new" / "here")[0] == 0
+    assert (tmp_path / "new" / "here" / "report.md").read_bytes() == before, "over the first"
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_runs_by_name_write_no_folder_unless_asked(command, sweep, tmp_path):
+    a, c = sweep / "quad" / "a", sweep / "quad" / "c"
+    code, out, err = command(a, c)
+    assert (code, err) == (0, "")
+    assert "Table 1: the lowest of each column" in out
+    assert not list(sweep.rglob("report.md"))
+    assert command(a, c, "--folder", tmp_path / "f")[0] == 0
+    assert "2 runs from `a`, `c`: 2 finished" in (tmp_path / "f" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_single_run_writes_its_figure_alone(command, write_run):
+    run_dir = write_run("a", config(), [FIRST])
+    for path in (run_dir, run_dir.parent):
+        code, out, err = command(path)
+        assert (code, err) == (0, "")
+        assert "Table 1" not in out
+        assert out.splitlines()[-1] == f"figure in {path}/report.png"
+    assert {path.name for path in run_dir.parent.rglob("*")} == {
+        "a", "config.yaml", "metrics.jsonl", "summary.json", "report.png",
+    }  # fmt: skip
+    (run_dir / "config.yaml").write_text("a: [", encoding="utf-8")
+    assert command(run_dir)[0] == 0, "the config of a single run is not read"
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_equal_configs_write_nothing_more(command, write_run):
+    a = write_run("a", config(output__run_dir="/a"), [FIRST])
+    write_run("b", config(output__run_dir="/b", data__root="/b"), [SECOND])
+    code, out, err = command(a.parent)
+    assert (code, err) == (0, "")
+    assert "Table 1" not in out
+    assert not (a.parent / "report").exists()
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_sweep_of_which_nothing_finished(command, write_run):
+    a = write_run("a", config(lam=0.1), [FIRST], finished=False)
+    write_run("b", config(lam=0.2), [FIRST], finished=False)
+    code, _, err = command(a.parent)
+    assert (code, err) == (0, "")
+    page = (a.parent / "report" / "report.md").read_text(encoding="utf-8")
+    assert "2 runs from `sweep`: 0 finished, 0 diverged, 2 unfinished." in page
+    assert "figure1" not in page
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_more_than_forty_runs_are_not_all_on_the_screen(command, write_run):
+    for n in range(42):
+        run_dir = write_run(f"run{n:02}", config(lam=n + 1.0), [FIRST])
+    code, out, err = command(run_dir.parent)
+    assert (code, err) == (0, "")
+    folder = run_dir.parent / "report"
+    assert "run39" in out
+    assert "run40" not in out
+    assert f"and 2 more runs: {folder}/runs.csv, and {folder}/table1.csv" in out
+    assert len(read_csv(folder / "runs.csv")) == 42
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_the_command_refuses_a_sweep_in_one_line(command, sweep, write_run, tmp_path):
+    a, c = sweep / "quad" / "a", sweep / "quad" / "c"
+    (tmp_path / "file").touch()
+    silent = sweep / "cubic" / "b"
+    for arguments, complaint in [
+        ([a, "--folder", tmp_path / "f"], "`--folder` needs two or more runs"),
+        ([a, c, "--folder", tmp_path / "file"], "[Errno 17] File exists"),
+        ([a, silent], f"{silent}/metrics.jsonl holds no evaluation yet"),
+        ([silent.parent, "--folder", tmp_path / "f"], None),
+    ]:
+        code, out, err = command(*arguments)
+        if complaint is None:
+            assert (code, err) == (0, "")
+            continue
+        assert (code, out) == (2, "")
+        assert err.startswith(f"consensus.report: {complaint}")
+        assert err.count("\n") == 1
+    (c / "config.yaml").unlink()
+    code, out, err = command(sweep)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"consensus.report: {c}/config.yaml is missing")
+    assert err.count("\n") == 1
+    (sweep / "cubic" / "a" / "metrics.jsonl").write_text("", encoding="utf-8")
+    code, out, err = command(sweep / "cubic")
+    assert (code, out) == (2, "")
+    assert err == f"consensus.report: {sweep}/cubic/a/metrics.jsonl holds no evaluation yet\n"

@@ -1,0 +1,199 @@
+"""Sinks: metrics.jsonl, TensorBoard events, and a tracker of a plugin."""
+
+import io
+import json
+import math
+import os
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from consensus.comm import Launch, Solo
+from consensus.run import trainer
+from consensus.run.plan import make_plan
+from consensus.run.progress import Screen
+from consensus.run.sinks import SINKS, JsonlSink, RunInfo, Sinks, TensorBoardSink
+
+ROW = {
+    "iteration": 20,
+    "epoch": 0.25,
+    "objective": 3.5,
+    "train_loss": 3.0,
+    "train_error": 12.5,
+    "test_loss": 2.0,
+    "test_error": 25.0,
+    "regularizer": 0.25,
+    "coupling": math.inf,
+    "distance": [0.5, 0.75],
+    "cuts_u": 4,
+    "cuts_z": 9,
+    "wall_s": 1.5,
+    "samples_per_s": 800.0,
+}
+
+
+def open_sinks(run_dir, tensorboard=False, report=print, screen=None, **info):
+    info = RunInfo(run_dir, ("conv1", "fc"), **info)
+    return Sinks(info, tensorboard, report, screen)
+
+
+def test_files_of_the_built_in_sinks(tmp_path):
+    sinks = open_sinks(tmp_path, tensorboard=True)
+    sinks.evaluation({**ROW, "iteration": 10, "coupling": 0.125})
+    on_disk = (tmp_path / "metrics.jsonl").read_text()  # before it is closed
+    assert on_disk.endswith("\n")
+    assert [json.loads(line)["iteration"] for line in on_disk.splitlines()] == [10]
+    sinks.evaluation(ROW)
+    sinks.scalars({"training/s_u": 0.5}, 20)
+    sinks.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {**ROW, "coupling": None}
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    read = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    assert read == {
+        "evaluation/objective": [(10, 3.5), (20, 3.5)],
+        "evaluation/train_loss": [(10, 3.0), (20, 3.0)],
+        "evaluation/train_error": [(10, 12.5), (20, 12.5)],
+        "evaluation/test_loss": [(10, 2.0), (20, 2.0)],
+        "evaluation/test_error": [(10, 25.0), (20, 25.0)],
+        "evaluation/regularizer": [(10, 0.25), (20, 0.25)],
+        "evaluation/coupling": [(10, 0.125), (20, math.inf)],
+        "evaluation/samples_per_s": [(10, 800.0), (20, 800.0)],
+        "distance/conv1": [(10, 0.5), (20, 0.5)],
+        "distance/fc": [(10, 0.75), (20, 0.75)],
+        "cuts/u": [(10, 4.0), (20, 4.0)],
+        "cuts/z": [(10, 9.0), (20, 9.0)],
+        "training/s_u": [(20, 0.5)],
+    }
+
+
+def test_without_tensorboard_there_is_no_folder_of_it(tmp_path):
+    sinks = open_sinks(tmp_path)
+    sinks.evaluation(ROW)
+    sinks.scalars({"training/s_u": 0.5}, 20)
+    sinks.sync()
+    sinks.close()
+    sinks.close()
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_evaluations_are_appended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n{"iter')
+    sink = JsonlSink(RunInfo(tmp_path, ("conv1", "fc"), rows=[{"iteration": 1}]))
+    sink.evaluation(ROW)
+    sink.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 20]
+
+
+@pytest.mark.parametrize(
+    ("continues_after", "iterations"), [(None, [10, 20]), (10, [10, 20])], ids=["new", "same"]
+)
+def test_tensorboard_of_a_continued_run(tmp_path, continues_after, iterations):
+    kept = {**ROW, "iteration": 10}
+    if continues_after is not None:  # the killed run wrote an evaluation that is not kept
+        before = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc")))
+        for t in (10, 15):
+            before.evaluation({**ROW, "iteration": t})
+        before.close()
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), [kept], continues_after))
+    sink.evaluation(ROW)
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("distance/fc")] == iterations
+
+
+def test_the_screen_is_a_sink(tmp_path):
+    written = io.StringIO()
+    sinks = open_sinks(tmp_path, screen=Screen(20, True, Console(file=written, soft_wrap=True)))
+    sinks.evaluation(ROW)
+    sinks.scalars({"training/s_u": 0.5}, 20)
+    sinks.sync()
+    sinks.close()
+    assert written.getvalue().startswith("iteration     20  epoch   0.25  train loss 3 ")
+
+
+# ---- a tracker of a plugin
+
+
+class Tracker:
+    """A sink as a plugin writes it."""
+
+    def __init__(self, info):
+        self.info, self.rows, self.values, self.calls = info, list(info.rows), [], []
+        made.append(self)
+
+    def evaluation(self, row):
+        self.rows.append(row)
+
+    def scalars(self, values, t):
+        self.values.append((t, values))
+
+    def sync(self):
+        self.calls.append("sync")
+
+    def close(self):
+        self.calls.append("close")
+
+
+made = []
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """`register(name, factory)`, undone after the test."""
+    monkeypatch.setattr(SINKS, "_factories", dict(SINKS._factories))
+    made.clear()
+    return lambda name, factory: SINKS.register(name)(factory)
+
+
+def test_a_registered_tracker_gets_what_a_run_writes(register, make_config, tmp_path):
+    register("tracker", Tracker)
+    config = make_config(
+        *("experiment=smoke", "model=logistic", "device=cpu", "algorithm.iterations=4"),
+        *("output.eval_every=2", "output.log_every=2", "output.checkpoint_every=2"),
+        *("output.tensorboard=false", f"output.run_dir={tmp_path}/run"),
+    )
+    last = trainer.Trainer(make_plan(config, Launch()), Solo()).run()
+    (tracker,) = made
+    assert (tracker.info.run_dir, tracker.info.continues_after) == (tmp_path / "run", None)
+    assert tracker.info.config["algorithm"]["iterations"] == 4
+    assert len(tracker.info.layer_names) == 1
+    assert [row["iteration"] for row in tracker.rows] == [2, 4]
+    assert tracker.rows[-1] == last
+    assert [t for t, _ in tracker.values] == [2, 4]
+    assert tracker.values[0][1].keys() >= {"training/minibatch_loss", "training/s_u"}
+    assert tracker.calls == ["sync", "sync", "close"]
+
+
+@pytest.mark.parametrize("broken", ["make", "evaluation", "scalars", "sync", "close"])
+def test_a_tracker_that_fails_is_reported_once_and_dropped(register, tmp_path, broken):
+    def fail(*_):
+        raise RuntimeError("no\nconnection")
+
+    register("broken", fail if broken == "make" else type("Broken", (Tracker,), {broken: fail}))
+    register("tracker", Tracker)
+    reported = []
+    sinks = open_sinks(tmp_path, report=reported.append)
+    for t in (10, 20):
+        sinks.scalars({"training/s_u": 0.5}, t)
+        sinks.evaluation({**ROW, "iteration": t})
+        sinks.sync()
+    sinks.close()
+    # a factory must take `info`; `fail` has no such argument
+    cause = "ValueError: sink `broken`" if broken == "make" else "RuntimeError: no connection"
+    (line,) = reported
+    assert line.startswith(f"sink `broken` failed, the run continues without it: {cause}")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [10, 20]
+    assert [row["iteration"] for row in made[-1].rows] == [10, 20], "the other one goes on"
+    assert made[-1].calls == ["sync", "sync", "close"]
+
+
+def test_a_failure_of_metrics_jsonl_is_raised(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        open_sinks(tmp_path / "absent")

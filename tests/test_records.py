@@ -1,0 +1,223 @@
+"""The metrics row: reading, writing, showing, and runs of earlier versions."""
+
+import io
+import json
+import math
+import shutil
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from consensus.records import (
+    COLUMNS,
+    REQUIRED,
+    cells,
+    evaluation_lines,
+    format_cell,
+    largest,
+    last_row,
+    number,
+    read_rows,
+    rows_until,
+    text_table,
+    to_json,
+)
+from consensus.report.__main__ import main
+from tests.testing import ROOT
+
+OLD_RUNS = ROOT / "tests" / "data" / "run_a7db8c5"
+OLD_COLUMNS = [
+    "iteration", "epoch", "objective", "train_loss", "train_error", "test_loss", "test_error",
+]  # fmt: skip
+
+
+def row(t, **others):
+    return dict.fromkeys(OLD_COLUMNS, 1.0) | {"iteration": t} | others
+
+
+def test_the_required_keys_are_those_of_the_first_version():
+    """A key that is added here makes every run directory of today unreadable."""
+    assert list(REQUIRED) == OLD_COLUMNS
+    assert set(REQUIRED) <= set(COLUMNS)
+
+
+# ---- runs that commit a7db8c5 wrote
+
+
+@pytest.fixture
+def old_runs(tmp_path):
+    """A copy, since the report writes figures beside the runs, of two configurations."""
+    folder = shutil.copytree(OLD_RUNS, tmp_path / "old")
+    path = folder / "stationarity" / "config.yaml"
+    path.write_text(path.read_text().replace("lam: 0.1\n", "lam: 0.2\n"))
+    return folder
+
+
+def test_a_run_of_today_stays_readable():
+    rows = read_rows(OLD_RUNS / "stationarity")
+    assert [r["iteration"] for r in rows] == [10, 20]
+    assert rows[1]["test_error"] == 12.222222222222221
+    assert rows[1]["stationarity"]["envelope_gradient"] == 6.886927604675293
+    assert rows_until(OLD_RUNS / "resumed", 10) == read_rows(OLD_RUNS / "resumed")[:1]
+    assert last_row(OLD_RUNS / "resumed")["digest"] == "faf42ff5edab3fd2"
+    assert evaluation_lines(rows[1]) == [
+        "iteration     20  epoch   0.28  train loss 860.98 error 10.51 %  "
+        "test loss 229.91 error 12.22 %  coupling 17  15708 samples/s  cuts 0, 3",
+        "    stationarity  |sum grad e f_j (u)| 6.89 ± 0.06  (5a) 15  (5b) 28.8  (9) 6.08  "
+        "in 0.1 s",
+    ]
+
+
+@pytest.mark.parametrize("added", [None, "a_new_column"])
+def test_a_run_of_today_is_reported_also_after_a_column_was_added(
+    old_runs, added, monkeypatch, capsys
+):
+    if added:
+        monkeypatch.setattr("consensus.records.COLUMNS", (*COLUMNS, added))
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
+    monkeypatch.setattr(sys, "argv", ["consensus.report", str(old_runs)])
+    main()
+    shown = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    found = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in shown if len(cells) > 6}
+    expected = ["20", "0.28", "877.96", "860.98", "10.51", "229.91", "12.22"]
+    expected += ["-"] if added else []
+    assert found["resumed"] == found["stationarity"] == expected
+    page = (old_runs / "report" / "report.md").read_text(encoding="utf-8")
+    assert "2 runs from `old`: 2 finished, 0 diverged, 0 unfinished." in page
+    assert "| tan | 1 | 877.96 | 860.98 | 10.51 | 229.91 | 12.22 |" in page
+    assert "- `stationarity`: u is not z_j yet: " in page
+
+
+# ---- reading
+
+
+def write(folder, text):
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def lines(*rows):
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """`write_run("name", rows)`: a run directory with these rows."""
+
+    def write_rows(name, rows):
+        (tmp_path / name).mkdir()
+        return write(tmp_path / name, lines(*rows))
+
+    return write_rows
+
+
+def test_read_rows(write_run):
+    rows = [row(10, objective=None, extra=[1, 2]), row(20)]
+    assert read_rows(write_run("a", rows)) == rows
+
+
+def test_nothing_to_read(tmp_path, write_run):
+    with pytest.raises(ValueError, match="no readable metrics") as caught:
+        read_rows(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} holds no readable metrics.jsonl (No such file or directory)"
+    )
+    run_dir = write_run("empty", [])
+    with pytest.raises(ValueError, match="holds no evaluation yet") as caught:
+        read_rows(run_dir)
+    assert str(caught.value) == f"{run_dir}/metrics.jsonl holds no evaluation yet"
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (b'{"iteration": 20, "epo\n', "line 2 is not JSON: "),
+        (b"\n", "line 2 is not JSON: "),
+        (b'{"iteration": 20, "epoch": 1, "objective": 3, "train_loss": 1, "train_error": 1}\n',
+         "line 2 lacks test_loss, test_error"),
+        (b"[1, 2]\n", "line 2 lacks iteration, epoch, objective, train_loss, train_error"),
+        (b"3\n", "line 2 lacks iteration, "),
+        (b"\xff\xfe\n", "line 2 is not JSON: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(write_run, damage, complaint):
+    run_dir = write_run("a", [row(10)])
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(ValueError, match="line 2") as caught:
+        read_rows(run_dir)
+    assert str(caught.value).startswith(f"{run_dir}/metrics.jsonl, {complaint}")
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_until_keeps_each_iteration_once_and_skips_damage(tmp_path):
+    text = lines(row(10), row(20)) + '{"iteration": 2\n3\n{"epoch": 1}\n'
+    text += lines(row(20, test_error=9.0), row(15), row(30), row(40)) + '{"iteration": 5'
+    assert rows_until(write(tmp_path, text), 30) == [row(10), row(20), row(30)]
+    assert rows_until(tmp_path / "absent", 30) == []
+
+
+def test_last_row_is_the_newest_whole_one(tmp_path):
+    assert last_row(tmp_path) is None
+    assert last_row(write(tmp_path, '{"iteration"')) is None
+    assert last_row(write(tmp_path, lines(row(10), row(20)) + '{"iteration": 3')) == row(20)
+
+
+# ---- writing
+
+
+def test_json_is_strict():
+    inf, nan = math.inf, math.nan
+    row = {"a": inf, "b": -inf, "c": nan, "d": [1.0, inf], "e": {"f": nan}, "g": 2, "h": 0.5}
+    assert to_json(row) == (
+        '{"a": null, "b": null, "c": null, "d": [1.0, null], "e": {"f": null}, "g": 2, "h": 0.5}'
+    )
+    assert to_json({"a": [inf]}, indent=2) == '{\n  "a": [\n    null\n  ]\n}'
+    assert row["d"] == [1.0, inf], "the row itself is not touched"
+
+
+# ---- showing
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "shown"),
+    [
+        ("objective", None, "overflow"),  # as a metrics file holds it
+        ("test_error", None, "overflow"),
+        ("objective", math.inf, "inf"),  # as the run itself holds it
+        ("objective", 1.0e9, "1e+09"),
+        ("objective", 0.000123456, "0.00012346"),
+        ("epoch", 0.1234, "0.12"),
+        ("iteration", 30000, "30000"),
+        ("digest", "c6c8", "c6c8"),
+    ],
+)
+def test_cells(column, value, shown):
+    assert format_cell(column, value) == shown
+
+
+def test_a_value_that_a_row_lacks():
+    assert cells({"iteration": 10}) == ["10", *["-"] * 6]
+    assert math.isnan(number({}, "wall_s"))
+    assert math.isnan(number({"wall_s": None}, "wall_s"))
+    assert number({"wall_s": 2}, "wall_s") == 2.0
+
+
+def test_the_largest_is_nan_if_one_is_not_finite():
+    assert largest([1.0, 3.0, 2.0]) == 3.0
+    assert math.isnan(largest([1.0, None, 2.0]))
+    assert math.isnan(largest([math.nan, 2.0]))
+
+
+def test_a_row_without_optional_keys_has_a_log_line():
+    (line,) = evaluation_lines(row(7))
+    assert line.startswith("iteration      7  epoch   1.00  train loss 1 error 1.00 %")
+    assert "coupling nan" in line
+
+
+def test_names_in_a_table_are_not_markup():
+    console = Console(file=io.StringIO(), width=40)
+    console.print(text_table("t", [["run", "x"], ["[red]", "1"]]))
+    assert "[red]" in console.file.getvalue()
