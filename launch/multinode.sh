@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # usage: launch/multinode.sh HOST[,HOST ...] [OVERRIDE ...]
 #
-# A run on plain hosts, without a scheduler: starts launch/node.sh on each of them over ssh (keys, no passwords), in this
-# folder, which they see under the same path. They meet at the first. Ctrl+C or SIGTERM here asks all of them for a checkpoint;
-# when one ends with a failure, so do the others. The exit code is that of the first failure.
+# A run on plain hosts, without a scheduler: starts launch/node.sh on each host over ssh (keys, no passwords), in this folder,
+# which must have the same path on all hosts. The rendezvous is on the first host. Ctrl+C or SIGTERM stops all hosts with a
+# checkpoint. When one host fails, the others are stopped. The exit code is that of the first failure.
 #
 #   NPROC=4 INTERFACE=eth0 launch/multinode.sh node1,node2 resume=auto output.run_dir=runs/mine potential=tan
 #
-#   ADDRESS   of the first host, as the others reach it; default: its name as given here
-#   PORT      where they meet; default: 29400
-#   REMOTE    what runs a command on a host, as `REMOTE HOST COMMAND`; default: ssh, with BatchMode and a timeout
+#   ADDRESS   address of the first host, as the others reach it; default: its name as given here
+#   PORT      port of the rendezvous; default: 29400
+#   REMOTE    program that runs a command on a host, as `REMOTE HOST COMMAND`; default: ssh, with BatchMode and a timeout
 #   NPROC, INTERFACE, OMP_NUM_THREADS, CONSENSUS_VENV, MODULE    as for launch/node.sh, on every host
 set -euo pipefail
 
@@ -28,9 +28,9 @@ for name in NPROC INTERFACE OMP_NUM_THREADS CONSENSUS_VENV MODULE; do
     if [[ -n ${!name:-} ]]; then variables+=("$name=${!name}"); fi
 done
 
-# A remote command gets no signal from here. It follows its standard input, which stays open as long as this script lives:
-# at its end the process group of launch/node.sh gets a SIGTERM; 30 s later what is left of it, such as a torchrun that waits
-# for a host that is gone, is killed.
+# A remote command gets no signal from here. It watches its standard input, which stays open while this script runs. When it
+# closes, the process group of launch/node.sh gets a SIGTERM. After 30 s the remaining processes are killed, such as a torchrun
+# that waits for a lost host.
 node=$(printf ' %q' env "${variables[@]}" "$root/launch/node.sh" "$@")
 printf -v folder_here %q "$PWD"
 script="cd $folder_here || exit 2
@@ -40,12 +40,12 @@ setsid$node </dev/null 3<&- & node=\$!
 wait \$node; code=\$?
 kill \$watch 2>/dev/null
 exit \$code"
-command="exec bash -c '${script//\'/\'\\\'\'}'" # any shell reads that, whichever the far side has
+command="exec bash -c '${script//\'/\'\\\'\'}'" # every remote shell can parse that
 
 folder=$(mktemp -d)
 pids=()
 cleanup() {
-    exec 9>&- # the far ends read the end of their input: SIGTERM to their node
+    exec 9>&- # closes the input of the remote commands: SIGTERM to their nodes
     for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" 2>/dev/null || true; done
     rm -rf "$folder"
 }
@@ -54,13 +54,13 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 mkfifo "$folder/open"
-exec 9<>"$folder/open" # a pipe that never has anything to read, until it is closed
+exec 9<>"$folder/open" # a pipe without data, closed at the end
 for host in "${hosts[@]}"; do
     printf '%s:%s\n' "$host" "$node" >&2
     "${remote[@]}" "$host" "$command" <"$folder/open" 9>&- &
     pids+=($!)
 done
-# Not `wait -n`, which forgets those that have ended before it is called.
+# Not `wait -n`, which misses processes that ended before it is called.
 while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
         if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import latency as bench
-from benchmarks.latency import Costs, Found, Plan, Row, Run
+from benchmarks.latency_report import Costs, Found, Plan, Row, Run
 from consensus.problem import build_model
 
 PLAN = Plan((0.0, 10.0), (1, 4), rounds=1, hosts=2, loss=0.0, potential="quad", seed=0)
@@ -35,15 +35,8 @@ def test_a_segment_holds_whole_periods(periods, segment):
 
 
 def test_the_segments_that_count():
-    rates = [
-        1,
-        2,
-        40.0,
-        20.0,
-        5,
-        10.0,
-        8.0,
-    ]  # the first, and that in which a latency begins, do not
+    # The first segment does not count, nor does the one in which a latency starts.
+    rates = [1, 2, 40.0, 20.0, 5, 10.0, 8.0]
     rows = [{"samples_per_s": rate} for rate in rates]
     assert bench.segments(rows, 2, (0.0, 10.0)) == [[1.0, 2.0], [4.0, 5.0]]
 

@@ -1,8 +1,7 @@
-"""The scaling benchmark: its fit, its clockwork by hand, and the command from end to end."""
+"""The scaling benchmark: its fit, its timing by hand, and its output."""
 
 import json
 import math
-import subprocess
 import sys
 import time
 import weakref
@@ -11,14 +10,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import scaling
-from benchmarks.scaling import Line, Passes, Point, Row, SharedCores
+from benchmarks import harness, scaling, scaling_laws, scaling_subjects
+from benchmarks.scaling import Point
+from benchmarks.scaling_laws import Line, Passes, Row, SharedCores
 from consensus.comm import GroupError, Solo
 from consensus.core.layerwise import Layerwise
 from consensus.problem import build_model
 from consensus.server import digest
-from tests.testing import ROOT
-from tests.testing.footprint import growth
+from tests.testing.footprint import growths
 
 N = 33_580
 SIZES = [10.0**k for k in (4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8)]
@@ -28,7 +27,7 @@ SIZES = [10.0**k for k in (4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8)]
 
 
 def test_the_fit_recovers_a_known_law():
-    a, b = scaling.fit(SIZES, [2e-5 + 1.5e-9 * n for n in SIZES])
+    a, b = scaling_laws.fit(SIZES, [2e-5 + 1.5e-9 * n for n in SIZES])
     assert a == pytest.approx(2e-5, rel=1e-9)
     assert b == pytest.approx(1.5e-9, rel=1e-9)
 
@@ -41,7 +40,7 @@ def test_the_fit_minimizes_the_relative_error():
     def error(a: float, b: float) -> float:
         return sum(((a + b * n) / t - 1) ** 2 for n, t in zip(SIZES, seconds, strict=True))
 
-    a, b = scaling.fit(SIZES, seconds)
+    a, b = scaling_laws.fit(SIZES, seconds)
     assert a == pytest.approx(2e-5, rel=0.1)
     assert b == pytest.approx(1.5e-9, rel=0.1)
     around = [error(a * p, b * q) for p in (0.99, 1, 1.01) for q in (0.99, 1, 1.01)]
@@ -69,14 +68,14 @@ def test_laws_by_hand():
     assert [alone.at(p) for p in (1, 2, 4, 8)] == [3.0, 3.0, 6.0, 12.0]
     assert (period.a, period.b) == pytest.approx((3.0, 2.0))
     assert period.at(64) == pytest.approx(3.0 + 2.0 / 64)
-    assert scaling.deviation(alone, found) == pytest.approx(0.1)
+    assert scaling_laws.deviation(alone, found) == pytest.approx(0.1)
     assert str(quad) == "0.001 ms + 12 ns n"
     assert str(in_copies) == "0.001 ms + 12.0 copies"
     assert "/ H" in str(period)
     assert "max(1, P / 2)" in str(alone)
 
 
-# ---- the clockwork
+# ---- timing
 
 
 class Clock:
@@ -104,10 +103,17 @@ class Clocked:
         return 17
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(scaling, "perf_counter", clock)
+    monkeypatch.setattr(harness, "perf_counter", clock)
     return clock
 
 
@@ -191,8 +197,8 @@ def test_a_block_takes_as_long_as_its_slowest_rank(ranks):
 
 def test_the_quadratic_gradient_is_that_of_its_loss():
     points = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    (0.5 * scaling.Quadratic.CURVATURE * points.square().sum()).backward()
-    oracle = scaling.Quadratic()
+    (0.5 * scaling_subjects.Quadratic.CURVATURE * points.square().sum()).backward()
+    oracle = scaling_subjects.Quadratic()
     gradient = oracle.gradient(points.detach(), oracle.draw())
     assert torch.equal(gradient, points.grad)
     assert gradient.data_ptr() != points.data_ptr()  # the step writes into both
@@ -203,9 +209,9 @@ def test_an_iteration_on_the_quadratic_is_algorithm_1():
     u, z = algorithm.u.clone(), algorithm.worker.z[0].clone()
     assert torch.linalg.vector_norm(u - z).item() == pytest.approx(0.1, rel=1e-5)
     algorithm.step(0)
-    next_u = u - scaling.TAU * 2 * (u - z)
-    v = -scaling.SIGMA * (scaling.Quadratic.CURVATURE * z + scaling.NU * z)
-    next_z = z + v + scaling.SIGMA / scaling.LAM * 2 * (next_u - z)
+    next_u = u - harness.TAU * 2 * (u - z)
+    v = -harness.SIGMA * (scaling_subjects.Quadratic.CURVATURE * z + harness.NU * z)
+    next_z = z + v + harness.SIGMA / harness.LAM * 2 * (next_u - z)
     torch.testing.assert_close(algorithm.u, next_u)
     torch.testing.assert_close(algorithm.worker.z[0], next_z)
 
@@ -298,29 +304,29 @@ def point(n):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how large a process was")
 def test_the_memory_of_a_point_is_known():
     ballast = torch.ones(1 << 28)  # 1 GiB that are this process's own, and not the measured one's
-    n = 10_000_000
-    steps = f"algorithm = point({n}).make(); algorithm.step(0); algorithm.step(1)"
-    vectors = growth(POINT_OF_TAN_SEP, f"{steps}; algorithm.require_feasible()") / (4 * n)
-    assert 5 < vectors <= scaling.VECTORS
-    n = 4_000_000  # here digests take the most of it
-    whole = growth(POINT_OF_TAN_SEP, f"scaling.measure([point({n})], scaling.Solo(), 2, 1e-9)")
-    assert 0 < whole <= scaling.bytes_of_size(n)
+    n, small = 10_000_000, 4_000_000  # of the second, the digests take most of the memory
+    steps = f"a = point({n}).make(); a.step(0); a.step(1); a.require_feasible(); del a"
+    vectors, whole = growths(
+        POINT_OF_TAN_SEP, steps, f"scaling.measure([point({small})], scaling.Solo(), 2, 1e-9)"
+    )
+    assert 5 < vectors / (4 * n) <= scaling.VECTORS
+    assert vectors < whole <= scaling.bytes_of_size(small)
     del ballast
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(scaling.os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
-    assert scaling.num_cores() == 3
+    monkeypatch.setattr(harness.os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
+    assert harness.num_cores() == 3
 
 
-# ---- what is shown
+# ---- output
 
 
 def test_a_panel_shows_medians_ranges_and_the_law():
     rows = [Row("processes", "quad", p, [t, 1.5 * t, 0.9 * t]) for p, t in ((1, 2.0), (4, 5.0))]
     rows.append(Row("n", "quad", 10, [1.0]))  # of another panel
     axes = Figure().add_subplot()
-    scaling.draw_panel(axes, "processes", rows, [SharedCores("processes", "quad", 2.0, 2)])
+    scaling_laws.draw_panel(axes, "processes", rows, [SharedCores("processes", "quad", 2.0, 2)])
     points, law = axes.lines
     assert points.get_xydata().tolist() == [[1.0, 2000.0], [4.0, 5000.0]]
     (bars,) = axes.collections
@@ -366,12 +372,7 @@ def test_panels_can_be_chosen_and_large_points_are_left_out(monkeypatch, tmp_pat
     file = tmp_path / "found.json"
     room = scaling.bytes_of_size(10**5)
     monkeypatch.setattr(scaling, "available_memory", lambda: room)
-    monkeypatch.setattr(sys, "argv", ["", "--quick", "--panels", "n", "--json", str(file)])
-    threads = torch.get_num_threads()
-    try:
-        scaling.main()
-    finally:
-        torch.set_num_threads(threads)
+    scaling.main(["--quick", "--panels", "n", "--json", str(file)])
     found = json.loads(file.read_text())
     assert [(row["series"], row["x"]) for row in found["rows"]] == [
         (series, n) for n in (10**4, 10**5) for series in ("copy", "quad", "tan", "tan_sep")
@@ -380,45 +381,53 @@ def test_panels_can_be_chosen_and_large_points_are_left_out(monkeypatch, tmp_pat
     assert found["left_out"][0] in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.ranks
-def test_ranks_that_fail_end_the_command(monkeypatch, tmp_path):
-    script = tmp_path / "fails.py"
-    script.write_text("raise SystemExit(3)\n")
-    monkeypatch.setattr(scaling, "__file__", str(script))
+def test_ranks_that_fail_end_the_command(monkeypatch):
+    monkeypatch.setattr(scaling.sys, "executable", "false")
     with pytest.raises(SystemExit, match="2 ranks failed in processes and period"):
         scaling.in_processes(2, ["processes", "period"], scaling.QUICK)
 
 
+PANELS_OF_RANKS = (["processes", "period"], scaling.QUICK)
+
+
 @pytest.mark.ranks
-@pytest.mark.slow
-def test_the_command_from_end_to_end(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--quick"]
-    command += ["--json", "found.json", "--plot", "found.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    rows = {(row["panel"], row["series"], row["x"]): row for row in found["rows"]}
+def test_the_panels_of_ranks(ranks):
+    found, _ = ranks(2, scaling_rows, *PANELS_OF_RANKS)
+    rows = {(row.panel, row.series, row.x): row for row in found}
     assert list(rows) == [
-        *(("n", s, n) for n in (10**4, 10**5, 10**6) for s in ("copy", "quad", "tan", "tan_sep")),
-        *(("workers", s, m) for m in (2, 4) for s in ("quad", "tan")),
-        *(("processes", s, p) for p in (1, 2) for s in ("alone", "quad", "tan")),
+        *(("processes", s, 2) for s in ("alone", "quad", "tan")),
         *(("period", s, h) for h in (1, 2, 4) for s in ("quad", "tan")),
     ]
     for (panel, _, x), row in rows.items():
-        assert len(row["samples"]) == 3
-        assert row["ms"] == pytest.approx(1e3 * sorted(row["samples"])[1])
-        assert min(row["samples"]) > 0
-        assert row["cuts"] == 0
-        assert row["steps"] % (x if panel == "period" else 1) == 0
+        assert len(row.samples) == 3
+        assert min(row.samples) > 0
+        assert row.cuts == 0
+        assert row.steps % (x if panel == "period" else 1) == 0
     start = build_model("lenet5", 0, torch.float32, num_classes=10).state_dict().values()
     still = int(digest(torch.cat([parameter.flatten() for parameter in start])))
-    assert {rows["processes", "alone", p]["digest"] for p in (1, 2)} == {still}
-    moved = [row["digest"] for key, row in rows.items() if key[0] in ("workers", "period")]
-    assert still not in moved
-    laws = [(law["panel"], law["series"]) for law in found["laws"]]
-    assert set(laws) == {key[:2] for key in rows}
-    assert [laws.count(("n", s)) for s in ("copy", "quad", "tan", "tan_sep")] == [1, 2, 2, 2]
+    assert [row.digest == still for row in found] == [row.series == "alone" for row in found]
+
+
+def scaling_rows(group, panels, plan):
+    return scaling.rows_of_ranks(panels, plan, group)
+
+
+def test_rows_of_ranks_are_joined_and_shown(monkeypatch, tmp_path, capsys):
+    def in_processes(p, panels, plan):
+        one = [Row(panel, "quad", p if panel == "processes" else 1, [1e-3 * p]) for panel in panels]
+        return one if p < 8 else []
+
+    monkeypatch.setattr(scaling, "in_processes", in_processes)
+    files = [str(tmp_path / name) for name in ("found.json", "found.png")]
+    command = ["--panels", "processes", "period", "--json", files[0], "--plot", files[1]]
+    scaling.main(command)
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = [(row["panel"], row["x"], row["samples"]) for row in found["rows"]]
+    assert rows == [
+        *(("processes", p, [1e-3 * p] * scaling.FULL.starts) for p in (1, 2, 4)),
+        ("period", 1, [2e-3] * scaling.FULL.starts),
+    ]
+    assert [law["panel"] for law in found["laws"]] == ["processes"]
     assert found["left_out"] == []
-    lines = done.stdout.splitlines()
-    assert len(lines) == 1 + len(rows) + len(found["laws"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows) + len(found["laws"])
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Runs on several hosts, which are network namespaces of this machine, by launch/multinode.sh."""
+"""Runs over several hosts by launch/multinode.sh; the hosts are network namespaces."""
 
 import json
 import os
@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 RUN = [
     *("model=logistic", "workers=4", "potential=tan", "device=cpu", "output.tensorboard=false"),
-    *("output.eval_every=200", "output.checkpoint_every=50", "output.log_every=50"),
+    *("output.eval_every=25", "output.checkpoint_every=10", "output.log_every=25"),
 ]
-LENGTH = 800
+LENGTH = 100
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def digests(run_dir):
 
 
 def start(hosts, number, processes, folder, *overrides):
-    """launch/multinode.sh on so many hosts, so many processes on each."""
+    """launch/multinode.sh on the first `number` hosts, with that many processes on each."""
     environment = os.environ | {
         "REMOTE": str(hosts.remote),
         "ADDRESS": hosts.addresses[0],
@@ -56,7 +56,7 @@ def start(hosts, number, processes, folder, *overrides):
     )  # fmt: skip
 
 
-def wait_for(condition, process, seconds=120.0):
+def wait_for(condition, process, seconds=200.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -68,53 +68,39 @@ def wait_for(condition, process, seconds=120.0):
 def alone(tmp_path_factory):
     """The digests of the same run on one host, four processes, Gloo, by iteration."""
     folder = tmp_path_factory.mktemp("alone")
-    own = [f"algorithm.iterations={LENGTH}", "output.run_dir=alone", "output.eval_every=25"]
-    with Ranks(4, [*RUN, *own, "group.shared_memory=false"], folder) as ranks:
+    own = [f"algorithm.iterations={LENGTH}", "output.run_dir=alone", "group.shared_memory=false"]
+    with Ranks(4, [*RUN, *own], folder) as ranks:
         assert ranks.wait(200) == [0] * 4, ranks.err(0)
     return digests(folder / "alone")
 
 
-def test_four_hosts_are_one_whatever_the_network(alone, tmp_path):
-    """Two hosts of two processes end with these bits in the next test."""
-    run = ["algorithm.iterations=25", "output.run_dir=mine"]
+def test_a_run_over_hosts_has_the_same_bits_and_continues_after_one_was_cut_off(alone, tmp_path):
+    """Four hosts of one process over a bad network; then two hosts of two processes to the end."""
+    run = [f"algorithm.iterations={LENGTH}", "output.run_dir=mine", "resume=auto"]
     with Hosts(4, tmp_path, latency_ms=10.0, loss=0.01) as hosts:
-        process = start(hosts, 4, 1, tmp_path, *run)
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err
-        hosts.set_latency(0.0)  # its answer says what was lost
-        assert hosts.lost > 0
-    assert digests(tmp_path / "mine") == {25: alone[25]}
-    assert f"--rdzv-endpoint={hosts.addresses[0]}:29400" in err
-    assert f"--local-addr={hosts.addresses[1]}" in err
-    assert err.count("GLOO_SOCKET_IFNAME=eth0") == 4
-    assert out.count("consensus with tan: 4 workers, 4 processes on cpu over gloo") == 1
-
-
-def test_a_host_that_is_cut_off_is_named_and_the_run_continues_when_it_is_back(
-    hosts, alone, tmp_path
-):
-    own = [f"algorithm.iterations={LENGTH}", "output.run_dir=mine", "resume=auto"]
-    own += ["group.timeout_s=10"]
-    process = start(hosts, 2, 2, tmp_path, *own)
-    try:
+        process = start(hosts, 4, 1, tmp_path, *run, "group.timeout_s=15")
         wait_for(lambda: rows(tmp_path / "mine"), process)
-        hosts.cut("host1")
+        hosts.cut("host3")
         cut = time.monotonic()
-        _, err = process.communicate(timeout=200)
-    finally:
-        hosts.join("host1")
-    assert process.returncode != 0
-    assert time.monotonic() - cut < 120
-    lines = [line for line in err.splitlines() if line.startswith("consensus.train: ")]
-    assert lines, err
-    assert any("rank" in line for line in lines), lines
-    before = len(rows(tmp_path / "mine"))
-    assert before < 4
-    process = start(hosts, 2, 2, tmp_path, *own)
-    out, err = process.communicate(timeout=200)
+        assert hosts.lost > 0
+        out, err = process.communicate(timeout=200)
+        assert process.returncode != 0
+        assert time.monotonic() - cut < 120
+        lines = [line for line in err.splitlines() if line.startswith("consensus.train: rank ")]
+        assert any("no sign of life from rank 3" in line for line in lines), err
+        assert f"--rdzv-endpoint={hosts.addresses[0]}:29400" in err
+        assert f"--local-addr={hosts.addresses[1]}" in err
+        assert err.count("GLOO_SOCKET_IFNAME=eth0") == 4
+        assert out.count("consensus with tan: 4 workers, 4 processes on cpu over gloo") == 1
+        before = digests(tmp_path / "mine")
+        assert before.items() < alone.items()
+        hosts.join("host3")
+        hosts.set_latency(0.0)
+        process = start(hosts, 2, 2, tmp_path, *run)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "continues " in out
-    assert digests(tmp_path / "mine") == {t: alone[t] for t in (200, 400, 600, 800)}
+    assert digests(tmp_path / "mine") == alone
 
 
 def test_no_packet_is_faster_than_the_latency(tmp_path):
@@ -139,14 +125,14 @@ def test_packets_are_lost_as_often_as_asked(tmp_path, loss, least, most):
         arrived = 0
         there.settimeout(0.1)
         for _ in range(20):
-            for _ in range(50):  # no more than its buffer holds
+            for _ in range(50):  # within the size of its buffer
                 here.sendto(b"x", there.getsockname())
             for _ in range(50):
                 try:
                     arrived += len(there.recv(2))
                 except TimeoutError:
                     break
-        hosts.join("host1")  # its answer says what was lost
+        hosts.join("host1")  # the reply has the number of lost packets
         assert hosts.lost == 1000 - arrived
         assert least <= arrived <= most  # 1000 (1 - loss), and five standard deviations
 
@@ -168,7 +154,7 @@ def test_hosts_leave_nothing_behind(tmp_path):
     assert hosts.switch.returncode == 0
 
 
-def test_hosts_that_cannot_begin_leave_nothing_behind(tmp_path):
+def test_hosts_that_fail_to_start_leave_nothing_behind(tmp_path):
     hosts = Hosts(2, tmp_path, latency_ms=1.0)
     hosts.options[0] = "soon"
     with pytest.raises(RuntimeError, match="switch has ended"), hosts:
@@ -191,7 +177,7 @@ def test_ctrl_c_asks_every_host_for_a_checkpoint(hosts, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["potential=tan"], ["--help"]])
-def test_without_hosts_it_says_how_it_is_used(arguments):
+def test_without_hosts_it_prints_its_usage(arguments):
     done = subprocess.run(
         [str(ROOT / "launch" / "multinode.sh"), *arguments],
         capture_output=True, text=True, check=False,

@@ -98,7 +98,7 @@ def test_wheel_holds_the_package_the_configs_and_the_commands(tmp_path):
 # ---- scripts/setup, with stand-ins for python, pip and uv that only note how they were called
 
 # What the scripts themselves may use, and what the stand-ins use besides.
-TOOLS = ["bash", "cat", "dirname", "flock", "grep", "ls", "mkdir", "mv", "rm", "sha256sum"]
+TOOLS = ["bash", "cat", "dirname", "flock", "grep", "ls", "mkdir", "mv", "rm", "sed", "sha256sum"]
 STUB_TOOLS = ["chmod", "env", "sleep"]
 
 # Stands for the interpreter on PATH and, copied there by `-m venv`, for the one of the environment.
@@ -318,6 +318,44 @@ def test_local_takes_the_number_of_processes_first(checkout):
     assert code == 0
     assert out == command_of(checkout.root, 8, "data=mnist", omp="3")
     assert err.rstrip().endswith("--standalone --nproc-per-node=8 -m consensus.train data=mnist")
+
+
+# ---- scripts/bench, with the same stand-ins
+
+
+@pytest.mark.parametrize(
+    ("words", "started", "omp"),
+    [
+        (["compare", "--quick"], "-m benchmarks.compare --quick", "1"),
+        (["--quick", "--processes", "4"], "-m benchmarks.compare --quick --processes 4", "1"),
+        (["gpu"], "-m benchmarks.gpu", "7"),
+        (["latency", "--help"], "-m benchmarks.latency --help", "1"),
+        (["population", "--quick"], "-m benchmarks.population --quick", "7"),
+        (["scaling"], "-m benchmarks.scaling", "1"),
+        (["checkpoints"], "-m benchmarks.checkpoints", "7"),
+    ],
+)
+def test_bench_starts_the_benchmark_of_that_name(checkout, tmp_path, words, started, omp):
+    code, out, err = checkout.run("scripts/bench", *words, cwd=tmp_path, OMP_NUM_THREADS="7")
+    assert code == 0, err
+    assert out == f"cwd={checkout.root} omp={omp} {started}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_bench_lists_the_benchmarks(checkout, words):
+    code, out, _ = checkout.run("scripts/bench", *words)
+    assert code == 0
+    names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
+    assert names == ["compare", "gpu", "latency", "population", "scaling", "checkpoints"]
+    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
+    assert checkout.calls() == []
+
+
+def test_bench_refuses_another_name(checkout):
+    code, out, err = checkout.run("scripts/bench", "speed")
+    assert (code, out) == (2, "")
+    assert err.startswith("scripts/bench: NAME is speed; allowed: compare ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("nproc", ["0", "four", "-1", "2.5"])

@@ -63,7 +63,7 @@ def test_a_job_on_two_nodes_that_is_put_back_into_the_queue_ends_with_the_same_b
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what the time limit does
     cluster.wait(lambda: ended(cluster, job), 300.0)
     said = (tmp_path / f"consensus-{job}.out").read_text()
-    assert "stopped before the time limit; back into the queue" in said
+    assert "stopped before the time limit; requeued" in said
     assert "SIGTERM: stopped at iteration" in said
     assert said.count("-m consensus.train resume=auto") == 4, "two nodes, started twice"
     found = rows(run_dir)
@@ -80,7 +80,7 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_put_back(cluster
     said = (tmp_path / f"consensus-{job}.out").read_text()
     assert "SIGTERM: stopped at iteration" in said
     assert "with a checkpoint" in said
-    assert "back into the queue" not in said
+    assert "requeued" not in said
 
 
 def test_a_mistake_ends_the_job_with_one_line_of_ours(cluster, tmp_path):

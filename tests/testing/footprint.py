@@ -1,4 +1,4 @@
-"""How much memory a piece of code needs at most: in a process of its own, on Linux."""
+"""Peak memory of a piece of code, measured in a process of its own, on Linux."""
 
 import os
 import subprocess
@@ -8,23 +8,28 @@ from tests.testing import ROOT
 
 PROGRAM = """
 from pathlib import Path
-def peak():  # not getrusage: there a process starts with the peak of the one that started it
+def peak():  # not getrusage, whose peak starts at that of the parent process
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(fields["VmHWM"].split()[0])
 {before}
 at_first = peak()
-{code}
-print(peak() - at_first)
+{codes}
 """
 
 
 def growth(before: str, code: str) -> int:
-    """What the peak of a process grows by while it runs `code`, after `before`. Bytes."""
-    # Memory that is freed goes back at once: malloc would keep some of it, and grow for nothing.
+    """The growth of a process's peak memory while it runs `code`, after `before`. Bytes."""
+    return growths(before, code)[0]
+
+
+def growths(before: str, *codes: str) -> list[int]:
+    """The growth of a process's peak memory since `before`, after each of these codes. Bytes."""
+    # Freed memory returns at once; malloc would otherwise keep some of it.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-    command = [sys.executable, "-c", PROGRAM.format(before=before, code=code)]
+    parts = "\n".join(f"{code}\nprint(peak() - at_first)" for code in codes)
+    command = [sys.executable, "-c", PROGRAM.format(before=before, codes=parts)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return list(map(int, done.stdout.split()))

@@ -1,0 +1,250 @@
+"""The training methods that benchmarks/compare.py compares, each one step at a time.
+
+local           independent workers, no communication: the limit
+consensus ...   Algorithm 1 with a potential and a period
+ddp             torch.nn.parallel.DistributedDataParallel
+postlocal ...   torch's PostLocalSGD: PeriodicModelAverager with a period
+naive           synchronous EASGD as it is usually written, one all-reduce per parameter tensor
+"""
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.harness import KAPPA, LAM, NU, SIGMA, TAU, Problem
+from consensus import POTENTIALS, Layerwise
+from consensus.algorithm import Msgd
+from consensus.comm import Group, Pending, RepeatedSum, Solo, sent_sum
+from consensus.worker import Worker
+
+POTENTIALS_TIMED = ("quad", "cubic", "tan", "log", "tan_sep")
+
+
+class Method(ABC):
+    """A training method; `step(t)` is iteration t on this rank.
+
+    Attributes:
+        waited_s: Seconds in which this rank waited for others; None where torch hides them.
+        payload: Bytes that this rank has passed to collectives.
+    """
+
+    waited_s: float | None = None
+    payload = 0
+
+    @abstractmethod
+    def step(self, t: int) -> None: ...
+
+    def error(self) -> float | None:
+        """The relative error of the sums in the Euclidean norm; None where torch sends them."""
+        return None
+
+
+class _Timed(Pending):
+    def __init__(self, pending: Pending, meter: "Metered") -> None:
+        self._pending, self._meter = pending, meter
+
+    def wait(self) -> Tensor:
+        with self._meter.waiting():
+            return self._pending.wait()
+
+
+class _TimedSum(RepeatedSum):
+    def __init__(self, repeated: RepeatedSum, meter: "Metered") -> None:
+        self._repeated, self._meter = repeated, meter
+
+    @property
+    def message(self) -> Tensor:
+        return self._repeated.message
+
+    def start(self) -> Pending:
+        self._meter.payload += self._repeated.num_bytes
+        return _Timed(self._repeated.start(), self._meter)
+
+
+class Metered:
+    """A group that counts the bytes sent and the seconds waited.
+
+    With `sent`, sums do not use shared memory: "plain" is float32, "bf16" is compressed.
+    """
+
+    def __init__(self, group: Group, sent: str | None = None) -> None:
+        self._group = group
+        self._sent = sent
+        self.waited_s, self.payload = 0.0, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._group, name)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - started
+
+    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+        if self._sent is None:
+            return _TimedSum(self._group.repeated_sum(numel, like), self)
+        compress = None if self._sent == "plain" else self._sent
+        return _TimedSum(sent_sum(self._group, numel, like, compress), self)
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        self.payload += tensor.nbytes
+        with self.waiting():
+            return self._group.min_(tensor)
+
+
+class Local(Method):
+    """Independent workers: momentum SGD without communication."""
+
+    def __init__(self, problem: Problem, group: Group) -> None:
+        oracle = problem.oracle([group.rank])
+        z = oracle.risk.layout.flatten(oracle.risk.model).unsqueeze(0)
+        phi = Layerwise(POTENTIALS["quad"], oracle.risk.layout.layers)
+        self.algorithm = Msgd(Worker(z, oracle, phi, kappa=KAPPA, nu=NU), Solo(), sigma=SIGMA)
+        self.waited_s = 0.0
+
+    def step(self, t: int) -> None:
+        self.algorithm.step(t)
+
+
+class OurConsensus(Method):
+    """Algorithm 1."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        group: Group,
+        potential: str,
+        period: int,
+        sent: str | None = None,
+    ) -> None:
+        self.group, self.sent = group, sent
+        self.meter = Metered(group, sent)
+        self.algorithm = problem.consensus(potential, [group.rank], self.meter, period=period)
+
+    def step(self, t: int) -> None:
+        self.algorithm.step(t)
+        self.waited_s, self.payload = self.meter.waited_s, self.meter.payload
+
+    def error(self) -> float | None:
+        """The relative error of the next sum of forces against the same sum in float64."""
+        if self.sent is None:
+            return None
+        worker, server = self.algorithm.worker, self.algorithm.server
+        force = server.phi.grad(server.u - worker.z).sum(0)
+        exact = self.group.sum_(force.double())
+        repeated = self.meter.repeated_sum(len(force), force)
+        repeated.message.copy_(force)
+        found = repeated.start().wait()
+        return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+
+
+class Loop(Method):
+    """A plain PyTorch training loop."""
+
+    def __init__(self, problem: Problem, group: Group) -> None:
+        self.group = group
+        self.dataset, (self.minibatches,) = problem.dataset, problem.minibatches([group.rank])
+        self.module = problem.model()
+        self.model: nn.Module = self.module
+        self.optimizer = torch.optim.SGD(
+            self.module.parameters(), SIGMA, momentum=KAPPA, weight_decay=NU, nesterov=True
+        )
+        self.bytes = sum(p.nbytes for p in self.module.parameters())
+
+    def train(self) -> None:
+        index = self.minibatches.draw()
+        images, labels = self.dataset.train_images[index], self.dataset.train_labels[index]
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(images), labels, reduction="sum").backward()
+        self.optimizer.step()
+
+
+class Ddp(Loop):
+    """DistributedDataParallel."""
+
+    def __init__(self, problem: Problem, group: Group) -> None:
+        super().__init__(problem, group)
+        self.model = DistributedDataParallel(self.module)
+
+    def step(self, t: int) -> None:
+        self.train()
+        self.payload += self.bytes
+
+
+class PostLocal(Loop):
+    """PostLocalSGD after its warm-up."""
+
+    def __init__(self, problem: Problem, group: Group, period: int) -> None:
+        super().__init__(problem, group)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "When period is 1")  # torch recommends DDP then
+            self.averager = PeriodicModelAverager(period=period, warmup_steps=0)
+        self.waited_s = 0.0
+
+    def step(self, t: int) -> None:
+        self.train()
+        self.payload += self.bytes * (self.averager.step % self.averager.period == 0)
+        started = time.perf_counter()
+        self.averager.average_parameters(self.module.parameters())
+        assert self.waited_s is not None
+        self.waited_s += time.perf_counter() - started
+
+
+class NaiveEasgd(Loop):
+    """Synchronous EASGD with a centre copy, parameter by parameter."""
+
+    def __init__(self, problem: Problem, group: Group) -> None:
+        super().__init__(problem, group)
+        self.centre = [p.detach().clone() for p in self.module.parameters()]
+        self.waited_s = 0.0
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        for p, centre in zip(self.module.parameters(), self.centre, strict=True):
+            difference = p - centre
+            total = difference.clone()
+            started = time.perf_counter()
+            dist.all_reduce(total)
+            assert self.waited_s is not None
+            self.waited_s += time.perf_counter() - started
+            centre += 2 * TAU / LAM * total
+            p -= 2 * SIGMA / LAM * difference
+
+    def step(self, t: int) -> None:
+        self.pull()
+        self.train()
+        self.payload += self.bytes
+
+
+def methods() -> dict[str, Callable[[Problem, Group], Method]]:
+    """The constructors of all methods, by the name in the table."""
+    ours: dict[str, Callable[[Problem, Group], Method]] = {
+        f"consensus {potential}, period {period}": (
+            lambda problem, group, potential=potential, period=period: OurConsensus(
+                problem, group, potential, period
+            )
+        )
+        for period in (1, 10)
+        for potential in (POTENTIALS_TIMED if period == 1 else ("quad", "tan"))
+    }
+    peers: dict[str, Callable[[Problem, Group], Method]] = {
+        "ddp": Ddp,
+        "postlocal, period 1": lambda problem, group: PostLocal(problem, group, 1),
+        "postlocal, period 10": lambda problem, group: PostLocal(problem, group, 10),
+        "naive easgd": NaiveEasgd,
+    }
+    sent: dict[str, Callable[[Problem, Group], Method]] = {
+        name: lambda problem, group, sent=sent: OurConsensus(problem, group, "quad", 1, sent)
+        for name, sent in (("consensus quad over Gloo", "plain"), ("  the same in bf16", "bf16"))
+    }
+    return {"local": Local} | ours | sent | peers
