@@ -23,7 +23,7 @@ from torch import Tensor
 
 from consensus.algorithm import ORDERS, U_STEP_ON, StepSize, value_at
 from consensus.core.flat import column
-from consensus.core.kernels import Hyperparameters, choose_kernel
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce, choose_kernel
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead
 from consensus.replay import Record, RecordedCalls
@@ -169,11 +169,10 @@ class Population:
         before = self.u.clone() if self.order == "jacobi" else self.u
         reach = self._kernel.forces(self.u, self.z, self._force, self._points)  # line 3
         delta = self._gradient()
-        self._kernel.move_consensus(  # line 3
-            self.u, self.z, self._force, tau / lam if self.u_step_on == "objective" else tau,
-            None if reach is None else reach.amax(1),
-            step=self._step, cuts=self.cuts_u, agree=lambda step: step, out=self._force,
-        )  # fmt: skip
+        total = TotalForce(self._force, None if reach is None else reach.amax(1))
+        t_u = tau / lam if self.u_step_on == "objective" else tau
+        search = LineSearch(self._step, self.cuts_u)
+        self._kernel.move_consensus(self.u, self.z, total, t_u, search, self._force)  # line 3
         self._move_workers(delta, sigma, sigma / lam, before)
 
     def _uncoupled(self) -> None:
@@ -189,11 +188,10 @@ class Population:
     ) -> None:
         """Line 6. Overwrites delta (A, M, n)."""
         through = self.momentum_on == "objective"
-        self._kernel.move_workers(
-            self.z, self.v, delta, self.u, anchor,
-            Hyperparameters(self._kappa, sigma, self._nu, pull, through),
-            step=self._step, cuts=self.cuts_z, scratch=self._points,
-        )  # fmt: skip
+        numbers = Hyperparameters(self._kappa, sigma, self._nu, pull, through)
+        block = Block(self.z, self.v, delta, self._points)
+        search = LineSearch(self._step, self.cuts_z)
+        self._kernel.move_workers(block, self.u, anchor, numbers, search)
 
     def diverged(self) -> Tensor:
         """Whether an active configuration holds a non-finite number. -> bool (A,), CPU."""

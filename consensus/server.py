@@ -17,7 +17,7 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError, Pending
 from consensus.core.flat import Scalar
-from consensus.core.kernels import ConsensusKernel, choose_kernel
+from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
 from consensus.core.layerwise import Layerwise
 
 
@@ -84,11 +84,10 @@ class Server:
         """
         n = self.kernel.force_size
         force, reaches = pending.force.wait().tensor_split([n])
-        self.kernel.move_consensus(
-            self.u, pending.z, force, t_u,
-            reaches.view(self.group.size, -1).amax(0) if len(reaches) else None,
-            step=self.step, cuts=self.cuts, agree=self.group.min_, out=self._sum.message[:n],
-        )  # fmt: skip
+        reach = reaches.view(self.group.size, -1).amax(0) if len(reaches) else None
+        search = LineSearch(self.step, self.cuts, self.group.min_)
+        out, total = self._sum.message[:n], TotalForce(force, reach)
+        self.kernel.move_consensus(self.u, pending.z, total, t_u, search, out)
         return self.u
 
     def state_dict(self) -> dict[str, Tensor]:

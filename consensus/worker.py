@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, part_of
-from consensus.core.kernels import Hyperparameters, WorkerKernel, choose_kernel
+from consensus.core.kernels import (
+    Block,
+    Hyperparameters,
+    LineSearch,
+    WorkerKernel,
+    choose_kernel,
+)
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead
 
@@ -119,7 +125,6 @@ class Worker:
         """
         through = self.momentum_on == "objective"
         numbers = Hyperparameters(self.kappa, sigma, self.nu, pull, through)
-        self.kernel.move_workers(
-            self.z, self.v, delta, u, anchor, numbers,
-            step=self.step, cuts=self.cuts, scratch=self.scratch,
-        )  # fmt: skip
+        block = Block(self.z, self.v, delta, self.scratch)
+        search = LineSearch(self.step, self.cuts)
+        self.kernel.move_workers(block, u, anchor, numbers, search)

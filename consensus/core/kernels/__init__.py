@@ -46,11 +46,53 @@ class Hyperparameters:
     through: bool = False
 
 
-class ConsensusKernel(Protocol):
-    """Line 3 in place.
+@dataclass(frozen=True)
+class LineSearch:
+    """Results of a line search, and the agreement of the ranks on a step.
 
-    Shapes: u and force (n,), z (K, n), step and cuts (). With configurations each has a leading
-    axis S.
+    Attributes:
+        step: Gets the smallest step of all workers. (), with configurations (S,)
+        cuts: Incremented where a step is below 1. int64, like the steps of the line.
+        agree: The minimum over ranks of a step, in place.
+    """
+
+    step: Tensor
+    cuts: Tensor
+    agree: Callable[[Tensor], Tensor] = lambda step: step
+
+
+@dataclass(frozen=True)
+class TotalForce:
+    """sum_j grad phi(u - z_j) over all ranks.
+
+    Attributes:
+        force: (n,)
+        reach: The largest `phi.reach(u - z_j)` over all workers, (G,), where it is known.
+    """
+
+    force: Tensor
+    reach: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """K workers of a process.
+
+    Attributes:
+        z: (K, n)
+        v: The velocities. (K, n)
+        delta: The minibatch gradients, overwritten by line 6. (K, n)
+        scratch: Memory that line 6 may overwrite; may be `delta`. (K, n)
+    """
+
+    z: Tensor
+    v: Tensor
+    delta: Tensor
+    scratch: Tensor | None = None
+
+
+class ConsensusKernel(Protocol):
+    """Line 3 in place, for u (n,) and z (K, n); with configurations each has a leading axis S.
 
     Attributes:
         force_size: Numbers of the sum over ranks: n, or 0 where `move_consensus` forms its own.
@@ -63,12 +105,12 @@ class ConsensusKernel(Protocol):
     closed_form: bool
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor | None:
-        """sum_k grad phi(u - z_k) of this rank, to `out`.
+        """sum_k grad phi(u - z_k) of this rank, to `out`, like u.
 
         Args:
             u: The consensus variable.
             z: The workers.
-            out: Like u; gets the sum.
+            out: Gets the sum.
             scratch: Memory like z that may be overwritten.
 
         Returns:
@@ -76,38 +118,22 @@ class ConsensusKernel(Protocol):
         """
 
     def move_consensus(
-        self,
-        u: Tensor,
-        z: Tensor,
-        force: Tensor,
-        t_u: Scalar,
-        reach: Tensor | None,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        agree: Callable[[Tensor], Tensor],
-        out: Tensor,
+        self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
-        """U -= s_u t_u force, with the largest s_u that is feasible for all workers.
+        """U -= s_u t_u force in place, with the largest s_u that is feasible for all workers.
 
         Args:
-            u: The consensus variable, changed in place.
+            u: The consensus variable.
             z: The workers of this rank.
-            force: The sum of forces over all ranks; not written to unless it is `out`.
+            total: The sum over ranks; not written to unless it is `out`.
             t_u: Step size.
-            reach: The largest over all workers of all ranks, (reach_size,), where it is known.
-            step: Gets s_u.
-            cuts: Incremented where s_u < 1. int64
-            agree: The minimum over ranks of a step, in place.
-            out: Memory like u for the direction; may be `force`.
+            search: The line search, with a step () and cuts ().
+            out: Memory like u for the direction; may be `total.force`.
         """
 
 
 class WorkerKernel(Protocol):
-    """Line 6 in place.
-
-    Shapes: z, v and delta (K, n), u (n,), step (), cuts (K,). With configurations each has a
-    leading axis S.
+    """Line 6 in place, for blocks (K, n) and u (n,); with configurations with a leading axis S.
 
     Attributes:
         closed_form: As in `ConsensusKernel`.
@@ -116,30 +142,16 @@ class WorkerKernel(Protocol):
     closed_form: bool
 
     def move_workers(
-        self,
-        z: Tensor,
-        v: Tensor,
-        delta: Tensor,
-        u: Tensor,
-        anchor: Tensor,
-        numbers: Hyperparameters,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        scratch: Tensor | None,
+        self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
     ) -> None:
         """Line 6 of every worker, with its line search where phi is bounded.
 
         Args:
-            z: The workers, changed in place.
-            v: Their velocities, changed in place.
-            delta: The minibatch gradients; overwritten.
+            block: The workers.
             u: u+, against which every u - z_j stays feasible.
             anchor: The center of the coupling: u+ (Gauss-Seidel) or u (Jacobi).
             numbers: The hyperparameters.
-            step: Gets the smallest s_j.
-            cuts: Incremented where s_j < 1. int64
-            scratch: Memory like z that may be overwritten; may be `delta`.
+            search: The line search, with a step () and cuts (K,).
         """
 
 

@@ -1,11 +1,10 @@
 """The exact u-update: the minimizer (14a) of sum_j phi(u - z_j) in place of line 3."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar
+from consensus.core.kernels import LineSearch, TotalForce
 from consensus.core.layerwise import Layerwise
 from consensus.core.mean import Reduce, phi_mean
 
@@ -36,22 +35,12 @@ class ExactUpdate:
         del u, z, out, scratch
 
     def move_consensus(
-        self,
-        u: Tensor,
-        z: Tensor,
-        force: Tensor,
-        t_u: Scalar,
-        reach: Tensor | None,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        agree: Callable[[Tensor], Tensor],
-        out: Tensor,
+        self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
         """As in `ConsensusKernel`, with the phi-mean in place of the step."""
-        del force, t_u, reach, cuts, out
+        del total, t_u, out
         found = phi_mean(
-            self.phi, z, u, total=self.total, smallest=agree, tolerance=TOLERANCE[u.dtype]
+            self.phi, z, u, total=self.total, smallest=search.agree, tolerance=TOLERANCE[u.dtype]
         )
         u.copy_(found.u)
-        step.fill_(1.0)
+        search.step.fill_(1.0)

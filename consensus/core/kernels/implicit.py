@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from consensus.core.kernels import Hyperparameters, WorkerKernel
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, WorkerKernel
 from consensus.core.kernels.plain import velocity
 from consensus.core.layerwise import Layerwise
 
@@ -27,28 +27,17 @@ class ProximalStep:
         self.uncoupled = uncoupled
 
     def move_workers(
-        self,
-        z: Tensor,
-        v: Tensor,
-        delta: Tensor,
-        u: Tensor,
-        anchor: Tensor,
-        numbers: Hyperparameters,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        scratch: Tensor | None,
+        self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
     ) -> None:
         """As in `WorkerKernel`; the coupling is centered at `anchor`."""
         if numbers.pull is None:
-            return self.uncoupled.move_workers(
-                z, v, delta, u, anchor, numbers, step=step, cuts=cuts, scratch=scratch
-            )
+            return self.uncoupled.move_workers(block, u, anchor, numbers, search)
+        z, v, delta = block.z, block.v, block.delta
         velocity(v, delta, z, numbers.kappa, numbers.sigma, numbers.nu, out=v)
-        b = torch.sub(anchor, z, out=scratch).sub_(v)
+        b = torch.sub(anchor, z, out=block.scratch).sub_(v)
         moved = anchor - self.phi.prox(b, numbers.pull, anchor)
         if numbers.through:
             torch.sub(moved, z, out=v)
         z.copy_(moved)
-        step.fill_(1.0)
+        search.step.fill_(1.0)
         return None

@@ -8,13 +8,11 @@ The steps s_u and s_j are `Potential.feasible_step`. Vectors are written in plac
 be as large as the memory. Hyperparameters are numbers, or tensors over the leading axes of a block.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, add_scaled, column, scaled
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.layerwise import Layerwise
 from consensus.core.sizes import Separable
 
@@ -45,48 +43,31 @@ class Plain:
         return reach
 
     def move_consensus(
-        self,
-        u: Tensor,
-        z: Tensor,
-        force: Tensor,
-        t_u: Scalar,
-        reach: Tensor | None,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        agree: Callable[[Tensor], Tensor],
-        out: Tensor,
+        self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
         """As in `ConsensusKernel`."""
-        d = scaled(-t_u, force, out)
+        d = scaled(-t_u, total.force, out)
         row, center = d.unsqueeze(-2), u.unsqueeze(-2)  # (1, n) beside z (K, n)
-        if reach is not None and self.phi.surely_feasible(reach.unsqueeze(-2), row, center):
-            step.fill_(1.0)
+        reach = None if total.reach is None else total.reach.unsqueeze(-2)
+        if reach is not None and self.phi.surely_feasible(reach, row, center):
+            search.step.fill_(1.0)
         elif self.phi.bounded:
             # dom phi is convex: the smallest step of all workers is feasible for each of them.
-            step.copy_(agree(self.phi.feasible_step(center - z, row, center).amin(-1)))
-            cuts += step < 1
-            d *= column(step)
+            s = self.phi.feasible_step(center - z, row, center).amin(-1)
+            search.step.copy_(search.agree(s))
+            search.cuts.add_(search.step < 1)
+            d *= column(search.step)
         u += d
 
     def move_workers(
-        self,
-        z: Tensor,
-        v: Tensor,
-        delta: Tensor,
-        u: Tensor,
-        anchor: Tensor,
-        numbers: Hyperparameters,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        scratch: Tensor | None,
+        self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
     ) -> None:
         """As in `WorkerKernel`."""
+        z, v, delta = block.z, block.v, block.delta
         kappa, sigma, nu = column(numbers.kappa), column(numbers.sigma), column(numbers.nu)
         d, reach = velocity(v, delta, z, kappa, sigma, nu, out=v), None
         if numbers.pull is not None:
-            force, reach = self._force(anchor, z, scratch)
+            force, reach = self._force(anchor, z, block.scratch)
             d = add_scaled(v, column(numbers.pull), force, out=delta)
             if numbers.through:
                 v.copy_(d)
@@ -94,12 +75,12 @@ class Plain:
         if anchor is not u:
             reach = None  # the line search is around u
         if reach is not None and self.phi.surely_feasible(reach, d, center):
-            step.fill_(1.0)
+            search.step.fill_(1.0)
         elif self.phi.bounded:
             # z moves by d, so z - u moves by d; dom phi is symmetric.
             s = self.phi.feasible_step(z - center, d, center, reach)
-            step.copy_(s.amin(-1))
-            cuts += s < 1
+            search.step.copy_(s.amin(-1))
+            search.cuts.add_(s < 1)
             v *= column(s)
             if d is not v:
                 d *= column(s)

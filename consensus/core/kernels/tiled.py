@@ -18,13 +18,12 @@ if it does not, the boundary step is computed by the formulas.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, column
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import Potential
@@ -93,51 +92,30 @@ class Tiled(Plain):
         return found.amax(0) if self.phi.bounded else None
 
     def move_consensus(
-        self,
-        u: Tensor,
-        z: Tensor,
-        force: Tensor,
-        t_u: Scalar,
-        reach: Tensor | None,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        agree: Callable[[Tensor], Tensor],
-        out: Tensor | None = None,
+        self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
         """As in `ConsensusKernel`. The reach is the same on all ranks, so all branch alike."""
         del out
-        t_u = float(t_u)
+        force, t_u = total.force, float(t_u)
         if self.phi.bounded:
-            assert reach is not None
+            assert total.reach is not None
             of_force, of_u = self._reach_of(force), self._reach_of(u)
-            if self.phi.far_inside(reach, abs(t_u) * of_force, of_u):
-                step.fill_(1.0)
+            if self.phi.far_inside(total.reach, abs(t_u) * of_force, of_u):
+                search.step.fill_(1.0)
             else:
-                step.copy_(agree(self.phi.feasible_step(u - z, force * -t_u, u).amin()))
-                s = float(step)
-                cuts += int(s < 1)
-                t_u *= s
+                s = self.phi.feasible_step(u - z, force * -t_u, u).amin()
+                search.step.copy_(search.agree(s))
+                search.cuts.add_(search.step < 1)
+                t_u *= float(search.step)
         u.add_(force, alpha=-t_u)
 
     def move_workers(
-        self,
-        z: Tensor,
-        v: Tensor,
-        delta: Tensor,
-        u: Tensor,
-        anchor: Tensor,
-        numbers: Hyperparameters,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        scratch: Tensor | None = None,
+        self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
     ) -> None:
         """As in `WorkerKernel`."""
         if anchor is not u and self.phi.bounded:  # Jacobi order: two differences of each z_j
-            return super().move_workers(
-                z, v, delta, u, anchor, numbers, step=step, cuts=cuts, scratch=scratch
-            )
+            return super().move_workers(block, u, anchor, numbers, search)
+        z, v, delta = block.z, block.v, block.delta
         kappa, sigma, nu = float(numbers.kappa), float(numbers.sigma), float(numbers.nu)
         memory, bounded = self._memory(z), self.phi.bounded
         through = numbers.through and numbers.pull is not None
@@ -163,11 +141,11 @@ class Tiled(Plain):
             return None
         reach = self._reach(of_w) if reach is None else reach
         if self.phi.far_inside(reach, self._reach(of_d), self._reach(of_u)):
-            step.fill_(1.0)
+            search.step.fill_(1.0)
         else:
             s = self.phi.feasible_step(z - u, delta, u)
-            step.copy_(s.amin())
-            cuts += s < 1
+            search.step.copy_(s.amin())
+            search.cuts.add_(s < 1)
             v *= column(s)
             delta *= column(s)
         if through:

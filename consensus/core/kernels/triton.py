@@ -22,7 +22,6 @@ as `Potential.feasible_step` does for the rounding of u - z.
 """
 
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
 from consensus.core.sizes import Separable
@@ -92,54 +91,33 @@ class Triton(Plain):
         return None
 
     def move_consensus(
-        self,
-        u: Tensor,
-        z: Tensor,
-        force: Tensor,
-        t_u: Scalar,
-        reach: Tensor | None,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        agree: Callable[[Tensor], Tensor],
-        out: Tensor | None = None,
+        self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
         """As in `ConsensusKernel`."""
-        del reach, out
+        del out
         self._set({3: t_u})
         if self.phi.bounded:
-            self._search(3, u, z, z, force, True, step, None)
-            agree(step)
+            self._search(3, u, z, z, total.force, True, search)
+            search.agree(search.step)
         self._kernels.move_u[(self._tiles, self._configurations)](
-            u, force, step, cuts, self._numbers, self._n, BOUNDED=self.phi.bounded,
-            BLOCK=self._block,
+            u, total.force, search.step, search.cuts, self._numbers, self._n,
+            BOUNDED=self.phi.bounded, BLOCK=self._block,
         )  # fmt: skip
 
     def move_workers(
-        self,
-        z: Tensor,
-        v: Tensor,
-        delta: Tensor,
-        u: Tensor,
-        anchor: Tensor,
-        numbers: Hyperparameters,
-        *,
-        step: Tensor,
-        cuts: Tensor,
-        scratch: Tensor | None = None,
+        self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
     ) -> None:
         """As in `WorkerKernel`."""
         if anchor is not u and self.phi.bounded:  # Jacobi order: two differences of each z_j
-            return super().move_workers(
-                z, v, delta, u, anchor, numbers, step=step, cuts=cuts, scratch=scratch
-            )
+            return super().move_workers(block, u, anchor, numbers, search)
+        z, v, delta = block.z, block.v, block.delta
         coupled = numbers.pull is not None
         self._set({4: numbers.sigma, 6: numbers.kappa, 7: numbers.nu})
         if numbers.pull is not None:
             self._set({5: numbers.pull})
         _, factors, _, own_steps = self._memory_for(z)
         if self.phi.bounded:
-            self._search(6, anchor, z, v, delta, coupled, step, cuts)
+            self._search(6, anchor, z, v, delta, coupled, search)
         elif coupled:
             self._factors(anchor, z)
         self._kernels.move_z[(self._tiles, self._num_workers(z))](
@@ -157,23 +135,15 @@ class Triton(Plain):
         return factors
 
     def _search(
-        self,
-        line: int,
-        u: Tensor,
-        z: Tensor,
-        v: Tensor,
-        direction: Tensor,
-        coupled: bool,
-        step: Tensor,
-        cuts: Tensor | None,
+        self, line: int, u: Tensor, z: Tensor, v: Tensor, d: Tensor, coupled: bool, to: LineSearch
     ) -> None:
         """The line search: writes the smallest step, in line 6 also the s_k and the cuts."""
-        self._sums_and_exits(line, u, z, v, direction, coupled)
+        self._sums_and_exits(line, u, z, v, d, coupled)
         _, _, exits, own = self._memory_for(z)
         groups = self._num_layers
         self._kernels.steps[(self._configurations,)](
-            own, step, step if cuts is None else cuts, exits, self._workers_of_one(z), groups,
-            LINE=line, WIDTH=min(1024, 1 << (groups - 1).bit_length()),
+            own, to.step, to.cuts, exits, self._workers_of_one(z), groups, LINE=line,
+            WIDTH=min(1024, 1 << (groups - 1).bit_length()),
         )  # fmt: skip
 
     def _sums_and_exits(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from consensus.core.kernels import LineSearch, TotalForce
 from consensus.core.kernels.exact import ExactUpdate
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
@@ -15,9 +16,8 @@ def moved(phi, u, z, total=lambda x: x, agree=lambda x: x):
     assert (kernel.force_size, kernel.reach_size, kernel.closed_form) == (0, 0, False)
     empty, step = u.new_empty(0), u.new_full((), 0.5)
     assert kernel.forces(u, z, empty, None) is None
-    kernel.move_consensus(
-        u, z, empty, 0.1, None, step=step, cuts=torch.zeros(()), agree=agree, out=empty
-    )
+    search = LineSearch(step, torch.zeros((), dtype=torch.int64), agree)
+    kernel.move_consensus(u, z, TotalForce(empty), 0.1, search, empty)
     assert float(step) == 1.0
     return u
 

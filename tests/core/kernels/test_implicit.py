@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch
 from consensus.core.kernels.implicit import ProximalStep
 from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
@@ -21,10 +21,8 @@ def start(seed=0):
 def moved(phi, u, z, v, delta, **numbers):
     z, v, step, cuts = z.clone(), v.clone(), u.new_full((), 0.5), torch.zeros(3, dtype=torch.int64)
     kernel = ProximalStep(phi, Plain(phi, u))
-    kernel.move_workers(
-        z, v, delta.clone(), u, u, Hyperparameters(**NUMBERS, **numbers), step=step, cuts=cuts,
-        scratch=None,
-    )  # fmt: skip
+    block, search = Block(z, v, delta.clone()), LineSearch(step, cuts)
+    kernel.move_workers(block, u, u, Hyperparameters(**NUMBERS, **numbers), search)
     return z, v, float(step), cuts.tolist()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import Plain, velocity
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
@@ -26,9 +26,8 @@ def line_3(phi, u, z, t_u, agree=lambda own: own):
     force, step, cuts = torch.empty_like(u), u.new_ones(()), torch.zeros((), dtype=torch.int64)
     reach = kernel.forces(u, z, force, None)
     reach = None if reach is None else reach.amax(0)
-    kernel.move_consensus(
-        moved, z, force, t_u, reach, step=step, cuts=cuts, agree=agree, out=torch.empty_like(u)
-    )
+    search = LineSearch(step, cuts, agree)
+    kernel.move_consensus(moved, z, TotalForce(force, reach), t_u, search, torch.empty_like(u))
     return moved, float(step), int(cuts)
 
 
@@ -36,10 +35,8 @@ def line_6(phi, u, z, v, delta, anchor=None, **numbers):
     """z+, v+, the smallest s_j and the cuts of one line 6 by `Plain`. (K, n), (K, n), (), (K,)."""
     z, v, cuts, step = z.clone(), v.clone(), torch.zeros(len(z), dtype=torch.int64), u.new_ones(())
     anchor = u if anchor is None else anchor
-    Plain(phi, u).move_workers(
-        z, v, delta.clone(), u, anchor, Hyperparameters(**numbers), step=step, cuts=cuts,
-        scratch=None,
-    )  # fmt: skip
+    block, search = Block(z, v, delta.clone()), LineSearch(step, cuts)
+    Plain(phi, u).move_workers(block, u, anchor, Hyperparameters(**numbers), search)
     return z, v, float(step), cuts
 
 

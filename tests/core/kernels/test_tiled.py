@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import velocity
 from consensus.core.kernels.tiled import Tiled
 
@@ -75,7 +75,8 @@ def test_line_3(name, spread, t_u):
         asked.append(float(own))
         return own
 
-    tiled.move_consensus(moved, z, force, t_u, reach, step=step, cuts=cuts, agree=agree)
+    search = LineSearch(step, cuts, agree)
+    tiled.move_consensus(moved, z, TotalForce(force, reach), t_u, search, None)
     close(moved, u + expected * d)
     assert int(cuts) == int(expected < 1)
     if phi.bounded:  # the ranks agree on a step unless the reach decides for all of them
@@ -87,10 +88,9 @@ def test_a_smaller_step_of_another_rank_counts():
     phi, tiled, u, z, *_ = make("log", spread=0.9)
     force = phi.grad(u - z).sum(0)
     step, cuts, moved = u.new_ones(()), torch.zeros((), dtype=torch.int64), u.clone()
-    tiled.move_consensus(
-        moved, z, force, 1.0, phi.reach(u - z).amax(0), step=step, cuts=cuts,
-        agree=lambda own: own.fill_(0.125),
-    )  # fmt: skip
+    search = LineSearch(step, cuts, lambda own: own.fill_(0.125))
+    total = TotalForce(force, phi.reach(u - z).amax(0))
+    tiled.move_consensus(moved, z, total, 1.0, search, None)
     close(moved, u - 0.125 * force)
     assert (float(step), int(cuts)) == (0.125, 1)
 
@@ -108,7 +108,7 @@ def test_line_6(name, num_workers, spread, pull, through):
     expected_z, expected_v = z + s[:, None] * d, s[:, None] * new
     step, cuts = u.new_ones(()), torch.full((num_workers,), 5)
     numbers = Hyperparameters(**NUMBERS, pull=pull, through=through)
-    tiled.move_workers(z, v, delta, u, u, numbers, step=step, cuts=cuts)
+    tiled.move_workers(Block(z, v, delta), u, u, numbers, LineSearch(step, cuts))
     close(z, expected_z)
     close(v, expected_v)
     assert torch.equal(step, s.amin())
@@ -135,11 +135,9 @@ def test_step_sizes_may_be_tensors():
         step, cuts = u.new_ones(()), torch.zeros(3, dtype=torch.int64)
         numbers = {key: kind(value) for key, value in NUMBERS.items()}
         numbers = Hyperparameters(**numbers, pull=kind(0.1))
-        tiled.move_workers(z, v, delta, u, u, numbers, step=step, cuts=cuts)
-        tiled.move_consensus(
-            u, z, z[0] / 100, kind(0.1), tiled.phi.reach(u - z).amax(0), step=step, cuts=cuts[0],
-            agree=lambda own: own,
-        )  # fmt: skip
+        tiled.move_workers(Block(z, v, delta), u, u, numbers, LineSearch(step, cuts))
+        total = TotalForce(z[0] / 100, tiled.phi.reach(u - z).amax(0))
+        tiled.move_consensus(u, z, total, kind(0.1), LineSearch(step, cuts[0]), None)
         results.append((u, z, v))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -154,5 +152,5 @@ def test_jacobi_order_pulls_to_the_anchor_and_stays_inside_around_u(name):
     expected = z + s[:, None] * d
     step, cuts = u.new_ones(()), torch.zeros(3, dtype=torch.int64)
     numbers = Hyperparameters(**NUMBERS, pull=0.1)
-    tiled.move_workers(z, v, delta, u, anchor, numbers, step=step, cuts=cuts)
+    tiled.move_workers(Block(z, v, delta), u, anchor, numbers, LineSearch(step, cuts))
     close(z, expected)

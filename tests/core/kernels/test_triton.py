@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core.kernels import Hyperparameters
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import Plain, velocity
 from consensus.core.kernels.triton import Triton
 
@@ -90,7 +90,8 @@ def test_line_3(name, layers, t_u):
         asked.append(own.clone())
         return own
 
-    kernel.move_consensus(moved, z, force, t_u, None, step=step, cuts=cuts, agree=agree)
+    search = LineSearch(step, cuts, agree)
+    kernel.move_consensus(moved, z, TotalForce(force), t_u, search, None)
     close(moved, u + expected * d)
     assert int(cuts) == int(expected < 1)
     assert asked == ([expected] if phi.bounded else [])  # the other ranks take part
@@ -112,7 +113,7 @@ def test_line_6(name, layers, pull, through):
     step, cuts = u.new_ones(()), torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
     z, v = z.clone(), v.clone()
     numbers = Hyperparameters(**NUMBERS, pull=pull, through=through)
-    kernel.move_workers(z, v, delta, u, u, numbers, step=step, cuts=cuts)
+    kernel.move_workers(Block(z, v, delta), u, u, numbers, LineSearch(step, cuts))
     close(z, expected_z)
     close(v, expected_v)
     assert torch.equal(step, s.amin())
@@ -150,10 +151,9 @@ def test_line_3_of_several_configurations(name, make_kernel):
     reach = kernel.forces(u, z, force, None)
     step, cuts = u.new_ones(3), torch.full((3,), 5, device=DEVICE)
     moved = u.clone()
-    kernel.move_consensus(
-        moved, z, force, t_u, None if reach is None else reach.amax(1), step=step, cuts=cuts,
-        agree=lambda own: own, out=torch.empty_like(force),
-    )  # fmt: skip
+    total = TotalForce(force, None if reach is None else reach.amax(1))
+    search = LineSearch(step, cuts)
+    kernel.move_consensus(moved, z, total, t_u, search, torch.empty_like(force))
     for s, own in enumerate(alone):
         expected_force = own.grad(u[s] - z[s]).sum(0)
         close(force[s], expected_force)
@@ -172,10 +172,9 @@ def test_line_6_of_several_configurations(name, through, make_kernel):
     _, kernel, alone, u, z, v, delta = several(name, make_kernel)
     step, cuts = u.new_ones(3), torch.full((3, 2), 5, device=DEVICE)
     moved, velocities = z.clone(), v.clone()
-    kernel.move_workers(
-        moved, velocities, delta.clone(), u, u,
-        Hyperparameters(**COLUMNS, pull=PULLS, through=through), step=step, cuts=cuts, scratch=None,
-    )  # fmt: skip
+    block, search = Block(moved, velocities, delta.clone()), LineSearch(step, cuts)
+    numbers = Hyperparameters(**COLUMNS, pull=PULLS, through=through)
+    kernel.move_workers(block, u, u, numbers, search)
     for s, own in enumerate(alone):
         new = velocity(v[s], delta[s], z[s], **{key: float(c[s]) for key, c in COLUMNS.items()})
         d = new + float(PULLS[s]) * own.grad(u[s] - z[s])
@@ -220,12 +219,11 @@ def test_the_stored_point_stays_inside_where_a_step_ends_at_the_boundary(name):
         crossed += int(not phi.contains(u - (z + d)))
         step, cuts = u.new_ones(()), torch.zeros(1, dtype=torch.int64, device=DEVICE)
         moved = z.clone()
-        kernel.move_workers(
-            moved, d.unsqueeze(0).clone(), torch.zeros_like(z), u, u,
-            Hyperparameters(kappa=1.0, sigma=0.0, nu=0.0, pull=None), step=step, cuts=cuts,
-        )  # fmt: skip
+        block = Block(moved, d.unsqueeze(0).clone(), torch.zeros_like(z))
+        numbers = Hyperparameters(kappa=1.0, sigma=0.0, nu=0.0, pull=None)
+        kernel.move_workers(block, u, u, numbers, LineSearch(step, cuts))
         assert bool(phi.contains(u - moved))
-        kernel.move_consensus(u, z, d, 1.0, None, step=step, cuts=cuts[0], agree=lambda own: own)
+        kernel.move_consensus(u, z, TotalForce(d), 1.0, LineSearch(step, cuts[0]), None)
         assert bool(phi.contains(u - z))
     assert crossed > 10  # a full step would have left
 
@@ -243,7 +241,8 @@ def test_the_stored_point_stays_inside_where_pull_and_velocity_cancel(name):
         v = -pull * phi.grad(u - z) + 0.3 * radius * outward
         step, cuts = u.new_ones(()), torch.zeros(1, dtype=torch.int64, device=DEVICE)
         numbers = Hyperparameters(kappa=1.0, sigma=0.0, nu=0.0, pull=pull)
-        kernel.move_workers(z, v, torch.zeros_like(z), u, u, numbers, step=step, cuts=cuts)
+        block = Block(z, v, torch.zeros_like(z))
+        kernel.move_workers(block, u, u, numbers, LineSearch(step, cuts))
         assert bool(phi.contains(u - z))
 
 
