@@ -16,14 +16,7 @@ from numpy.typing import NDArray
 
 from consensus.records import Row, number
 from consensus.report.stationarity import SERIES, accuracy
-from consensus.report.table1 import (
-    MSGD,
-    PAPER_ORDER,
-    Configuration,
-    Record,
-    best_of,
-    sensitivity,
-)
+from consensus.report.table1 import MSGD, PAPER_ORDER, Configuration, Record, best_of, sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,9 +176,7 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
     return captions
 
 
-def figure1_groups(
-    records: Sequence[Record],
-) -> list[tuple[str, str, dict[str, Configuration]]]:
+def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Configuration]]]:
     """The contents of each Figure 1: one for each problem and each M, with mSGD in all of them.
 
     Returns:

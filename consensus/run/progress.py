@@ -14,14 +14,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from consensus.records import (
-    Row,
-    cells,
-    evaluation_lines,
-    headings,
-    number,
-    text_table,
-)
+from consensus.records import Row, cells, evaluation_lines, headings, number, text_table
 from consensus.run.sinks import MINIBATCH_LOSS, Sink
 
 
