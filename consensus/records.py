@@ -230,13 +230,13 @@ def text_table(
     first_width: int | None = None,
     width: int | None = None,
 ) -> Table:
-    """A table for the terminal. Text too long for its column is folded, so no name is cut off.
+    """A table for the terminal; too long a text is folded, so that no name is cut off.
 
     Args:
-        title: Above the table.
+        title: The title.
         rows: The cells of each row; the first row holds the headings.
         left: Headings of the columns that are aligned to the left.
-        first_width: Least width of the first column in characters.
+        first_width: Least width of the first column, in characters.
         width: Least width of the others.
     """
     table = Table(title=title)

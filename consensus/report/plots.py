@@ -6,7 +6,8 @@ above 0 do not spend. `Figure` instead of pyplot needs no window system and no g
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,14 +16,7 @@ from numpy.typing import NDArray
 
 from consensus.records import Row, number
 from consensus.report.stationarity import SERIES, accuracy
-from consensus.report.table1 import (
-    MSGD,
-    PAPER_ORDER,
-    Configuration,
-    Record,
-    best_of,
-    sensitivity,
-)
+from consensus.report.table1 import MSGD, PAPER_ORDER, Configuration, Record, best_of, sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +35,8 @@ MOST_IN_SMALL_LEGEND = 10
 MOST_MARKERS = 30  # a line with more evaluations needs no markers
 MOST_TICKS = 10
 ENDINGS = ("png", "pdf")
+
+Series = Callable[[Row], float]
 
 
 # ---- the style of all figures
@@ -104,10 +100,7 @@ def draw_convergence(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
         if len(runs) > 10:  # matplotlib's own colors begin again after ten
             axis.set_prop_cycle(color=[tab20(i) for i in range(20)])
-        for rows in runs.values():
-            values = [number(row, key) for row in rows]
-            axis.plot([row["iteration"] for row in rows], values, marker=".", label="run")
-        positive = any(number(row, key) > 0 for rows in runs.values() for row in rows)
+        positive = _draw_lines(axis, runs, partial(number, key=key))
         xlabel = "iteration" if axis in axes[1] else ""
         _style(axis, title, xlabel, log=key in LOGARITHMIC and positive)
     if below:
@@ -127,17 +120,27 @@ def draw_stationarity(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     """
     figure, axes = _figure(2, 3, 13, 7, sharex=True)
     for axis, (_, title, value) in zip(axes.flat, SERIES, strict=True):
-        for rows in runs.values():
-            x, y = [row["iteration"] for row in rows], [value(row) for row in rows]
-            (line,) = axis.plot(x, y, ".-", label="run")
-            if axis is axes[0][0]:
-                spread = [accuracy(row) for row in rows]
-                axis.errorbar(x, y, yerr=spread, fmt="none", color=line.get_color(), capsize=2)
-        positive = any(value(row) > 0 for rows in runs.values() for row in rows)
+        spread = accuracy if axis is axes[0][0] else None
+        positive = _draw_lines(axis, runs, value, spread)
         _style(axis, title, "iteration" if axis in axes[1] else "", log=positive, grid="both")
     if 1 < len(runs) <= MOST_IN_SMALL_LEGEND:
         name_lines(axes[0][0].legend(fontsize="small"), runs)
     _write(figure, path)
+
+
+def _draw_lines(
+    axis: "Axes", runs: Mapping[str, Sequence[Row]], value: Series, spread: Series | None = None
+) -> bool:
+    """Draw a value of each run, with error bars if it has a spread. Returns whether one is > 0."""
+    positive = False
+    for rows in runs.values():
+        x, y = [row["iteration"] for row in rows], [value(row) for row in rows]
+        positive |= any(height > 0 for height in y)
+        (line,) = axis.plot(x, y, ".-", label="run")
+        if spread is not None:
+            bars = [spread(row) for row in rows]
+            axis.errorbar(x, y, yerr=bars, fmt="none", color=line.get_color(), capsize=2)
+    return positive
 
 
 # ---- Table 1
@@ -173,9 +176,7 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
     return captions
 
 
-def figure1_groups(
-    records: Sequence[Record],
-) -> list[tuple[str, str, dict[str, Configuration]]]:
+def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Configuration]]]:
     """The contents of each Figure 1: one for each problem and each M, with mSGD in all of them.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,31 +136,45 @@ def comparable_runs(paths: Sequence[Path], metrics: Mapping[str, Sequence[Row]])
     """The runs with their configs, if there are two or more that differ; otherwise none.
 
     Raises:
-        ValueError: If a config.yaml is missing beside others, or damaged.
+        ValueError: If a config.yaml or a summary.json is damaged, or only some have a config.yaml.
     """
-    configs = read_configs(paths) if len(paths) > 1 else None
-    if configs is None:
+    if len(paths) < 2 or not any((path / "config.yaml").exists() for path in paths):
         return []
     runs = [
-        make_run(label, path, config, rows)
-        for path, config, (label, rows) in zip(paths, configs, metrics.items(), strict=True)
+        read_run(label, path, rows)
+        for path, (label, rows) in zip(paths, metrics.items(), strict=True)
     ]
     return runs if varying(runs) else []
 
 
-def read_configs(run_dirs: Sequence[Path]) -> list[dict[str, Any]] | None:
-    """The config.yaml of each run by dotted key; None if no run has one.
+def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
+    """A run from its directory and its evaluations.
+
+    Raises:
+        ValueError: If config.yaml is missing, or it or summary.json is damaged.
+    """
+    path = run_dir / "summary.json"
+    finished = path.exists()
+    # Keys that name files or select output do not distinguish configurations.
+    ignored = re.compile(r"resume$|data\.root$|output\.|stationarity\.")
+    config = {key: v for key, v in read_config(run_dir).items() if not ignored.match(key)}
+    if finished and config.get("workers") is None:
+        try:
+            config["workers"] = json.loads(path.read_bytes()).get("environment", {}).get("workers")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    return Run(label, config, rows, finished)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The config.yaml of a run by dotted key.
 
     The values are plain data, checked against no schema: runs of other versions stay readable.
 
     Raises:
-        ValueError: If a config.yaml is missing beside others, is damaged or names no potential.
+        ValueError: If it is missing, is damaged or names no potential.
     """
-    paths = [run_dir / "config.yaml" for run_dir in run_dirs]
-    return [_read_config(path) for path in paths] if any(p.exists() for p in paths) else None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
@@ -180,29 +195,6 @@ def flatten(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def make_run(label: str, run_dir: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> Run:
-    """A run from its directory, its dotted config and its evaluations.
-
-    Raises:
-        ValueError: If summary.json is damaged.
-    """
-    path = run_dir / "summary.json"
-    finished = path.exists()
-    # Keys that name files or select output do not distinguish configurations.
-    ignored = ("output.", "stationarity.")
-    kept = {
-        key: value
-        for key, value in config.items()
-        if key not in ("resume", "data.root") and not key.startswith(ignored)
-    }
-    if finished and kept.get("workers") is None:
-        try:
-            kept["workers"] = json.loads(path.read_bytes()).get("environment", {}).get("workers")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    return Run(label, kept, rows, finished)
 
 
 # ---- comparing

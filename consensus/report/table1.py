@@ -168,8 +168,7 @@ def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
         groups.setdefault(key, []).append(run)
     return [
         Configuration(
-            group,
-            {canonical(r.config.get("seed")): r for r in group if r.status == "finished"},
+            group, {canonical(r.config.get("seed")): r for r in group if r.status == "finished"}
         )
         for group in groups.values()
     ]

@@ -14,19 +14,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from consensus.records import (
-    Row,
-    cells,
-    evaluation_lines,
-    headings,
-    number,
-    text_table,
-)
-from consensus.run.sinks import MINIBATCH_LOSS
+from consensus.records import Row, cells, evaluation_lines, headings, number, text_table
+from consensus.run.sinks import MINIBATCH_LOSS, Sink
 
 
-class Screen:
-    """Progress of a run on standard output. A context manager and a `Sink`.
+class Screen(Sink):
+    """Progress of a run on standard output. A context manager.
 
     Args:
         iterations: The length of the run.
@@ -86,12 +79,6 @@ class Screen:
         """Print the line of an evaluation, and one for its stationarity."""
         for line in evaluation_lines(row):
             self.say(line)
-
-    def sync(self) -> None:
-        """Nothing: lines are printed at once."""
-
-    def close(self) -> None:
-        """Nothing: the context manager ends the live line."""
 
     def table(self, rows: Sequence[Row], title: str) -> None:
         """Print the final table: evenly chosen evaluations and the last."""

@@ -4,12 +4,9 @@ metrics.jsonl always, TensorBoard if `output.tensorboard`, the screen, and every
 in `plugins` registers. Another tracker is one class:
 
     @SINKS.register("mine")
-    class Mine:
+    class Mine(Sink):
         def __init__(self, info: RunInfo) -> None: ...
         def evaluation(self, row: Row) -> None: ...
-        def scalars(self, values: Mapping[str, float | None], t: int) -> None: ...
-        def sync(self) -> None: ...
-        def close(self) -> None: ...
 """
 
 import os
@@ -50,19 +47,23 @@ class RunInfo:
 
 
 class Sink(Protocol):
-    """A place for the numbers of a run. Rank 0 alone makes one."""
+    """A place for the numbers of a run, on rank 0. A method that is not overridden does nothing."""
 
     def evaluation(self, row: Row) -> None:
         """Write one evaluation."""
+        return
 
     def scalars(self, values: Mapping[str, float | None], t: int) -> None:
-        """Write training scalars at iteration t; None: the number was not finite."""
+        """Write training scalars at iteration t; None: the number is not finite."""
+        return
 
     def sync(self) -> None:
-        """Flush to the disk: a checkpoint is published after this returns. Any thread."""
+        """Flush to the disk. A checkpoint is published after this; called from any thread."""
+        return
 
     def close(self) -> None:
         """Flush and close."""
+        return
 
 
 SINKS: Registry[Sink] = Registry("sink")
@@ -70,7 +71,7 @@ SINKS: Registry[Sink] = Registry("sink")
 
 
 @SINKS.register("jsonl")
-class JsonlSink:
+class JsonlSink(Sink):
     """metrics.jsonl: one row a line, whole on disk when `evaluation` returns."""
 
     def __init__(self, info: RunInfo) -> None:
@@ -85,9 +86,6 @@ class JsonlSink:
         self._file.write(to_json(row) + "\n")
         self._file.flush()
 
-    def scalars(self, values: Mapping[str, float | None], t: int) -> None:
-        """Nothing: the file holds evaluations only."""
-
     def sync(self) -> None:
         """Flush to the disk."""
         self._file.flush()
@@ -99,7 +97,7 @@ class JsonlSink:
 
 
 @SINKS.register("tensorboard")
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """TensorBoard events in `tensorboard/`."""
 
     def __init__(self, info: RunInfo) -> None:
@@ -159,7 +157,7 @@ def _report_other_threads(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-class Sinks:
+class Sinks(Sink):
     """All sinks of a run behind the interface of one.
 
     A failure of a built-in sink is raised. A plugin's sink that fails is reported once and dropped.

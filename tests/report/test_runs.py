@@ -4,7 +4,16 @@ import pytest
 
 from consensus.comm import Launch, Solo
 from consensus.records import read_rows
-from consensus.report.runs import Run, find_runs, flatten, labels, make_run, read_configs, varying
+from consensus.report.runs import (
+    Run,
+    comparable_runs,
+    find_runs,
+    flatten,
+    labels,
+    read_config,
+    read_run,
+    varying,
+)
 from consensus.report.table1 import chosen_keys, table1
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
@@ -59,7 +68,7 @@ def test_a_config_is_plain_data(write_run):
     run_dir = write_run("a", nested, [])
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     (run_dir / "config.yaml").write_text(text.replace("0.0001", "1e-4"), encoding="utf-8")
-    (flat,) = read_configs([run_dir])
+    flat = read_config(run_dir)
     assert flat["algorithm.lam"] == 1e-4, "a number also without a point"
     assert flat["algorithm.future.deep"] == [1, None]
     assert flat["data.options"] is None
@@ -68,7 +77,7 @@ def test_a_config_is_plain_data(write_run):
 
 def test_where_files_lie_is_no_part_of_a_run(write_run):
     run_dir = write_run("a", config() | {"stationarity": {"every": 5}}, [])
-    made = make_run("a", run_dir, read_configs([run_dir])[0], [])
+    made = read_run("a", run_dir, [])
     assert set(made.config) == {
         "workers", "seed", "potential.name", "potential.eta", "algorithm.name", "algorithm.lam",
         "data.name", "model.name",
@@ -79,15 +88,15 @@ def test_the_summary_says_m_where_the_config_does_not(write_run):
     for finished, workers, m in [(True, None, 8), (True, 2, 2), (False, None, None)]:
         name = f"{finished}-{workers}"
         run_dir = write_run(name, config(workers=workers), [], finished=finished, workers=8)
-        assert make_run("a", run_dir, read_configs([run_dir])[0], []).config["workers"] == m
+        assert read_run("a", run_dir, []).config["workers"] == m
 
 
 def test_no_configs_at_all_are_no_mistake_but_one_missing_is(write_run):
     a, b = write_run("a", None, []), write_run("b", None, [])
     c = write_run("c", config(), [])
-    assert read_configs([a, b]) is None
+    assert comparable_runs([a, b], {"a": [], "b": []}) == []
     with pytest.raises(ValueError, match="is missing") as caught:
-        read_configs([c, b])
+        comparable_runs([c, b], {"c": [], "b": []})
     assert str(caught.value).startswith(f"{b}/config.yaml is missing")
 
 
@@ -107,7 +116,7 @@ def test_a_damaged_config_is_named_in_one_line(write_run, content, complaint):
     run_dir = write_run("a", config(), [])
     (run_dir / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
-        read_configs([run_dir])
+        read_config(run_dir)
     assert str(caught.value).startswith(f"{run_dir}/config.yaml {complaint}")
     assert "\n" not in str(caught.value)
 
@@ -117,7 +126,7 @@ def test_a_damaged_summary_is_named(write_run, content):
     run_dir = write_run("a", config(workers=None), [])
     (run_dir / "summary.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"summary\.json is damaged"):
-        make_run("a", run_dir, read_configs([run_dir])[0], [])
+        read_run("a", run_dir, [])
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -132,7 +141,7 @@ def test_what_the_trainer_writes_is_what_is_read(make_config, tmp_path):
     )
     last = Trainer(make_plan(trained, Launch()), Solo()).run()
     (run_dir,) = find_runs([tmp_path / "runs"])
-    made = make_run("tan", run_dir, read_configs([run_dir])[0], read_rows(run_dir))
+    made = read_run("tan", run_dir, read_rows(run_dir))
     assert (made.status, made.problem) == ("finished", ("digits", "lenet5"))
     assert made.config["workers"] == 1, "from summary.json: the config leaves it to the launch"
     assert not [key for key, value in made.config.items() if str(tmp_path) in str(value)]

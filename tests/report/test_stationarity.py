@@ -8,13 +8,7 @@ from matplotlib.image import imread
 
 from consensus.report import __main__ as report
 from consensus.report.plots import draw_stationarity
-from consensus.report.stationarity import (
-    SERIES,
-    distance,
-    measured,
-    stationarity_cells,
-    verdict,
-)
+from consensus.report.stationarity import SERIES, distance, measured, stationarity_cells, verdict
 
 
 def row(t, envelope, gaps, **others):
@@ -37,10 +31,7 @@ def row(t, envelope, gaps, **others):
 
 
 PULLS = {"envelope_gradients": [0.5, 0.48]}
-APART = [
-    row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]),
-    row(20, 0.04, [[0.3, 0.4], [0.0, 0.1]], **PULLS),
-]
+APART = [row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]), row(20, 0.04, [[0.3, 0.4], [0.0, 0.1]], **PULLS)]
 NEAR = [APART[0], row(20, 0.04, [[3e-3, 4e-3], [0.0, 0.0]], **PULLS)]
 ONE = [row(10, 8.0, [[3.0, 4.0], [0.0, 1.0]]), row(20, 0.02, [[3e-3, 4e-3], [0.0, 1e-3]])]
 

@@ -13,7 +13,7 @@ from consensus.comm import Launch, Solo
 from consensus.run import trainer
 from consensus.run.plan import make_plan
 from consensus.run.progress import Screen
-from consensus.run.sinks import SINKS, JsonlSink, RunInfo, Sinks, TensorBoardSink
+from consensus.run.sinks import SINKS, JsonlSink, RunInfo, Sink, Sinks, TensorBoardSink
 
 ROW = {
     "iteration": 20,
@@ -120,7 +120,7 @@ def test_the_screen_is_a_sink(tmp_path):
 # ---- a tracker of a plugin
 
 
-class Tracker:
+class Tracker(Sink):
     """A sink as a plugin writes it."""
 
     def __init__(self, info):
@@ -168,6 +168,26 @@ def test_a_registered_tracker_gets_what_a_run_writes(register, make_config, tmp_
     assert [t for t, _ in tracker.values] == [2, 4]
     assert tracker.values[0][1].keys() >= {"training/minibatch_loss", "training/s_u"}
     assert tracker.calls == ["sync", "sync", "close"]
+
+
+def test_ten_lines_are_a_sink(register, tmp_path):
+    class Errors(Sink):
+        """Writes the test errors alone."""
+
+        def __init__(self, info):
+            self.path = info.run_dir / "errors.txt"
+
+        def evaluation(self, row):
+            with self.path.open("a") as file:
+                file.write(f"{row['test_error']}\n")
+
+    register("errors", Errors)
+    sinks = open_sinks(tmp_path)
+    sinks.evaluation(ROW)
+    sinks.scalars({"training/s_u": 0.5}, 20)
+    sinks.sync()
+    sinks.close()
+    assert (tmp_path / "errors.txt").read_text() == "25.0\n"
 
 
 @pytest.mark.parametrize("broken", ["make", "evaluation", "scalars", "sync", "close"])
