@@ -1,4 +1,4 @@
-"""Fixtures of all tests: real rank processes, the composed config, and the real MNIST if there."""
+"""Fixtures of all tests: rank processes, composed configurations, and MNIST where present."""
 
 import importlib.util
 import os
@@ -19,34 +19,36 @@ if not torch.cuda.is_available():  # read by Triton when it is imported, which t
 
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 
-SLOWEST = (  # files, by the time they take: with pytest-xdist the largest must not begin last
+SLOWEST = (  # beginnings of paths; with pytest-xdist the longest files must start first
     "tests/launch/test_hosts.py",  # mostly waits
     "tests/test_faults.py",
-    "tests/test_kill.py",
+    "tests/sweep/",
     "tests/test_train.py",
-    "tests/benchmarks/test_scaling.py",
-    "tests/sweep/test_sweep.py",
+    "tests/run/test_stationarity",
+    "tests/test_kill.py",
+    "tests/doctor/",
+    "tests/test_doctor",
     "tests/test_any_config.py",
-    "tests/run/test_stationarity.py",
-    "tests/test_fused.py",
-    "tests/run/checkpoint/test_checkpoint.py",
+    "tests/run/checkpoint/",
+    "tests/launch/test_container.py",
+    "tests/benchmarks/",
+    "tests/theory/",
+    "tests/core/kernels/",
     "tests/test_algorithm.py",
-    "tests/benchmarks/test_gpu.py",
-    "tests/test_replay.py",
-    "tests/benchmarks/test_compare.py",
-    "tests/test_readme.py",
     "tests/test_population.py",
-    "tests/benchmarks/test_population.py",
+    "tests/comm/",
+    "tests/problem/",
 )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU, the real MNIST, SLURM, root or an image, where absent; counted.
+    """Deselect tests whose GPU, MNIST, SLURM, root or image is absent; put slow files first."""
 
-    The slowest files come first.
-    """
-    places = {name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+    def place(item: pytest.Item) -> int:
+        found = (i for i, start in enumerate(SLOWEST) if item.nodeid.startswith(start))
+        return next(found, len(SLOWEST))
+
+    items.sort(key=place)
     absent = set()
     if not torch.cuda.is_available():
         absent.add("gpu")
@@ -71,7 +73,7 @@ def mnist_root() -> str:
 
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[RankPool]:
-    """Rank processes that start once: importing torch costs seconds of CPU in each."""
+    """Rank processes that start once per worker of pytest: each takes seconds to import torch."""
     pool = RankPool()
     yield pool
     pool.close()

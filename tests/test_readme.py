@@ -87,7 +87,7 @@ def test_the_table_of_potentials_is_complete():
 
 
 def test_the_tree_is_the_tree():
-    tree = section("The house").strip("\n").split("\n\n")[0].splitlines()
+    tree = section("Code").strip("\n").split("\n\n")[0].splitlines()
     folders: list[tuple[int, str]] = []
     named = set()
     for line in tree:

@@ -8,9 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import consensus
 from tests.testing import ROOT
 
 SCRIPTS = [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").iterdir())]
@@ -73,6 +75,19 @@ def test_lock_pins_every_dependency_within_its_bounds():
             assert version in requirement.specifier, f"{version} is locked for {requirement}"
 
 
+# ---- version and citation
+
+
+def test_the_version_is_that_of_pyproject():
+    version = PYPROJECT["project"]["version"]
+    assert consensus.__version__ in (version, "0+unknown")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == version
+    assert {"title", "authors", "message"} <= set(citation)
+    assert {"type", "title", "authors"} <= set(citation["preferred-citation"])
+
+
 # ---- the wheel
 
 
@@ -88,7 +103,7 @@ def test_wheel_holds_the_package_the_configs_and_the_commands(tmp_path):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "consensus").rglob("*.py")}
     configs = {f"consensus/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")}
     assert modules | configs <= names
-    assert "consensus/configs/train.yaml" in names
+    assert {"consensus/configs/train.yaml", "consensus/py.typed"} <= names
     assert not [name for name in names if not name.startswith("consensus/")]
     assert "consensus-train = consensus.train:main" in commands
     assert "consensus-report = consensus.report.__main__:main" in commands

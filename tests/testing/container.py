@@ -1,12 +1,12 @@
-"""The Dockerfile, read and carried out by hand: in an empty root, by chroot, without an engine.
+"""Execution of the Dockerfile without a container engine: in an empty root, by chroot.
 
     image = build(ROOT, folder)
     image.run("experiment=smoke", volumes={runs: "/srv/consensus/runs"})
 
-It knows the instructions that our Dockerfile has, and refuses others. What it borrows from the
-machine that it runs on, so that registries can be reached, is there while RUN runs and not after.
-Needs root, debootstrap, namespaces and overlay file systems. A container has its own processes,
-mounts and /dev/shm, and a layer to write to; all of that is gone when its first process ends.
+It supports the instructions of our Dockerfile and refuses others. Settings of the machine that RUN
+needs to reach registries are present during RUN only. It needs root, debootstrap, namespaces and
+overlay file systems. A container has its own processes, mounts, /dev/shm and writable layer, which
+disappear when its first process ends.
 """
 
 import json
@@ -25,7 +25,7 @@ from typing import Any
 SHM = "64m"  # the size of /dev/shm that engines give
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# What stands for the image that FROM names.
+# The replacement of the image that FROM names.
 RELEASE = "bookworm"
 BASE = ("python3", "python3-pip", "ca-certificates")
 LIKE_THE_BASE = """
@@ -75,11 +75,11 @@ exec chroot --userspec="$user" --groups= "$root" "$@"
 
 
 def available() -> bool:
-    """Whether scripts/container_test asked for it: it takes minutes and gigabytes."""
+    """Whether scripts/container_test runs these tests, which take minutes and gigabytes."""
     return "CONSENSUS_CONTAINER" in os.environ
 
 
-# ---- what the Dockerfile says
+# ---- parsing the Dockerfile
 
 
 @dataclass(frozen=True)

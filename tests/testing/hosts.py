@@ -1,16 +1,15 @@
-"""Hosts on this machine: network namespaces with an address each, on one bridge; for root.
+"""Virtual hosts on this machine: network namespaces on one bridge; needs root.
 
     with Hosts(4, folder) as hosts:
         subprocess.run([hosts.remote, "host0", "hostname"])
     with Hosts(4, folder, latency_ms=10.0, loss=0.01) as hosts:
         ...
 
-`remote` is what launch/multinode.sh takes for ssh: it runs a command in the namespace of a host.
+`remote` replaces ssh in launch/multinode.sh: it runs a command in the namespace of a host.
 
-`latency_ms` is one way, so a round trip takes twice as long: what `tc qdisc add dev eth0 root netem
-delay 10ms loss 1%` on every host means. That is not how it is done, since not every kernel has
-netem: with a latency or a loss, switch.py takes the place of the bridge. A latency of 0 is the
-switch by itself; None is the bridge of the kernel.
+`latency_ms` is one way, as with `tc qdisc add dev eth0 root netem delay 10ms loss 1%` on each host,
+so a round trip takes twice as long. Not every kernel has netem, so switch.py replaces the bridge
+where there is a latency or a loss. A latency of 0 is the switch alone; None is the kernel's bridge.
 """
 
 import contextlib
@@ -42,17 +41,17 @@ def ip(*words: str) -> None:
 
 
 class Hosts:
-    """So many of them; each sees the others through its interface eth0, and nothing else.
+    """Hosts that reach each other through their interface eth0, and nothing else.
 
     Args:
         number: Of hosts.
-        folder: Where `remote` is put.
+        folder: The folder of `remote`.
         latency_ms: Of every packet, one way; None: no switch but the kernel's bridge.
-        loss: The probability that a packet is lost; more than 0 needs the switch as well.
+        loss: The probability that a packet is lost; a positive one needs the switch as well.
         seed: Of the losses.
 
     Attributes:
-        lost: Packets so far, as the switch said when it was last told something.
+        lost: The number of lost packets, as of the last command to the switch.
     """
 
     _serial = itertools.count()
@@ -116,7 +115,7 @@ class Hosts:
         self.switch = subprocess.Popen(
             [sys.executable, "-I", str(SWITCH), *self.options, *hosts],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            start_new_session=True,  # Ctrl+C is for the hosts, which may have something to say yet
+            start_new_session=True,  # so that Ctrl+C reaches the hosts only
         )  # fmt: skip
         self._hear_switch()
 
@@ -143,38 +142,40 @@ class Hosts:
                 ip("netns", "del", self.space(name))
             if not self.switched:
                 with contextlib.suppress(subprocess.CalledProcessError):
-                    ip("link", "del", self.port(name))  # gone with the namespace, a little later
+                    ip(
+                        "link", "del", self.port(name)
+                    )  # it disappears with the namespace, a little later
         if not self.switched:
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("link", "del", self.bridge)
 
     def cut(self, name: str) -> None:
-        """Take a host off the network."""
+        """Disconnect a host from the network."""
         if self.switched:
             self._tell_switch(f"cut {self.space(name)}")
         else:
             ip("link", "set", self.port(name), "down")
 
     def join(self, name: str) -> None:
-        """And back."""
+        """Connect a host again."""
         if self.switched:
             self._tell_switch(f"join {self.space(name)}")
         else:
             ip("link", "set", self.port(name), "up")
 
     def set_latency(self, latency_ms: float) -> None:
-        """Of the packets from now on; with the switch only."""
+        """Set the latency of new packets; with the switch only."""
         self._tell_switch(f"latency {latency_ms / 1e3}")
 
     def socket(self, name: str, kind: socket.SocketKind) -> socket.socket:
-        """A socket of this process that is on a host, at a port of its own."""
+        """A socket of this process in the namespace of a host, at a free port."""
         with inside(self.space(name)):
             own = socket.socket(socket.AF_INET, kind)
         own.bind((self.addresses[self.names.index(name)], 0))
         return own
 
     def round_trips(self, number: int) -> list[float]:
-        """Of one byte from the first host to the second and back, by UDP. Seconds."""
+        """Round-trip times of one byte between the first two hosts, by UDP. Seconds."""
         kind = socket.SOCK_DGRAM
         with self.socket(self.names[0], kind) as here, self.socket(self.names[1], kind) as there:
             found = []

@@ -1,10 +1,10 @@
-"""A real SLURM cluster on this machine: one controller, virtual nodes, munge; for tests.
+"""A real SLURM cluster on this machine, for tests: one controller, virtual nodes, munge.
 
     with Cluster(folder, nodes=4) as cluster:
         cluster.call("sbatch", "job.sh")
 
-Everything lies in one folder and ends with the block. Needs Debian's packages slurm-wlm and munge,
-and root.
+All files are in one folder, and all daemons end with the block. Needs root and Debian's packages
+slurm-wlm and munge.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def available() -> bool:
 
 
 class Cluster:
-    """The daemons; `environment` is what a process needs to be a user of it."""
+    """The daemons; `environment` has the variables of a client."""
 
     def __init__(self, folder: Path, nodes: int = 4):
         self.folder = folder

@@ -2,22 +2,21 @@
 
     python switch.py LATENCY_S LOSS SEED NAMESPACE=ADDRESS ...
 
-Every namespace gets a TUN device eth0. This process holds the other ends of all of them: what one
-host sends it reads, keeps for the latency, and gives to the host whose address it is for, or to
-nobody, with the probability LOSS. The devices are gone when it ends, and it ends with its standard
-input, thus with whoever started it, however that ends. A line there, `cut NAMESPACE`,
-`join NAMESPACE` or `latency SECONDS`, is answered by a line with the number of packets lost so far,
-as is the start. (Those from and to a host that is cut off do not count as lost.)
+Every namespace gets a TUN device eth0, and this process holds the other ends. It reads each packet,
+delays it by the latency, and writes it to the destination, or drops it with the probability LOSS.
+The devices disappear when the process ends. It ends when its standard input is closed, thus with
+its parent. Its commands are lines on the standard input: `cut NAMESPACE`, `join NAMESPACE` and
+`latency SECONDS`. The reply to each command, and the first line of output, is the number of packets
+lost so far. (Packets from and to a host that is cut off do not count as lost.)
 
-The latency is one way and counts from when the packet is read: nothing is faster, and what the
-switch itself takes comes on top. Packets keep their order, also when the latency changes. Losses
-are drawn from SEED, but which packet comes when is a matter of the machine: a run does not lose the
-same ones twice.
+The latency is one way and starts when the packet is read, so the time of the switch itself adds to
+it. Packets keep their order, also when the latency changes. Losses are drawn from SEED, but the
+order of packets depends on the machine, so two runs lose different packets.
 
-The devices have the MTU of an Ethernet, so that TCP starts as slowly as it does there. What the
-kernel hands over is nevertheless up to 64 KB of TCP at once (TUN_F_TSO4), as it hands it to a veth
-or to netem: so Python moves few packets, and one that is lost may be 40 of the wire. TCP is Reno,
-which every kernel has; machines differ in their default, and that in what it makes of a latency.
+The devices have the MTU of an Ethernet, so TCP has the same slow start. The kernel still passes
+up to 64 KB of TCP at once (TUN_F_TSO4), as to a veth or to netem. So Python moves few packets, and
+one lost packet can be 40 on the wire. TCP is Reno, which every kernel has, since the default
+differs between machines and behaves differently under a latency.
 """
 
 import contextlib
@@ -67,7 +66,7 @@ def inside(space: str) -> Iterator[None]:
 
 
 def open_tun(space: str) -> int:
-    """eth0 of a namespace, as a file of packets."""
+    """The device eth0 of a namespace, as a file of packets."""
     with inside(space):
         tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
@@ -79,7 +78,7 @@ def open_tun(space: str) -> int:
 
 
 class Switch:
-    """The hosts by address, and what is on its way to them."""
+    """The hosts by address, and the packets in flight."""
 
     def __init__(self, latency_s: float, loss: float, seed: int, hosts: dict[str, str]):
         self.latency_s, self.loss = latency_s, loss
@@ -88,10 +87,10 @@ class Switch:
         self.by_address = {socket.inet_aton(hosts[space]): tun for space, tun in self.tuns.items()}
         self.off: set[int] = set()
         self.lost = 0
-        self.travelling: deque[tuple[float, int, bytes]] = deque()  # when, to which TUN, what
+        self.travelling: deque[tuple[float, int, bytes]] = deque()  # time, TUN, packet
 
     def serve(self) -> None:
-        """Until the standard input ends."""
+        """Forward packets until the standard input is closed."""
         commands = sys.stdin.fileno()
         sources = [commands, *self.tuns.values()]
         while True:
@@ -121,11 +120,11 @@ class Switch:
         while self.travelling and self.travelling[0][0] <= time.monotonic():
             _, target, packet = self.travelling.popleft()
             if target not in self.off:
-                with contextlib.suppress(OSError):  # an interface that is down takes nothing
+                with contextlib.suppress(OSError):  # an interface that is down drops packets
                     os.write(target, packet)
 
     def obey(self, text: str) -> bool:
-        """Whether there was a command."""
+        """Execute commands; false at the end of the input."""
         for line in text.splitlines():
             match line.split():
                 case ["cut", space]:
@@ -148,7 +147,7 @@ def main() -> None:
     spaces = dict(host.split("=") for host in hosts)
     switch = Switch(float(latency_s), float(loss), int(seed), spaces)
     with contextlib.suppress(PermissionError):
-        # No host computes on the cores of a switch; here they do, and it must not queue for one.
+        # The hosts compute on the same cores, and the switch must not wait for one.
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     switch.answer()
     switch.serve()

@@ -1,7 +1,7 @@
-"""What stands in for a CUDA graph where there is no GPU.
+"""A replacement of a CUDA graph for tests without a GPU.
 
-Like one, a tape repeats the operations of one call on the memory that they had, runs no Python of
-the step, and refuses a number that the host reads.
+A tape repeats the operations of one call on the same memory, runs no Python code of the step, and
+refuses operations whose result the host reads.
 """
 
 import torch
@@ -17,7 +17,7 @@ class HostReadError(RuntimeError):
 
 
 class Tape(TorchDispatchMode):
-    """The operations of a function, to be repeated on the same memory."""
+    """The recorded operations of a function, for replay on the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -35,13 +35,13 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, result in self.operations:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                # A view, and what is written in place, is there already.
+                # Views and results of in-place operations are up to date already.
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
 def taped(algorithm, *others):
-    """As a CUDA graph is recorded: without changing a number, of its state or of the others."""
+    """A recorder that leaves the state and the other tensors unchanged, as a CUDA graph does."""
 
     def record(step):
         kept = [*algorithm.state_dict().values(), *others]
