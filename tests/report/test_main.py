@@ -179,7 +179,7 @@ def test_equal_configs_write_nothing_more(command, write_run):
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_a_sweep_of_which_nothing_finished(command, write_run):
+def test_a_sweep_without_a_finished_run(command, write_run):
     a = write_run("a", config(lam=0.1), [FIRST], finished=False)
     write_run("b", config(lam=0.2), [FIRST], finished=False)
     code, _, err = command(a.parent)

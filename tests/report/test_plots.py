@@ -51,7 +51,7 @@ def test_draw_shows_every_run(tmp_path):
     ],
     ids=["one point", "a gap", "nothing", "inf", "zeros", "negative"],
 )
-def test_draw_takes_what_a_run_may_hold(tmp_path, rows):
+def test_draw_accepts_gaps_zeros_and_negative_numbers(tmp_path, rows):
     draw_convergence({"a": rows}, tmp_path / "figure.png")
     assert pixels_of(tmp_path / "figure.png", BLUE) > 50  # the errors are always there
 

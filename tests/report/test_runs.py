@@ -75,7 +75,7 @@ def test_a_config_is_plain_data(write_run):
     assert flat["interpolated"] == "${nowhere}"
 
 
-def test_where_files_lie_is_no_part_of_a_run(write_run):
+def test_keys_that_name_files_are_left_out(write_run):
     run_dir = write_run("a", config() | {"stationarity": {"every": 5}}, [])
     made = read_run("a", run_dir, [])
     assert set(made.config) == {
@@ -84,7 +84,7 @@ def test_where_files_lie_is_no_part_of_a_run(write_run):
     }  # fmt: skip
 
 
-def test_the_summary_says_m_where_the_config_does_not(write_run):
+def test_m_comes_from_the_summary_if_the_config_has_none(write_run):
     for finished, workers, m in [(True, None, 8), (True, 2, 2), (False, None, None)]:
         name = f"{finished}-{workers}"
         run_dir = write_run(name, config(workers=workers), [], finished=finished, workers=8)
@@ -130,7 +130,7 @@ def test_a_damaged_summary_is_named(write_run, content):
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_what_the_trainer_writes_is_what_is_read(make_config, tmp_path):
+def test_runs_written_by_the_trainer_are_read(make_config, tmp_path):
     trained = make_config(
         "experiment=smoke",
         "potential=tan",

@@ -40,7 +40,7 @@ def plain(t):
     return {key: value for key, value in row(t, 1.0, [[1.0]]).items() if key != "stationarity"}
 
 
-def test_only_runs_with_measurements_are_told_of():
+def test_runs_without_measurements_are_left_out():
     runs = {"plain": [plain(1)], "some": [plain(1), APART[0], plain(15), APART[1]]}
     assert measured(runs) == {"some": APART}
 
@@ -88,7 +88,7 @@ def test_the_table_has_the_largest_of_the_workers():
     ],
     ids=["one", "not yet", "apart", "near"],
 )
-def test_the_verdict_says_whether_the_copies_are_one(rows, said):
+def test_the_verdict(rows, said):
     last = rows[-1]["stationarity"]["envelope_gradient"]
     assert verdict(rows) == f"{said}|sum grad e f_j (u)| from 8 to {last:g} ± 0.003"
 
@@ -122,7 +122,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_command_and_the_page_say_it(folder, monkeypatch, capsys):
+def test_the_command_and_the_page_contain_the_verdict(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["consensus.report", str(folder)])
     report.main()
     said = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_the_command_and_the_page_say_it(folder, monkeypatch, capsys):
     assert all(line.count(",") == table[0].count(",") for line in table)
 
 
-def test_without_measurements_nothing_is_said(folder, monkeypatch, capsys):
+def test_without_measurements_nothing_is_printed(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["consensus.report", str(folder / "none")])
     report.main()
     assert "stationarity" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ def test_mean_and_sample_deviation_over_seeds():
     assert one.mean("test_error").show("test_error") == "1.00"
 
 
-def test_what_diverged_or_did_not_finish_enters_no_mean():
+def test_means_leave_out_diverged_and_unfinished_runs():
     runs = [
         run(config(seed=0), row(1, 1, 1, 1, 1.0)),
         run(config(seed=1), row(None, None, 90.0, None, 90.0)),

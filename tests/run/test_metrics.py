@@ -88,7 +88,7 @@ def expected_row(config):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_measure_is_what_the_definitions_say_on_every_rank(ranks, config, size):
+def test_measure_matches_the_definitions_on_every_rank(ranks, config, size):
     answers = ranks(size, measure_at_points, config)
     expected = expected_row(config)
     for row, _, _ in answers:

@@ -88,7 +88,7 @@ def test_the_cursor_comes_back_after_a_failure():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_other_ranks_say_nothing(terminal):
+def test_other_ranks_print_nothing(terminal):
     shown, written = screen(enabled=False, terminal=terminal)
     with shown:
         shown.say("hello")
@@ -98,7 +98,7 @@ def test_other_ranks_say_nothing(terminal):
     assert written.getvalue() == ""
 
 
-def test_other_ranks_say_nothing_on_their_standard_output(capsys):
+def test_other_ranks_print_nothing_on_their_standard_output(capsys):
     with Screen(100, enabled=False) as shown:
         shown.say("hello")
         shown.table([ROW], title="t")
