@@ -67,7 +67,7 @@ def train(cfg: DictConfig) -> None:
             options.shared_memory,
             options.compress,
         )
-        with group.telling():
+        with group.publish_failure():
             Trainer(plan, group).run()
         group.close()  # after a failure the group is not closed but left: peers may hang in it
 

@@ -1,36 +1,36 @@
-"""Sums over the processes of one machine, in memory that all of them see.
+"""Sums over the processes of one host, in shared memory.
 
-Gloo sends through sockets, to a process on the same machine as well, and its threads take their
-time from cores that compute gradients. Here a rank writes its summand where the others read it: no
-thread, no copy, and no system call unless a rank has to wait.
+Gloo sends through sockets even on one host, and its threads compete for the cores that compute
+gradients. Here a rank writes its summand where the others read it: no thread, no copy, and no
+system call unless a rank has to wait.
 
 # P ranks, n numbers; sum number t = 1, 2, ...
 
     start   rank r has written its summand into its slot                           posted[r] = t
     wait    once all have posted t, the slots are added up, in the order of ranks
 
-*Small* sums are formed by every rank on its own. A rank has two slots, which it uses in turn: who
-has posted t is done with reading t - 1, so slots of t - 1 are free once all have posted t. Nobody
-waits for a rank that has posted and computes: ranks may be apart by nearly an iteration.
+*Small* sums are computed by every rank on its own. A rank has two slots, which it uses in turn. A
+rank that has posted t no longer reads the slots of t - 1, so those are free once all have posted t.
+Nobody waits for a rank that has posted and computes: ranks may be apart by nearly an iteration.
 
-*Large* ones are formed in parts, as an all-reduce does it:
+*Large* sums are computed in parts, as in an all-reduce:
 
     wait    once all have posted t, rank r adds up part r of the slots              added[r] = t
-            once all have added t, the total is whole
+            once all have added t, the total is complete
 
-There one slot suffices: it is written again after all have added t, and the total after all have
-posted t + 1, which each does when it is done with the total of t.
+There one slot suffices. It is written again after all have added t. The total is written again
+after all have posted t + 1, which each rank does when it no longer reads the total of t.
 
-Every number is a sum of the same numbers in the same order on all ranks, so they get the same bits.
+Every number is a sum of the same numbers in the same order on all ranks, so all get the same bits.
 
-Counters are read and written without locks. That is sound where stores become visible in the order
-in which they were made, and an aligned store of 8 bytes is whole: on x86-64. Elsewhere `available`
-says no.
+Counters are read and written without locks. That requires that stores become visible in program
+order and that an aligned store of 8 bytes is atomic, as on x86-64. `available` is False elsewhere.
 """
 
 import fcntl
 import os
 import platform
+import socket
 import sys
 import tempfile
 import time
@@ -41,22 +41,22 @@ import torch
 from torch import Tensor
 
 FOLDER = Path("/dev/shm")
-SMALL = 4 << 20  # bytes in all slots together: they stay in a core's cache
+SMALL = 4 << 20  # bytes of all slots of a small sum: they stay in a core's cache
 CHUNK = 1 << 17  # numbers that are added up at once, likewise
-PAGE = 4096
+PAGE = 4096  # bytes
 LINE = 8  # int64 in a cache line: no two ranks write into the same one
 
-LOOK_EVERY_S = 0.1  # whether peers are alive, while one waits
+CHECK_EVERY_S = 0.1  # interval of the checks whether peers are alive
 SPIN_S = 1e-4
 SHORTEST_NAP_S, LONGEST_NAP_S = 2e-5, 5e-4
 
 
 class PeersGoneError(RuntimeError):
-    """Ranks whose processes have ended, or have left the sum; or that did not come in time."""
+    """Processes of peers have ended, have left the sum, or are late."""
 
 
 def available() -> bool:
-    """Whether this machine has what the sums need."""
+    """Whether this platform supports the sums."""
     return (
         sys.platform == "linux"
         and platform.machine() in ("x86_64", "AMD64")
@@ -64,18 +64,29 @@ def available() -> bool:
     )
 
 
-class SharedSum:
-    """One sum of n numbers, formed again and again.
+def identity() -> str:
+    """A text that is equal for processes that share FOLDER, thus a host; "" if not `available`."""
+    if not available():
+        return ""
+    try:
+        host = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        host = socket.gethostname()
+    return f"{host} {FOLDER.stat().st_dev}"
 
-    One rank calls `reserve`; each opens what that made, and calls `start` and `wait` in turn.
+
+class SharedSum:
+    """A sum of n numbers that is computed many times.
+
+    One rank calls `reserve`. Each rank opens the file, then calls `start` and `wait` in turn.
 
     Args:
-        path: What `reserve` returned.
-        rank: Of this process, among `size` of this machine.
+        path: File that `reserve` returned.
+        rank: Rank of this process, among `size` on this host.
         size: P, at least 2.
         numel: n.
-        dtype: Of the numbers.
-        timeout_s: After which `wait` gives up.
+        dtype: Type of the numbers.
+        timeout_s: Longest `wait`, in seconds.
 
     Raises:
         OSError: If the file cannot be opened here.
@@ -87,12 +98,12 @@ class SharedSum:
         self._rank, self._size, self._timeout = rank, size, timeout_s
         self._t = 0
         slot, slots = _layout(size, numel, dtype)
-        self._file = os.open(path, os.O_RDWR)  # `from_file` would make what it does not find
+        self._file = os.open(path, os.O_RDWR)  # `from_file` would create an absent file
         try:
             length = num_bytes(size, numel, dtype)
             memory = torch.from_file(path, shared=True, size=length, dtype=torch.uint8)
-            # A lock on byte r shows that rank r lives: the kernel takes it back at its end. After
-            # the mapping, since a process that closes any handle of a file loses its locks on it.
+            # A lock on byte r marks rank r as alive: the kernel releases it when the process ends.
+            # After the mapping: a process that closes any handle of a file loses its locks on it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except (OSError, RuntimeError) as error:
             os.close(self._file)
@@ -110,11 +121,11 @@ class SharedSum:
 
     @staticmethod
     def reserve(size: int, numel: int, dtype: torch.dtype) -> str:
-        """Make the file, for the other ranks to open; whoever made it removes it by `forget`.
+        """Create the file, for all ranks to open; the caller removes it by `forget`.
 
         Raises:
-            OSError: If there is no room for it. (A full memory would otherwise end the process
-                that touches it, by a signal.)
+            OSError: If there is not enough room. (Without this check, the process that touches
+                memory which is not there would be ended by a signal.)
         """
         handle, path = tempfile.mkstemp(prefix="consensus-", dir=FOLDER)
         try:
@@ -133,19 +144,19 @@ class SharedSum:
 
     @property
     def message(self) -> Tensor:
-        """Where the next summand is to be written; free from `wait` to `start`. (n,)."""
+        """Slot for the next summand, to be written from `wait` to `start`. (n,)."""
         return self._slots[self._own(self._t + 1)]
 
     def _own(self, t: int) -> int:
         return self._rank + self._size * (t % 2 if self._two else 0)
 
     def start(self) -> None:
-        """Show the others what `message` holds."""
+        """Publish `message`."""
         self._t += 1
         self._posted[self._rank * LINE] = self._t
 
     def wait(self) -> Tensor:
-        """The sum, to be read until the next `start`. (n,).
+        """The sum, read-only and valid until the next `start`. (n,).
 
         Raises:
             PeersGoneError: If a rank is gone, or late.
@@ -163,43 +174,43 @@ class SharedSum:
         """Return when all counters have reached t."""
         missing = list(range(self._size))
         started = time.monotonic()
-        look, nap = started + LOOK_EVERY_S, SHORTEST_NAP_S
+        check, nap = started + CHECK_EVERY_S, SHORTEST_NAP_S
         while missing := [rank for rank in missing if counters[rank * LINE] < self._t]:
             now = time.monotonic()
             if now < started + SPIN_S:
-                os.sched_yield()  # whom this rank waits for may need its core
+                os.sched_yield()  # a missing rank may need this core
                 continue
             time.sleep(nap)
             nap = min(1.5 * nap, LONGEST_NAP_S)
-            if now > look:
-                look = now + LOOK_EVERY_S
-                gone = [rank for rank in missing if not self._lives(rank)]
-                # One that has come since the last count may rightly have left.
+            if now > check:
+                check = now + CHECK_EVERY_S
+                gone = [rank for rank in missing if not self._is_alive(rank)]
+                # A rank that has posted since the counters were read may leave.
                 gone = [rank for rank in gone if counters[rank * LINE] < self._t]
                 if gone:
                     raise PeersGoneError(f"rank {', '.join(map(str, gone))} is gone")
                 if now > started + self._timeout:
                     raise PeersGoneError(f"timed out after {self._timeout:g} s")
 
-    def _lives(self, rank: int) -> bool:
-        """Whether another rank holds its lock."""
+    def _is_alive(self, rank: int) -> bool:
+        """Whether a rank holds its lock."""
         if rank == self._rank:
             return True
-        try:  # shared, so that several who look do not take each other for the one who lives
+        try:  # a shared lock, so that ranks that check at the same time do not see each other's
             fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, rank)
         except OSError:
             return True
         return False
 
     def close(self) -> None:
-        """Leave: peers that wait for this rank learn it."""
+        """Release the lock, so that waiting peers detect that this rank has left."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def _layout(size: int, numel: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a slot, and the number of slots (the total of a large sum is the last one)."""
+    """Bytes of a slot, and the number of slots (the last one is the total of a large sum)."""
     slot = -(-numel * dtype.itemsize // PAGE) * PAGE
     return slot, 2 * size if size * numel * dtype.itemsize <= SMALL else size + 1
 
@@ -209,7 +220,7 @@ def _head(size: int) -> int:
 
 
 def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
-    """What a sum of so many numbers over so many ranks takes in FOLDER."""
+    """Bytes that a sum of n = numel numbers over P = size ranks takes in FOLDER."""
     slot, slots = _layout(size, numel, dtype)
     return _head(size) + slot * slots
 

@@ -1,1 +1,1 @@
-"""What a job needs of its machines, checked before it is started: python -m consensus.doctor."""
+"""Preflight check of machines, network and configuration: python -m consensus.doctor."""

@@ -1,17 +1,19 @@
-"""What the doctor finds, and how a person reads it."""
+"""Findings of the preflight check, and their report."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from consensus.comm.rendezvous import first_line
+
 
 class Level(IntEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     FINE = 0
     WARNING = 1
@@ -22,19 +24,20 @@ STYLES = {Level.FINE: "green", Level.WARNING: "yellow", Level.FAULT: "bold red"}
 MOST_PLACES = 4
 FIRST = ("versions", "cores", "devices", "limits")
 OF_NODES = ("cores", "limits", "memory", "disk", "network", "clock", "folder")
-"""Topics of a whole node, whichever of its ranks has looked."""
+"""Topics of a whole node, checked by one of its ranks."""
 LAST = ("memory", "disk", "rendezvous", "network", "clock", "folder", "sums", "speed")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about one thing.
+    """Result of one check.
 
     Attributes:
-        topic: What it is about, in one word.
-        text: What was seen; its first line is a sentence, others may follow.
-        level: FAULT: a run would fail, or not be what it seems. WARNING: it would suffer.
-        remedy: What to do about it; "" if there is nothing to do.
+        topic: Subject, in one word.
+        text: Observation. The first line is a sentence; a table may follow.
+        level: FAULT: a run would fail or compute something else. WARNING: it would be slower or
+            less safe.
+        remedy: Advice; "" if there is none.
     """
 
     topic: str
@@ -42,31 +45,27 @@ class Finding:
     level: Level = Level.FINE
     remedy: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """For the other ranks."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Finding":
-        """From another rank."""
+        """The finding whose `dataclasses.asdict` was sent as JSON."""
         return cls(**value | {"level": Level(value["level"])})
 
 
 def fault(topic: str, text: str, remedy: str) -> Finding:
-    """What makes a run fail."""
+    """A finding that makes a run fail."""
     return Finding(topic, text, Level.FAULT, remedy)
 
 
 def warning(topic: str, text: str, remedy: str) -> Finding:
-    """What a run suffers from."""
+    """A finding that makes a run slower or less safe."""
     return Finding(topic, text, Level.WARNING, remedy)
 
 
 class FaultError(Exception):
-    """A fault after which there is nothing more to look at.
+    """A fault that makes further checks impossible.
 
     Attributes:
-        finding: It.
+        finding: The fault.
     """
 
     def __init__(self, topic: str, text: str, remedy: str) -> None:
@@ -74,8 +73,8 @@ class FaultError(Exception):
         self.finding = fault(topic, text, remedy)
 
 
-def looked(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What a check finds. One that fails in a way nobody thought of is a finding as well."""
+def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Findings of a check. An unexpected exception becomes a finding."""
     findings: list[Finding] = []
     try:
         findings += check()
@@ -87,24 +86,24 @@ def looked(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
 
 
 def unexpected(topic: str, error: Exception) -> Finding:
-    """What fails in a way nobody thought of."""
-    text = (str(error).strip() or "no message").splitlines()[0]
+    """The fault for an unexpected exception."""
+    text = first_line(error) if str(error).strip() else "no message"
     return fault(topic, f"{type(error).__name__}: {text}", "as it says; a run would fail alike")
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """The level of the worst."""
+    """Highest level among findings."""
     return max((finding.level for finding in findings), default=Level.FINE)
 
 
 def print_report(places: Sequence[str], found: Sequence[Sequence[Finding]]) -> None:
-    """Say what was found, each thing once, with the places where it was.
+    """Print each finding once, with the members that have it.
 
-    What is fine and differs from place to place in its numbers alone is said of the first.
+    Of fine findings that differ only in their numbers the first is printed.
 
     Args:
-        places: Names of the members that looked: "NODE", or "NODE rank RANK".
-        found: What each of them found.
+        places: Names of the members: "NODE", or "NODE rank RANK".
+        found: Findings of each member.
     """
     console = Console(soft_wrap=True, highlight=False)
     where: dict[Finding, list[str]] = {}
@@ -115,40 +114,36 @@ def print_report(places: Sequence[str], found: Sequence[Sequence[Finding]]) -> N
                 shape = re.sub(r"[\d.,]+", "#", finding.text)
                 finding = shapes.setdefault((finding.topic, shape), finding)
             where.setdefault(finding, []).append(place)
-    topics = sorted({finding.topic for finding in where}, key=_place_of)
-    width = max(map(len, topics), default=0)
-    for topic in topics:
-        for finding, at in where.items():
-            if finding.topic != topic:
-                continue
-            prefix = "" if finding.level == Level.FINE else _named(topic, at, places)
-            first, *others = f"{prefix}{finding.text}".splitlines()
-            name = finding.level.name
-            level = name if finding.level == Level.FAULT else name.lower()
-            head = (f"{topic:<{width}}  ", (f"{level:<7}", STYLES[finding.level]), f"  {first}")
-            console.print(Text.assemble(*head))
-            indent = " " * (width + 11)
-            for line in others:
-                console.print(Text(indent + line))
-            if finding.remedy:
-                console.print(Text(f"{indent}remedy: {finding.remedy}"))
+    width = max((len(finding.topic) for finding in where), default=0)
+    indent = " " * (width + 11)
+    for finding, at in sorted(where.items(), key=lambda item: _order(item[0].topic)):
+        prefix = "" if finding.level == Level.FINE else _named(finding.topic, at, places)
+        first, *others = f"{prefix}{finding.text}".splitlines()
+        level = finding.level.name
+        level = level if finding.level == Level.FAULT else level.lower()
+        styled = (f"{level:<7}", STYLES[finding.level])
+        console.print(Text.assemble(f"{finding.topic:<{width}}  ", styled, f"  {first}"))
+        if finding.remedy:
+            others.append(f"remedy: {finding.remedy}")
+        for line in others:
+            console.print(Text(indent + line))
 
 
 def print_verdict(findings: Iterable[Finding]) -> None:
-    """How many faults and warnings there are, each counted once."""
+    """Print the number of distinct faults and warnings."""
     levels = [finding.level for finding in set(findings)]
     faults, warnings = levels.count(Level.FAULT), levels.count(Level.WARNING)
-    print(f"{_count(faults, 'fault')}, {_count(warnings, 'warning')}", flush=True)
+    print(f"{count(faults, 'fault')}, {count(warnings, 'warning')}", flush=True)
 
 
-def _place_of(topic: str) -> tuple[int, str]:
-    """In a report. What is not listed is a part of the config, and comes in the middle."""
+def _order(topic: str) -> tuple[int, str]:
+    """Sort key of a topic. Topics that are not listed are parts of the config, in the middle."""
     order = FIRST.index(topic) if topic in FIRST else len(FIRST)
     return order + (1 + LAST.index(topic) if topic in LAST else 0), topic
 
 
 def _named(topic: str, at: Sequence[str], places: Sequence[str]) -> str:
-    """The nodes, and where it is not all of them the ranks, in front of what was found there."""
+    """Prefix of a finding: its nodes, and its ranks unless all ranks of the node have it."""
     everyone, here = _by_node(places), _by_node(at)
     whole = topic in OF_NODES
     if here.keys() == everyone.keys() and (whole or len(at) == len(places)):
@@ -171,13 +166,7 @@ def _by_node(places: Sequence[str]) -> dict[str, list[str]]:
     return nodes
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
-
-
-def table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Rows of words as lines with aligned columns."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(f"{word!s:>{w}}" for word, w in zip(row, widths, strict=True)) for row in rows
-    ]
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number or 'no'} {noun}{'' if number == 1 else plural}"

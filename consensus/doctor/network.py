@@ -1,11 +1,8 @@
-"""Whether the members of a job reach each other, and what time it is there.
+"""Checks of the network by plain sockets: address, rendezvous, connections, clocks.
 
-Gloo and NCCL find out by waiting, and say little. Here every step is made alone, by plain sockets:
-which address this machine shows, whether the place to meet answers there, whether every member
-reaches every other, how far their clocks are apart.
+Gloo and NCCL detect these faults only by a timeout, and without the cause.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -15,18 +12,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from ipaddress import ip_address
 from pathlib import Path
 
-from consensus.comm.rendezvous import Exchange
+from consensus.doctor.exchange import Exchange
 from consensus.doctor.finding import FaultError, Finding, fault, warning
 
 NET = Path("/sys/class/net")
 SIOCGIFADDR = 0x8915
 CONNECT_S = 3.0
-SPEAK_EVERY_S = 10.0
+PRINT_EVERY_S = 10.0
 ROUNDS = 5
 WORST_CLOCK_S, BAD_CLOCK_S = 15.0, 1.0
-"""torchrun takes a node whose clock is 15 s behind for one that has died."""
+"""torchrun takes a node whose clock is 15 s behind for dead."""
 
 INTERFACE = (
     "INTERFACE=NAME for launch/node.sh, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, of the "
@@ -35,14 +34,12 @@ INTERFACE = (
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Network interfaces of this machine with their addresses, IPv4 first. {} if nobody says."""
-    found: dict[str, list[str]] = {}
-    for _, name in socket.if_nameindex():
-        found[name] = _ipv4(name)
-    with contextlib.suppress(OSError):
+    """Addresses by network interface, IPv4 first; {} if unknown."""
+    found = {name: _ipv4(name) for _, name in socket.if_nameindex()}
+    with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             digits, _, _, scope, _, name = line.split()
-            if scope != "20":  # link-local: of no use without naming the interface again
+            if scope != "20":  # link-local: usable only together with the interface's name
                 packed = bytes.fromhex(digits)
                 found.setdefault(name, []).append(socket.inet_ntop(socket.AF_INET6, packed))
     return found
@@ -58,72 +55,71 @@ def _ipv4(interface: str) -> list[str]:
 
 
 def check_interface() -> tuple[str | None, list[Finding]]:
-    """The address at which Gloo will wait for the others; None and a fault if it is of no use.
+    """Address at which Gloo will listen; None and a fault if it is unusable.
 
-    As Gloo does: the interface that GLOO_SOCKET_IFNAME names, else what the name of this machine
-    resolves to, else the loopback.
+    Gloo takes the interface in GLOO_SOCKET_IFNAME, else the address of the host's name, else the
+    loopback.
     """
-    there = interfaces()
-    named = {
-        variable: os.environ[variable]
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-        if os.environ.get(variable)
-    }
-    for variable, value in named.items():
-        if not _fits(variable, value, there):
-            has = ", ".join(f"{name} {' '.join(own) or '-'}" for name, own in there.items())
+    present = interfaces()
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = os.environ.get(variable, "")
+        if value and not _fits(variable, value, present):
+            has = ", ".join(f"{name} {' '.join(own) or '-'}" for name, own in present.items())
             text = f"{variable} is {value}, which this machine does not have; it has {has}"
             return None, [fault("network", text, INTERFACE)]
-    name = named.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    if name:
-        state = _state(name)
-        if not there[name] or state == "down":
-            what = "is down" if state == "down" else "has no address"
-            text = f"the interface {name} (GLOO_SOCKET_IFNAME) {what}"
-            return None, [fault("network", text, f"ip link set {name} up, or {INTERFACE}")]
-        return there[name][0], []
-    return _address_of_hostname(), []
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if not name:
+        return _bind(socket.gethostname(), 0) or "127.0.0.1", []
+    down = False
+    with suppress(OSError, ValueError):
+        down = not int((NET / name / "flags").read_text(), 16) & 1
+    if not present[name] or down:
+        problem = "is down" if down else "has no address"
+        text = f"the interface {name} (GLOO_SOCKET_IFNAME) {problem}"
+        return None, [fault("network", text, f"ip link set {name} up, or {INTERFACE}")]
+    return present[name][0], []
 
 
-def _fits(variable: str, value: str, there: dict[str, list[str]]) -> bool:
+def _fits(variable: str, value: str, present: dict[str, list[str]]) -> bool:
     """Whether an interface has that name; NCCL also takes prefixes, "=exact" and "^not these"."""
     if variable == "GLOO_SOCKET_IFNAME":
-        return all(name in there for name in value.split(","))
+        return all(name in present for name in value.split(","))
     if value.startswith("^"):
         return True
     exact, names = value.startswith("="), value.lstrip("=").split(",")
-    return any(own == name if exact else own.startswith(name) for name in names for own in there)
+    return any(own == name if exact else own.startswith(name) for name in names for own in present)
 
 
-def _state(interface: str) -> str:
-    try:
-        return "up" if int((NET / interface / "flags").read_text(), 16) & 1 else "down"
-    except (OSError, ValueError):
-        return "unknown"
-
-
-def _address_of_hostname() -> str:
-    with contextlib.suppress(OSError, UnicodeError):
-        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-        for family, kind, _, _, place in found:
-            with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+def _bind(host: str, port: int) -> str | None:
+    """First address of a host that this machine has, with the port unused; None if none is."""
+    with suppress(OSError, UnicodeError):
+        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe, suppress(OSError):
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
+                probe.listen()
                 return str(place[0])
-    return "127.0.0.1"
+    return None
 
 
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
+def owns(host: str, port: int) -> bool:
+    """Whether this machine has that address, and the port is unused."""
+    return _bind(host, port) is not None
 
 
-def reach(host: str, port: int, patience_s: float, what: str) -> None:
-    """Wait until something answers at a place.
+def reach(host: str, port: int, patience_s: float, name: str) -> None:
+    """Wait until a server answers.
+
+    Args:
+        host: Its address.
+        port: Its port.
+        patience_s: Longest wait, in seconds.
+        name: Name of the server in messages.
 
     Raises:
-        FaultError: If nothing does; says why.
+        FaultError: If none answers, with the cause.
     """
-    deadline, speak = time.monotonic() + patience_s, time.monotonic() + SPEAK_EVERY_S
-    problem: OSError | UnicodeError
+    deadline, speak = time.monotonic() + patience_s, time.monotonic() + PRINT_EVERY_S
     while True:
         try:
             socket.create_connection((host, port), timeout=CONNECT_S).close()
@@ -133,31 +129,23 @@ def reach(host: str, port: int, patience_s: float, what: str) -> None:
         if time.monotonic() > deadline:
             break
         if time.monotonic() > speak:
-            speak += SPEAK_EVERY_S
-            print(
-                f"consensus.doctor: {host}:{port} does not answer yet ({reason(problem)}); tries "
-                f"for {patience_s:g} s",
-                flush=True,
-            )
+            speak += PRINT_EVERY_S
+            line = f"{host}:{port} does not answer yet ({reason(problem)}); tries for"
+            print(f"consensus.doctor: {line} {patience_s:g} s", flush=True)
         time.sleep(0.5)
+    text = f"{name} is {host}:{port}, which cannot be reached in {patience_s:g} s"
+    text = f"{text} ({reason(problem)})"
+    remedy = "an address in a network that all nodes are on, and a port that no firewall closes"
     if isinstance(problem, socket.gaierror | UnicodeError):
-        raise FaultError(
-            "rendezvous",
-            f"{what} is {host}:{port}, but the name {host} cannot be resolved here",
-            f"an address in place of the name, or {INTERFACE}",
-        ) from problem
-    refused = problem.errno == errno.ECONNREFUSED
-    raise FaultError(
-        "rendezvous",
-        f"{what} is {host}:{port}, which cannot be reached in {patience_s:g} s ({reason(problem)})",
-        "start the node that has this address: without it nobody meets"
-        if refused
-        else "an address in a network that all nodes are on, and a port that no firewall closes",
-    ) from problem
+        text = f"{name} is {host}:{port}, but the name {host} cannot be resolved here"
+        remedy = f"an address in place of the name, or {INTERFACE}"
+    elif problem.errno == errno.ECONNREFUSED:
+        remedy = "start the node that has this address: the others meet there"
+    raise FaultError("rendezvous", text, remedy) from problem
 
 
 def reason(error: OSError | UnicodeError) -> str:
-    """In words of the system."""
+    """Cause of a failed connection, in plain words."""
     if isinstance(error, UnicodeError):
         return "no name of a machine"
     if isinstance(error, TimeoutError):
@@ -165,43 +153,18 @@ def reason(error: OSError | UnicodeError) -> str:
     return error.strerror or str(error)
 
 
-def owns(host: str, port: int) -> bool:
-    """Whether this machine has that address, and nothing uses the port yet."""
-    with contextlib.suppress(socket.gaierror, UnicodeError):
-        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(place)
-                probe.listen()
-                return True
-    return False
-
-
 def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
-    """Have members connect to each other, at ports that the system chooses. A collective.
+    """Connect every member to every other, at ports that the system chooses. A collective.
 
     Args:
         exchange: All members.
-        address: Where this one listens; None: it takes no part.
+        address: Address at which this one listens; None: it does not take part.
     """
-    with contextlib.ExitStack() as stack:
-        place: tuple[str, int] | None = None
-        if address is not None:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listener.bind((address, 0))
-            listener.listen(exchange.size)
-            place = listener.getsockname()[:2]
-            answering = threading.Thread(
-                target=_answer, args=(listener, exchange.index), daemon=True
-            )
-            answering.start()
-            stack.callback(answering.join, CONNECT_S)
-            stack.callback(_shut, listener)
+    with ExitStack() as stack:
+        place = None if address is None else _listen(address, exchange, stack)
         others = dict(enumerate(exchange.gather(place)))
-        seekers = min(32, exchange.size)
 
-        def seek(index: int) -> str:
+        def connect(index: int) -> str:
             there = others[index]
             if place is None or there is None or index == exchange.index:
                 return ""
@@ -213,47 +176,58 @@ def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
             except OSError as error:
                 return reason(error)
 
-        with ThreadPoolExecutor(seekers) as pool:
-            problems = list(pool.map(seek, others))
+        with ThreadPoolExecutor(min(32, exchange.size)) as pool:
+            problems = list(pool.map(connect, others))
         wrong = exchange.gather(any(problems))
     if not any(wrong):
         reached = [there[0] for there in others.values() if there is not None]
         shown = ", ".join(reached[:4]) + (", ..." if len(reached) > 4 else "")
         return [Finding("network", f"{len(reached)} nodes reach each other ({shown})")]
-    return [
-        fault(
-            "network",
-            f"cannot reach {exchange.names[index].partition(' rank ')[0]} at {others[index][0]}"
-            f"{', its loopback' if _is_loopback(others[index][0]) else ''} ({problem})",
-            f"{INTERFACE}; no firewall between the nodes, since ranks connect at ports that the "
-            "system chooses",
-        )
-        for index, problem in enumerate(problems)
-        if problem
-    ]
+    findings = []
+    for index, problem in enumerate(problems):
+        if problem:
+            node, there = exchange.names[index].partition(" rank ")[0], others[index][0]
+            loopback = ", its loopback" if ip_address(there).is_loopback else ""
+            text = f"cannot reach {node} at {there}{loopback} ({problem})"
+            reason_why = "since ranks connect at ports that the system chooses"
+            remedy = f"{INTERFACE}; no firewall between the nodes, {reason_why}"
+            findings.append(fault("network", text, remedy))
+    return findings
 
 
-def _shut(listener: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # not everywhere has a listener something to shut
-        listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+def _listen(address: str, exchange: Exchange, stack: ExitStack) -> tuple[str, int]:
+    """Answer every connection with the index of this member, in a thread, until the stack ends."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    listener.bind((address, 0))
+    listener.listen(exchange.size)
 
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    connection.sendall(f"{exchange.index}\n".encode())
 
-def _answer(listener: socket.socket, index: int) -> None:
-    """Say who is here to whoever asks, until the listener is shut down."""
-    with contextlib.suppress(OSError):
-        while True:
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
-                connection.sendall(f"{index}\n".encode())
+    def stop() -> None:
+        with suppress(OSError):  # not supported on all platforms
+            listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    stack.callback(thread.join, CONNECT_S)
+    stack.callback(stop)
+    host, port = listener.getsockname()[:2]
+    return host, port
 
 
 def check_clocks(
     exchange: Exchange, takes_part: bool = True, clock: Callable[[], float] = time.time
 ) -> list[Finding]:
-    """How far this member's clock is from the first one's, who takes part. A collective.
+    """Offset of this member's clock from the clock of the first, which takes part. A collective.
 
     The first answers each of the others in turn with its time. That time lies between a question
-    and its answer, so the difference is known to half of that, of the quickest of five.
+    and its answer, so the error is at most half of that delay, for the quickest of five.
     """
     parts = exchange.gather(takes_part)
     off, within = 0.0, float("inf")
@@ -279,11 +253,9 @@ def check_clocks(
     if abs(off) - within <= BAD_CLOCK_S:
         return []
     kind = fault if abs(off) > WORST_CLOCK_S else warning
-    return [
-        kind(
-            "clock",
-            f"{abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the first clock",
-            "NTP on every node (chrony, systemd-timesyncd): torchrun takes a node that is 15 s off "
-            "for dead, and dates of files and logs mislead",
-        )
-    ]
+    text = f"{abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the first clock"
+    remedy = (
+        "NTP on every node (chrony, systemd-timesyncd): torchrun takes a node that is 15 s off for "
+        "dead, and dates of files and logs mislead"
+    )
+    return [kind("clock", text, remedy)]

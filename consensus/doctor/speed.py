@@ -1,10 +1,11 @@
-"""How fast sums are over the group of a run, against the gradients that they hide behind."""
+"""Speed of sums over the group of a run, against the gradients that overlap with them."""
 
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,32 +13,32 @@ from torch import Tensor
 from consensus.algorithm import Consensus
 from consensus.comm import Group, RepeatedSum
 from consensus.comm.shared_memory import FOLDER, num_bytes
-from consensus.doctor.finding import Finding, fault, table, warning
+from consensus.doctor.finding import Finding, fault, warning
 from consensus.run.plan import Plan
 from consensus.run.trainer import build_algorithm
 from consensus.server import digest
 
 SIZES = (1, 1_000, 100_000, 10_000_000)
 FEWEST, MOST = 3, 50
-EACH_S = 0.5  # about as long as one size is measured
-LONGEST_S = 2.0  # a larger size is left out when a sum of it would take longer
-SHORT_S = 1e-3  # a gradient that hides nothing
+EACH_S = 0.5  # time to measure one size
+LONGEST_S = 2.0  # larger sizes are skipped when one sum would take longer
+SHORT_S = 1e-3  # a gradient too short to overlap with a sum
 
 
 def check_sums(
     group: Group, own: int | None, dtype: torch.dtype, compress: str | None, backend: str
 ) -> tuple[list[Finding], float]:
-    """Sums of several sizes as line 3 forms them, measured, and compared with their value.
+    """Time and value of repeated sums of several sizes. A collective.
 
     Args:
         group: The processes.
-        own: n of this model; None: unknown. Alike on all ranks, as are the following.
-        dtype: Of the run.
+        own: n of this model; None: unknown. Equal on all ranks, as are the other arguments.
+        dtype: Type of the numbers.
         compress: `group.compress`.
-        backend: What it is called.
+        backend: Name of the backend.
 
     Returns:
-        What was found, and the seconds of a sum of n numbers.
+        The findings, and the seconds of a sum of n numbers.
     """
     like = torch.zeros(1, device=group.device, dtype=dtype)
     rows: list[tuple[str, str, str, str]] = [("n", "", "ms", "MB/s")]
@@ -53,14 +54,10 @@ def check_sums(
         rounds = compress is not None and way == backend and group.size > 2**8
         allowed = group.size**2 / 2**8 if rounds else 0.0
         right = bool(((total.start().wait() - group.size).abs() <= allowed).all())
-        if int(group.min_(torch.tensor([int(right)], device=group.device))) == 0:
-            return [
-                fault(
-                    "sums",
-                    f"the sum of {numel:,} numbers of all ranks is wrong, over {way}",
-                    "group=gloo and group.shared_memory=false, to see which way is at fault",
-                )
-            ], 0.0
+        if not _on_all(group, right):
+            text = f"the sum of {numel:,} numbers of all ranks is wrong, over {way}"
+            remedy = "group=gloo and group.shared_memory=false, to see which way is at fault"
+            return [fault("sums", text, remedy)], 0.0
 
         def once(total: RepeatedSum = total) -> Tensor:
             total.message.fill_(1.0)
@@ -77,15 +74,26 @@ def check_sums(
     return [Finding("sums", "\n".join([text, *table(rows)]))], own_s
 
 
+def table(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Rows of words as lines with aligned columns."""
+    widths = [max(len(str(word)) for word in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{word!s:>{w}}" for word, w in zip(row, widths, strict=True)) for row in rows
+    ]
+
+
 def _fits(group: Group, numel: int, dtype: torch.dtype) -> bool:
-    """Whether a size that is only of interest leaves shared memory to those who need it."""
+    """Whether a size other than that of the model leaves enough shared memory to other programs."""
     room = shutil.disk_usage(FOLDER).free if FOLDER.exists() else math.inf
-    fits = num_bytes(group.size, numel, dtype) < 0.1 * room
-    return int(group.min_(torch.tensor([int(fits)], device=group.device))) == 1
+    return _on_all(group, num_bytes(group.size, numel, dtype) < 0.1 * room)
+
+
+def _on_all(group: Group, here: bool) -> bool:
+    return bool(group.min_(torch.tensor([int(here)], device=group.device)).item())
 
 
 def check_iterations(group: Group, plan: Plan, sum_s: float) -> list[Finding]:
-    """A few iterations of the run itself: the same u everywhere, and how long a gradient takes.
+    """Bits of u after a few iterations, and the time of a gradient. A collective.
 
     Args:
         group: The processes.
@@ -97,38 +105,34 @@ def check_iterations(group: Group, plan: Plan, sum_s: float) -> list[Finding]:
         algorithm.step(t)
     digests = group.gather(digest(algorithm.u)).tolist()
     if len(set(digests)) > 1:
-        return [
-            fault(
-                "sums",
-                "after 3 iterations the ranks hold different bits of u",
-                "the same versions and the same kind of machine on every node; group=gloo",
-            )
-        ]
+        text = "after 3 iterations the ranks hold different bits of u"
+        remedy = "the same versions and the same kind of machine on every node; group=gloo"
+        return [fault("sums", text, remedy)]
     worker = algorithm.worker
     gradient_s = _median(group, lambda: worker.gradient(worker.draw()))
+    text = f"a gradient takes {1e3 * gradient_s:.3g} ms"
     if group.size == 1 or not isinstance(algorithm, Consensus):
-        return [Finding("speed", f"a gradient takes {1e3 * gradient_s:.3g} ms")]
-    text = (
-        f"a gradient takes {1e3 * gradient_s:.3g} ms, the sum of line 3, which travels meanwhile, "
-        f"{1e3 * sum_s:.3g} ms; after 3 iterations all ranks hold the same bits of u"
-    )
-    finding = advice(gradient_s, sum_s, plan.config.algorithm.period)
-    if finding is None:
         return [Finding("speed", text)]
-    return [warning("speed", f"{text}. {finding[0]}", finding[1])]
+    text += (
+        f", the sum of line 3, which travels meanwhile, {1e3 * sum_s:.3g} ms; "
+        "after 3 iterations all ranks hold the same bits of u"
+    )
+    found = advice(gradient_s, sum_s, plan.config.algorithm.period)
+    if found is None:
+        return [Finding("speed", text)]
+    return [warning("speed", f"{text}. {found[0]}", found[1])]
 
 
 def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | None:
-    """What to say of a sum that takes longer than the gradients it hides behind; None: nothing."""
+    """Text and remedy for a sum that takes longer than the gradients it overlaps with, or None."""
     over = sum_s - gradient_s
     waits = over / (period * gradient_s + over)
     if waits <= 0.1:
         return None
     text = f"It cannot hide: the run waits {100 * waits:.0f} % of the time"
     if gradient_s < SHORT_S:
-        return f"{text}; gradients this short hide nothing", (
-            "a larger algorithm.batch_size, or several workers on fewer processes"
-        )
+        remedy = "a larger algorithm.batch_size, or several workers on fewer processes"
+        return f"{text}; gradients this short hide nothing", remedy
     enough = math.ceil(9.0 * over / gradient_s)
     return text, (
         f"algorithm.period={enough} would wait a tenth of it (a longer period is another "
@@ -137,12 +141,14 @@ def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | No
 
 
 def _median(group: Group, work: Callable[[], Tensor]) -> float:
-    """Seconds, the slowest rank's median."""
+    """Largest over ranks of the median time of a call, in seconds. A collective."""
     took = []
 
     def once() -> None:
         began = time.perf_counter()
-        _finish(work())
+        result = work()
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
         took.append(time.perf_counter() - began)
 
     once()
@@ -156,8 +162,3 @@ def _median(group: Group, work: Callable[[], Tensor]) -> float:
 def _slowest(group: Group, seconds: float) -> float:
     times = group.gather(torch.tensor(seconds, device=group.device, dtype=torch.float64))
     return float(times.max())
-
-
-def _finish(result: Tensor) -> None:
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)

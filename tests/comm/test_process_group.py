@@ -1,75 +1,36 @@
 import os
 import time
-from datetime import timedelta
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from consensus import POTENTIALS, Layerwise
 from consensus.comm import (
-    GroupError,
     Launch,
-    LaunchError,
     PeerLostError,
     ProcessGroup,
-    Solo,
     choose_backend,
-    sent_sum,
+    open_group,
+    shared_memory,
 )
-from consensus.comm.shared_memory import available
-from consensus.server import digest
+from consensus.server import Server, digest
+from tests.comm.test_group import closed_form, collectives
 from tests.testing.ranks import RankError
 
-
-def collectives(group):
-    """Every collective once, on numbers that tell the ranks apart."""
-    mine = torch.tensor([1.0, 10.0]) * (group.rank + 1)
-    pending = group.start_sum(mine.clone())
-    return {
-        "sum": group.sum_(mine.clone()).tolist(),
-        "async": pending.wait().tolist(),
-        "min": group.min_(mine.clone()).tolist(),
-        "broadcast": group.broadcast_(mine.clone()).tolist(),
-        "gather": group.gather(mine).tolist(),
-        "share": group.share({"rank": group.rank}),
-        "objects": group.gather_objects(group.rank),
-    }
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_collectives_give_every_rank_the_closed_form(ranks, size):
-    total = size * (size + 1) / 2
-    for answer in ranks(size, collectives):
-        assert answer == {
-            "sum": [total, 10 * total],
-            "async": [total, 10 * total],
-            "min": [1.0, 10.0],
-            "broadcast": [1.0, 10.0],
-            "gather": [[float(r + 1), 10.0 * (r + 1)] for r in range(size)],
-            "share": {"rank": 0},
-            "objects": list(range(size)),
-        }
-
-
-def complain(group, wrong):
-    try:
-        group.raise_together("the disk is full" if group.rank in wrong else None)
-    except GroupError as error:
-        return str(error)
-    return None
-
-
-@pytest.mark.ranks
-def test_one_ranks_problem_is_raised_by_all_with_its_rank(ranks):
-    assert ranks(4, complain, (2, 3)) == ["rank 2: the disk is full"] * 4
-    assert ranks(4, complain, ()) == [None] * 4
+CPU = torch.device("cpu")
 
 
 def lose_a_peer(group):
     if group.rank == 1:
         os._exit(7)
+    return failing_sum(group)
+
+
+def failing_sum(group):
     started = time.monotonic()
     try:
         group.sum_(torch.ones(1))
@@ -79,32 +40,30 @@ def lose_a_peer(group):
 
 
 @pytest.mark.ranks
-def test_a_lost_peer_is_one_line_that_names_rank_and_collective(ranks):
-    # The pool reports the death; that the survivors leave is seen in test_train.py.
+def test_a_dead_rank_is_reported(ranks):
+    # The pool reports the death; test_train.py tests that the survivors leave.
     with pytest.raises(RankError, match="rank 1 died with exit code 7"):
         ranks(2, lose_a_peer)
 
 
-def survive(group, path):
+def survive(group):
     if group.rank == 1:
         time.sleep(1.0)  # rank 0 is in the collective by then
         group.close()
         return None
-    message, _ = lose_a_peer(group)
-    return message
+    return failing_sum(group)[0]
 
 
 @pytest.mark.ranks
-def test_the_survivor_of_a_closed_group_gets_the_error(ranks, tmp_path):
-    message = ranks(2, survive, str(tmp_path))[0]
+def test_a_lost_peer_is_one_line_that_names_rank_and_collective(ranks):
+    message = ranks(2, survive)[0]
     assert message.startswith("rank 0: lost a peer in `sum`: ")
     assert "\n" not in message
 
 
 def connect_slowly(group):
-    # Gloo gives each peer the timeout, one after another: with some that died while they were
-    # connecting it waits for a multiple of it.
-    group._timeout = timedelta(seconds=1.0)
+    # Gloo waits for each peer in turn: with several dead peers, a multiple of the timeout.
+    group.timeout_s = 1.0
     connect = dist.new_group
     dist.new_group = lambda **_: time.sleep(20.0)
     started = time.monotonic()
@@ -118,7 +77,7 @@ def connect_slowly(group):
 
 
 @pytest.mark.ranks
-def test_the_timeout_is_for_all_connections_together(ranks):
+def test_the_timeout_covers_all_connections_together(ranks):
     for rank, (message, seconds) in enumerate(ranks(2, connect_slowly)):
         assert message.startswith(f"rank {rank}: lost a peer in `start`: ")
         assert seconds < 10.0
@@ -129,73 +88,42 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 
 
+def gloo_threads_after(expected):
+    """The Gloo threads; the kernel takes a moment to remove one that has ended."""
+    deadline = time.monotonic() + 10.0
+    while len(gloo_threads()) > expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return len(gloo_threads())
+
+
 def close_with_a_side(group):
     side = group.side()
     side.barrier()
     before = gloo_threads()
     group.close()
-    deadline = time.monotonic() + 10.0  # the kernel takes a moment to forget a thread
-    while gloo_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return before, gloo_threads(), hasattr(side, "handle")
+    return before, gloo_threads_after(0), hasattr(side, "handle")
 
 
 @pytest.mark.ranks
-def test_a_closed_group_leaves_no_thread_that_could_abort_the_end_of_the_process(ranks):
+def test_a_closed_group_leaves_no_thread_that_could_abort_the_process(ranks):
     for before, after, held in ranks(2, close_with_a_side):
         assert before
-        assert (after, held) == ([], False)
+        assert (after, held) == (0, False)
 
 
-def refuse(group):
-    raise ValueError(f"from rank {group.rank}")
-
-
-def sleep(group):
-    time.sleep(60.0)
-
-
-def pids(group):
-    return os.getpid()
+def close_a_side_alone(group):
+    side = group.side()
+    side.close()
+    return group.sum_(torch.ones(1)).item()
 
 
 @pytest.mark.ranks
-def test_the_pool_itself(ranks):
-    first = ranks(2, pids)
-    assert ranks(2, pids) == first, "processes are reused"
-    with pytest.raises(RankError, match="ValueError: from rank"):
-        ranks(2, refuse)
-    with pytest.raises(RankError, match=r"ranks \[0, 1\] gave no answer in 1.0 s"):
-        ranks(2, sleep, timeout=1.0)
-    assert set(ranks(2, pids)).isdisjoint(first), "failed ones are replaced"
+def test_a_closed_side_leaves_its_group_open(ranks):
+    assert ranks(2, close_a_side_alone) == [2.0, 2.0]
 
 
-def test_launch_reads_what_torchrun_sets(monkeypatch):
-    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    assert Launch.from_environment() == Launch(rank=5, size=8, local_rank=1, local_size=4)
-    for name, value, message in (
-        ("RANK", "a", "`RANK` is a; allowed: a whole number"),
-        ("RANK", "8", "`RANK` is 8; allowed: below WORLD_SIZE = 8"),
-        ("LOCAL_RANK", "4", "`LOCAL_RANK` is 4; allowed: below LOCAL_WORLD_SIZE = 4"),
-        ("MASTER_PORT", None, "`MASTER_PORT` is not set"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.delenv(name) if value is None else patch.setenv(name, value)
-            with pytest.raises(LaunchError, match=message):
-                Launch.from_environment()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name)
-    assert Launch.from_environment() == Launch()
-
-
-@pytest.mark.parametrize(
-    ("rank", "size", "block"), [(0, 1, [0, 1, 2, 3]), (1, 2, [2, 3]), (3, 4, [3])]
-)
-def test_workers_are_dealt_out_in_blocks(rank, size, block):
-    assert list(Launch(rank, size).block(4)) == block
+def unsupported_type(group):
+    group.sum_(torch.ones(2).to(torch.float8_e4m3fn))  # on all ranks, so that none is lost first
 
 
 @pytest.mark.ranks
@@ -205,73 +133,212 @@ def test_a_bug_is_not_called_a_lost_peer(ranks):
     assert "PeerLostError" not in str(failure.value)
 
 
-def unsupported_type(group):
-    group.sum_(torch.ones(2).to(torch.float8_e4m3fn))  # on all ranks, so that none is lost first
-
-
 def test_auto_takes_gloo_without_a_device_of_its_own():
-    cpu = torch.device("cpu")
-    assert choose_backend("auto", cpu, Launch(0, 4, 0, 4)) == "gloo"
-    assert choose_backend("nccl", cpu, Launch()) == "nccl"  # as named; the plan refuses it
-
-
-def test_solo_opens_no_process_group():
-    Solo().sum_(torch.ones(1))
-    assert not torch.distributed.is_initialized()
+    assert choose_backend("auto", CPU, Launch(0, 4, 0, 4)) == "gloo"
+    assert choose_backend("nccl", CPU, Launch()) == "nccl"  # as named; the plan refuses it
 
 
 def test_a_rank_that_never_comes_is_named_once(tmp_path):
     with pytest.raises(PeerLostError) as failure:
-        ProcessGroup(Launch(0, 3), "gloo", torch.device("cpu"), 1.0, f"file://{tmp_path}/store")
+        open_group(Launch(0, 3), "gloo", CPU, 1.0, init_method=f"file://{tmp_path}/store")
     assert str(failure.value) == (
         "rank 0: lost a peer in `start`: rank 1, 2 did not come within 1 s"
     )
 
 
-# ---- compressed sums
+# ---- groups that the user has created
 
 
-def summands(group, numel, dtype):
-    """One of widely spread numbers for each rank, and the same on every rank."""
-    random = torch.Generator().manual_seed(5)
-    x = torch.randn(group.size, numel, generator=random, dtype=torch.float64)
-    return (x * torch.logspace(-6, 6, numel, dtype=torch.float64)).to(dtype)
+@contextmanager
+def world_of_the_user(group, folder):
+    """torch's default group over the ranks of a group of the pool, which is closed."""
+    group.close()
+    method = f"file://{folder}/world"
+    dist.init_process_group("gloo", init_method=method, rank=group.rank, world_size=group.size)
+    try:
+        yield dist.group.WORLD
+        assert dist.is_initialized(), "the default group belongs to the user"
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
-def sum_compressed(group, numel, dtype):
-    x = summands(group, numel, dtype)
-    repeated = sent_sum(group, numel, x, "bf16")
-    for _ in range(3):  # again and again, in the same memory
-        repeated.message.copy_(x[group.rank])
-        total = repeated.start().wait()
-        assert total.dtype == dtype
-        error = (total.double() - x.double().sum(0)).abs()
-        u = 2.0**-8  # of bfloat16, to nearest
-        bound = group.size * u / (1 - group.size * u) * x.double().abs().sum(0)
-        assert (error <= bound).all()
-        assert (error > 0).any()  # it was compressed
-    return repeated.num_bytes, int(digest(total))
+def plain_sum(handle, value):
+    """An all-reduce by torch alone."""
+    tensor = torch.tensor([float(value)])
+    dist.all_reduce(tensor, group=handle)
+    return tensor.item()
+
+
+def follow(group, numel=5):
+    """u after 20 updates towards one worker per rank: (rank, digest of u, u)."""
+    u = torch.zeros(numel, dtype=torch.float64)
+    server = Server(u, Layerwise(POTENTIALS["quad"], [(0, 2), (2, numel)]), group)
+    z = torch.linspace(0.0, 1.0, numel, dtype=torch.float64)[None] * (group.rank + 1)
+    for _ in range(20):
+        u = server.finish(server.start(z), 0.05)
+    return group.rank, int(digest(u)), u.tolist()
+
+
+def followed(size, numel=5):
+    """Closed form of u: a geometric approach to the mean of the z_j, with factor 1 - 2 P tau."""
+    mean = torch.linspace(0.0, 1.0, numel, dtype=torch.float64) * (size + 1) / 2
+    return mean * (1.0 - (1.0 - 2 * size * 0.05) ** 20)
+
+
+def use(handle, options):
+    """All collectives, and u, over a handle of the user; then what is left after `close`."""
+    group = ProcessGroup(handle, CPU, 60.0, **options)
+    found = collectives(group)
+    repeated = group.repeated_sum(3, torch.zeros(1))
+    repeated.message.fill_(group.rank + 1.0)
+    kind, total = type(repeated).__name__, repeated.start().wait()
+    exact = all(x == plain_sum(handle, group.rank + 1.0) for x in total.tolist())
+    state = follow(group)
+    group.close()
+    assert not hasattr(group, "handle")
+    return found, (kind, exact), state, plain_sum(handle, 1.0)
+
+
+def use_groups_of_the_user(group, folder, options):
+    with world_of_the_user(group, folder) as world:
+        some = dist.new_group([1, 3])
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "worker"))
+        found = {"world": use(world, options)}
+        if dist.get_rank() in (1, 3):
+            found["1 and 3"] = use(some, options)
+        else:
+            with pytest.raises(ValueError, match=r"`handle` is .*; allowed: a group that has this"):
+                ProcessGroup(some, CPU, 60.0)
+        for name in ("worker", "replica"):
+            found[name] = use(mesh.get_group(name), options)
+        found["again"] = use(world, options)
+        return found
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sum_in_bfloat16_is_near_and_the_same_on_all_ranks(ranks, size, dtype):
-    found = ranks(size, sum_compressed, 10_001, dtype)
-    assert found == [(2 * 10_001, found[0][1])] * size
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "SumInSharedMemory" if shared_memory.available() else "SentSum"),
+        ({"shared_memory": False}, "SentSum"),
+    ],
+)
+def test_groups_that_the_user_has_created(ranks, tmp_path, options, kind):
+    sizes = {"world": 4, "1 and 3": 2, "worker": 2, "replica": 2, "again": 4}
+    places = {  # rank within the group, by global rank
+        "world": [0, 1, 2, 3],
+        "1 and 3": [None, 0, None, 1],
+        "worker": [0, 1, 0, 1],
+        "replica": [0, 0, 1, 1],
+        "again": [0, 1, 2, 3],
+    }
+    answers = ranks(4, use_groups_of_the_user, str(tmp_path), options)
+    for name, size in sizes.items():
+        digests = set()
+        for place, answer in zip(places[name], answers, strict=True):
+            if place is None:
+                assert name not in answer
+                continue
+            found, kind_and_exact, (rank, bits, u), left = answer[name]
+            assert found == closed_form(size), name
+            assert kind_and_exact == (kind, True), name
+            assert left == size, "the user's group still sums after `close`"
+            assert rank == place
+            torch.testing.assert_close(torch.tensor(u).double(), followed(size))
+            digests.add(bits)
+        assert len(digests) == 1, name
 
 
-def kinds_of_sum(group):
-    x, names = torch.zeros(3), []
-    for compress in (None, "bf16"):
-        for shared in (True, False):
-            group._compress, group._shared_memory = compress, shared and available()
-            names.append(type(group.repeated_sum(3, x)).__name__)
-    return names
+def two_on_one_handle(group, folder):
+    with world_of_the_user(group, folder) as world:
+        first, second = (ProcessGroup(world, CPU, 60.0) for _ in range(2))
+        sums = [one.repeated_sum(2, torch.zeros(1)) for one in (first, second)]
+        for factor, total in zip((1.0, 10.0), sums, strict=True):
+            total.message.fill_(factor * (group.rank + 1))
+        pending = [total.start() for total in sums]
+        values = [one.wait()[0].item() for one in reversed(pending)]
+        sides = [one.side() for one in (first, second)]
+        values += [side.sum_(torch.ones(1)).item() for side in reversed(sides)]
+        first.close()
+        values += [second.sum_(torch.ones(1)).item(), sides[1].sum_(torch.ones(1)).item()]
+        second.close()
+        return values, plain_sum(world, 1.0)
 
 
 @pytest.mark.ranks
-def test_only_what_is_sent_is_compressed(ranks):
-    here = "_SumInSharedMemory" if available() else None
-    expected = [here or "_SumOfTensors", "_SumOfTensors", here or "_SumInBfloat16"]
-    assert ranks(2, kinds_of_sum) == [[*expected, "_SumInBfloat16"]] * 2
+def test_two_groups_on_one_handle_are_independent(ranks, tmp_path):
+    expected = [30.0, 3.0, 2.0, 2.0, 2.0, 2.0], 2.0
+    assert ranks(2, two_on_one_handle, str(tmp_path)) == [expected] * 2
+
+
+def open_sides(group, folder):
+    with world_of_the_user(group, folder):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "worker"))
+        values = []
+        for name in ("worker", "replica", "worker"):
+            rows = ProcessGroup(mesh.get_group(name), CPU, 60.0)
+            plain_sum(rows.handle, 1.0)  # a thread has its name once it runs
+            threads = len(gloo_threads())
+            side = rows.side()
+            values.append(side.sum_(torch.tensor([float(dist.get_rank())])).item())
+            values.append(side.share(dist.get_rank()))
+            rows.close()
+            del side
+            assert gloo_threads_after(threads) == threads
+        some = dist.new_group([1, 3])  # of all ranks: torch's count of groups is still the same
+        if dist.get_rank() in (1, 3):  # last: now it is not
+            side = ProcessGroup(some, CPU, 60.0).side()
+            values.append(side.sum_(torch.tensor([float(dist.get_rank())])).item())
+            side.close()
+        return values
+
+
+@pytest.mark.ranks
+def test_sides_of_a_part_of_the_ranks(ranks, tmp_path):
+    # Rows of the mesh are {0, 1} and {2, 3}, columns {0, 2} and {1, 3}.
+    assert ranks(4, open_sides, str(tmp_path)) == [
+        [1.0, 0, 2.0, 0, 1.0, 0],
+        [1.0, 0, 4.0, 1, 1.0, 0, 4.0],
+        [5.0, 2, 2.0, 0, 5.0, 2],
+        [5.0, 2, 4.0, 1, 5.0, 2, 4.0],
+    ]
+
+
+def lose_a_member(group, folder):
+    with world_of_the_user(group, folder):
+        some = dist.new_group([1, 3])
+        if dist.get_rank() not in (1, 3):
+            return None
+        mine = ProcessGroup(some, CPU, 60.0, shared_memory=False)
+        mine.barrier()
+        if dist.get_rank() == 1:
+            mine.close()
+            dist.destroy_process_group(some)
+            del some  # the last reference closes the connections
+            return None
+        with mine.publish_failure():
+            return failing_sum(mine)[0]
+
+
+@pytest.mark.ranks
+def test_a_lost_member_of_a_group_of_the_user_is_one_line(ranks, tmp_path):
+    *others, message = ranks(4, lose_a_member, str(tmp_path))
+    assert others == [None] * 3
+    assert message.startswith("rank 1: lost a peer in `sum`: "), "the rank within the group"
+    assert "\n" not in message
+
+
+def another_host(group, folder):
+    with world_of_the_user(group, folder) as world, pytest.MonkeyPatch.context() as patch:
+        if group.rank == 1:
+            patch.setattr(shared_memory, "identity", lambda: "elsewhere")
+        mine = ProcessGroup(world, CPU, 60.0)
+        repeated = mine.repeated_sum(3, torch.zeros(1))
+        mine.close()
+        return type(repeated).__name__
+
+
+@pytest.mark.ranks
+def test_ranks_on_two_hosts_do_not_share_memory(ranks, tmp_path):
+    assert ranks(2, another_host, str(tmp_path)) == ["SentSum"] * 2

@@ -61,7 +61,7 @@ def repeat(group, numel, dtype, jitter):
 def test_sums_have_their_closed_form(ranks, size, numel, dtype):
     before = leftovers()
     for answer in ranks(size, repeat, numel, dtype, 2e-3):
-        assert answer == ("_SumInSharedMemory", "right")
+        assert answer == ("SumInSharedMemory", "right")
     assert leftovers() == before, "no name stays"
 
 
@@ -91,7 +91,7 @@ def without(group):
 
 
 def test_where_one_rank_cannot_all_use_the_group(ranks):
-    assert ranks(2, without) == [("_SumOfTensors", [3.0] * 3)] * 2
+    assert ranks(2, without) == [("SentSum", [3.0] * 3)] * 2
 
 
 def no_room(group):
@@ -111,7 +111,7 @@ def test_without_room_one_line_and_the_group_is_used(ranks):
     line = "rank 0: no shared memory, sums go through Gloo: No space left on device"
     answers = ranks(2, no_room)
     assert [lines for lines, *_ in answers] == [[line], []]
-    assert [rest for _, *rest in answers] == [["_SumOfTensors", [3.0] * 3]] * 2
+    assert [rest for _, *rest in answers] == [["SentSum", [3.0] * 3]] * 2
 
 
 def another_folder(group):
@@ -128,7 +128,7 @@ def another_folder(group):
 def test_a_rank_that_does_not_see_the_memory_makes_none_of_its_own(ranks):
     before = leftovers()
     answers = ranks(2, another_folder)
-    assert answers == [(told, "_SumOfTensors", [3.0] * 3) for told in (0, 1)]
+    assert answers == [(told, "SentSum", [3.0] * 3) for told in (0, 1)]
     assert leftovers() == before
 
 

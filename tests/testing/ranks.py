@@ -1,9 +1,8 @@
-"""Rank processes for tests: real processes, a real Gloo group, started once for all tests.
+"""Pool of rank processes for tests: real processes with a real Gloo group.
 
-A mocked process group proves nothing, and starting a process costs seconds for importing torch. So
-a pool keeps its processes; each job opens a fresh group of the size it needs over a file store
-(ports race), runs a function on every rank, and brings back each rank's return value or traceback.
-Assertions live in the test, where pytest explains them.
+A pool keeps its processes, since importing torch costs seconds in each. Every job opens a new group
+of the size it needs over a file store (ports race), runs a function on every rank, and returns each
+rank's value or traceback. Assertions belong in the test, where pytest explains them.
 """
 
 import multiprocessing
@@ -18,11 +17,11 @@ from typing import Any
 
 import torch
 
-from consensus.comm import Group, Launch, ProcessGroup, Solo
+from consensus.comm import Launch, open_group
 
 
 class RankError(AssertionError):
-    """A rank raised, died or did not answer in time; the message says which and how."""
+    """A rank raised, died or did not answer in time; the message names it and the cause."""
 
 
 @dataclass
@@ -32,7 +31,7 @@ class _Rank:
 
 
 class RankPool:
-    """Processes that wait for jobs; dead or hanging ones are replaced at the next job."""
+    """Processes that wait for jobs; after a failure they are replaced at the next job."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")  # fork and torch's threads do not mix
@@ -85,7 +84,7 @@ class RankPool:
         self._ranks.clear()
 
     def _fail(self, message: str) -> None:
-        self.close()  # who waits in a collective for the failed one cannot be used again
+        self.close()  # a rank that waits in a collective for the failed one cannot be reused
         raise RankError(message)
 
     def _start(self) -> _Rank:
@@ -104,7 +103,8 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            group = _open(rank, size, store, timeout)
+            launch, method = Launch(rank, size, rank, size), f"file://{store}"
+            group = open_group(launch, "gloo", torch.device("cpu"), timeout, init_method=method)
             try:
                 answer = function(group, *args)
             finally:
@@ -113,10 +113,3 @@ def _serve(pipe: Connection) -> None:
             pipe.send(("error", traceback.format_exc()))
         else:
             pipe.send(("answer", answer))
-
-
-def _open(rank: int, size: int, store: str, timeout: float) -> Group:
-    if size == 1:
-        return Solo()
-    launch = Launch(rank, size, rank, size)
-    return ProcessGroup(launch, "gloo", torch.device("cpu"), timeout, f"file://{store}")

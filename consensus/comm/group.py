@@ -1,0 +1,198 @@
+"""Group: the collectives of Algorithm 1, and their implementation for one process."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GroupError(RuntimeError):
+    """A failure that all ranks know and raise alike."""
+
+
+class PeerLostError(GroupError):
+    """A collective failed because a peer is gone or late; every rank detects it on its own.
+
+    The message names the peer if the group has a heartbeat. Gloo reports a lost peer where the
+    collective is waited for. NCCL's `wait` only orders the device's stream: there torch's watchdog
+    ends the process after the timeout, with a report of its own.
+    """
+
+
+class Pending:
+    """A running sum. Its input must not be touched before `wait`.
+
+    Attributes:
+        wait: Returns the sum over all ranks.
+    """
+
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
+        self.wait = wait
+
+
+class RepeatedSum(ABC):
+    """A sum of tensors of one shape that is computed many times, in memory allocated once.
+
+    Attributes:
+        message: Buffer for the summand of this rank, to be written from `wait` to `start`. (numel,)
+        in_shared_memory: Whether the ranks add up in shared memory and send nothing.
+    """
+
+    message: Tensor
+    in_shared_memory = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of a summand as it is sent, in bytes."""
+        return self.message.nbytes
+
+    @abstractmethod
+    def start(self) -> Pending:
+        """Begin the sum of all messages.
+
+        The result of `wait` is read-only and valid until the next `start`: it may lie in memory of
+        all ranks, or in `message`. (numel,)
+        """
+
+
+class SentSum(RepeatedSum):
+    """A repeated sum by all-reduce of the messages."""
+
+    def __init__(self, group: "Group", message: Tensor) -> None:
+        self._group, self.message = group, message
+
+    def start(self) -> Pending:
+        """Begin the all-reduce, in place."""
+        return self._group.start_sum(self.message)
+
+
+class Group(ABC):
+    """Collectives over the processes of a run. All ranks call them in the same order.
+
+    Methods that end in an underscore work in place and return their argument.
+
+    Attributes:
+        rank: Rank of this process in the group.
+        size: Number of processes in the group.
+        device: Device of the tensors in collectives.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @abstractmethod
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+
+    @abstractmethod
+    def min_(self, tensor: Tensor) -> Tensor:
+        """Elementwise minimum over ranks."""
+
+    @abstractmethod
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Values of rank 0."""
+
+    @abstractmethod
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """Begin `sum_`, in place, so that it overlaps with a gradient."""
+
+    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+        """The fastest `start_sum` for vectors (numel,) like a tensor. A collective."""
+        return SentSum(self, like.new_empty(numel))
+
+    @abstractmethod
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks, on every rank. (...) -> (size, ...)."""
+
+    @abstractmethod
+    def share(self, value: Any) -> Any:
+        """Picklable object of rank 0, on every rank."""
+
+    @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Picklable objects of all ranks, on every rank, in order of ranks."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    @abstractmethod
+    def side(self) -> "Group":
+        """A second group of the same ranks, for CPU tensors. A collective.
+
+        A thread may use it while another thread uses this one.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the group; no collective may follow."""
+
+    @contextmanager
+    def publish_failure(self) -> Iterator[None]:
+        """Publish a local failure so that peers can report its cause."""
+        yield
+
+    def raise_together(self, problem: str | None) -> None:
+        """Raise on all ranks if any rank has a problem; every rank must call this.
+
+        A rank that raised alone would leave the others waiting in their next collective.
+
+        Raises:
+            GroupError: On every rank, with the problem of the lowest rank that has one.
+        """
+        flag = self.min_(torch.tensor([0 if problem else 1], device=self.device))
+        if int(flag) == 1:
+            return
+        problems = self.gather_objects(problem)
+        rank = next(rank for rank, text in enumerate(problems) if text)
+        text = str(problems[rank])
+        raise GroupError(text if text.startswith("rank ") else f"rank {rank}: {text}")
+
+
+class Solo(Group):
+    """The group of one process: every collective is the identity, without torch.distributed."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank, self.size, self.device = 0, 1, torch.device(device)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The argument."""
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """The argument."""
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """The argument."""
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """The argument, at once."""
+        return Pending(lambda: tensor)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(...) -> (1, ...)."""
+        return tensor.unsqueeze(0)
+
+    def share(self, value: Any) -> Any:
+        """The argument."""
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A list of the argument."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def side(self) -> "Solo":
+        """Another group of one process."""
+        return Solo("cpu")
+
+    def close(self) -> None:
+        """Do nothing."""

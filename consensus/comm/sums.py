@@ -1,0 +1,111 @@
+"""Repeated sums: compressed to bfloat16, or in shared memory."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from consensus.comm import shared_memory
+from consensus.comm.group import Group, Pending, RepeatedSum, SentSum
+from consensus.comm.shared_memory import SharedSum
+
+
+class Bfloat16Sum(RepeatedSum):
+    """An all-reduce in bfloat16: half the bytes of float32.
+
+    Every summand is rounded to 8 significant bits, and so is each addition. The error of a sum of P
+    summands x_r is at most P u / (1 - P u) sum_r |x_r| in each coordinate, u = 2^-8. The total is
+    written to `message`.
+    """
+
+    def __init__(self, group: Group, message: Tensor) -> None:
+        self._group, self.message = group, message
+        self._sent = torch.empty_like(message, dtype=torch.bfloat16)
+
+    @property
+    def num_bytes(self) -> int:
+        """Two bytes a number."""
+        return self._sent.nbytes
+
+    def start(self) -> Pending:
+        """Begin the all-reduce of the rounded message."""
+        pending = self._group.start_sum(self._sent.copy_(self.message))
+        return Pending(lambda: self.message.copy_(pending.wait()))
+
+
+def sent_sum(group: Group, numel: int, like: Tensor, compress: str | None = None) -> RepeatedSum:
+    """A repeated sum by all-reduce, of the messages as they are (None) or in bfloat16 ("bf16")."""
+    message = like.new_empty(numel)
+    return SentSum(group, message) if compress is None else Bfloat16Sum(group, message)
+
+
+class SumInSharedMemory(RepeatedSum):
+    """A repeated sum in memory of all ranks.
+
+    Args:
+        shared: The memory.
+        reporting: Context manager that turns `PeersGoneError` into `PeerLostError`.
+    """
+
+    in_shared_memory = True
+
+    def __init__(
+        self, shared: SharedSum, reporting: Callable[[str], AbstractContextManager[None]]
+    ) -> None:
+        self._shared, self._reporting = shared, reporting
+        self.message = shared.message
+
+    def start(self) -> Pending:
+        """Publish the message."""
+        self._shared.start()
+        self.message = self._shared.message
+        return Pending(self._wait)
+
+    def _wait(self) -> Tensor:
+        with self._reporting("sum"):
+            return self._shared.wait()
+
+
+def open_shared_sum(
+    group: Group, numel: int, dtype: torch.dtype, timeout_s: float, *, enabled: bool
+) -> SharedSum | None:
+    """A sum in memory of all ranks; None on all of them if one cannot take part. A collective.
+
+    Args:
+        group: The ranks, possibly on several hosts.
+        numel: Length of the vectors.
+        dtype: Type of their numbers.
+        timeout_s: Longest wait for a peer, in seconds.
+        enabled: Whether this rank may use shared memory.
+
+    Raises:
+        PeerLostError: If a peer does not answer.
+    """
+    memories = group.gather_objects(shared_memory.identity() if enabled else "")
+    if "" in memories or len(set(memories)) > 1:
+        return None
+    path, problem, shared = "", "", None
+    if group.rank == 0:
+        try:
+            path = SharedSum.reserve(group.size, numel, dtype)
+        except OSError as error:
+            problem = str(error)
+    try:
+        if place := group.share(path):
+            try:
+                shared = SharedSum(place, group.rank, group.size, numel, dtype, timeout_s)
+            except OSError as error:
+                problem = str(error)
+        complete = all(group.gather_objects(shared is not None))
+    finally:
+        if path:  # either all ranks have opened it, or none will use it
+            SharedSum.forget(path)
+    if problem:
+        line = f"rank {group.rank}: no shared memory, sums go through Gloo: {problem}"
+        warnings.warn(line, stacklevel=3)
+    if shared is not None and not complete:
+        shared.close()
+        return None
+    return shared

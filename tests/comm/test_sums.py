@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from consensus.comm import sent_sum
+from consensus.comm.shared_memory import available
+from consensus.server import digest
+
+
+def summands(size, numel, dtype):
+    """Numbers of widely different magnitudes for each rank, the same on every rank."""
+    random = torch.Generator().manual_seed(5)
+    x = torch.randn(size, numel, generator=random, dtype=torch.float64)
+    return (x * torch.logspace(-6, 6, numel, dtype=torch.float64)).to(dtype)
+
+
+def sum_compressed(group, numel, dtype):
+    x = summands(group.size, numel, dtype)
+    repeated = sent_sum(group, numel, x, "bf16")
+    for _ in range(3):  # in the same memory
+        repeated.message.copy_(x[group.rank])
+        total = repeated.start().wait()
+        assert total.dtype == dtype
+        error = (total.double() - x.double().sum(0)).abs()
+        u = 2.0**-8  # unit roundoff of bfloat16
+        bound = group.size * u / (1 - group.size * u) * x.double().abs().sum(0)
+        assert (error <= bound).all()
+        assert (error > 0).any()  # it was compressed
+    return repeated.num_bytes, int(digest(total))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_in_bfloat16_is_near_and_the_same_on_all_ranks(ranks, size, dtype):
+    found = ranks(size, sum_compressed, 10_001, dtype)
+    assert found == [(2 * 10_001, found[0][1])] * size
+
+
+def kinds_of_sum(group):
+    x, names = torch.zeros(3), []
+    for compress in (None, "bf16"):
+        for shared in (True, False):
+            group._compress, group._shared_memory = compress, shared
+            names.append(type(group.repeated_sum(3, x)).__name__)
+    return names
+
+
+@pytest.mark.ranks
+def test_only_sent_sums_are_compressed(ranks):
+    here = "SumInSharedMemory" if available() else None
+    expected = [here or "SentSum", "SentSum", here or "Bfloat16Sum", "Bfloat16Sum"]
+    assert ranks(2, kinds_of_sum) == [expected] * 2
