@@ -14,7 +14,7 @@ def rows_of(group) -> list[Row]:
 
 @pytest.mark.ranks
 def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
-    rows, _ = ranks(2, rows_of)
+    rows, _ = ranks(2, rows_of, timeout=300.0)
     lines = harness.table(COLUMNS, [row.cells() for row in rows]).splitlines()
     assert [line.split()[0] for line in lines] == ["workload"] + ["lenet5"] * len(rows)
     sent = {row.method: row.bytes_per_iteration for row in rows}

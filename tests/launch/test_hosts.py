@@ -20,13 +20,7 @@ RUN = [
     *("model=logistic", "workers=4", "potential=tan", "device=cpu", "output.tensorboard=false"),
     *("output.eval_every=25", "output.checkpoint_every=10", "output.log_every=25"),
 ]
-LENGTH = 100
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    with Hosts(2, tmp_path_factory.mktemp("hosts")) as hosts:
-        yield hosts
+LENGTH = 100  # iterations whose bits are compared
 
 
 def rows(run_dir):
@@ -74,9 +68,11 @@ def alone(tmp_path_factory):
     return digests(folder / "alone")
 
 
-def test_a_run_over_hosts_has_the_same_bits_and_continues_after_one_was_cut_off(alone, tmp_path):
-    """Four hosts of one process over a bad network; then two hosts of two processes to the end."""
-    run = [f"algorithm.iterations={LENGTH}", "output.run_dir=mine", "resume=auto"]
+def test_a_run_over_hosts_has_the_same_bits_after_a_host_was_cut_off_and_until_ctrl_c(
+    alone, tmp_path
+):
+    """Four hosts of one process over a bad network; then two hosts of two processes."""
+    run = ["algorithm.iterations=1000000", "output.run_dir=mine", "resume=auto"]
     with Hosts(4, tmp_path, latency_ms=10.0, loss=0.01) as hosts:
         process = start(hosts, 4, 1, tmp_path, *run, "group.timeout_s=15")
         wait_for(lambda: rows(tmp_path / "mine"), process)
@@ -84,7 +80,7 @@ def test_a_run_over_hosts_has_the_same_bits_and_continues_after_one_was_cut_off(
         cut = time.monotonic()
         assert hosts.lost > 0
         out, err = process.communicate(timeout=200)
-        assert process.returncode != 0
+        assert process.returncode not in (0, 130)
         assert time.monotonic() - cut < 120
         lines = [line for line in err.splitlines() if line.startswith("consensus.train: rank ")]
         assert any("no sign of life from rank 3" in line for line in lines), err
@@ -93,14 +89,21 @@ def test_a_run_over_hosts_has_the_same_bits_and_continues_after_one_was_cut_off(
         assert err.count("GLOO_SOCKET_IFNAME=eth0") == 4
         assert out.count("consensus with tan: 4 workers, 4 processes on cpu over gloo") == 1
         before = digests(tmp_path / "mine")
-        assert before.items() < alone.items()
+        assert before.items() <= alone.items()
         hosts.join("host3")
         hosts.set_latency(0.0)
         process = start(hosts, 2, 2, tmp_path, *run)
-        out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+        wait_for(lambda: LENGTH in digests(tmp_path / "mine"), process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
     assert "continues " in out
-    assert digests(tmp_path / "mine") == alone
+    assert alone.items() <= digests(tmp_path / "mine").items()
+    assert process.returncode == 130
+    assert "SIGTERM: stopped at iteration" in err
+    left = subprocess.run(
+        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert left.stdout == ""
 
 
 def test_no_packet_is_faster_than_the_latency(tmp_path):
@@ -160,20 +163,6 @@ def test_hosts_that_fail_to_start_leave_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="switch has ended"), hosts:
         pass
     assert not {hosts.space(name) for name in hosts.names} & set(os.listdir("/run/netns"))
-
-
-def test_ctrl_c_asks_every_host_for_a_checkpoint(hosts, tmp_path):
-    own = ["output.run_dir=mine", "algorithm.iterations=1000000"]
-    process = start(hosts, 2, 1, tmp_path, *own)
-    wait_for(lambda: rows(tmp_path / "mine"), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "SIGTERM: stopped at iteration" in err
-    left = subprocess.run(
-        ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert left.stdout == ""
 
 
 @pytest.mark.parametrize("arguments", [[], ["potential=tan"], ["--help"]])
