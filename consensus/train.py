@@ -8,7 +8,6 @@ process group opened; 75 it was asked to stop (SIGTERM, SIGUSR1) and left a chec
 signal, it was and could not; 130 interrupted.
 """
 
-import atexit
 import io
 import os
 import sys
@@ -26,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
+from consensus.private_api import run_exit_handlers
 from consensus.run.compose import (
     REFUSALS,
     config_dir,
@@ -87,7 +87,7 @@ def main() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Modules of torch that are imported while a group is open keep its threads to the very end
         # of Python, where they now and then abort a process that has done its work.
-        atexit._run_exitfuncs()
+        run_exit_handlers()
         end(0)
 
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "consensus.registry": set(),
     "consensus.atomic_files": set(),
     "consensus.records": set(),
+    "consensus.private_api": set(),
     "consensus.core": {"registry"},
     "consensus.theory": {"core"},
     "consensus.comm": set(),
@@ -46,6 +47,7 @@ MAY_IMPORT_DISTRIBUTED = {
     "consensus.comm.rendezvous": "torch.distributed",
     "consensus.comm.process_group": "torch.distributed",
     "consensus.doctor.exchange": "torch.distributed",
+    "consensus.private_api": "torch.distributed.checkpoint",
     "consensus.run.checkpoint.reader": "torch.distributed.checkpoint",
     "consensus.run.checkpoint.writer": "torch.distributed.checkpoint",
 }

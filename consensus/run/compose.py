@@ -11,12 +11,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from consensus.private_api import has_content, hydra_argument_parser
 from consensus.run.config import Config, ConfigError, require
 
 
@@ -48,7 +48,7 @@ def refuse_unknown_switches() -> None:
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; --hydra-help lists what Hydra knows besides KEY=VALUE")
 
-    parser = get_args_parser()
+    parser = hydra_argument_parser()
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args()
 
@@ -122,7 +122,7 @@ def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
         unknown = _unknown(key)
         if unknown:
             raise ConfigError(unknown)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+        if isinstance(child, DictConfig) and has_content(child):
             _refuse_added_keys(child, key)
 
 

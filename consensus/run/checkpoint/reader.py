@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.comm import Group, GroupError
+from consensus.private_api import storage_info
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, DamagedError, Manifest, Place, brief
 from consensus.run.config import ConfigError
 
@@ -196,7 +197,6 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
 
 def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
     """The places as torch.distributed.checkpoint wants to be told."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         Metadata,
@@ -212,7 +212,7 @@ def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
         chunk = ChunkStorageMetadata(start, tensor.shape)
         properties = TensorProperties.create_from_tensor(tensor)
         tensors[key] = TensorStorageMetadata(properties, tensor.shape, [chunk])
-        info = _StorageInfo(place.file, place.offset, place.length)
+        info = storage_info(place.file, place.offset, place.length)
         places[MetadataIndex(key, start)] = info
     return Metadata(tensors, storage_data=places)
 

@@ -1,0 +1,66 @@
+"""Private names of Hydra, OmegaConf, torch and Python, in one place.
+
+Nothing outside this module reads a name that its owner marks as private. Each function states the
+contract that the rest of the package relies on; tests/test_private_api.py checks it, so an upgrade
+that breaks a contract fails there. Hydra and torch are imported by the functions, because a caller
+need not load both.
+"""
+
+import argparse
+import atexit
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+
+def hydra_argument_parser() -> argparse.ArgumentParser:
+    """The parser of Hydra's own switches, such as `--cfg job`; KEY=VALUE are its positionals.
+
+    `@hydra.main` builds an equal parser for itself, so `error` of this one can be replaced.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser()
+
+
+def hydra_callbacks(config: "DictConfig") -> "Callbacks":
+    """The callbacks that a composed config declares, as a `HydraContext` requires them."""
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks(config)
+
+
+def expand_sweep(overrides: Sequence["Override"]) -> list[list[str]]:
+    """All combinations of overrides such as `seed=1,2`, the last one varying fastest."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    (combinations,) = BasicSweeper.split_arguments(list(overrides), None)
+    return [list(combination) for combination in combinations]
+
+
+def has_content(node: "DictConfig") -> bool:
+    """Whether a config node is neither null nor missing (`???`); interpolations stay unresolved."""
+    return not node._is_none() and not node._is_missing()
+
+
+def storage_info(file: str, offset: int, length: int) -> "_StorageInfo":
+    """The place of a tensor in a checkpoint, as `FileSystemReader` expects in `storage_data`.
+
+    Args:
+        file: Path relative to the checkpoint.
+        offset: Of the first byte.
+        length: In bytes.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(file, offset, length)
+
+
+def run_exit_handlers() -> None:
+    """Call the functions registered with `atexit` now, the last one first, and forget them."""
+    atexit._run_exitfuncs()

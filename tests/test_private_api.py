@@ -1,0 +1,113 @@
+"""The contracts of private names that the package relies on."""
+
+import argparse
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext
+from omegaconf import OmegaConf
+
+from consensus.private_api import (
+    expand_sweep,
+    has_content,
+    hydra_argument_parser,
+    hydra_callbacks,
+    storage_info,
+)
+
+
+def test_the_parser_accepts_overrides_and_the_switches_of_hydra():
+    parser = hydra_argument_parser()
+    found = parser.parse_args(["seed=1", "+new=2", "--cfg", "job"])
+    assert (found.overrides, found.cfg) == (["seed=1", "+new=2"], "job")
+    assert found.multirun is False
+
+
+@pytest.mark.parametrize("argv", [["--foo"], ["--cfg"], ["--cfg", "nope"]])
+def test_the_parser_reports_an_unknown_switch_through_error(argv):
+    class RefusedError(Exception):
+        pass
+
+    def error(message):
+        raise RefusedError(message)
+
+    parser = hydra_argument_parser()
+    parser.error = error
+    with pytest.raises(RefusedError):
+        parser.parse_args(argv)
+    # The replaced method is that of one parser.
+    assert hydra_argument_parser().error.__func__ is argparse.ArgumentParser.error
+
+
+def test_callbacks_of_a_config_without_any_fit_a_hydra_context():
+    config = OmegaConf.create({"hydra": {"callbacks": {}}})
+    context = HydraContext(config_loader=None, callbacks=hydra_callbacks(config))
+    context.callbacks.on_job_start(config=config, task_function=None)
+
+
+def test_a_sweep_is_expanded_in_the_order_of_a_nested_loop():
+    overrides = OverridesParser.create().parse_overrides(["a=1,2", "b=x", "c=range(3)"])
+    assert expand_sweep(overrides) == [
+        [f"a={a}", "b=x", f"c={c}"] for a in (1, 2) for c in range(3)
+    ]
+
+
+def test_which_nodes_have_content():
+    config = OmegaConf.create({"full": {"a": 1}, "empty": {}, "text": "${full}", "name": "x"})
+    assert has_content(config)
+    assert has_content(config.full)
+    assert has_content(config.empty)
+    assert not has_content(OmegaConf.create({"none": None})._get_node("none"))
+    assert not has_content(OmegaConf.create({"missing": "???"})._get_node("missing"))
+
+
+def test_a_reader_of_torch_reads_at_the_place(tmp_path):
+    """A checkpoint file of torch's own writer, read at the places that its index names."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(7, dtype=torch.int64)}
+    dcp.save(tensors, checkpoint_id=tmp_path, no_dist=True)
+    written = dcp.FileSystemReader(tmp_path).read_metadata()
+    places = {
+        index: storage_info(place.relative_path, place.offset, place.length)
+        for index, place in written.storage_data.items()
+    }
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            return Metadata(written.state_dict_metadata, storage_data=places)
+
+    found = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    dcp.load(found, storage_reader=Reader(tmp_path), no_dist=True)
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    content = (tmp_path / places[next(iter(places))].relative_path).read_bytes()
+    for index, place in places.items():
+        piece = io.BytesIO(content[place.offset : place.offset + place.length])
+        assert torch.equal(torch.load(piece, weights_only=True), tensors[index.fqn])
+
+
+EXIT = """
+import atexit, sys
+sys.path[:0] = {path!r}
+from consensus.private_api import run_exit_handlers
+for name in "first", "second":
+    atexit.register(print, name)
+run_exit_handlers()
+print("end")
+assert "hydra" not in sys.modules and "torch.distributed.checkpoint" not in sys.modules
+"""
+
+
+def test_exit_handlers_run_once_and_nothing_heavy_is_imported():
+    ended = subprocess.run(
+        [sys.executable, "-c", EXIT.format(path=sys.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == ["second", "first", "end"]
