@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import BATCH
-from consensus.run.health import Watch
+from consensus.run.health import HealthCheck
 
 SEGMENTS = 2  # that count, of each latency in each run
 LEAST_SEGMENT = 64  # iterations
@@ -82,7 +82,7 @@ class Costs:
             segment: E.
         """
         t = alone + (max(0.0, self.total - alone) + share * self.minimum) / period
-        return t + self.gather * max(1.0 / segment, t / Watch.LOOK_EVERY_S)
+        return t + self.gather * max(1.0 / segment, t / HealthCheck.CHECK_EVERY_S)
 
 
 @dataclass

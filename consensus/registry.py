@@ -1,9 +1,9 @@
-"""Tables of things that have a name in a config: potentials, models, data sets, schedules.
+"""Tables of names in a config: potentials, models, data sets, schedules, sinks.
 
-A table maps a name to a *factory*, a function whose keyword arguments with defaults are the
-options of that entry. `TABLE[name]` is the entry with its defaults, `TABLE.make(name, **options)`
-with others; what a factory annotates as bool, int or float is checked before it is called. Users
-add their own with the same decorator that the built-in ones use:
+A table maps a name to a *factory*, a function whose keyword arguments are the options of that
+entry. `TABLE[name]` is the entry with its default options, `TABLE.make(name, **options)` with
+others. An option annotated as bool, int or float is checked before the call. Users add entries with
+the decorator that the built-in ones use:
 
     @POTENTIALS.register("mine")
     def mine(sharpness: float = 2.0) -> Potential: ...
@@ -20,10 +20,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to entries, each made anew by its registered factory.
+    """A mapping from names to entries. The registered factory makes a new entry at each access.
 
     Args:
-        kind: What the table holds, for messages: "potential", "model", ...
+        kind: The kind of its entries, for messages: "potential", "model", ...
     """
 
     def __init__(self, kind: str) -> None:
@@ -34,8 +34,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Decorator that adds a factory under `name`.
 
         Raises:
-            ValueError: If the name is taken by another factory; a silent replacement would change
-                what old configs mean.
+            ValueError: If another factory has the name; a silent replacement would change the
+                meaning of old configs.
         """
 
         def add(factory: F) -> F:
@@ -56,8 +56,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """The entry `name` with the given options.
 
         Raises:
-            ValueError: If the name or an option is unknown, or an option is not of the type that it
-                is annotated with; the message lists what is allowed.
+            ValueError: If the name or an option is unknown, or an option has another type than its
+                annotation; the message lists what is allowed.
         """
         allowed = inspect.signature(self._factory(name)).parameters
         for option in options:
@@ -81,7 +81,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise KeyError(name)
         return self.make(name)
 
-    def __contains__(self, name: object) -> bool:  # without making the entry
+    def __contains__(self, name: object) -> bool:  # does not make the entry
         return name in self._factories
 
     def __iter__(self) -> Iterator[str]:
@@ -99,9 +99,10 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 
 def _typed(option: str, value: Any, annotation: Any) -> Any:
-    """The value, refused if its parameter is annotated as a bool, an int or a float and it is not.
+    """The value, checked against an annotation as bool, int or float; a float is converted.
 
-    A whole number serves as a float and becomes one; a text is no truth value.
+    Raises:
+        ValueError: If the value has another type. An int is a float, but a bool is no int.
     """
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     if name not in _TYPES:
@@ -115,5 +116,5 @@ def _typed(option: str, value: Any, annotation: Any) -> Any:
 
 
 def _origin(factory: Callable[..., Any]) -> tuple[str, str]:
-    """Where a factory was defined; a module that is imported twice registers the same thing."""
+    """The module and name of a factory: equal if a module is imported twice."""
     return factory.__module__, factory.__qualname__

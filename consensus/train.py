@@ -4,8 +4,8 @@ torchrun --standalone --nproc-per-node=4 -m consensus.train KEY=VALUE ...
 python -m consensus.train workers=4 KEY=VALUE ...
 
 Exit codes: 0 the run is complete; 1 it failed at run time; 2 the config was refused, before any
-process group opened; 75 it was asked to stop (SIGTERM, SIGUSR1) and left a checkpoint; 128 + the
-signal, it was and could not; 130 interrupted.
+process group opened; 75 it stopped on request (SIGTERM, SIGUSR1) and left a checkpoint; 128 + the
+signal, it stopped on request without a checkpoint; 130 interrupted.
 """
 
 import io
@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
 from consensus.private_api import run_exit_handlers
+from consensus.run.checks import ConfigError
 from consensus.run.compose import (
     REFUSALS,
     config_dir,
@@ -35,20 +36,20 @@ from consensus.run.compose import (
     register_schema,
     to_config,
 )
-from consensus.run.config import ConfigError
-from consensus.run.plan import make_plan, set_determinism
-from consensus.run.signals import follow_launcher
-from consensus.run.trainer import RunStopped, Trainer
+from consensus.run.device import set_determinism
+from consensus.run.plan import make_plan
+from consensus.run.signals import RunStopped, follow_launcher
+from consensus.run.trainer import Trainer
 
 register_schema()
 
 REFUSED = (*REFUSALS, LaunchError)
-PATIENCE_S = 5.0  # torchrun looks every 0.1 s whether a rank has failed
+PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def train(cfg: DictConfig) -> None:
-    """Plan, meet, train, leave."""
+    """Make the plan, open the process group and train."""
     with failures_in_one_line():
         launch = Launch.from_environment()
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
@@ -69,33 +70,33 @@ def train(cfg: DictConfig) -> None:
         )
         with group.publish_failure():
             Trainer(plan, group).run()
-        group.close()  # after a failure the group is not closed but left: peers may hang in it
+        group.close()  # not after a failure: peers may hang in the group
 
 
 def main() -> None:
     """Entry of the command line."""
-    # Hydra would print what its composition raises in several lines and exit with 1. Failures of
-    # the task itself are told inside it, before Hydra adds a line of its own.
+    # Hydra would print an error of composition in several lines and exit with 1. Failures of the
+    # task itself are reported inside it, before Hydra adds a line of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what no encoding does
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be encodable
     follow_launcher()
     with failures_in_one_line():
         refuse_unknown_switches()
         warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
         train()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # Modules of torch that are imported while a group is open keep its threads to the very end
-        # of Python, where they now and then abort a process that has done its work.
+        # Modules of torch that are imported while a group is open keep its threads alive until
+        # interpreter shutdown, where they sometimes abort a process that has succeeded.
         run_exit_handlers()
         end(0)
 
 
 @contextmanager
 def failures_in_one_line() -> Iterator[None]:
-    """Turn what is expected to go wrong into one line on stderr and an exit code.
+    """Turn an expected failure into one line on stderr and an exit code.
 
-    Anything else is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     try:
@@ -107,15 +108,15 @@ def failures_in_one_line() -> Iterator[None]:
     except GroupError as error:
         leave(str(error), 1, speak=rank == "0")
     except RunStopped as stopped:
-        # All ranks are here, with nothing left to do: none has to wait for another.
+        # All ranks are here and have finished, so none waits for another.
         leave(str(stopped) if rank == "0" else None, stopped.code)
     except OSError as error:
         leave(f"rank {rank}: {error}", 1, speak=True)
     except KeyboardInterrupt:
-        # Whoever interrupts reaches all ranks: none has to wait for another.
+        # An interrupt reaches all ranks, so none waits for another.
         leave("interrupted" if rank == "0" else None, 130)
     except Exception as error:
-        # Hydra lets a few through as they are: for `algorithm=3`, or a YAML file it cannot parse.
+        # Hydra passes a few errors on, as for `algorithm=3` or a YAML file that it cannot parse.
         if package_that_raised(error) in ("hydra", "yaml") or full_key(error):
             leave(explain(error), 2, speak=local_rank == "0")
         traceback.print_exc()
@@ -123,31 +124,36 @@ def failures_in_one_line() -> Iterator[None]:
 
 
 def package_that_raised(error: BaseException) -> str:
-    """The top-level package of the innermost frame."""
+    """The top-level package of the innermost frame of an error."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
-    """End this rank. What all ranks know, one of them says; None says nothing.
+    """Exit this rank. An error known to all ranks is printed by one; pass None to print nothing.
 
-    torchrun ends all ranks as soon as one has failed, so the silent ones must not be first: they
-    wait for torchrun to end them. One that is still here afterwards was alone with its failure.
+    torchrun ends all ranks as soon as one has failed. The ranks that do not print therefore wait
+    until torchrun ends them. A rank that survives the wait failed alone, and prints.
+
+    Args:
+        message: The line for stderr.
+        code: The exit code.
+        speak: Whether this rank is the one that prints.
     """
     if not speak:
         time.sleep(PATIENCE_S)
         message = f"rank {os.environ.get('RANK', '0')}: {message}"
     if message is not None:
-        line = " ".join(message.split())  # a path, or a name, may hold line breaks
+        line = " ".join(message.split())  # a path or a name may contain line breaks
         print(f"consensus.train: {line}", file=sys.stderr, flush=True)
     if code != 2 and os.environ.get("WORLD_SIZE", "1") != "1":
-        end(code)  # the teardown of a process group waits for peers that may be gone or stuck
+        end(code)  # closing a process group would wait for peers that may be gone or stuck
     sys.exit(code)
 
 
 def end(code: int) -> NoReturn:
-    """End this process at once."""
-    with suppress(OSError):  # nobody may be left to read it
+    """Exit this process at once, without the handlers of Python."""
+    with suppress(OSError):  # the reader of a pipe may be gone
         sys.stdout.flush()
     os._exit(code)
 

@@ -16,8 +16,8 @@ from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import GroupError, Launch, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
+from consensus.run.build import build_algorithm
 from consensus.run.plan import make_plan
-from consensus.run.trainer import build_algorithm
 from consensus.server import Server, digest
 from consensus.worker import Worker
 

@@ -41,6 +41,7 @@ from omegaconf import OmegaConf
 
 from consensus import train as entry
 from consensus.problem import DATASETS, Dataset
+from consensus.run import results as results_module
 from consensus.run import trainer as trainer_module
 
 EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "50"))
@@ -727,7 +728,7 @@ class Command:
         self.root = root
         self.number = 0
         self.runs: list[Seen] = []
-        self.draw = trainer_module.draw
+        self.draw = results_module.draw_convergence
         self.build = trainer_module.build_algorithm
         self.patch = patch
         self.address_space = resource.getrlimit(resource.RLIMIT_AS)
@@ -795,7 +796,7 @@ class Command:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             patch.chdir(self.folder)
             patch.setattr(sys, "argv", ["consensus.train", *line.argv])
-            patch.setattr(trainer_module, "draw", drawing)
+            patch.setattr(results_module, "draw_convergence", drawing)
             # What Python shows to users, every time: on stderr, where there must be nothing of it.
             warnings.simplefilter("always")
             for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):

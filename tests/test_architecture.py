@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "consensus.population": {"algorithm", "core", "replay", "worker"},
     "consensus.report": {"records", "atomic_files"},
     "consensus.run": MATHEMATICS | FILES | ALGORITHM | {"problem", "private_api"},
-    "consensus.run.config": {"algorithm", "server", "worker", "core", "problem", "registry"},
-    "consensus.run.compose": {"run.config", "private_api"},
+    "consensus.run.config": {"algorithm", "worker", "core", "problem", "run.checks"},
+    "consensus.run.checks": {"registry"},
+    "consensus.run.compose": {"run.checks", "run.config", "private_api"},
     "consensus.train": {"comm", "run", "private_api"},
     "consensus.sweep": MATHEMATICS
     | FILES

@@ -12,8 +12,8 @@ from consensus.comm import Launch, Solo
 from consensus.population import Population
 from consensus.problem import WAYS, Dataset, Minibatches, PopulationRisk, Risk, Way
 from consensus.replay import cuda_graph
+from consensus.run.build import build_algorithm, scheduled
 from consensus.run.plan import make_plan
-from consensus.run.trainer import build_algorithm, scheduled
 from tests.testing.tape import taped
 
 SIX = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")

@@ -1,4 +1,4 @@
-"""Tables of names: entries, options, and messages that say what would have been right."""
+"""Tables of names: entries, options, and messages that list what is allowed."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def test_is_a_mapping(shapes):
         shapes["square"]
 
 
-def test_looking_a_name_up_does_not_make_the_entry():
+def test_a_lookup_of_a_name_does_not_make_the_entry():
     table, made = Registry("thing"), []
 
     @table.register("costly")
@@ -103,8 +103,8 @@ def test_tables_are_independent(shapes):
     assert len(shapes) == 2
 
 
-def test_a_module_imported_twice_registers_the_same_thing(shapes, tmp_path):
-    """As happens to a plugin under two import orders, or on a reload; the newer one counts."""
+def test_a_module_imported_twice_may_register_again(shapes, tmp_path):
+    """A plugin that is imported under two orders, or reloaded; the newer factory is used."""
     path = tmp_path / "plugin.py"
     path.write_text("def build(size=1):\n    return size\n")
     loaded = []

@@ -13,7 +13,7 @@ from consensus.algorithm import Consensus, Msgd
 from consensus.comm import Solo
 from consensus.problem import Dataset, Minibatches, MinibatchRisk, Risk, build_model
 from consensus.replay import WARM_UP, Replay, cuda_graph, obstacle_to_replay
-from consensus.run.health import Watch
+from consensus.run.health import HealthCheck
 from consensus.server import Server
 from consensus.worker import Worker
 from tests.testing.tape import taped
@@ -147,7 +147,7 @@ def test_batched_gradients_are_replayed(gradients):
 
 def test_what_comes_after_a_step_sees_the_t_of_the_replay():
     algorithm = make()
-    watch = Watch(algorithm.server.group, 4, log_every=100)
+    watch = HealthCheck(algorithm.server.group, 4, log_every=100)
 
     def observe(t):
         watch.observe(t, algorithm.u, algorithm.worker.z)

@@ -20,8 +20,9 @@ from hydra import compose, initialize_config_dir
 from consensus.comm import Launch, LaunchError
 from consensus.doctor.examination import Nodes, end, examine_nodes, examine_ranks, here
 from consensus.doctor.finding import print_report, unexpected
+from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
-from consensus.run.config import Config, ConfigError
+from consensus.run.config import Config
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ from consensus.doctor.finding import (
     worst,
 )
 from consensus.run.config import Config
-from consensus.run.plan import Plan, choose_device, set_determinism
+from consensus.run.device import choose_device, set_determinism
+from consensus.run.plan import Plan
 
 SHORTEST_S, LONGEST_S = 20.0, 60.0
 MEASURE_S = 300.0

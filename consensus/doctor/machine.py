@@ -14,8 +14,10 @@ from consensus.comm import Launch, backends, choose_backend
 from consensus.comm.shared_memory import FOLDER, available, num_bytes
 from consensus.doctor.finding import Finding, count, fault, warning
 from consensus.run.checkpoint.directory import LOCK
-from consensus.run.config import Config, ConfigError
-from consensus.run.plan import Plan, bytes_of_measurement, bytes_of_worker, make_plan
+from consensus.run.checks import ConfigError
+from consensus.run.config import Config
+from consensus.run.device import bytes_of_measurement, bytes_of_worker
+from consensus.run.plan import Plan, make_plan
 
 CGROUP = Path("/sys/fs/cgroup")
 

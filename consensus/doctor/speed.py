@@ -14,8 +14,8 @@ from consensus.algorithm import Consensus
 from consensus.comm import Group, RepeatedSum
 from consensus.comm.shared_memory import FOLDER, num_bytes
 from consensus.doctor.finding import Finding, fault, warning
+from consensus.run.build import build_algorithm
 from consensus.run.plan import Plan
-from consensus.run.trainer import build_algorithm
 from consensus.server import digest
 
 SIZES = (1, 1_000, 100_000, 10_000_000)

@@ -1,7 +1,7 @@
-"""From YAML files and a command line to a `Config`, and from what goes wrong there to one line.
+"""Composition of the config from YAML files and a command line, and its errors in one line.
 
-Hydra merges the values of configs/ with the types of config.py, so a misspelt key or a wrong type
-is refused wherever it stands. `to_config` converts once; nothing below the entry sees a DictConfig.
+Hydra merges the values in configs/ with the types of config.py, so it refuses a misspelt key or a
+wrong type in any file. `to_config` converts once; no module below the entries sees a DictConfig.
 """
 
 import difflib
@@ -17,11 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from consensus.private_api import has_content, hydra_argument_parser
-from consensus.run.config import Config, ConfigError, require
+from consensus.run.checks import ConfigError, require
+from consensus.run.config import Config
+
+REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
+"""The errors that are mistakes of the user: the entries print one line and exit with code 2."""
 
 
 def register_schema() -> None:
-    """Make the types known to Hydra under the name that configs/train.yaml lists first."""
+    """Store the types in Hydra under the name that configs/train.yaml lists first."""
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -39,14 +43,14 @@ def config_dir() -> str:
 
 
 def refuse_unknown_switches() -> None:
-    """What begins with `-` is read by argparse, which would tell a mistake in several lines.
+    """Check the arguments that begin with `-`, whose errors argparse prints in several lines.
 
     Raises:
-        ConfigError: If Hydra does not know one of them, or its value.
+        ConfigError: If Hydra has no such switch, or refuses its value.
     """
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --hydra-help lists what Hydra knows besides KEY=VALUE")
+        raise ConfigError(f"{message}; --hydra-help lists Hydra's switches beside KEY=VALUE")
 
     parser = hydra_argument_parser()
     parser.error = refuse  # type: ignore[method-assign]
@@ -54,7 +58,7 @@ def refuse_unknown_switches() -> None:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """The typed config of a composed one; imports its plugins first, since names depend on them.
+    """The typed form of a composed config. Imports its plugins first: they may register names.
 
     Raises:
         ConfigError: If a key is unknown, a plugin cannot be imported or a check fails.
@@ -74,35 +78,26 @@ def to_config(cfg: DictConfig) -> Config:
     return config
 
 
-REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
-"""Everything that is the user's mistake: the entries turn it into one line and exit code 2."""
-
-
 def explain(error: BaseException) -> str:
-    """One line for a refusal: the key, the value, and what is allowed."""
+    """One line for a refusal: the key, the value, and the allowed values."""
     cause: BaseException | None = error
-    while cause is not None:  # Hydra quotes OmegaConf's errors, which say more
+    while cause is not None:  # Hydra quotes OmegaConf's errors, which are more precise
         if isinstance(cause, ConfigError):
             return " ".join(str(cause).split())
         if isinstance(cause, MissingConfigException) and cause.options is not None:
-            return _explain_choice(cause)
+            group, _, choice = str(cause.missing_cfg_file).rpartition("/")
+            return f"`{group}` is {choice}; allowed: {', '.join(sorted(cause.options))}"
         if full_key(cause) and not isinstance(cause, HydraException):
             return _explain_key(cause)
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"
 
 
-def _explain_choice(error: MissingConfigException) -> str:
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    allowed = ", ".join(sorted(error.options or ()))
-    return f"`{group}` is {choice}; allowed: {allowed}"
-
-
 def full_key(error: BaseException) -> str:
-    """The key that OmegaConf names in what it raises, "" if it does not.
+    """The key that OmegaConf names in an error, "" if there is none.
 
-    It is an attribute of OmegaConf's own errors alone. Python's, like the OverflowError for a
-    number with 400 digits, name it in their text.
+    OmegaConf's own errors have it as an attribute. Python's, such as the OverflowError for a number
+    with 400 digits, have it in their text.
     """
     named = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
     return str(getattr(error, "full_key", None) or (named[1] if named else ""))
@@ -116,32 +111,26 @@ def _explain_key(error: BaseException) -> str:
 
 
 def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
-    """Hydra's `+key=value` adds a key that no class has; it would be without effect."""
+    """Refuse keys that no class has; `+key=value` adds them, and they would have no effect."""
     for name, child in node.items_ex(resolve=False):
         key = ".".join(filter(None, (path, str(name))))
-        unknown = _unknown(key)
-        if unknown:
-            raise ConfigError(unknown)
+        if message := _unknown(key):
+            raise ConfigError(message)
         if isinstance(child, DictConfig) and has_content(child):
             _refuse_added_keys(child, key)
 
 
 def _unknown(key: str) -> str | None:
-    """The complaint about a key that the class it stands in does not have."""
+    """The message about a key that its class does not have; None if the class has it."""
     parent, _, name = key.rpartition(".")
-    allowed = _allowed_keys(parent)
+    node: Any = Config
+    for part in parent.split(".") if parent else ():
+        types = {field.name: field.type for field in fields(node)} if is_dataclass(node) else {}
+        node = types.get(part)
+    allowed = [field.name for field in fields(node)] if is_dataclass(node) else []
     if not allowed or name in allowed:
         return None
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f" (did you mean `{near[0]}`?)" if near else ""
     where = f"`{parent}`" if parent else "the top level"
     return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"
-
-
-def _allowed_keys(parent: str) -> list[str]:
-    """The fields of the dataclass at a dotted path, [] if there is none."""
-    node: Any = Config
-    for name in parent.split(".") if parent else ():
-        types = {field.name: field.type for field in fields(node)} if is_dataclass(node) else {}
-        node = types.get(name)
-    return [field.name for field in fields(node)] if is_dataclass(node) else []

@@ -1,12 +1,12 @@
-"""The typed configuration of a run: every key, and every check that needs no data.
+"""Typed configuration of a run: every key, and every check that needs no data.
 
-YAML files under configs/ hold the values, these classes their types (compose.py joins them). Each
-class checks its own fields; plan.py checks what depends on the launch and the data.
+The YAML files in configs/ hold the values, these classes the types (compose.py joins them). The
+metadata of a field states the values that its key allows; `__post_init__` adds the checks that
+involve several keys. plan.py checks what depends on the launch and the data.
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,17 @@ from consensus.core.kernels import COUPLINGS, U_UPDATES
 from consensus.core.potentials import POTENTIALS, Potential
 from consensus.core.schedules import SCHEDULES, Schedule
 from consensus.problem import DATASETS, MODELS, PARTITIONS
-from consensus.registry import Registry
+from consensus.run.checks import (
+    COUNT,
+    POSITIVE,
+    absolute,
+    check_fields,
+    made,
+    one_of,
+    or_null,
+    require,
+    rule,
+)
 from consensus.worker import MOMENTUM_ON
 
 ALGORITHMS = ("consensus", "easgd", "msgd")
@@ -27,86 +37,39 @@ RESUME = ("never", "auto")  # or a path
 REDUCTIONS = ("sum", "mean")
 
 
-class ConfigError(ValueError):
-    """A mistake of the user, told in one line that names key, value and what is allowed."""
-
-
-def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Refuse a value.
-
-    Raises:
-        ConfigError: Unless the condition holds.
-    """
-    if not condition:
-        raise ConfigError(f"`{key}` is {value}; allowed: {allowed}")
-
-
-def require_one_of(key: str, value: str, allowed: Any) -> None:
-    """Refuse a word that is not in a list."""
-    require(value in allowed, key, value, ", ".join(sorted(allowed)))
-
-
-def made(key: str, table: Registry[Any], name: str, options: dict[str, Any]) -> Any:
-    """An entry of a table, with a table's complaint turned into a ConfigError."""
-    require_one_of(f"{key}.name", name, table)
-    try:
-        return table.make(name, **options)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(f"`{key}.options` is {options}: {error}") from error
-
-
-def absolute(key: str, path: str) -> str:
-    """A path that does not follow a later chdir.
-
-    Raises:
-        ConfigError: If its user is unknown, a name in it is too long, or it may not be looked at.
-    """
-    try:
-        found = Path(path).expanduser().resolve()
-        found.exists()  # raises now what a look at it would raise later
-    except (OSError, RuntimeError, ValueError) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"`{key}` is {path}; allowed: the path of a file or folder ({cause})"
-        ) from error
-    return str(found)
-
-
 @dataclass
 class PotentialConfig:
     """phi of (18): a name in POTENTIALS, its width and its options."""
 
     name: str
-    eta: float
+    eta: float = field(metadata=POSITIVE)
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require(0 < self.eta < math.inf, "potential.eta", self.eta, "a finite number > 0")
+        check_fields(self, "potential.")
         self.make()
 
     def make(self) -> Potential:
         """The potential."""
-        potential: Potential = made("potential", POTENTIALS, self.name, self.options)
-        return potential
+        return made("potential", POTENTIALS, self.name, self.options)
 
 
 @dataclass
 class ScheduleConfig:
-    """A factor over time: a name in SCHEDULES and its options."""
+    """A factor as a function of the iteration: a name in SCHEDULES and its options."""
 
     name: str
     options: dict[str, Any]
 
     def make(self, key: str) -> Schedule:
-        """The schedule; `key` is where it stands, for messages."""
-        schedule: Schedule = made(key, SCHEDULES, self.name, self.options)
-        return schedule
+        """The schedule; `key` is its place in the config, for messages."""
+        return made(key, SCHEDULES, self.name, self.options)
 
 
 @dataclass
 class SchedulesConfig:
-    """What multiplies tau, sigma and lam at iteration t."""
+    """The factors of tau, sigma and lam at iteration t."""
 
     tau: ScheduleConfig
     sigma: ScheduleConfig
@@ -127,87 +90,56 @@ class SchedulesConfig:
 class AlgorithmConfig:
     """Algorithm 1 and its baselines."""
 
-    name: str
-    lam: float
-    tau: float
-    sigma: float
-    momentum: float
-    weight_decay: float
-    batch_size: int
-    iterations: int
-    period: int
-    order: str
-    momentum_on: str
-    u_step_on: str
-    coupling: str
-    u_update: str
-    loss_reduction: str
+    name: str = field(metadata=one_of(ALGORITHMS))
+    lam: float = field(metadata=rule(lambda x: x > 0, "a number > 0 (inf uncouples the workers)"))
+    tau: float = field(metadata=POSITIVE)
+    sigma: float = field(metadata=POSITIVE)
+    momentum: float = field(metadata=rule(lambda x: 0 <= x < 1, "a number in [0, 1)"))
+    weight_decay: float = field(metadata=rule(lambda x: 0 <= x < math.inf, "a finite number >= 0"))
+    batch_size: int = field(metadata=COUNT)
+    iterations: int = field(metadata=COUNT)
+    period: int = field(metadata=COUNT)
+    order: str = field(metadata=one_of(ORDERS))
+    momentum_on: str = field(metadata=one_of(MOMENTUM_ON))
+    u_step_on: str = field(metadata=one_of(U_STEP_ON))
+    coupling: str = field(metadata=one_of(COUPLINGS))
+    u_update: str = field(metadata=one_of(U_UPDATES))
+    loss_reduction: str = field(metadata=one_of(REDUCTIONS))
     schedule: SchedulesConfig
 
     def __post_init__(self) -> None:
-        """Check the fields, and what `name` implies for them."""
-        require_one_of("algorithm.name", self.name, ALGORITHMS)
-        require(self.lam > 0, "algorithm.lam", self.lam, "a number > 0 (inf uncouples the workers)")
-        for name in ("tau", "sigma"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"algorithm.{name}", value, "a finite number > 0")
-        require(0 <= self.momentum < 1, "algorithm.momentum", self.momentum, "a number in [0, 1)")
+        """Check the fields, and the values that `name` implies."""
+        check_fields(self, "algorithm.")
         require(
-            0 <= self.weight_decay < math.inf,
-            "algorithm.weight_decay",
-            self.weight_decay,
-            "a finite number >= 0",
+            self.coupling != "implicit" or self.order == "gauss_seidel",
+            "algorithm.coupling",
+            self.coupling,
+            f"explicit with order={self.order}: the proximal step is around u+",
         )
-        for name in ("batch_size", "iterations", "period"):
-            value = getattr(self, name)
-            require(value >= 1, f"algorithm.{name}", value, "a whole number >= 1")
-        require_one_of("algorithm.order", self.order, ORDERS)
-        require_one_of("algorithm.momentum_on", self.momentum_on, MOMENTUM_ON)
-        require_one_of("algorithm.u_step_on", self.u_step_on, U_STEP_ON)
-        require_one_of("algorithm.coupling", self.coupling, COUPLINGS)
-        require_one_of("algorithm.u_update", self.u_update, U_UPDATES)
-        if self.coupling == "implicit":
-            require(
-                self.order == "gauss_seidel",
-                "algorithm.coupling",
-                self.coupling,
-                f"explicit with order={self.order}: the proximal step is around u+",
-            )
-        require_one_of("algorithm.loss_reduction", self.loss_reduction, REDUCTIONS)
+        for key, (value, needed, allowed) in self._implied().items():
+            require(value == needed, f"algorithm.{key}", value, allowed)
+
+    def _implied(self) -> dict[str, tuple[object, object, str]]:
+        """Key -> its value, the value that `name` implies, and the description of that."""
+        where = f"for algorithm={self.name}"
+        implied: dict[str, tuple[object, object, str]] = {}
         if self.name != "consensus":
-            for key, plain in (("coupling", "explicit"), ("u_update", "gradient")):
-                value = getattr(self, key)
-                allowed = f"{plain} for algorithm={self.name}"
-                require(value == plain, f"algorithm.{key}", value, allowed)
+            implied["coupling"] = self.coupling, "explicit", f"explicit {where}"
+            implied["u_update"] = self.u_update, "gradient", f"gradient {where}"
         if self.name == "easgd":
-            symmetric = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is free)"
-            require(self.order == "jacobi", "algorithm.order", self.order, f"jacobi, {symmetric}")
-            require(
-                self.u_step_on == "objective",
-                "algorithm.u_step_on",
-                self.u_step_on,
-                f"objective, {symmetric}",
-            )
-            require(
-                self.momentum_on == "loss",
-                "algorithm.momentum_on",
-                self.momentum_on,
-                "loss for algorithm=easgd: the elastic force acts outside the velocity",
-            )
-            require(
-                self.tau == self.sigma,
-                "algorithm.tau",
-                self.tau,
-                f"algorithm.sigma = {self.sigma}, {symmetric}",
-            )
-            require(
-                self.schedule.tau == self.schedule.sigma,
-                "algorithm.schedule.tau",
-                self.schedule.tau,
-                f"the schedule of sigma, {symmetric}",
-            )
+            symmetric = f"{where}, whose step is symmetric (algorithm=consensus is free)"
+            outside = f"loss {where}: the elastic force acts outside the velocity"
+            tau, sigma = self.schedule.tau, self.schedule.sigma
+            implied |= {
+                "order": (self.order, "jacobi", f"jacobi, {symmetric}"),
+                "u_step_on": (self.u_step_on, "objective", f"objective, {symmetric}"),
+                "momentum_on": (self.momentum_on, "loss", outside),
+                "tau": (self.tau, self.sigma, f"algorithm.sigma = {self.sigma}, {symmetric}"),
+                "schedule.tau": (tau, sigma, f"the schedule of sigma, {symmetric}"),
+            }
         if self.name == "msgd":
-            require(self.period == 1, "algorithm.period", self.period, "1 for algorithm=msgd")
+            implied["period"] = self.period, 1, f"1 {where}"
+        return implied
 
     def factors(self, name: str) -> tuple[float, float]:
         """The smallest and the largest factor of the schedule of tau, sigma or lam in this run."""
@@ -221,19 +153,17 @@ class AlgorithmConfig:
 
 @dataclass
 class DataConfig:
-    """What is learned, and how it is dealt out to the workers."""
+    """The data set, and its division between the workers."""
 
-    name: str
+    name: str = field(metadata=one_of(DATASETS))
     root: str
-    partition: str
-    alpha: float
+    partition: str = field(metadata=one_of(PARTITIONS))
+    alpha: float = field(metadata=POSITIVE)
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Check the fields; make `root` absolute, so that it does not follow a later chdir."""
-        require_one_of("data.name", self.name, DATASETS)
-        require_one_of("data.partition", self.partition, PARTITIONS)
-        require(0 < self.alpha < math.inf, "data.alpha", self.alpha, "a finite number > 0")
+        """Check the fields; make `root` absolute."""
+        check_fields(self, "data.")
         self.root = absolute("data.root", self.root)
 
 
@@ -241,60 +171,51 @@ class DataConfig:
 class ModelConfig:
     """The model: a name in MODELS and its options."""
 
-    name: str
-    options: dict[str, Any]
+    name: str = field(metadata=one_of(MODELS))
+    options: dict[str, Any] = field(
+        metadata=rule(
+            lambda options: "num_classes" not in options,
+            "no num_classes; it comes from the data set",
+        )
+    )
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require_one_of("model.name", self.name, MODELS)
-        free = "num_classes" not in self.options
-        require(free, "model.options", self.options, "none called num_classes: the data say it")
+        check_fields(self, "model.")
 
 
 @dataclass
 class GroupConfig:
-    """How the processes talk."""
+    """Communication between the processes."""
 
-    name: str
-    timeout_s: float
+    name: str = field(metadata=one_of(BACKENDS))
+    timeout_s: float = field(metadata=rule(lambda x: 1 <= x < math.inf, "a number of seconds >= 1"))
     shared_memory: bool
-    compress: str | None
+    compress: str | None = field(metadata=rule(lambda x: x in (None, "bf16"), "null, bf16"))
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require_one_of("group.name", self.name, BACKENDS)
-        require(self.compress in (None, "bf16"), "group.compress", self.compress, "null, bf16")
-        timeout = self.timeout_s
-        require(1 <= timeout < math.inf, "group.timeout_s", timeout, "a number of seconds >= 1")
+        check_fields(self, "group.")
 
 
 @dataclass
 class OutputConfig:
-    """Where a run leaves its files, and how often it speaks."""
+    """The files of a run, and the intervals of evaluations, checkpoints and log entries."""
 
     root: str
     run_dir: str | None
     name: str | None
-    eval_every: int
-    checkpoint_every: int | None
-    keep_checkpoints: int
-    log_every: int
+    eval_every: int = field(metadata=COUNT)
+    checkpoint_every: int | None = field(metadata=or_null(COUNT, "no checkpoints"))
+    keep_checkpoints: int = field(metadata=COUNT)
+    log_every: int = field(metadata=COUNT)
     tensorboard: bool
 
     def __post_init__(self) -> None:
         """Check the fields; make the paths absolute."""
-        for name in ("eval_every", "keep_checkpoints", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"output.{name}", value, "a whole number >= 1")
-        require(
-            self.checkpoint_every is None or self.checkpoint_every >= 1,
-            "output.checkpoint_every",
-            self.checkpoint_every,
-            "a whole number >= 1, or null for no checkpoints",
-        )
-        if self.name is not None:
-            plain = self.name != "" and "/" not in self.name
-            require(plain, "output.name", repr(self.name), "a word without `/`")
+        check_fields(self, "output.")
+        plain = self.name is None or (self.name != "" and "/" not in self.name)
+        require(plain, "output.name", repr(self.name), "a word without `/`")
         self.root = absolute("output.root", self.root)
         if self.run_dir is not None:
             self.run_dir = absolute("output.run_dir", self.run_dir)
@@ -302,38 +223,28 @@ class OutputConfig:
 
 @dataclass
 class StationarityConfig:
-    """Whether and how the stationarity of section 4 is measured during a run."""
+    """Measurements of the stationarity of section 4 during a run."""
 
-    every: int | None
-    lam: float | None
-    samples: int | None
-    batch_size: int
-    tolerance: float
-    budget: int
+    every: int | None = field(metadata=or_null(COUNT, "never"))
+    lam: float | None = field(metadata=or_null(POSITIVE))
+    samples: int | None = field(metadata=or_null(COUNT, "all"))
+    batch_size: int = field(metadata=COUNT)
+    tolerance: float = field(metadata=rule(lambda x: 0 < x < 1, "a number in (0, 1)"))
+    budget: int = field(metadata=rule(lambda x: x >= 2, "a whole number >= 2"))
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name, none in (("every", "never"), ("samples", "all")):
-            value = getattr(self, name)
-            allowed = f"a whole number >= 1, or null for {none}"
-            require(value is None or value >= 1, f"stationarity.{name}", value, allowed)
-        lam, tolerance = self.lam, self.tolerance
-        allowed = "a finite number > 0, or null"
-        require(lam is None or 0 < lam < math.inf, "stationarity.lam", lam, allowed)
-        size = self.batch_size
-        require(size >= 1, "stationarity.batch_size", size, "a whole number >= 1")
-        require(0 < tolerance < 1, "stationarity.tolerance", tolerance, "a number in (0, 1)")
-        require(self.budget >= 2, "stationarity.budget", self.budget, "a whole number >= 2")
+        check_fields(self, "stationarity.")
 
 
 @dataclass
 class Config:
     """One run."""
 
-    workers: int | None
-    seed: int
-    dtype: str
-    device: str
+    workers: int | None = field(metadata=rule(lambda m: m is None or m >= 1, "null or >= 1"))
+    seed: int = field(metadata=rule(lambda x: x >= 0, "a whole number >= 0"))
+    dtype: str = field(metadata=one_of(DTYPES))
+    device: str = field(metadata=one_of(DEVICES))
     deterministic: bool
     cuda_graph: bool
     resume: str
@@ -347,11 +258,8 @@ class Config:
     stationarity: StationarityConfig
 
     def __post_init__(self) -> None:
-        """Check the fields, and the combinations that no launch and no data can make right."""
-        require(self.workers is None or self.workers >= 1, "workers", self.workers, "null or >= 1")
-        require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
-        require_one_of("dtype", self.dtype, DTYPES)
-        require_one_of("device", self.device, DEVICES)
+        """Check the fields, and the combinations that no launch and no data can make valid."""
+        check_fields(self)
         require(self.resume != "", "resume", "''", "never, auto, or a path")
         require(
             self.resume != "auto" or self.output.run_dir is not None,
@@ -361,6 +269,22 @@ class Config:
         )
         if self.resume not in RESUME:
             self.resume = absolute("resume", self.resume)
+        self._require_representable()
+        require(
+            self.algorithm.name == "consensus" or self.potential.name == "quad",
+            "potential",
+            self.potential.name,
+            f"quad for algorithm={self.algorithm.name} (algorithm=consensus takes any)",
+        )
+        require(
+            not (self.device == "cpu" and self.group.name == "nccl"),
+            "group",
+            self.group.name,
+            "auto or gloo with device=cpu: NCCL moves CUDA tensors only",
+        )
+
+    def _require_representable(self) -> None:
+        """Refuse step sizes and factors that overflow the dtype in some iteration."""
         algorithm = self.algorithm
         largest = float(torch.finfo(getattr(torch, self.dtype)).max)
         factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}
@@ -373,33 +297,17 @@ class Config:
             )
         step = max(algorithm.sigma * factors["sigma"][1], algorithm.tau * factors["tau"][1])
         lam = algorithm.lam * factors["lam"][0]
+        fits = f"{self.dtype}, below {largest:.2g}"
         require(
             step < largest * min(lam, 1.0),
             "algorithm.lam",
             f"{lam:g}",
-            f"a number for which sigma / lam and tau / lam fit {self.dtype}, below {largest:.2g}",
+            f"a number for which sigma / lam and tau / lam fit {fits}",
         )
-        require(
-            algorithm.weight_decay < largest,
-            "algorithm.weight_decay",
-            algorithm.weight_decay,
-            f"a number that fits {self.dtype}, below {largest:.2g}",
-        )
-        if algorithm.name in ("easgd", "msgd"):
-            require(
-                self.potential.name == "quad",
-                "potential",
-                self.potential.name,
-                f"quad for algorithm={algorithm.name} (algorithm=consensus takes any)",
-            )
-        require(
-            not (self.device == "cpu" and self.group.name == "nccl"),
-            "group",
-            self.group.name,
-            "auto or gloo with device=cpu: NCCL moves CUDA tensors only",
-        )
+        nu = algorithm.weight_decay
+        require(nu < largest, "algorithm.weight_decay", nu, f"a number that fits {fits}")
 
     @property
     def coupled(self) -> bool:
-        """Whether there is a coupling, and so an envelope."""
+        """Whether the workers are coupled, so that an envelope exists."""
         return self.algorithm.name != "msgd" and self.algorithm.lam < math.inf

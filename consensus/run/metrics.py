@@ -7,15 +7,20 @@ in one all-reduce.
 import torch
 from torch import Tensor
 
-from consensus.algorithm import Algorithm, value_at
+from consensus.algorithm import StepSize, value_at
 from consensus.comm import Group
+from consensus.core.layerwise import Layerwise
 from consensus.core.updates import coupling, regularizer
 from consensus.records import Row
 from consensus.run.plan import Plan
 
 
 def measure(
-    algorithm: Algorithm,
+    u: Tensor,
+    z: Tensor,
+    phi: Layerwise,
+    lam: StepSize,
+    cuts: Tensor,
     plan: Plan,
     group: Group,
     t: int,
@@ -24,16 +29,18 @@ def measure(
     """Evaluate u and the coupling after t iterations. Collective: the same row on all ranks.
 
     Args:
-        algorithm: The algorithm, with u and the z_j of this rank.
+        u: The consensus variable. (n,)
+        z: The z_j of this rank. (K, n)
+        phi: The layer-wise potential.
+        lam: The coupling parameter of (15), a constant or a schedule.
+        cuts: Step-size cuts of line 3, and of line 6 on this rank. int64 (2,)
         plan: The plan of the run.
         group: The group of the run.
         t: The iterations done.
         evaluated: Results of `Risk.evaluate` of u on this rank's shares of the training and the
             test set; None: computed here.
     """
-    data, u, z = plan.dataset, algorithm.u, algorithm.worker.z
-    lam = value_at(algorithm.lam, max(0, t - 1))
-    cuts = algorithm.cuts.double()
+    data, cuts = plan.dataset, cuts.double()
     if group.rank > 0:
         cuts[0] = 0.0  # s_u is the same on all ranks: count it once
     if evaluated is None:
@@ -43,9 +50,9 @@ def measure(
         )
     parts = [
         *evaluated,
-        coupling(algorithm.phi, u, z, lam).double().sum().unsqueeze(0),
+        coupling(phi, u, z, value_at(lam, max(0, t - 1))).double().sum().unsqueeze(0),
         cuts,
-        algorithm.phi.distance(u - z).double().sum(0),
+        phi.distance(u - z).double().sum(0),
     ]
     total = group.sum_(torch.cat(parts)).tolist()
     train_loss, train_wrong, test_loss, test_wrong, coupling_sum, cuts_u, cuts_z = total[:7]

@@ -1,11 +1,10 @@
-"""Everything a run needs that can be refused before a process group opens.
+"""The plan of a run: everything that can be refused before a process group opens.
 
-Every rank makes the same plan from the same config, so a mistake is found on all of them alike and
-nobody is left waiting. Needs the launch (how many processes) and the data, but no communication.
+Every rank makes the same plan from the same config, so all ranks find a mistake alike, and none
+waits for another. A plan needs the launch (the number of processes) and the data, and no
+communication.
 """
 
-import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ from consensus.comm import Launch, choose_backend
 from consensus.core.layerwise import Layerwise
 from consensus.problem import (
     DATASETS,
-    MODELS,
     Dataset,
     DataUnavailableError,
     Minibatches,
@@ -24,22 +22,24 @@ from consensus.problem import (
     build_model,
     partition,
 )
-from consensus.run.checkpoint.directory import Origin, find_origin
-from consensus.run.config import Config, ConfigError, require
-from consensus.theory.descent import VECTORS
+from consensus.run.checkpoint.directory import Origin
+from consensus.run.checkpoint.resume import find_origin
+from consensus.run.checks import ConfigError, require
+from consensus.run.config import Config
+from consensus.run.device import choose_device, require_memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, by whom, on which device.
+    """The problem, the workers and the device of a run.
 
     Attributes:
-        config: The run.
+        config: The config.
         launch: The processes.
-        origin: Where the run writes, and from where it continues.
+        origin: The run directory, and the run or checkpoint to continue from.
         num_workers: M.
         device: Of this process.
-        backend: "gloo" or "nccl"; without meaning for one process.
+        backend: "gloo" or "nccl"; meaningless for one process.
         dataset: On the device, in the dtype of the run.
         model: The network as a function; its own parameters are the start.
         oracle: Minibatches and gradients for the K workers of this process.
@@ -66,12 +66,12 @@ class Plan:
 
     @property
     def start(self) -> Tensor:
-        """The initial weights, the same for u and all workers. (n,)."""
+        """The initial weights of u and of all workers. (n,)."""
         return self.risk.layout.flatten(self.model)
 
     @property
     def local_workers(self) -> range:
-        """The j of the workers on this process."""
+        """The numbers j of the workers on this process."""
         return self.launch.block(self.num_workers)
 
     def epochs(self, iterations: int) -> float:
@@ -82,12 +82,35 @@ class Plan:
         images = iterations * self.config.algorithm.batch_size
         return sum(images / size for size in self.shard_sizes) / len(self.shard_sizes)
 
+    def description(self) -> str:
+        """One line: the method, the workers, the processes, the model and the data."""
+        config, layout, size = self.config, self.risk.layout, self.launch.size
+        where = f"{size} processes" if size > 1 else "1 process"
+        where += f" on {self.device}" + (f" over {self.backend}" if size > 1 else "")
+        return (
+            f"{config.algorithm.name} with {config.potential.name}: {self.num_workers} worker"
+            f"{'s' if self.num_workers > 1 else ''}, {where}, {config.model.name} "
+            f"(n = {layout.size:,}, L = {len(layout.layers)}) on {config.data.name}, "
+            f"{config.algorithm.iterations:,} iterations"
+        )
+
+    def ineffective(self) -> list[str]:
+        """Lines about options that have no effect on this run."""
+        config, lines = self.config, []
+        if config.workers not in (None, self.num_workers):
+            lines.append(f"workers={config.workers} has no effect: mSGD is one worker")
+        if config.stationarity.every is not None and not config.coupled:
+            lines.append(
+                "stationarity.every has no effect: without a coupling there is no envelope"
+            )
+        return lines
+
 
 def make_plan(config: Config, launch: Launch) -> Plan:
-    """Load the data, build the model, deal out the workers.
+    """Load the data, build the model and assign the data to the workers.
 
     Raises:
-        ConfigError: If the config asks for what this launch or this data cannot give.
+        ConfigError: If this launch or this data cannot satisfy the config.
     """
     num_workers = count_workers(config, launch)
     origin = find_origin(config, launch, num_workers)
@@ -100,26 +123,10 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         "gloo or auto here: NCCL moves CUDA tensors only",
     )
     dtype = getattr(torch, config.dtype)
-    options = {"root": config.data.root, **config.data.options}
-    try:
-        dataset: Dataset = DATASETS.make(config.data.name, **options)
-    except DataUnavailableError as error:
-        raise ConfigError(str(error)) from error
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"`data` is {config.data.name} {options}: {error}") from error
-    dataset = dataset.to(device, dtype)
-    options = {"num_classes": dataset.num_classes, **config.model.options}
-    try:
-        model = build_model(config.model.name, config.seed, dtype, **options).to(device)
-        with torch.no_grad():
-            logits = model(dataset.test_images[:1])  # do the model and the data fit each other?
-        if logits.shape != (1, dataset.num_classes):
-            wanted = (1, dataset.num_classes)
-            raise ValueError(f"it turns 1 image into {tuple(logits.shape)}, not logits {wanted}")
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
+    dataset = load_data(config).to(device, dtype)
+    model = make_model(config, dataset)
     require_memory(config, model, num_workers // launch.size, device)
-    shards = deal_out(config, dataset, num_workers)
+    shards = make_shards(config, dataset, num_workers)
     minibatches = [
         Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
         for j in launch.block(num_workers)
@@ -141,7 +148,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
 
 
 def count_workers(config: Config, launch: Launch) -> int:
-    """M: the config says how many workers, the launch how many processes."""
+    """M, from the number of workers in the config and the number of processes of the launch."""
     if config.algorithm.name == "msgd":
         require(
             launch.size == 1,
@@ -161,102 +168,47 @@ def count_workers(config: Config, launch: Launch) -> int:
     return num_workers
 
 
-def choose_device(config: Config, launch: Launch) -> torch.device:
-    """The device of this process; several processes share a GPU where there are too few."""
-    available = torch.cuda.is_available()
-    require(config.device != "cuda" or available, "device", "cuda", "cpu or auto: no CUDA device")
-    if config.device == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+def load_data(config: Config) -> Dataset:
+    """The data set of the config, on the CPU.
 
-
-def require_memory(config: Config, model: nn.Module, workers: int, device: torch.device) -> None:
-    """Refuse more workers on this process than its memory has room for z, v and gradients of."""
-    most = _room_for_workers(config, model, device) // bytes_of_worker(model)
-    require(workers <= most, "workers", f"{workers} on one process", _at_most(most))
-
-
-def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
-    """Refuse runs of so many processes, so many at once, that this machine has no memory for.
-
-    Builds the model without memory for its parameters. A model that cannot be built so, or not at
-    all, is left to the run, and so is a number of workers that does not fit the processes.
+    Raises:
+        ConfigError: If it is not available, or an option is wrong.
     """
+    options = {"root": config.data.root, **config.data.options}
     try:
-        with torch.device("meta"):
-            model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
-        bytes_each = bytes_of_worker(model.to(getattr(torch, config.dtype)))
-        beside = bytes_of_measurement(config, model)
-    except Exception:  # a model of a user, which may do anything
-        return
-    if not bytes_each:  # no parameters, which the run refuses
-        return
-    device = choose_device(config, Launch())
-    devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    room = _room_for_workers(config, model, device) // bytes_each
-    workers = processes if config.workers is None else config.workers
-    if config.algorithm.name == "msgd":
-        workers = 1
-    share = math.ceil(processes / devices)  # of the processes, on one device
-    most = room // share * processes
-    require(workers <= most, "workers", workers, _at_most(most))
-    if jobs > 1:  # each run has one of the devices
-        most = memory_of(device) // (workers * bytes_each + beside) * devices
-        require(jobs <= most, "sweep.jobs", jobs, _at_most(most, f" of {workers} workers each"))
+        return DATASETS.make(config.data.name, **options)
+    except DataUnavailableError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"`data` is {config.data.name} {options}: {error}") from error
 
 
-def _room_for_workers(config: Config, model: nn.Module, device: torch.device) -> int:
-    """Bytes that are left beside a measurement of the stationarity, if there is one."""
-    memory, beside = memory_of(device), bytes_of_measurement(config, model)
-    require(
-        not beside or beside + bytes_of_worker(model) <= memory,
-        "stationarity.every",
-        config.stationarity.every,
-        f"null for this model: a phi-prox needs {beside:,} bytes of memory, there are {memory:,}",
-    )
-    return memory - beside
+def make_model(config: Config, dataset: Dataset) -> nn.Module:
+    """The model of the config, on the device and in the dtype of the data.
+
+    Raises:
+        ConfigError: If an option is wrong, or its output does not fit the data.
+    """
+    images, wanted = dataset.test_images[:1], (1, dataset.num_classes)
+    options = {"num_classes": dataset.num_classes, **config.model.options}
+    try:
+        model = build_model(config.model.name, config.seed, images.dtype, **options)
+        model = model.to(images.device)
+        with torch.no_grad():
+            logits = model(images)
+        if logits.shape != wanted:
+            raise ValueError(f"it turns 1 image into {tuple(logits.shape)}, not logits {wanted}")
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
+    return model
 
 
-def _at_most(most: int, of: str = "") -> str:
-    return f"at most {most}{of}, whose z, v and gradients fit the memory"
-
-
-def bytes_of_worker(model: nn.Module) -> int:
-    """z, v and gradient."""
-    return 3 * _bytes_of_vector(model)
-
-
-def bytes_of_measurement(config: Config, model: nn.Module) -> int:
-    """What one phi-prox needs (run/stationarity.py); 0 where none is sought."""
-    return VECTORS * _bytes_of_vector(model) if config.stationarity.every is not None else 0
-
-
-def _bytes_of_vector(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def set_determinism(config: Config) -> None:
-    """Have torch compute deterministically in this process, or not."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    if config.deterministic != torch.are_deterministic_algorithms_enabled():
-        # Only where it changes something: it imports torch's compiler, which takes seconds.
-        torch.use_deterministic_algorithms(config.deterministic)
-
-
-def deal_out(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
+def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
     """The training indices of each of the M workers.
 
     Raises:
-        ConfigError: If a shard is smaller than a minibatch. Every rank looks at every shard, so
-            that all of them refuse.
+        ConfigError: If a shard is smaller than a minibatch. Every rank checks every shard, so all
+            ranks refuse alike.
     """
     data, batch_size = config.data, config.algorithm.batch_size
     try:

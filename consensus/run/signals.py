@@ -1,9 +1,9 @@
-"""What the outside asks of a process: to stop soon, to stop now, or nothing because it is gone.
+"""Signal handling: graceful stop, forced exit, lost launcher.
 
-SIGTERM and SIGUSR1 (a preemption, a requeue, `scancel --signal`) ask to stop: the ranks agree at
-the end of an iteration, write a checkpoint and leave. A second one changes nothing. If the process
-has not left after a while, it ends itself. Ranks whose launcher is gone get a SIGTERM from
-themselves: no rank outlives its run.
+SIGTERM and SIGUSR1 (preemption, requeue, `scancel --signal`) request a stop: at the end of an
+iteration the ranks agree on it, write a checkpoint and exit. Further signals change nothing. A
+thread ends a process that has not exited after a timeout. A rank whose launcher is gone sends
+itself SIGTERM, so no rank outlives its run.
 """
 
 import os
@@ -16,20 +16,32 @@ from types import FrameType
 STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 TRY_AGAIN = 75
-"""Exit code of a run that was asked to stop and left a checkpoint: sysexits.h's EX_TEMPFAIL."""
+"""Exit code of a run that stopped on request and left a checkpoint: EX_TEMPFAIL of sysexits.h."""
+
+
+class RunStopped(Exception):  # noqa: N818  (a requested stop is no error)
+    """A stop on request, raised on all ranks; the message names the checkpoint.
+
+    Attributes:
+        code: The exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class StopSignals:
-    """Remembers the first signal that asked this process to stop.
+    """Handlers that record the first stop signal of this process.
 
-    Until it is made, and after it is closed, these signals end the process at once: there is
-    nothing to save yet, or any more.
+    Before construction and after `close` these signals end the process at once, since there is
+    nothing to save.
 
     Args:
-        patience_s: From the first signal to the end of the process, if it does not leave itself.
+        patience_s: Seconds from the first signal to a forced exit.
 
     Attributes:
-        received: The number of that signal, 0 before.
+        received: The number of the first signal, 0 before it.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -38,29 +50,30 @@ class StopSignals:
         self._done = threading.Event()
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # else Python forbids it
-            self._before = {number: signal.signal(number, self._remember) for number in STOP}
+            self._before = {number: signal.signal(number, self._record) for number in STOP}
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == 0:
             self.received = number
-            threading.Thread(target=self._last_resort, daemon=True).start()
+            threading.Thread(target=self._force_exit, daemon=True).start()
 
-    def _last_resort(self) -> None:
+    def _force_exit(self) -> None:
         if not self._done.wait(self.patience_s):
             os._exit(128 + self.received)
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         self._done.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
 def follow_launcher(look_every_s: float = 1.0) -> None:
-    """Send this process a SIGTERM when the torchrun that started it is gone; else nothing.
+    """Start a thread that sends SIGTERM to this process once the torchrun that started it is gone.
 
-    A killed launcher cannot tell its ranks; they are handed to another parent. Begins now: one that
-    was killed before is noticed only if its orphans were handed to an init that never trains.
+    Without torchrun it does nothing. A killed launcher cannot notify its ranks; the kernel gives
+    them another parent. A launcher that died before this call is noticed only if the new parent is
+    process 1 and does not run Python.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -76,7 +89,7 @@ def follow_launcher(look_every_s: float = 1.0) -> None:
 
 
 def _command(pid: int) -> str:
-    """The command line of a process; "python" where it cannot be known."""
+    """The command line of a process; "python" if it cannot be read."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:

@@ -1,14 +1,14 @@
-"""How stationary a run is: section 4 of the paper, measured while it trains.
+"""Measurement of the stationarity of a run, section 4 of the paper.
 
     f_j(z) = (B / |S_j|) sum over i in S_j of loss_i(z)  +  R(z)
 
-is what line 5 descends, but for dropout, which is off: the expected loss of a minibatch (B its
-size; 1 where the loss is its mean) over the shard S_j of worker j, or over as many fixed samples of
-it as `stationarity.samples` says. u and the z_j come to rest at stationary points of (15) for the
-lam of `Consensus.lam_at_rest`, so that this is the lam here, unless `stationarity.lam` is set:
+is the function that line 5 descends, with dropout off: the expected loss of a minibatch (B is its
+size; 1 if the loss is its mean) over the shard S_j of worker j, or over `stationarity.samples`
+fixed samples of it. u and the z_j come to rest at stationary points of (15) for the lam of
+`Consensus.lam_at_rest`. That lam is used here, unless `stationarity.lam` is set:
 
     envelope_gradient    |sum_j grad e f_j (u)|, the measure of the paper, by (13) at the phi-prox
-    accuracy             by how much the sum may be wrong: the sum over j of |grad f_j(p_j) - (13)|
+    accuracy             error bound of that sum: the sum over j of |grad f_j(p_j) - (13)|
     envelope_gradients   |grad e f_j (u)|, for each j
     consensus_residual   (5a): |sum_j grad phi(u - z_j)| / lam
     worker_residual      (5b): |grad f_j(z_j) - grad phi(u - z_j) / lam|, for each j
@@ -18,15 +18,15 @@ lam of `Consensus.lam_at_rest`, so that this is the lam here, unless `stationari
     consensus_gap        |u - z_j|, for each j and each layer
     layers               the same of each layer
 
-Where all workers have all the data, all f_j are one function: one prox, whose data the ranks share.
-Rank 0 seeks it, sends every point that it wants to know f at, and all sum up their shares. Else
-every rank seeks the proxes of its own workers. In both, all ranks meet at every evaluation of f for
-the prox, so that one that is asked to stop is heard, and a rank that is done waits for no more than
-one evaluation of another's. Then each worker's f_j is differentiated once more, at z_j.
+If all workers have all the data, all f_j are one function. Then rank 0 solves one prox: it
+broadcasts each point of evaluation, and all ranks sum their shares of the data. Otherwise every
+rank solves the proxes of its own workers. In both cases all ranks synchronize at every evaluation
+of f, so that a stop signal of any rank ends the measurement, and a rank that has finished waits for
+at most one evaluation of another. Finally each f_j is differentiated once more, at z_j.
 
-Training stands still meanwhile: it would share the device with it. Nothing that a run computes
-depends on whether it is measured, and samples_per_s leaves it out. A prox needs `VECTORS`
-of descent.py, (n,) each, on rank 0 or on all.
+Training pauses meanwhile, because both would share the device. A measurement changes no number of
+the run, and samples_per_s excludes its time. A prox needs `VECTORS` of descent.py, (n,) each, on
+rank 0 or on all ranks.
 """
 
 import time
@@ -50,16 +50,16 @@ Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 EVALUATE, DONE = 0.0, 1.0
 
 
-class _AskedToStop(Exception):  # noqa: N818  (no error: it was asked for)
-    """On all ranks at the same evaluation of f."""
+class _StopRequestedError(Exception):
+    """Raised on all ranks at the same evaluation of f."""
 
 
 class Stationarity:
-    """The measurement of one run. Every method is a collective.
+    """The measurements of one run. Every method is a collective.
 
     Args:
-        plan: Of the run.
-        group: Its processes.
+        plan: The plan of the run.
+        group: The processes of the run.
     """
 
     def __init__(self, plan: Plan, group: Group) -> None:
@@ -75,7 +75,7 @@ class Stationarity:
         ]
 
     def _sample(self, shard: Tensor, worker: int) -> Tensor:
-        """The samples that f_j is measured on, the same at all times."""
+        """The samples of f_j, which are the same in all measurements."""
         most = self.options.samples
         if most is None or most >= len(shard):
             return shard
@@ -89,35 +89,28 @@ class Stationarity:
         """Measure after t iterations.
 
         Args:
-            algorithm: Its state is read only.
+            algorithm: Its state is only read.
             t: Iterations done.
-            asked_to_stop: Whether this rank should be elsewhere.
+            asked_to_stop: Whether this rank has received a stop signal.
 
         Returns:
-            The same on all ranks, but for `seconds`; None if a rank was asked to stop.
+            The same on all ranks, except for `seconds`; None if a rank received a stop signal.
         """
         began = time.perf_counter()
         phi, u, z = algorithm.phi, algorithm.u, algorithm.worker.z
         lam = self.options.lam or float(algorithm.lam_at_rest(max(0, t - 1)))
+        solve = self._prox_of_all if self.one_for_all else self._prox_of_each
         try:
-            seek = self._prox_of_all if self.one_for_all else self._prox_of_each
-            envelopes, numbers = seek(phi, u, lam, asked_to_stop)
-        except _AskedToStop:
+            envelopes, numbers = solve(phi, u, lam, asked_to_stop)
+        except _StopRequestedError:
             return None
-        rows = []
-        for z_j, envelope, sample in zip(z, envelopes, self.samples, strict=True):
-            _, gradient = self._function(sample)(z_j)
-            force = phi.grad(u - z_j) / lam
-            residual = worker_residual(gradient.unsqueeze(0), phi, u, z_j.unsqueeze(0), lam)[0]
-            of_worker = (envelope, force, residual, force - envelope, u - z_j)
-            rows.append(torch.cat([phi.distance(x) for x in of_worker]).double())
-        mine = torch.cat([torch.stack(rows), numbers], 1)
+        mine = torch.cat([self._norms_at(phi, u, z, lam, envelopes), numbers], 1)
         everyone = self.group.gather(mine).flatten(0, 1).cpu()  # (M, 5 L + 4)
-        of_layers = everyone[:, :-4].unflatten(1, (5, -1)).transpose(0, 1)  # (5, M, L)
+        of_layers = everyone[:, :-4].reshape(len(everyone), 5, -1).transpose(0, 1)  # (5, M, L)
+        of_envelopes, force, residual, gap, apart = of_layers
         value, accuracy, evaluations, converged = everyone[:, -4:].T  # (M,) each
         sums = torch.stack([envelopes.sum(0), consensus_residual(phi, u, z, lam)])
         envelope, residual_u = phi.distance(self.group.sum_(sums)).double().cpu()
-        of_envelopes, force, residual, gap, apart = of_layers
         return {
             "lam": lam,
             "envelope_gradient": float(envelope.norm()),
@@ -142,6 +135,19 @@ class Stationarity:
             "seconds": time.perf_counter() - began,
         }
 
+    def _norms_at(
+        self, phi: Layerwise, u: Tensor, z: Tensor, lam: float, envelopes: Tensor
+    ) -> Tensor:
+        """Layer norms of grad e f_j, force, (5b), gap (9) and u - z_j. -> float64 (K, 5 L)."""
+        rows = []
+        for z_j, envelope, sample in zip(z, envelopes, self.samples, strict=True):
+            _, gradient = self._function(sample)(z_j)
+            force = phi.grad(u - z_j) / lam
+            residual = worker_residual(gradient.unsqueeze(0), phi, u, z_j.unsqueeze(0), lam)[0]
+            of_worker = (envelope, force, residual, force - envelope, u - z_j)
+            rows.append(torch.cat([phi.distance(x) for x in of_worker]).double())
+        return torch.stack(rows)
+
     # ---- f_j
 
     def _function(self, sample: Tensor) -> Function:
@@ -157,7 +163,7 @@ class Stationarity:
         value = factor * loss.double() + regularizer(z.double(), self.nu)
         return value.to(z), torch.add(self.nu * z, gradient, alpha=factor)
 
-    # ---- the prox: one of all, or each rank those of its workers
+    # ---- the prox: one for all workers, or those of its own workers on each rank
     #      -> grad e f_j (u) (K, n), and value, accuracy, evaluations, converged, float64 (K, 4)
 
     def _prox_of_all(
@@ -167,16 +173,16 @@ class Stationarity:
         share = torch.tensor_split(sample, self.group.size)[self.group.rank]
         n = len(u)
 
-        def order(what: float, z: Tensor) -> Tensor:
-            """What rank 0 says: a vector, and what it is."""
-            return self.group.broadcast_(torch.cat([z, z.new_tensor([what])]))
+        def order(command: float, z: Tensor) -> Tensor:
+            """A vector and a command, from rank 0."""
+            return self.group.broadcast_(torch.cat([z, z.new_tensor([command])]))
 
         def add_up(z: Tensor) -> tuple[Tensor, Tensor]:
             loss, gradient = self._total(z, share)
             stop = loss.new_tensor(float(asked_to_stop()))
             summed = self.group.sum_(torch.cat([gradient, torch.stack([loss, stop]).to(gradient)]))
             if summed[-1] > 0:
-                raise _AskedToStop
+                raise _StopRequestedError
             return summed[n], summed[:n]
 
         def f(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,9 +194,9 @@ class Stationarity:
             order(DONE, gradient)
         else:
             numbers = torch.zeros(4, dtype=torch.float64, device=u.device)
-            while (told := order(EVALUATE, u))[n] == EVALUATE:
-                add_up(told[:n])
-            gradient = told[:n]
+            while (received := order(EVALUATE, u))[n] == EVALUATE:
+                add_up(received[:n])
+            gradient = received[:n]
         self.group.broadcast_(numbers)
         workers = len(self.samples)
         return gradient.expand(workers, n), numbers.expand(workers, 4)
@@ -198,12 +204,12 @@ class Stationarity:
     def _prox_of_each(
         self, phi: Layerwise, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]
     ) -> tuple[Tensor, Tensor]:
-        def others(here: bool) -> bool:
-            """Whether a rank is still at work; all ranks meet here at every evaluation."""
-            mine = torch.tensor([float(here), float(asked_to_stop())], device=u.device)
+        def others(working: bool) -> bool:
+            """Whether a rank is still working; all ranks synchronize here at each evaluation."""
+            mine = torch.tensor([float(working), float(asked_to_stop())], device=u.device)
             at_work, stops = self.group.sum_(mine).tolist()
             if stops:
-                raise _AskedToStop
+                raise _StopRequestedError
             return bool(at_work)
 
         def in_step(f_j: Function) -> Function:
@@ -227,6 +233,6 @@ class Stationarity:
         numbers = [found.value, found.accuracy, found.converged]
         value, accuracy, converged = (number.double() for number in numbers)
         evaluations = value.new_tensor(float(found.evaluations))
-        # Where f is not finite nothing was found: u itself, without a force, would look stationary.
+        # If f is not finite there is no result: u itself, without a force, would look stationary.
         gradient = torch.where(accuracy.isfinite(), found.gradient, torch.nan)
         return gradient, torch.stack([value, accuracy, evaluations, converged])

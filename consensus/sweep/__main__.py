@@ -30,8 +30,9 @@ from hydra.types import HydraContext, RunMode
 
 from consensus.comm import GroupError
 from consensus.report.__main__ import report
+from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
-from consensus.run.config import Config, ConfigError, require
+from consensus.run.config import Config
 from consensus.sweep.dashboard import Board
 from consensus.sweep.grid import Cell, Sweep, check, read_sweep, register_sweep_schema
 from consensus.sweep.job import run_cell

@@ -21,9 +21,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from consensus.problem import WAYS
+from consensus.run.checks import ConfigError, require, require_one_of
 from consensus.run.compose import to_config
-from consensus.run.config import ConfigError, require, require_one_of
-from consensus.run.plan import require_memory_for_many
+from consensus.run.device import require_memory_for_many
 
 GRADIENTS = ("auto", "measure", *WAYS)
 """How a population computes its gradients.

@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from consensus.algorithm import Algorithm, StepSize
+from consensus.algorithm import StepSize
 from consensus.atomic_files import write_whole
 from consensus.comm import Launch, Solo
 from consensus.core.flat import part_of
@@ -33,20 +33,17 @@ from consensus.population import Population
 from consensus.problem import WAYS, PopulationRisk, Way
 from consensus.records import Row, rows_until, to_json
 from consensus.replay import cuda_graph
-from consensus.run.checkpoint.directory import Origin, RunDirectory, find_origin
-from consensus.run.config import Config, ConfigError
+from consensus.run.build import scheduled
+from consensus.run.checkpoint.directory import Origin, RunDirectory
+from consensus.run.checkpoint.resume import find_origin
+from consensus.run.checks import ConfigError
+from consensus.run.config import Config
+from consensus.run.device import memory_of, set_determinism
 from consensus.run.metrics import measure
-from consensus.run.plan import (
-    Plan,
-    count_workers,
-    make_phi,
-    make_plan,
-    memory_of,
-    set_determinism,
-)
+from consensus.run.plan import Plan, count_workers, make_phi, make_plan
+from consensus.run.results import environment
 from consensus.run.signals import StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
-from consensus.run.trainer import environment, scheduled
 from consensus.server import digest
 from consensus.sweep.job import Status
 
@@ -343,7 +340,8 @@ class Together:
             view = self._view(row, i)
             plan = self._plan(member)
             evaluated = (on_train[row], on_test[row])
-            numbers = measure(cast(Algorithm, view), plan, self.group, done, evaluated)
+            state = view.u, view.worker.z, view.phi, view.lam, view.cuts
+            numbers = measure(*state, plan, self.group, done, evaluated)
             numbers["wall_s"] = now - self._began
             samples = passed * plan.num_workers * member.config.algorithm.batch_size
             numbers["samples_per_s"] = samples / seconds

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from consensus.comm import Launch, Solo
+from consensus.run.build import build_algorithm
 from consensus.run.metrics import measure
 from consensus.run.plan import make_plan
-from consensus.run.trainer import build_algorithm
 from consensus.server import digest
 
 SIZE = 784 * 5 + 5 + 5 * 10 + 10  # of the network below
@@ -43,6 +43,11 @@ def points():
     return u, u - scale * offsets / offsets.norm(dim=1, keepdim=True)
 
 
+def state_of(algorithm):
+    """The arguments of `measure` that an algorithm holds."""
+    return algorithm.u, algorithm.worker.z, algorithm.phi, algorithm.lam, algorithm.cuts
+
+
 def measure_at_points(group, config):
     """The row of this rank, with its share of the workers at the points above."""
     plan = make_plan(config, Launch(group.rank, group.size, group.rank, group.size))
@@ -52,7 +57,7 @@ def measure_at_points(group, config):
     algorithm.worker.z = z[list(plan.local_workers)]
     algorithm.server.cuts += 3  # the same on all ranks
     algorithm.worker.cuts += torch.tensor([j + 1 for j in plan.local_workers])
-    row = measure(algorithm, plan, group, t=100)
+    row = measure(*state_of(algorithm), plan, group, t=100)
     return row, int(digest(algorithm.u)), algorithm.verify()
 
 
@@ -119,7 +124,7 @@ def test_lam_is_that_of_the_last_iteration(make_config):
     plan = make_plan(make_config(*overrides), Launch())
     algorithm = build_algorithm(plan, Solo())
     algorithm.worker.z = algorithm.u + 1e-2 * torch.ones_like(algorithm.worker.z)
-    row = measure(algorithm, plan, Solo(), t=5)
+    row = measure(*state_of(algorithm), plan, Solo(), t=5)
     lam = 0.1 * (1 - 0.5 * 4 / 10)  # iterations 0 to 4 are done
     assert row["coupling"] == pytest.approx(7850 * 1e-4 / lam, rel=1e-9)
 
@@ -128,6 +133,6 @@ def test_msgd_has_no_coupling(make_config):
     plan = make_plan(make_config("algorithm=msgd", "model=logistic", "device=cpu"), Launch())
     algorithm = build_algorithm(plan, Solo())
     algorithm.step(0)
-    row = measure(algorithm, plan, Solo(), t=1)
+    row = measure(*state_of(algorithm), plan, Solo(), t=1)
     assert (row["coupling"], row["distance"], row["cuts_u"], row["cuts_z"]) == (0.0, [0.0], 0, 0)
     assert row["objective"] == row["train_loss"] + row["regularizer"]

@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from consensus.comm import Launch, Solo
 from consensus.problem import MODELS, partition
+from consensus.run.build import build_algorithm
 from consensus.run.plan import make_plan
 from consensus.run.stationarity import Stationarity
-from consensus.run.trainer import Trainer, build_algorithm
+from consensus.run.trainer import Trainer
 from consensus.server import digest
 
 LAM, NU, ETA, WORKERS, BATCH = 0.02, 1e-2, 1.5, 4, 20  # lam where the run rests

@@ -1,18 +1,12 @@
-"""One run, one directory: where a run writes, from where it continues, and the lock on it.
-
-Before the group opens every rank decides alike, from the config, the launch and the files, whether
-the run begins or continues (`find_origin`); what is wrong is refused there, exit code 2. Then rank
-0 makes the directory and locks it (`RunDirectory`); nobody else changes anything in it.
-
-A run continues from its own directory if `resume=auto` says so, or if torchrun has started the
-same launch again; it begins anew, from a checkpoint of another run, with `resume=PATH`.
-"""
+"""The run directory: its creation, the lock on it, and write errors that concern all ranks."""
 
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,34 +16,18 @@ from omegaconf import OmegaConf
 
 from consensus.atomic_files import write_whole
 from consensus.comm import Group, GroupError, Launch
-from consensus.run.checkpoint.manifest import DamagedError
-from consensus.run.checkpoint.reader import candidates, inspect, list_checkpoints
-from consensus.run.config import RESUME, Config, require
+from consensus.run.config import Config
 
 LOCK = ".lock"
-
-# What may differ between a run and its continuation: where it runs, what it leaves, how long it is.
-_FREE = (
-    "output",
-    "group",
-    "device",
-    "deterministic",
-    "cuda_graph",
-    "resume",
-    "plugins",
-    "workers",
-    "stationarity",
-)
-_FREE_KEYS = ("data.root", "algorithm.iterations")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins.
+    """The start of a run.
 
     Attributes:
-        run_dir: Where it writes, if that is known before the group opens.
-        source: The run or the checkpoint it continues from; None: from the start.
+        run_dir: The run directory, if it is known before the group opens.
+        source: The run or the checkpoint to continue from; None: start at iteration 0.
     """
 
     run_dir: Path | None = None
@@ -57,151 +35,12 @@ class Origin:
 
     @property
     def continues(self) -> bool:
-        """Whether this is the run that its directory already holds."""
+        """Whether the run continues in its own directory."""
         return self.source is not None and self.source == self.run_dir
 
 
-def find_origin(config: Config, launch: Launch, num_workers: int) -> Origin:
-    """Where this run writes and from where it continues.
-
-    Raises:
-        ConfigError: If the directory holds another run or one that may not be continued like this,
-            or `resume` names no checkpoint.
-    """
-    run_dir = None if config.output.run_dir is None else Path(config.output.run_dir)
-    require(
-        run_dir is None or not run_dir.exists() or run_dir.is_dir(),
-        "output.run_dir",
-        run_dir,
-        "a directory, or a path where none exists yet",
-    )
-    again = _started_again(config, launch, run_dir)
-    if again is not None or config.resume == "auto":
-        own = again or run_dir
-        assert own is not None  # config.py refuses resume=auto without a directory
-        if state_of(own) is not None:
-            _require_continuable(own, config, num_workers)
-            return Origin(own, own)
-        run_dir = own
-    if run_dir is not None:
-        _require_unused(run_dir)
-    if config.resume in RESUME:
-        return Origin(run_dir)
-    source = Path(config.resume)
-    require(
-        bool(candidates(source)),
-        "resume",
-        source,
-        "never, auto, or the path of a checkpoint or of a run that has one",
-    )
-    _require_fitting(source, config, num_workers)
-    return Origin(run_dir, source)
-
-
-def state_of(run_dir: Path) -> str | None:
-    """The file that shows that a directory holds a run; None if it holds none."""
-    for name in ("summary.json", "metrics.jsonl"):
-        if (run_dir / name).exists():
-            return name
-    return "checkpoints" if list_checkpoints(run_dir) else None
-
-
-def _require_unused(run_dir: Path) -> None:
-    name = state_of(run_dir)
-    kind = "a finished" if name == "summary.json" else "an unfinished"
-    require(
-        name is None,
-        "output.run_dir",
-        run_dir,
-        f"an empty or new directory; this one holds {kind} run ({name}); resume=auto continues it",
-    )
-
-
-def _require_continuable(run_dir: Path, config: Config, num_workers: int) -> None:
-    """Refuse to continue what is finished without checkpoints, or was another run."""
-    if list_checkpoints(run_dir):
-        return _require_fitting(run_dir, config, num_workers)
-    require(
-        state_of(run_dir) != "summary.json",
-        "resume",
-        "auto",
-        f"never, in a new directory: {run_dir} holds a finished run without checkpoints",
-    )
-    try:  # nothing to load, but its metrics will be replaced: by the same run only
-        before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    except Exception:  # killed before it was written
-        return None
-    if isinstance(before, dict):
-        _require_same({str(k): v for k, v in before.items()}, config, run_dir)
-    return None
-
-
-def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
-    """Refuse a source whose newest readable checkpoint is not of this run, or of a later format."""
-    for checkpoint in candidates(source):
-        try:
-            manifest, before = inspect(checkpoint)
-        except DamagedError:
-            continue  # the ranks find it again together, and say so
-        _require_same(before, config, checkpoint)
-        require(
-            manifest.num_workers == num_workers,
-            "workers",
-            num_workers,
-            f"{manifest.num_workers}, as in {checkpoint} (on any number of processes dividing it)",
-        )
-        iterations = config.algorithm.iterations
-        require(
-            iterations >= manifest.iteration,
-            "algorithm.iterations",
-            iterations,
-            f"at least {manifest.iteration}, which {checkpoint} has done",
-        )
-        return
-
-
-def _require_same(before: dict[str, Any], config: Config, where: Path) -> None:
-    """Refuse a key that was different when the run began."""
-    old = _flat(before)
-    new = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
-    for key in new:
-        free = key.partition(".")[0] in _FREE or key in _FREE_KEYS
-        if free or key not in old:  # a key that this version has added
-            continue
-        require(
-            old[key] == new[key],
-            key,
-            new[key],
-            f"{old[key]}, as in {where} (a run is continued as it began)",
-        )
-
-
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> value; an empty dictionary is a value."""
-    if not isinstance(node, dict) or not node:
-        return {path: node}
-    return {
-        key: value
-        for name, child in node.items()
-        for key, value in _flat(child, f"{path}.{name}" if path else str(name)).items()
-    }
-
-
-def _started_again(config: Config, launch: Launch, run_dir: Path | None) -> Path | None:
-    """The directory of this very launch from before torchrun restarted it, if it got that far."""
-    if launch.restart == 0:
-        return None
-    if run_dir is not None:
-        return run_dir
-    root = Path(config.output.root)
-    for lock in sorted(root.glob(f"*/{LOCK}"), reverse=True):  # names begin with their date
-        if _holder(lock).get("launch") == launch.name:
-            return lock.parent
-    return None
-
-
-def _holder(lock: Path) -> dict[str, Any]:
-    """What the last holder of a lock wrote into it."""
+def lock_holder(lock: Path) -> dict[str, Any]:
+    """The note that the last holder wrote into a lock file; {} if it cannot be read."""
     try:
         content = json.loads(lock.read_bytes())
     except (OSError, ValueError):
@@ -210,60 +49,67 @@ def _holder(lock: Path) -> dict[str, Any]:
 
 
 class RunDirectory:
-    """The directory of a run, made and locked. The constructor is a collective.
+    """The directory of a run, created and locked. The constructor is a collective.
+
+    Rank 0 alone creates it and writes to it, except for checkpoints.
 
     Args:
-        origin: Where to write, and from where the run continues.
-        config: Saved there as config.yaml.
-        launch: Noted in the lock.
+        origin: The directory, and the run to continue from.
+        config: Saved as config.yaml.
+        launch: Recorded in the lock.
         group: The processes of the run.
 
     Attributes:
         path: The directory, on every rank.
-        warning: What should be known about it, None if nothing.
+        warning: A line for the user about the lock; None if there is nothing to report.
+        problem: The first write error of this rank; None if there is none.
 
     Raises:
-        GroupError: On every rank, if it cannot be made or another run holds it.
+        GroupError: On every rank, if it cannot be created or another run holds the lock.
     """
 
     def __init__(self, origin: Origin, config: Config, launch: Launch, group: Group) -> None:
+        self.group = group
         self.warning: str | None = None
+        self.problem: str | None = None
         self._lock: IO[bytes] | None = None
-        path, problem = None, None
-        if group.rank == 0:
-            try:
+        path = None
+        with self._locking("write"):
+            if group.rank == 0:
                 path = origin.run_dir or _new_directory(config)
                 path.mkdir(parents=True, exist_ok=True)
-                problem = self._take(path, launch)
-                if problem is None:
+                self.problem = self._take(path, launch)
+                if self.problem is None:
                     content = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
                     write_whole(path / "config.yaml", content)
-            except OSError as error:
-                problem = f"cannot write the run directory: {error.strerror}: {error.filename}"
-        self._raise_together(group, problem)
         self.path: Path = group.share(path)
-        # Every rank holds the lock, so that it lasts as long as any of them: also if the launcher
-        # and rank 0 are killed and the others do not know yet.
-        problem = None
-        if group.rank > 0:
-            try:
-                problem = self._join()
-            except OSError as error:
-                problem = f"cannot lock the run directory: {error.strerror}: {error.filename}"
-        self._raise_together(group, problem)
+        # Every rank holds the lock, so that it lasts as long as any rank: also if the launcher and
+        # rank 0 are killed and the others have not noticed yet.
+        with self._locking("lock"):
+            if group.rank > 0:
+                self._lock = (self.path / LOCK).open("a+b")
+                if not self._acquire(fcntl.LOCK_SH):
+                    self.problem = f"{self.path} is in use by another run"
 
-    def _raise_together(self, group: Group, problem: str | None) -> None:
+    @contextmanager
+    def _locking(self, action: str) -> Iterator[None]:
+        """One step of the constructor: a failure on any rank is raised on all."""
         try:
-            group.raise_together(problem)
+            yield
+        except OSError as error:
+            where = f"{error.strerror}: {error.filename}"
+            self.problem = f"cannot {action} the run directory: {where}"
+        try:
+            self.agree()
         except GroupError:
             self.close()
             raise
 
     def _take(self, path: Path, launch: Launch) -> str | None:
-        """Rank 0: alone first, which fails while any rank of another run lives; then shared."""
+        """Lock on rank 0: exclusively first, which fails if a rank of another run is alive."""
         self._lock = (path / LOCK).open("a+b")
         if not self._acquire(fcntl.LOCK_EX):
-            holder = _holder(path / LOCK)
+            holder = lock_holder(path / LOCK)
             who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
             return f"{path} is in use by another run, begun by {who}, or by ranks left of it"
         note = {"pid": os.getpid(), "host": socket.gethostname(), "launch": launch.name}
@@ -274,12 +120,8 @@ class RunDirectory:
             return f"{path} is in use by another run, which began at the same moment"
         return None
 
-    def _join(self) -> str | None:
-        self._lock = (self.path / LOCK).open("a+b")
-        return None if self._acquire(fcntl.LOCK_SH) else f"{self.path} is in use by another run"
-
     def _acquire(self, kind: int, patience_s: float = 3.0) -> bool:
-        """Try for a while: ranks of a launch that has just been killed need a moment to be gone."""
+        """Retry for a few seconds: ranks of a launch that was just killed need time to exit."""
         assert self._lock is not None
         deadline = time.monotonic() + patience_s
         while True:
@@ -291,17 +133,30 @@ class RunDirectory:
                     return False
                 time.sleep(0.1)
             except OSError:  # some network file systems have no locks
-                self.warning = f"{self._lock.name} cannot be locked here: take care of it yourself"
+                self.warning = f"{self._lock.name} cannot be locked here: start no second run in it"
                 return True
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Record a write error for `agree`: one rank alone must not raise it."""
+        try:
+            yield
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            self.problem = self.problem or f"cannot write to {self.path}: {error.strerror}{where}"
+
+    def agree(self) -> None:
+        """Raise on all ranks if one of them recorded a write error. A collective."""
+        self.group.raise_together(self.problem)
+
     def close(self) -> None:
-        """Release the lock; the kernel does it for a process that dies."""
+        """Release the lock. The kernel does so for a process that dies."""
         if self._lock is not None:
             self._lock.close()
 
 
 def _new_directory(config: Config) -> Path:
-    """A directory under output.root that did not exist, named by date, time and run."""
+    """Create a directory under output.root, named by date, time and run."""
     output = config.output
     algorithm, potential = config.algorithm.name, config.potential.name
     name = output.name or f"{algorithm}-{potential}-{config.data.name}"

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, in JSON, with nothing in it believed unseen.
+"""The checkpoint manifest: a JSON index, validated before use.
 
-The one thing that is the same in every format there will be: `sha256` is the digest over all the
-rest, so a damaged manifest is told from one of a later version.
+Every future format keeps one property: `sha256` is the digest of all other entries. It tells a
+damaged manifest from one of a later version.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from consensus.run.config import ConfigError
+from consensus.run.checks import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,17 +22,17 @@ _HEX_64, _HEX_256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 
 
 class DamagedError(RuntimeError):
-    """A checkpoint that is not as it was written; the message says what is wrong."""
+    """A checkpoint differs from what was written; the message names the difference."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies, and what it is.
+    """The place and the type of a stored tensor.
 
     Attributes:
         dtype: Such as "torch.float32".
-        shape: Of the whole tensor; it is stored in one piece.
-        file: Its name in the checkpoint.
+        shape: Of the whole tensor, which is stored in one piece.
+        file: Name of its file in the checkpoint.
         offset: Of its first byte.
         length: In bytes.
     """
@@ -46,15 +46,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The content of a manifest.
 
     Attributes:
         iteration: Iterations done.
         num_workers: M.
         digest: Of u, 16 hexadecimal digits.
         wall_s: Seconds of training so far, those before a resume included.
-        best: Iteration and test error of the evaluation with the lowest, if there was one.
-        torch: The version that wrote it.
+        best: Iteration and test error of the evaluation with the lowest; None without one.
+        torch: The version of torch that wrote it.
         files: Name -> bytes and SHA-256.
         tensors: Key -> place.
     """
@@ -69,7 +69,7 @@ class Manifest:
     tensors: dict[str, Place]
 
     def to_json(self) -> bytes:
-        """With the format, and a digest over everything else: so in every format there will be."""
+        """The file: all attributes, the format, and the digest of both."""
         content = {"format": FORMAT, **asdict(self)}
         return _json(content | {"sha256": _digest(content)}, indent=2)
 
@@ -78,7 +78,7 @@ class Manifest:
         """The manifest of a checkpoint.
 
         Raises:
-            DamagedError: If it is not as it was written.
+            DamagedError: If it is missing, or differs from what was written.
             ConfigError: If a later version of this program wrote it.
         """
         try:
@@ -155,8 +155,13 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(_json(content)).hexdigest()
 
 
+def as_hex(digest: int) -> str:
+    """A digest of u, an int64, as 16 hexadecimal digits."""
+    return f"{digest & (2**64 - 1):016x}"
+
+
 def brief(error: BaseException) -> str:
-    """The reason of an error in a few words."""
+    """The cause of an error, without line breaks."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,25 +1,24 @@
-"""What a checkpoint is, and how it is read: trusting nothing.
+"""Reading checkpoints; nothing is used before it is validated.
 
-    checkpoints/00000500/   manifest.json       what it is, which tensor lies where, and the hash of
+    checkpoints/00000500/   manifest.json       index: iteration, place of each tensor, and hash of
                                                 every other file
                             config.yaml         the run
                             __RANK_0.distcp     the tensors, written by torch.distributed.checkpoint
 
-The tensors are keyed by worker (`worker/3/z`), not by rank: any number of processes can read them.
-The index is JSON: torch's own, `.metadata`, is a pickle, and is neither written nor ever read.
+The tensors are keyed by worker (`worker/3/z`), not by rank, so any number of processes can read
+them. The index is JSON: torch's own, `.metadata`, is a pickle, and is neither written nor read.
 
-Data flow of a read: manifest (its own digest, then the format), the hash of every file, keys,
-shapes and dtypes, the tensors by torch.load(weights_only=True), and at last the digest of u. What
-fails a hash is damaged: it is named and the checkpoint before it is used. What passes and still is
-not ours is refused, and nothing of it has been executed.
+Data flow of a read: the manifest (its own digest, then the format), the hash of every file, keys,
+shapes and dtypes, the tensors by torch.load(weights_only=True), and finally the digest of u. A
+checkpoint that fails a hash is damaged; it is reported before it is used. One that passes and was
+not written by this package is refused, and none of its content is executed.
 
-What is not in a checkpoint is a function of what is: shuffles, minibatches and dropout of (seed,
-worker, position), schedules and the phase of the communication period of the iteration.
+Everything outside a checkpoint is a function of its content: shuffles, minibatches and dropout of
+(seed, worker, position), schedules and the phase of the communication period of the iteration.
 """
 
 import hashlib
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,17 +31,17 @@ from torch import Tensor
 from consensus.comm import Group, GroupError
 from consensus.private_api import storage_info
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, DamagedError, Manifest, Place, brief
-from consensus.run.config import ConfigError
+from consensus.run.checks import ConfigError
 
-# torch.distributed.checkpoint is imported where it is used. It brings sympy, two seconds that a
-# refused command, `--help` or a run without checkpoints need not wait for.
+# torch.distributed.checkpoint is imported where it is used, because it imports sympy. That takes
+# two seconds, which a refused command, `--help` or a run without checkpoints need not wait for.
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"\d{8,}")
 
-# One process, no process group: torch warns each time that it will do what it is asked to do.
+# With one process there is no process group, and torch warns about it at each call.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
@@ -53,7 +52,7 @@ def file_digest(path: Path) -> tuple[int, str]:
         return file.tell(), sha256
 
 
-# ---- which checkpoints there are
+# ---- listing and verifying
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -64,16 +63,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def candidates(path: Path) -> list[Path]:
-    """What `path` offers: itself if it is a checkpoint, else those of the run, newest first."""
+    """A checkpoint as a list of one, or the checkpoints of a run, newest first."""
     return [path] if (path / MANIFEST).exists() else list_checkpoints(path)
 
 
 def inspect(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest and the config of a checkpoint; the tensors are left to the ranks.
+    """The manifest and the config of a checkpoint, without a look at its tensors.
 
     Raises:
-        DamagedError: If the manifest or the config is not as it was written.
-        ConfigError: If the config is none, or a later version wrote the checkpoint.
+        DamagedError: If the manifest or the config differs from what was written.
+        ConfigError: If the config is not a mapping, or a later version wrote the checkpoint.
     """
     manifest = Manifest.read(checkpoint)
     _require_intact(checkpoint, manifest, CONFIG)
@@ -83,16 +82,17 @@ def inspect(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
         config = brief(error)
     if not isinstance(config, dict):
         raise ConfigError(
-            f"`resume` finds no config in {checkpoint / CONFIG}; allowed: a checkpoint of ours"
+            f"`resume` finds no config in {checkpoint / CONFIG}; allowed: a checkpoint written by "
+            "consensus"
         )
     return manifest, {str(key): value for key, value in config.items()}
 
 
 def verify_files(checkpoint: Path, group: Group) -> Manifest:
-    """Check every file against its hash, each rank its share. A collective.
+    """Compare every file with its hash, divided between the ranks. A collective.
 
     Raises:
-        DamagedError: On every rank, if one of them found a file changed.
+        DamagedError: On every rank, if one of them found a difference.
     """
     problem, manifest = None, None
     try:
@@ -121,49 +121,33 @@ def _require_intact(checkpoint: Path, manifest: Manifest, name: str) -> None:
 
 
 def choose(paths: list[Path], group: Group, say: Callable[[str], None]) -> Path | None:
-    """The first of the checkpoints that is intact; rank 0's list counts. A collective."""
+    """The first intact checkpoint of rank 0's list; None if all are damaged. A collective."""
     for path in group.share(paths):
         try:
             verify_files(path, group)
+            return Path(path)
         except DamagedError as error:
             say(f"checkpoint {path} is damaged and skipped: {error}")
-            continue
-        chosen: Path = path
-        return chosen
     return None
-
-
-def set_aside(run_dir: Path, iteration: int) -> None:
-    """Remove what was half written or half removed; rename what lies beyond an iteration.
-
-    A run that went back to an earlier checkpoint must not find the later, damaged one again.
-    """
-    for path in (run_dir / FOLDER).glob(".*"):
-        if path.name.endswith((".tmp", ".gone")):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in list_checkpoints(run_dir):
-        if int(path.name) > iteration:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
 
 
 # ---- reading tensors
 
 
 def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
-    """The state of these workers, written by any number of processes.
+    """Read the state of some workers, written by any number of processes.
 
     Args:
         checkpoint: Verified by `choose`.
-        state: What `Algorithm.state_dict` returns: its keys, shapes and dtypes.
-        workers: The j of the rows of `worker/...`.
+        state: Result of `Algorithm.state_dict`; only its keys, shapes and dtypes are used.
+        workers: The numbers j of the rows of `worker/...`.
 
     Raises:
-        GroupError: If a tensor is missing, or has another shape or dtype. On this rank alone.
+        GroupError: On this rank alone, if a tensor is missing, or has another shape or dtype.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_into
 
     fresh = {
         key: torch.empty_like(value, device="cpu").contiguous() for key, value in state.items()
@@ -182,21 +166,21 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
             raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
     index = _index({key: (tensor, held[key]) for key, tensor in wanted.items()})
 
-    class Reader(dcp.FileSystemReader):
-        """torch's reader, with our index instead of its unpickling."""
+    class Reader(FileSystemReader):
+        """torch's reader with the index of the manifest, instead of a pickle."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> "Metadata":
             return index
 
     try:
-        dcp.load(wanted, storage_reader=Reader(checkpoint), no_dist=True)
+        load_into(wanted, storage_reader=Reader(checkpoint), no_dist=True)
     except CheckpointException as error:
         raise GroupError(f"checkpoint {checkpoint}: {first_failure(error.failures)[1]}") from error
     return fresh
 
 
 def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
-    """The places as torch.distributed.checkpoint wants to be told."""
+    """The index of these tensors in the form of torch.distributed.checkpoint."""
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         Metadata,
@@ -218,7 +202,7 @@ def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
 
 
 def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
-    """`worker/z` (K, n) as `worker/0/z`, ..., each (n,); views."""
+    """Split `worker/z` (K, n) into views `worker/0/z`, ..., each (n,)."""
     rows: dict[str, Tensor] = {}
     for key, value in state.items():
         owner, _, name = key.partition("/")
@@ -230,6 +214,6 @@ def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
 
 
 def first_failure(failures: Mapping[int, tuple[BaseException, Any]]) -> tuple[int, str]:
-    """The rank and the reason, of what torch.distributed.checkpoint collects from all ranks."""
+    """Rank and cause of the first failure in a CheckpointException, which collects all ranks."""
     rank, (cause, _) = sorted(failures.items())[0]
     return rank, brief(cause)

@@ -1,12 +1,12 @@
-"""Checkpoints are written in the background, and appear whole or not at all.
+"""Writing checkpoints in the background; a checkpoint appears complete or not at all.
 
-Data flow: the training thread copies the state to the CPU and goes on. A second thread, over a
-group of its own, compares the digests of u, hands every rank's tensors to
+Data flow: the training thread copies the state to the CPU and continues. A second thread, over a
+group of its own, compares the digests of u, passes every rank's tensors to
 torch.distributed.checkpoint, hashes the files, writes the manifest, syncs, and renames
 
     checkpoints/.00000500.tmp  ->  checkpoints/00000500
 
-so a name without a dot is a whole checkpoint, whenever the run was killed.
+so a name without a dot is a complete checkpoint, at whatever time the run is killed.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from consensus.atomic_files import sync, write_whole
 from consensus.comm import Group, GroupError, ProcessGroup
-from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, brief
+from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, as_hex, brief
 from consensus.run.checkpoint.reader import (
     FOLDER,
     by_worker,
@@ -37,7 +37,7 @@ from consensus.run.config import Config
 
 @dataclass(frozen=True)
 class Facts:
-    """What a manifest says beside its files."""
+    """The entries of a manifest that do not depend on its files."""
 
     iteration: int
     digest: int
@@ -49,19 +49,19 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, in a thread of its own on every rank.
 
     Args:
-        run_dir: Of the run.
-        config: Of the run.
+        run_dir: The run directory.
+        config: Saved in each checkpoint.
         side: A group that the training thread does not use.
-        workers: The j of the workers of this process, and M in all.
-        keep: How many checkpoints stay.
-        before_publish: Called on rank 0 before a checkpoint appears: whatever must be on disk by
-            then. May raise OSError.
+        workers: The numbers j of the workers of this process, and M.
+        keep: The number of checkpoints to keep.
+        before_publish: Called on rank 0 before a checkpoint appears, to flush files that it relies
+            on. May raise OSError.
 
     Attributes:
-        problem: Why the last write failed, None if it did not.
-        written: Number of checkpoints.
-        wait_s: Seconds for which `write` has kept the training waiting in all.
-        write_s: Seconds for which the second thread has worked.
+        problem: The error of the last write, None if it succeeded.
+        written: The number of checkpoints written.
+        wait_s: Total seconds for which `write` has delayed the training.
+        write_s: Total seconds of work of the second thread.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class CheckpointWriter:
     def write(self, state: dict[str, Tensor], facts: Facts) -> None:
         """Copy the state and write it in the background.
 
-        Waits for the copy, and before it for the checkpoint that is still being written, if any:
+        Waits until the copy is made. Before that it waits for the previous checkpoint, because only
         one copy exists at a time.
         """
         started = time.perf_counter()
         self.wait()
         if self.problem is not None:
-            return  # the run is about to end with it
+            return  # the run will end with this error
         if not self._copy:
             self._copy = {key: torch.empty_like(x, device="cpu") for key, x in state.items()}
         for key, value in state.items():
@@ -106,7 +106,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written; for the end of a run."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -130,7 +130,7 @@ class CheckpointWriter:
         digests = side.gather(torch.tensor(facts.digest)).tolist()
         if len(set(digests)) > 1:
             wrong = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-            raise GroupError(f"u on rank {wrong} differs from u on rank 0: no checkpoint of that")
+            raise GroupError(f"u on rank {wrong} differs from u on rank 0: no checkpoint")
         try:
             with self._together(final):
                 if first:
@@ -145,7 +145,7 @@ class CheckpointWriter:
                     manifest = Manifest(
                         facts.iteration,
                         self.num_workers,
-                        f"{facts.digest & (2**64 - 1):016x}",
+                        as_hex(facts.digest),
                         facts.wall_s,
                         facts.best,
                         torch.__version__,
@@ -161,7 +161,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _together(self, final: Path) -> Iterator[None]:
-        """One part of a write: if it fails on any rank, it raises on all."""
+        """One step of a write: a failure on any rank is raised on all."""
         problem = None
         try:
             yield
@@ -172,20 +172,21 @@ class CheckpointWriter:
         self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
 
     def _save(self, aside: Path, final: Path) -> dict[str, Place]:
-        """Every rank's tensors to files. Returns where they lie, on rank 0."""
-        # Imported where it is used: see checkpoint.py.
-        import torch.distributed.checkpoint as dcp
+        """Write the tensors of every rank. Returns their places, on rank 0."""
+        # Imported here: see reader.py.
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         places: dict[str, Place] = {}
 
-        class Writer(dcp.FileSystemWriter):
-            """torch's writer, with our index instead of its pickle."""
+        class Writer(FileSystemWriter):
+            """torch's writer without its index, a pickle; the places go to the manifest."""
 
             def write_data(self, plan: Any, planner: Any) -> Any:
                 try:
                     return super().write_data(plan, planner)
-                except RuntimeError as error:  # torch.save hides what the disk has said
+                except RuntimeError as error:  # torch.save hides the OSError
                     cause = error.__context__
                     raise cause if isinstance(cause, OSError) else error from error
 
@@ -203,7 +204,7 @@ class CheckpointWriter:
 
         side = self.side
         try:
-            dcp.save(
+            save(
                 by_worker(self._copy, self.workers),
                 storage_writer=Writer(aside, sync_files=True),
                 process_group=side.handle if isinstance(side, ProcessGroup) else None,
@@ -215,7 +216,7 @@ class CheckpointWriter:
         return places
 
     def _hash(self, aside: Path, final: Path) -> dict[str, tuple[int, str]]:
-        """Bytes and SHA-256 of every file, each rank its share."""
+        """Bytes and SHA-256 of every file, divided between the ranks."""
         side = self.side
         names = side.share(sorted(path.name for path in aside.iterdir()))
         mine: dict[str, tuple[int, str]] = {}
@@ -227,7 +228,7 @@ class CheckpointWriter:
         return files
 
     def _publish(self, aside: Path, final: Path) -> None:
-        """Rank 0: from here on the checkpoint exists, and old ones do not."""
+        """Publish the checkpoint and remove old ones, on rank 0."""
         sync(aside / CONFIG)
         sync(aside)
         if final.exists():
@@ -239,7 +240,7 @@ class CheckpointWriter:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Never leave half a checkpoint under its name."""
+    """Remove a checkpoint so that its name never denotes an incomplete one."""
     gone = checkpoint.with_name(f".{checkpoint.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     checkpoint.rename(gone)

@@ -1,0 +1,281 @@
+"""Continuing a run: the choice of its origin, the checks on it, and the return to a checkpoint.
+
+Before the group opens, every rank makes the same decision from the config, the launch and the files
+(`find_origin`): whether the run starts or continues. A wrong request is refused there, with exit
+code 2. After the group has opened, `resume` restores the state.
+
+A run continues in its own directory with `resume=auto`, or if torchrun restarts the same launch.
+With `resume=PATH` a new run starts from a checkpoint of another run.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from consensus.algorithm import Algorithm
+from consensus.comm import Group, GroupError, Launch
+from consensus.records import Row, rows_until
+from consensus.run.checkpoint.directory import LOCK, Origin, RunDirectory, lock_holder
+from consensus.run.checkpoint.manifest import DamagedError, Manifest, as_hex
+from consensus.run.checkpoint.reader import (
+    FOLDER,
+    candidates,
+    choose,
+    inspect,
+    list_checkpoints,
+    load,
+)
+from consensus.run.checks import require
+from consensus.run.config import RESUME, Config
+
+# The keys that may differ between a run and its continuation.
+_FREE = (
+    "output",
+    "group",
+    "device",
+    "deterministic",
+    "cuda_graph",
+    "resume",
+    "plugins",
+    "workers",
+    "stationarity",
+)
+_FREE_KEYS = ("data.root", "algorithm.iterations")
+
+
+# ---- before the group opens
+
+
+def find_origin(config: Config, launch: Launch, num_workers: int) -> Origin:
+    """The run directory, and the run or checkpoint to continue from.
+
+    Raises:
+        ConfigError: If the directory holds another run or one that may not be continued like this,
+            or `resume` names no checkpoint.
+    """
+    run_dir = None if config.output.run_dir is None else Path(config.output.run_dir)
+    require(
+        run_dir is None or not run_dir.exists() or run_dir.is_dir(),
+        "output.run_dir",
+        run_dir,
+        "a directory, or a path where none exists yet",
+    )
+    again = _restarted(config, launch, run_dir)
+    if again is not None or config.resume == "auto":
+        own = again or run_dir
+        assert own is not None  # config.py refuses resume=auto without a directory
+        if state_of(own) is not None:
+            _require_continuable(own, config, num_workers)
+            return Origin(own, own)
+        run_dir = own
+    if run_dir is not None:
+        name = state_of(run_dir)
+        require(
+            name is None,
+            "output.run_dir",
+            run_dir,
+            f"an empty or new directory; this one holds "
+            f"{'a finished' if name == 'summary.json' else 'an unfinished'} run ({name}); "
+            "resume=auto continues it",
+        )
+    if config.resume in RESUME:
+        return Origin(run_dir)
+    source = Path(config.resume)
+    require(
+        bool(candidates(source)),
+        "resume",
+        source,
+        "never, auto, or the path of a checkpoint or of a run that has one",
+    )
+    _require_fitting(source, config, num_workers)
+    return Origin(run_dir, source)
+
+
+def state_of(run_dir: Path) -> str | None:
+    """The file that shows that a directory holds a run; None if it holds none."""
+    for name in ("summary.json", "metrics.jsonl"):
+        if (run_dir / name).exists():
+            return name
+    return "checkpoints" if list_checkpoints(run_dir) else None
+
+
+def _restarted(config: Config, launch: Launch, run_dir: Path | None) -> Path | None:
+    """The directory of this launch from before torchrun restarted it; None if there is none."""
+    if launch.restart == 0:
+        return None
+    if run_dir is not None:
+        return run_dir
+    locks = Path(config.output.root).glob(f"*/{LOCK}")
+    for lock in sorted(locks, reverse=True):  # names begin with their date
+        if lock_holder(lock).get("launch") == launch.name:
+            return lock.parent
+    return None
+
+
+def _require_continuable(run_dir: Path, config: Config, num_workers: int) -> None:
+    """Refuse to continue another run, or a finished one without checkpoints."""
+    if list_checkpoints(run_dir):
+        return _require_fitting(run_dir, config, num_workers)
+    require(
+        state_of(run_dir) != "summary.json",
+        "resume",
+        "auto",
+        f"never, in a new directory: {run_dir} holds a finished run without checkpoints",
+    )
+    try:  # there is nothing to load, but only the same run may replace its metrics
+        before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    except Exception:  # the run was killed before it wrote the file
+        return None
+    if isinstance(before, dict):
+        _require_same({str(k): v for k, v in before.items()}, config, run_dir)
+    return None
+
+
+def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
+    """Refuse a source whose newest readable checkpoint has another run or a later format."""
+    for checkpoint in candidates(source):
+        try:
+            manifest, before = inspect(checkpoint)
+        except DamagedError:
+            continue  # `choose` reports it
+        _require_same(before, config, checkpoint)
+        require(
+            manifest.num_workers == num_workers,
+            "workers",
+            num_workers,
+            f"{manifest.num_workers}, as in {checkpoint} (on any number of processes dividing it)",
+        )
+        iterations = config.algorithm.iterations
+        require(
+            iterations >= manifest.iteration,
+            "algorithm.iterations",
+            iterations,
+            f"at least {manifest.iteration}, which {checkpoint} has done",
+        )
+        return
+
+
+def _require_same(before: dict[str, Any], config: Config, where: Path) -> None:
+    """Refuse a key that differs from the start of the run; a key that is new here is free."""
+    old = _flat(before)
+    new = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    for key, value in new.items():
+        if key in old and key.partition(".")[0] not in _FREE and key not in _FREE_KEYS:
+            allowed = f"{old[key]}, as in {where} (a run is continued as it began)"
+            require(old[key] == value, key, value, allowed)
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key -> value; an empty dictionary is a value."""
+    if not isinstance(node, dict) or not node:
+        return {path: node}
+    return {
+        key: value
+        for name, child in node.items()
+        for key, value in _flat(child, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
+# ---- after it has opened
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The history of a run before its first iteration here.
+
+    Attributes:
+        iteration: The iterations done.
+        rows: The evaluations up to there.
+        best: Iteration and test error of the evaluation with the lowest; None without one.
+        seconds: The training time so far.
+    """
+
+    iteration: int = 0
+    rows: list[Row] = field(default_factory=list)
+    best: dict[str, float] | None = None
+    seconds: float = 0.0
+
+
+def resume(
+    origin: Origin,
+    directory: RunDirectory,
+    algorithm: Algorithm,
+    workers: range,
+    iterations: int,
+    say: Callable[[str], None],
+) -> Resumed:
+    """Load the newest intact checkpoint of the origin into the algorithm. A collective.
+
+    Args:
+        origin: The start of the run.
+        directory: The run directory. Checkpoints beyond the loaded one are set aside in it.
+        algorithm: Receives the state.
+        workers: The numbers j of the workers of this process.
+        iterations: The length of the run. A run that grew is no longer finished.
+        say: Receives lines for the user.
+
+    Raises:
+        GroupError: On every rank, if there are checkpoints and none of them is intact, or the files
+            cannot be changed.
+    """
+    source, group = origin.source, directory.group
+    if source is None:
+        return Resumed()
+    paths = candidates(source) if group.rank == 0 else []
+    path = choose(paths, group, say)
+    if path is None:
+        # A run that was killed before its first checkpoint starts again. Damaged checkpoints are
+        # not overwritten: that decision is left to the user.
+        damaged = f"no checkpoint in {source} can be read: begin again in a new directory"
+        group.raise_together(damaged if group.share(bool(paths)) else None)
+        say(f"no checkpoint in {source} yet: begins again at iteration 0")
+        resumed = Resumed()
+    else:
+        manifest = _restore(path, algorithm, workers, directory.group)
+        resumed = Resumed(manifest.iteration, [], manifest.best, manifest.wall_s)
+        say(f"continues {path} at iteration {resumed.iteration:,}")
+    t, rows = resumed.iteration, []
+    with directory.writing():
+        if group.rank == 0:
+            if path is not None:
+                rows = rows_until(path.parent.parent if source == path else source, t)
+            if origin.continues:
+                set_aside(directory.path, t)
+                if t < iterations:
+                    (directory.path / "summary.json").unlink(missing_ok=True)
+    directory.agree()
+    return replace(resumed, rows=group.share(rows))
+
+
+def _restore(path: Path, algorithm: Algorithm, workers: range, group: Group) -> Manifest:
+    """Load a checkpoint that `choose` has verified, and compare the digest of u."""
+    manifest, problem = Manifest.read(path), None
+    try:
+        state = load(path, algorithm.state_dict(), workers)
+    except GroupError as error:
+        problem = str(error)
+    group.raise_together(problem)
+    algorithm.load_state_dict(state)
+    found = as_hex(algorithm.verify())
+    wrong = f"checkpoint {path}: u has the digest {found} instead of {manifest.digest}"
+    group.raise_together(None if found == manifest.digest else wrong)
+    return manifest
+
+
+def set_aside(run_dir: Path, iteration: int) -> None:
+    """Remove incomplete checkpoints, and rename those beyond an iteration.
+
+    A run that went back to an earlier checkpoint must not find the later, damaged one again.
+    """
+    for path in (run_dir / FOLDER).glob(".*"):
+        if path.name.endswith((".tmp", ".gone")):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in list_checkpoints(run_dir):
+        if int(path.name) > iteration:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)

@@ -1,0 +1,98 @@
+"""Checks of config values. Each refusal is one line: the key, the value and the allowed values."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from consensus.registry import Registry
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user, in one line that names the key, the value and the allowed values."""
+
+
+Rule = Mapping[str, Any]
+"""Metadata of a field: `test` of a value, and the text or the names that are `allowed`."""
+
+
+def rule(test: Callable[[Any], bool], allowed: str) -> Rule:
+    """A condition on a value."""
+    return {"test": test, "allowed": allowed}
+
+
+def one_of(names: Collection[str]) -> Rule:
+    """Membership in a tuple or a table, which plugins may extend later."""
+    return {"test": lambda value: value in names, "allowed": names}
+
+
+def or_null(other: Rule, meaning: str = "") -> Rule:
+    """A condition that null satisfies too; `meaning` is the effect of null."""
+    allowed = f"{other['allowed']}, or null{meaning and f' for {meaning}'}"
+    return rule(lambda value: value is None or other["test"](value), allowed)
+
+
+POSITIVE = rule(lambda x: 0 < x < math.inf, "a finite number > 0")
+COUNT = rule(lambda x: x >= 1, "a whole number >= 1")
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Refuse a value.
+
+    Raises:
+        ConfigError: Unless the condition holds.
+    """
+    if not condition:
+        raise ConfigError(f"`{key}` is {value}; allowed: {allowed}")
+
+
+def require_one_of(key: str, value: str, names: Collection[str]) -> None:
+    """Refuse a word that is not among the names."""
+    require(value in names, key, value, ", ".join(sorted(names)))
+
+
+def check_fields(section: Any, path: str = "") -> None:
+    """Refuse the first field, in order of declaration, that breaks its rule.
+
+    Args:
+        section: A dataclass of this module.
+        path: Prefix of its keys, with the dot.
+    """
+    for entry in fields(section):
+        if entry.metadata:
+            value, allowed = getattr(section, entry.name), entry.metadata["allowed"]
+            text = allowed if isinstance(allowed, str) else ", ".join(sorted(allowed))
+            require(entry.metadata["test"](value), f"{path}{entry.name}", value, text)
+
+
+def made(key: str, table: Registry[T], name: str, options: dict[str, Any]) -> T:
+    """An entry of a table.
+
+    Raises:
+        ConfigError: If the table has no such entry, or refuses the options.
+    """
+    require_one_of(f"{key}.name", name, table)
+    try:
+        return table.make(name, **options)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"`{key}.options` is {options}: {error}") from error
+
+
+def absolute(key: str, path: str) -> str:
+    """The absolute form of a path, which a later chdir does not affect.
+
+    Raises:
+        ConfigError: If its user is unknown, a name in it is too long, or access is denied.
+    """
+    try:
+        found = Path(path).expanduser().resolve()
+        found.exists()  # an error of a later access is raised here
+    except (OSError, RuntimeError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"`{key}` is {path}; allowed: the path of a file or folder ({cause})"
+        ) from error
+    return str(found)

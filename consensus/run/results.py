@@ -1,0 +1,65 @@
+"""The files that a finished run leaves: model.pt, the pictures and summary.json."""
+
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consensus.atomic_files import write_whole
+from consensus.records import Row, to_json
+from consensus.report.plots import draw_convergence, draw_stationarity
+from consensus.report.stationarity import measurements
+from consensus.run.plan import Plan
+
+
+def finish_run(
+    run_dir: Path,
+    rows: Sequence[Row],
+    best: Mapping[str, float] | None,
+    u: Tensor,
+    plan: Plan,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write model.pt, and summary.json, which marks a run as finished.
+
+    Args:
+        run_dir: The run directory.
+        rows: The evaluations; the summary repeats the last one.
+        best: Iteration and test error of the evaluation with the lowest.
+        u: The consensus variable, saved as the state dict of the model. (n,)
+        plan: The plan of the run.
+        extra: Further entries of the summary, which replace others of the same name.
+    """
+    buffer = io.BytesIO()
+    torch.save(plan.risk.layout.state_dict(u), buffer)
+    write_whole(run_dir / "model.pt", buffer.getvalue())
+    summary = {**rows[-1], "best": best, "environment": environment(plan), **extra}
+    write_whole(run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
+
+
+def draw_pictures(run_dir: Path, rows: Sequence[Row]) -> None:
+    """Draw convergence.png, and stationarity.png if the run measured it."""
+    draw_convergence({run_dir.name: rows}, run_dir / "convergence.png")
+    if measured := measurements(rows):
+        draw_stationarity({run_dir.name: measured}, run_dir / "stationarity.png")
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """The software, the device and the layout of a run."""
+    device = plan.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device.type),
+        "device_name": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": plan.launch.size,
+        "workers": plan.num_workers,
+        "backend": plan.backend if plan.launch.size > 1 else "none",
+        "seed": plan.config.seed,
+    }

@@ -1,0 +1,246 @@
+"""Continuing a run: the same bits, what is refused, and restarts by torchrun."""
+
+import json
+import shutil
+
+import pytest
+from omegaconf import OmegaConf
+
+from consensus.comm import GroupError, Launch, Solo
+from consensus.run.checkpoint.directory import Origin
+from consensus.run.checkpoint.reader import (
+    choose,
+    list_checkpoints,
+)
+from consensus.run.checkpoint.resume import find_origin, set_aside
+from consensus.run.checks import ConfigError
+from consensus.run.plan import make_plan
+from tests.testing.checkpoints import at, names, save, whole
+from tests.testing.small_runs import PACE, SMALL, rows_of, same_rows
+
+
+@pytest.fixture
+def refusal(make_config):
+    """`refusal("resume=auto", ...)`: why the plan is refused."""
+
+    def call(*overrides: str, launch: Launch | None = None) -> str:
+        with pytest.raises(ConfigError) as caught:
+            make_plan(make_config(*SMALL, *PACE, *overrides), launch or Launch())
+        return str(caught.value)
+
+    return call
+
+
+# ---- continuing
+
+
+def test_a_grown_run_equals_one_that_was_as_long_from_the_start(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/a")
+    whole = train(f"output.run_dir={tmp_path}/b", "algorithm.iterations=20")
+    grown = train(f"output.run_dir={tmp_path}/a", "algorithm.iterations=20", "resume=auto")
+    assert same_rows(tmp_path / "a", tmp_path / "b")
+    assert [row["iteration"] for row in rows_of(tmp_path / "a")] == [4, 8, 12, 16, 20]
+    assert bool((grown.algorithm.u == whole.algorithm.u).all())
+    assert bool((grown.algorithm.worker.v == whole.algorithm.worker.v).all())
+    assert OmegaConf.load(tmp_path / "a" / "config.yaml").algorithm.iterations == 20
+
+
+def test_time_continues(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/a")
+    before = rows_of(tmp_path / "a")[-1]["wall_s"]
+    train(f"output.run_dir={tmp_path}/a", "algorithm.iterations=20", "resume=auto")
+    times = [row["wall_s"] for row in rows_of(tmp_path / "a")]
+    assert times == sorted(times)
+    assert times[3] > before
+
+
+def test_a_finished_run_is_finished_again_without_a_step(train, tmp_path, monkeypatch):
+    run_dir = tmp_path / "a"
+    train(f"output.run_dir={run_dir}")
+    kept = (run_dir / "metrics.jsonl").read_bytes(), (run_dir / "model.pt").read_bytes()
+    (run_dir / "summary.json").unlink()  # it was killed while it wrote its last files
+    monkeypatch.setattr("consensus.algorithm.Consensus.step", None)
+    train(f"output.run_dir={run_dir}", "resume=auto")
+    assert ((run_dir / "metrics.jsonl").read_bytes(), (run_dir / "model.pt").read_bytes()) == kept
+    assert json.loads((run_dir / "summary.json").read_text())["iteration"] == 12
+
+
+def test_auto_starts_in_a_new_directory(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/new", "resume=auto")
+    assert [row["iteration"] for row in rows_of(tmp_path / "new")] == [4, 8, 12]
+
+
+def test_auto_starts_again_without_a_checkpoint(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/whole")
+    run_dir = tmp_path / "a"
+    (run_dir / "checkpoints" / ".00000006.tmp").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text((tmp_path / "whole/metrics.jsonl").read_text()[:-20])
+    train(f"output.run_dir={run_dir}", "resume=auto")
+    assert same_rows(run_dir, tmp_path / "whole")
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"00000006", "00000012"}
+
+
+def test_a_run_from_a_path_leaves_the_other_run_unchanged(train, tmp_path):
+    source = tmp_path / "a"
+    train(f"output.run_dir={source}")
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    whole = train(f"output.run_dir={tmp_path}/whole", "algorithm.iterations=20")
+    for name, where in {"run": source, "checkpoint": source / "checkpoints" / "00000006"}.items():
+        new = tmp_path / f"from-{name}"
+        fork = train(f"resume={where}", f"output.run_dir={new}", "algorithm.iterations=20")
+        assert same_rows(new, tmp_path / "whole")
+        assert bool((fork.algorithm.u == whole.algorithm.u).all())
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+
+
+def test_best_covers_the_whole_run(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/a")
+    grown = train(f"output.run_dir={tmp_path}/a", "algorithm.iterations=20", "resume=auto")
+    rows = rows_of(tmp_path / "a")
+    lowest = min(row["test_error"] for row in rows)
+    first = next(row["iteration"] for row in rows if row["test_error"] == lowest)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["best"] == grown.best == {"iteration": first, "test_error": lowest}
+
+
+# ---- refusals
+
+
+def test_refused_continuations(train, refusal, tmp_path):
+    run_dir = tmp_path / "a"
+    train(f"output.run_dir={run_dir}")
+    where = f"output.run_dir={run_dir}"
+    newest = run_dir / "checkpoints" / "00000012"
+    as_it_began = f"as in {newest} (a run is continued as it began)"
+    cases = {
+        "algorithm.lam=0.2": f"`algorithm.lam` is 0.2; allowed: 0.1, {as_it_began}",
+        "potential=log": f"`potential.name` is log; allowed: tan, {as_it_began}",
+        "seed=1": f"`seed` is 1; allowed: 0, {as_it_began}",
+        "dtype=float64": f"`dtype` is float64; allowed: float32, {as_it_began}",
+        "data.partition=sharded": f"`data.partition` is sharded; allowed: full, {as_it_began}",
+        "workers=4": (
+            f"`workers` is 4; allowed: 2, as in {newest} (on any number of processes dividing it)"
+        ),
+        "algorithm.iterations=6": (
+            f"`algorithm.iterations` is 6; allowed: at least 12, which {newest} has done"
+        ),
+    }
+    for override, line in cases.items():
+        assert refusal(where, "resume=auto", override) == line
+        assert refusal(f"resume={run_dir}", override) == line
+    assert refusal(where) == (
+        f"`output.run_dir` is {run_dir}; allowed: an empty or new directory; this one holds a "
+        "finished run (summary.json); resume=auto continues it"
+    )
+    assert refusal(where, f"resume={run_dir}").startswith(f"`output.run_dir` is {run_dir}; ")
+    assert refusal(f"resume={tmp_path}/none") == (
+        f"`resume` is {tmp_path}/none; allowed: never, auto, or the path of a checkpoint or of a "
+        "run that has one"
+    )
+
+
+def test_keys_that_may_differ(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/a")
+    free = ["output.eval_every=2", "output.keep_checkpoints=1", "group.timeout_s=9", "data.root=x"]
+    train(f"output.run_dir={tmp_path}/a", "resume=auto", "algorithm.iterations=14", *free)
+    assert [row["iteration"] for row in rows_of(tmp_path / "a")] == [4, 8, 12, 14]
+    assert [path.name for path in (tmp_path / "a/checkpoints").iterdir()] == ["00000014"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(train, refusal, tmp_path):
+    where = f"output.run_dir={tmp_path}/a"
+    train(where, "output.checkpoint_every=null")
+    assert refusal(where, "resume=auto") == (
+        f"`resume` is auto; allowed: never, in a new directory: {tmp_path}/a holds a finished run "
+        "without checkpoints"
+    )
+
+
+def test_another_unfinished_run_is_not_replaced(train, refusal, tmp_path):
+    where = f"output.run_dir={tmp_path}/a"
+    train(where, "output.checkpoint_every=null")
+    (tmp_path / "a" / "summary.json").unlink()
+    assert refusal(where, "resume=auto", "algorithm.tau=0.1") == (
+        f"`algorithm.tau` is 0.1; allowed: 0.005, as in {tmp_path}/a (a run is continued as it "
+        "began)"
+    )
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_changed(train, tmp_path):
+    run_dir = tmp_path / "a"
+    train(f"output.run_dir={run_dir}")
+    for file in run_dir.glob("checkpoints/*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(GroupError, match=r"no checkpoint in .*/a can be read: begin again in a"):
+        train(f"output.run_dir={run_dir}", "resume=auto")
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert (run_dir / "summary.json").exists()
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(train, tmp_path, capsys):
+    run_dir = tmp_path / "a"
+    train(f"output.run_dir={run_dir}")
+    train(f"output.run_dir={tmp_path}/whole")
+    (file,) = run_dir.glob("checkpoints/00000012/*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(f"output.run_dir={run_dir}", "resume=auto")
+    said = capsys.readouterr().out
+    damaged = run_dir / "checkpoints" / "00000012"
+    assert f"checkpoint {damaged} is damaged and skipped: {file.name} is not as it was" in said
+    assert f"continues {run_dir}/checkpoints/00000006 at iteration 6" in said
+    assert same_rows(run_dir, tmp_path / "whole")
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"00000006", "00000012", "00000012.damaged"}
+
+
+# ---- torchrun restarts the same launch
+
+
+def test_a_restart_continues_whatever_resume_says(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/a", launch=Launch(name="x"))
+    again = Launch(restart=1, name="x")
+    train(f"output.run_dir={tmp_path}/a", "algorithm.iterations=16", launch=again)
+    assert [row["iteration"] for row in rows_of(tmp_path / "a")] == [4, 8, 12, 16]
+
+
+def test_a_restart_finds_the_directory_that_rank_0_named(train, tmp_path):
+    first = train(launch=Launch(name="x"))
+    other = train(launch=Launch(name="y"))
+    again = train("algorithm.iterations=16", launch=Launch(restart=2, name="x"))
+    assert again.run_dir == first.run_dir != other.run_dir
+    assert again.rows[-1]["iteration"] == 16
+
+
+def test_a_restart_before_the_first_directory_starts_a_run(make_config, tmp_path):
+    config = make_config(*SMALL)
+    assert find_origin(config, Launch(restart=1, name="x"), 2) == Origin()
+
+
+# ---- checkpoints that are set aside
+
+
+def test_incomplete_checkpoints_are_ignored_and_removed(config, tmp_path):
+    assert save(Solo(), tmp_path, config, [5, 10, 15])[0] is None
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(at(tmp_path, 15), folder / ".00000020.tmp")  # killed before the rename
+    shutil.copytree(at(tmp_path, 15), folder / ".00000001.gone")  # killed while it was removed
+    (folder / "00000015.damaged").mkdir()  # of an earlier time
+    (folder / "00000015.damaged" / "old").touch()
+    (folder / ".notes").mkdir()
+    (folder / "notes").touch()
+    said = []
+    assert choose(list_checkpoints(tmp_path), Solo(), said.append) == at(tmp_path, 15)
+    assert said == []
+    set_aside(tmp_path, 10)
+    left = [".notes", "00000005", "00000010", "00000015.damaged", "notes"]
+    assert names(tmp_path) == left
+    assert list_checkpoints(tmp_path) == [at(tmp_path, 10), at(tmp_path, 5)]
+    assert whole(folder / "00000015.damaged"), "the newest of that name"
+    set_aside(tmp_path, 10)
+    assert names(tmp_path) == left
+    set_aside(tmp_path, 0)
+    assert list_checkpoints(tmp_path) == []
+    set_aside(tmp_path / "nowhere", 0)

@@ -1,0 +1,83 @@
+"""The periodic check: non-finite values, stop signals, write errors, and its interval."""
+
+import math
+import signal
+
+import pytest
+import torch
+
+from consensus.comm import GroupError, Solo
+from consensus.run import health as health_module
+from consensus.run.health import HealthCheck
+
+ADVICE = "; smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
+
+
+SOME = "iteration 4: one of the workers 0 to 1 on rank 0 became non-finite, and u with it"
+
+
+def finite(workers: int = 2):
+    return torch.ones(5), torch.ones(workers, 5)
+
+
+@pytest.mark.parametrize(
+    ("workers", "where", "message"),
+    [
+        (2, "z", SOME),
+        (1, "z", "iteration 4: worker 0 on rank 0 became non-finite, and u with it"),
+        (2, "u", "iteration 4: u became non-finite"),
+        (2, "both", SOME),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_first_non_finite_iterate_is_named(workers, where, message, value):
+    health = HealthCheck(Solo(), workers, log_every=100)
+    health.observe(2, *finite(workers))
+    assert health.check(3) == 0
+    u, z = finite(workers)
+    if where != "u":
+        z[-1, 2] = value
+    if where != "z":
+        u[1] = value
+    health.observe(3, u, z)
+    health.observe(4, torch.full((5,), math.nan), z)
+    with pytest.raises(GroupError) as caught:
+        health.check(5)
+    assert str(caught.value) == message + ADVICE
+
+
+def first_failure(group, bad_rank):
+    health = HealthCheck(group, 2, log_every=100)
+    u, z = finite()
+    if group.rank == bad_rank:
+        z[0, 0] = math.nan
+    health.observe(7, u, z)
+    health.observe(8, torch.full((5,), math.nan), z)  # u is spoilt everywhere
+    try:
+        health.check(9)
+    except GroupError as error:
+        return str(error)
+
+
+@pytest.mark.ranks
+def test_all_ranks_name_the_rank_that_failed_first(ranks):
+    message = "iteration 8: one of the workers 2 to 3 on rank 1 became non-finite, and u with it"
+    assert ranks(2, first_failure, 1) == [message + ADVICE] * 2
+
+
+def test_a_signal_is_returned_and_a_problem_raised():
+    health = HealthCheck(Solo(), 1, log_every=100)
+    assert health.check(1, signal.SIGTERM) == signal.SIGTERM
+    with pytest.raises(GroupError, match="cannot write"):
+        health.check(2, problem="cannot write")
+
+
+@pytest.mark.parametrize(("seconds", "stride"), [(0.25, 4), (3.0, 1), (0.001, 7)])
+def test_the_interval_is_about_a_second_and_at_most_log_every(monkeypatch, seconds, stride):
+    now = 0.0
+    monkeypatch.setattr(health_module.time, "perf_counter", lambda: now)
+    health = HealthCheck(Solo(), 1, log_every=7)
+    assert health.due(1), "the first iteration is always checked"
+    now = seconds
+    health.check(1)
+    assert [health.due(1 + k) for k in (stride - 1, stride)] == [False, True]

@@ -1,0 +1,144 @@
+"""The plan: workers, data and model, and what depends on the launch."""
+
+import pytest
+
+from consensus.comm import Launch
+from consensus.run.checks import ConfigError
+from consensus.run.compose import explain
+from consensus.run.plan import count_workers, make_plan
+
+
+@pytest.fixture
+def plan_refusal(make_config):
+    """`plan_refusal(launch, "workers=3", ...)`: likewise, for what only the plan can see."""
+
+    def refuse(launch: Launch, *overrides: str) -> str:
+        config = make_config("model=logistic", "device=cpu", *overrides)
+        with pytest.raises(ConfigError) as caught:
+            make_plan(config, launch)
+        line = explain(caught.value)
+        assert "\n" not in line
+        return line
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("workers", "size", "expected"),
+    [("null", 1, 1), ("null", 4, 4), (1, 1, 1), (4, 1, 4), (4, 2, 4), (4, 4, 4), (12, 3, 12)],
+)
+def test_workers_and_processes(make_config, workers, size, expected):
+    config = make_config(f"workers={workers}")
+    assert count_workers(config, Launch(0, size, 0, size)) == expected
+
+
+@pytest.mark.parametrize(("workers", "size"), [(1, 2), (3, 2), (2, 4), (6, 4)])
+def test_workers_must_be_a_multiple_of_the_processes(make_config, workers, size):
+    with pytest.raises(ConfigError) as caught:
+        count_workers(make_config(f"workers={workers}"), Launch(0, size, 0, size))
+    assert str(caught.value) == (
+        f"`workers` is {workers}; allowed: a multiple of the {size} processes (WORLD_SIZE), "
+        "or null for one each"
+    )
+
+
+def test_the_plan_assigns_the_workers(make_config):
+    config = make_config("workers=4", "model=logistic", "data.partition=sharded", "device=cpu")
+    for rank, block in [(0, [0, 1]), (1, [2, 3])]:
+        plan = make_plan(config, Launch(rank, 2, rank, 2))
+        assert plan.num_workers == 4
+        assert list(plan.local_workers) == block
+        assert [source.worker for source in plan.oracle.minibatches] == block
+        assert plan.shard_sizes == (359,) * 4  # 1437 // 4
+        assert plan.epochs(100) == pytest.approx(100 * 20 / 359)
+        assert plan.backend == "gloo"
+
+
+def test_msgd_is_one_worker_in_one_process(make_config):
+    config = make_config("algorithm=msgd", "workers=4")
+    assert count_workers(config, Launch()) == 1
+    with pytest.raises(ConfigError) as caught:
+        count_workers(config, Launch(1, 2, 1, 2))
+    assert str(caught.value) == (
+        "`algorithm` is msgd; allowed: one process, since it is one worker, but there are 2: "
+        "start it with `python -m consensus.train` or --nproc-per-node=1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["algorithm.batch_size=1438"],
+            "`algorithm.batch_size` is 1438; allowed: at most 1437, the images in the shard of "
+            "worker 0 (data.partition=full, 4 workers)",
+        ),
+        (
+            ["algorithm.batch_size=360", "data.partition=sharded"],
+            "`algorithm.batch_size` is 360; allowed: at most 359, the images in the shard of "
+            "worker 0 (data.partition=sharded, 4 workers)",
+        ),
+        (
+            ["workers=1438", "data.partition=sharded"],
+            "`data.partition` is 'sharded' with 1438 workers and 1437 samples; allowed: at most "
+            "as many workers as samples",
+        ),
+        (
+            ["data.partition=label_skew", "data.alpha=1e10"],
+            "`data.alpha` is 10000000000.0; allowed: a number in (0, 1e9]",
+        ),
+        (
+            ["model=mlp", "model.options.hidden=[8,0]"],
+            "`model` is mlp {'num_classes': 10, 'hidden': [8, 0]}: `model.hidden` is [8, 0]; "
+            "allowed: positive integers",
+        ),
+        (
+            ["+model.options.depth=3"],
+            "`model` is logistic {'num_classes': 10, 'depth': 3}: model `logistic` has no option "
+            "`depth`; its options: num_classes",
+        ),
+        (
+            ["potential=scaled_quad", "potential.options.weight=[1,2]"],
+            "`potential.options` is {'weight': [1, 2]}: `weight` has 2 entries; allowed: 1, "
+            "1 (one a layer) or 7850 (one a coordinate)",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rank", [0, 1])
+def test_checks_of_the_plan_are_the_same_on_every_rank(plan_refusal, overrides, line, rank):
+    assert plan_refusal(Launch(rank, 2, rank, 2), "workers=4", *overrides) == line
+
+
+def test_missing_data_are_refused(plan_refusal, tmp_path):
+    (tmp_path / "file").touch()
+    root = tmp_path / "file" / "data"  # cannot be made: nothing is asked of the network
+    line = plan_refusal(Launch(), "data=mnist", f"data.root={root}")
+    assert line.startswith(f"`data.root` is '{root}': MNIST is not in {root}/MNIST/raw and cannot")
+    assert line.endswith("or use data=digits, which needs no files")
+
+
+def test_directories_that_hold_a_run_are_refused(plan_refusal, make_config, tmp_path):
+    run_dir = tmp_path / "run"
+    start = f"`output.run_dir` is {run_dir}; allowed: an empty or new directory; this one holds"
+    run_dir.mkdir()
+    config = make_config(f"output.run_dir={run_dir}", "model=logistic", "device=cpu")
+    assert make_plan(config, Launch()).config is config  # an empty one is welcome
+    (run_dir / "metrics.jsonl").touch()
+    line = plan_refusal(Launch(), f"output.run_dir={run_dir}")
+    assert line == f"{start} an unfinished run (metrics.jsonl); resume=auto continues it"
+    (run_dir / "summary.json").touch()
+    line = plan_refusal(Launch(), f"output.run_dir={run_dir}")
+    assert line == f"{start} a finished run (summary.json); resume=auto continues it"
+    file = run_dir / "summary.json"
+    assert plan_refusal(Launch(), f"output.run_dir={file}") == (
+        f"`output.run_dir` is {file}; allowed: a directory, or a path where none exists yet"
+    )
+
+
+def test_nccl_without_a_device_is_refused(make_config, cuda_devices):
+    cuda_devices(0)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(make_config("group=nccl"), Launch(0, 2, 0, 2))
+    assert str(caught.value) == (
+        "`group` is nccl; allowed: gloo or auto here: NCCL moves CUDA tensors only"
+    )

@@ -1,0 +1,56 @@
+"""The training loop: stop requests and optional checkpoints."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from consensus.run.health import HealthCheck
+from consensus.run.signals import TRY_AGAIN, RunStopped
+from tests.testing.small_runs import same_rows
+
+
+def test_without_checkpoints_none_are_written(train, tmp_path):
+    train(f"output.run_dir={tmp_path}/a", "output.checkpoint_every=null")
+    assert not (tmp_path / "a" / "checkpoints").exists()
+    assert "checkpoints" not in json.loads((tmp_path / "a" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_with_a_checkpoint_and_the_rest_is_the_same(
+    train, tmp_path, monkeypatch, number
+):
+    train(f"output.run_dir={tmp_path}/whole")
+    from consensus.algorithm import Consensus  # its step is replaced here
+
+    step = Consensus.step
+
+    def interrupted(self, t):
+        if t == 7:
+            os.kill(os.getpid(), number)
+        step(self, t)
+
+    monkeypatch.setattr(Consensus, "step", interrupted)
+    monkeypatch.setattr(HealthCheck, "CHECK_EVERY_S", 0.0)  # after every iteration
+    where = f"output.run_dir={tmp_path}/a"
+    with pytest.raises(RunStopped) as caught:
+        train(where)
+    assert str(caught.value) == (
+        f"{number.name}: stopped at iteration 8 with a checkpoint; to continue: resume=auto {where}"
+    )
+    assert caught.value.code == TRY_AGAIN == os.EX_TEMPFAIL
+    assert signal.getsignal(number) == signal.SIG_DFL
+    names = {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()}
+    assert names == {"00000006", "00000008"}
+    assert not (tmp_path / "a" / "summary.json").exists()
+    monkeypatch.setattr(Consensus, "step", step)
+    train(where, "resume=auto")
+    assert same_rows(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_signal_without_checkpoints(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(HealthCheck, "check", lambda *args: signal.SIGTERM)
+    with pytest.raises(RunStopped, match="SIGTERM: stopped at iteration 1 without a che") as caught:
+        train(f"output.run_dir={tmp_path}/a", "output.checkpoint_every=null")
+    assert caught.value.code == 128 + signal.SIGTERM
