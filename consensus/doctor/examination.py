@@ -134,9 +134,9 @@ def meet_nodes(nodes: Nodes, name: str, config: Config, *, keep: bool) -> Exchan
         remedy = "another port in RENDEZVOUS, if another program uses this one"
         raise FaultError("rendezvous", text, f"{remedy}; and one RUN_ID on all nodes") from error
     try:
-        exchange.introduce(name)
+        exchange.names = exchange.gather(name)
     except LOST as error:
-        came = exchange.heard() or [name]
+        came = exchange.received() or [name]
         text = f"{len(came)} of {nodes.size} nodes came to {place} within {timeout_s:g} s"
         remedy = "the same command on every node, with the same NNODES, RENDEZVOUS and RUN_ID"
         raise FaultError("rendezvous", f"{text}: {', '.join(came)}", remedy) from error
@@ -215,7 +215,7 @@ def meet_ranks(launch: Launch, config: Config) -> Exchange:
             remedy = f"{remedy} which node is not reached"
             raise FaultError("rendezvous", text, remedy) from error
         exchange.timeout_s = patience(config)
-    exchange.introduce(here())
+    exchange.names = exchange.gather(here())
     return exchange
 
 
@@ -238,7 +238,7 @@ def examine(
         address: Address of this member for connections; None: none is tried.
         speak: Whether this member prints the report of all.
         alone: Whether it prints its own faults if the others are lost.
-        then: Further checks, for which a group must open.
+        then: Checks in a process group.
     """
     try:
         exchange = meet()

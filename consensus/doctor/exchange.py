@@ -23,8 +23,8 @@ SILENT = "what answers there does not speak as a store"
 class Exchange:
     """Values that JSON can represent, between `size` members.
 
-    Every member calls `gather`, `introduce` and `close` in the same order. `tell` and `ask` connect
-    two members. Waiting is polling, so that signals are handled.
+    Every member calls `gather` and `close` in the same order; `publish` and `receive` are for two
+    of them. Waiting is polling, so that signals are handled.
 
     Args:
         store: A store that all members reach.
@@ -34,7 +34,7 @@ class Exchange:
         keeps: Whether this process hosts the store, and therefore leaves last.
 
     Attributes:
-        names: Names of all members, once they are introduced.
+        names: Names of all members in error messages, to be set once they are known.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Exchange:
             raise ConnectionError(f"{index + 1} nodes came under the name {name}, not {size}")
         return cls(store, index, size, timeout_s, keeps=keep)
 
-    def tell(self, key: str, value: Any) -> None:
+    def publish(self, key: str, value: Any) -> None:
         """Publish a value under a new key.
 
         Raises:
@@ -115,7 +115,7 @@ class Exchange:
         except RuntimeError as error:
             raise ConnectionError(GONE) from error
 
-    def ask(self, key: str) -> Any:
+    def receive(self, key: str) -> Any:
         """Wait for the value that another member publishes under a key.
 
         Raises:
@@ -124,14 +124,10 @@ class Exchange:
         """
         try:
             if not _appears(self._store, f"told/{key}", self.timeout_s):
-                raise TimeoutError(f"no word of {key} within {self.timeout_s:g} s")
+                raise TimeoutError(f"no value of {key} within {self.timeout_s:g} s")
             return json.loads(self._store.get(f"told/{key}"))
         except RuntimeError as error:
             raise ConnectionError(GONE) from error
-
-    def introduce(self, name: str) -> None:
-        """Exchange names, which later errors use."""
-        self.names = self.gather(name)
 
     def gather(self, value: Any) -> list[Any]:
         """Values of all members, by index.
@@ -141,18 +137,18 @@ class Exchange:
             ConnectionError: If the store is gone.
         """
         self._rounds += 1
-        self.tell(self._key(self.index), value)
+        self.publish(self._key(self.index), value)
         values = []
         for index, name in enumerate(self.names):
             try:
-                values.append(self.ask(self._key(index)))
+                values.append(self.receive(self._key(index)))
             except TimeoutError as error:
                 text = f"{name} did not come to step {self._rounds} within {self.timeout_s:g} s"
                 raise TimeoutError(text) from error
         return values
 
-    def heard(self) -> list[Any]:
-        """Values that members have published so far in this round; does not wait."""
+    def received(self) -> list[Any]:
+        """Values of this round so far, of any members; does not wait."""
         keys = [f"told/{self._key(index)}" for index in range(self.size)]
         values = []
         with suppress(RuntimeError):  # the store is gone
@@ -166,14 +162,14 @@ class Exchange:
 
     def close(self) -> None:
         """Leave; the host of the store waits until all others have left."""
-        self.tell(f"gone {self.index}", True)
+        self.publish(f"gone {self.index}", True)
         if self._keeps:
             for index in range(self.size):
-                self.ask(f"gone {index}")
-            self.tell("over", True)
+                self.receive(f"gone {index}")
+            self.publish("over", True)
         else:
             with suppress(ConnectionError):
-                self.ask("over")
+                self.receive("over")
 
 
 def _appears(store: dist.Store, key: str, timeout_s: float) -> bool:

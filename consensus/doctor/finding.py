@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -35,15 +36,15 @@ class Finding:
     Attributes:
         topic: Subject, in one word.
         text: Observation. The first line is a sentence; a table may follow.
+        remedy: Advice; "" if there is none.
         level: FAULT: a run would fail or compute something else. WARNING: it would be slower or
             less safe.
-        remedy: Advice; "" if there is none.
     """
 
     topic: str
     text: str
-    level: Level = Level.FINE
     remedy: str = ""
+    level: Level = Level.FINE
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Finding":
@@ -51,14 +52,8 @@ class Finding:
         return cls(**value | {"level": Level(value["level"])})
 
 
-def fault(topic: str, text: str, remedy: str) -> Finding:
-    """A finding that makes a run fail."""
-    return Finding(topic, text, Level.FAULT, remedy)
-
-
-def warning(topic: str, text: str, remedy: str) -> Finding:
-    """A finding that makes a run slower or less safe."""
-    return Finding(topic, text, Level.WARNING, remedy)
+fault = partial(Finding, level=Level.FAULT)
+warning = partial(Finding, level=Level.WARNING)
 
 
 class FaultError(Exception):
@@ -97,13 +92,9 @@ def worst(findings: Iterable[Finding]) -> Level:
 
 
 def print_report(places: Sequence[str], found: Sequence[Sequence[Finding]]) -> None:
-    """Print each finding once, with the members that have it.
+    """Print each finding once, with its places: names of members, "NODE" or "NODE rank RANK".
 
     Of fine findings that differ only in their numbers the first is printed.
-
-    Args:
-        places: Names of the members: "NODE", or "NODE rank RANK".
-        found: Findings of each member.
     """
     console = Console(soft_wrap=True, highlight=False)
     where: dict[Finding, list[str]] = {}

@@ -18,12 +18,7 @@ LOCK, BULK = "lock", "bulk"
 
 
 def check_folder(exchange: Exchange, folder: Path) -> list[Finding]:
-    """Write on the first member; read and write on the others. A collective.
-
-    Args:
-        exchange: All members.
-        folder: Output folder of the run. Files and folders that are created are removed again.
-    """
+    """Write on the first member; read and write on the others; remove it again. A collective."""
     with ExitStack() as stack:
         own = _prepare(folder, stack) if exchange.index == 0 else None
         place, problem, locked, seconds = exchange.gather(own)[0]

@@ -108,16 +108,10 @@ def owns(host: str, port: int) -> bool:
 
 
 def reach(host: str, port: int, patience_s: float, name: str) -> None:
-    """Wait until a server answers.
-
-    Args:
-        host: Its address.
-        port: Its port.
-        patience_s: Longest wait, in seconds.
-        name: Name of the server in messages.
+    """Wait until a server answers; `name` is its name in messages.
 
     Raises:
-        FaultError: If none answers, with the cause.
+        FaultError: If none answers within `patience_s`, with the cause.
     """
     deadline, speak = time.monotonic() + patience_s, time.monotonic() + PRINT_EVERY_S
     while True:
@@ -154,12 +148,7 @@ def reason(error: OSError | UnicodeError) -> str:
 
 
 def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
-    """Connect every member to every other, at ports that the system chooses. A collective.
-
-    Args:
-        exchange: All members.
-        address: Address at which this one listens; None: it does not take part.
-    """
+    """Connect all members that have an address, at ports that the system chooses. A collective."""
     with ExitStack() as stack:
         place = None if address is None else _listen(address, exchange, stack)
         others = dict(enumerate(exchange.gather(place)))
@@ -235,12 +224,12 @@ def check_clocks(
         for turn in range(ROUNDS):
             key = f"clock {index} {turn}"
             if exchange.index == 0:
-                exchange.ask(f"{key} asks")
-                exchange.tell(key, clock())
+                exchange.receive(f"{key} asks")
+                exchange.publish(key, clock())
             elif exchange.index == index:
                 asked, began = clock(), time.monotonic()
-                exchange.tell(f"{key} asks", True)
-                answer = exchange.ask(key)
+                exchange.publish(f"{key} asks", True)
+                answer = exchange.receive(key)
                 took = time.monotonic() - began
                 if took / 2 < within:
                     off, within = asked + took / 2 - answer, took / 2

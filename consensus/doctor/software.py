@@ -47,12 +47,7 @@ def _digest_of_code() -> str:
 
 
 def compare_versions(found: Sequence[dict[str, str]], index: int) -> Iterator[Finding]:
-    """Differences between a member and the first.
-
-    Args:
-        found: The `versions` of all members.
-        index: Index of the member.
-    """
+    """Differences between a member and the first, of the `versions` of all."""
     if all(other == found[0] for other in found):
         yield Finding("versions", "the same everywhere")
     for name in sorted(found[index].keys() | found[0].keys()):

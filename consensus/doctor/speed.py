@@ -4,8 +4,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,15 +70,9 @@ def check_sums(
         if numel == own:
             own_s = seconds
     text = f"all-reduce over {way}, the slowest rank, median:"
-    return [Finding("sums", "\n".join([text, *table(rows)]))], own_s
-
-
-def table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Rows of words as lines with aligned columns."""
-    widths = [max(len(str(word)) for word in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{word!s:>{w}}" for word, w in zip(row, widths, strict=True)) for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    return [Finding("sums", "\n".join([text, *aligned]))], own_s
 
 
 def _fits(group: Group, numel: int, dtype: torch.dtype) -> bool:
@@ -93,13 +86,7 @@ def _on_all(group: Group, here: bool) -> bool:
 
 
 def check_iterations(group: Group, plan: Plan, sum_s: float) -> list[Finding]:
-    """Bits of u after a few iterations, and the time of a gradient. A collective.
-
-    Args:
-        group: The processes.
-        plan: The run.
-        sum_s: Seconds of the sum of line 3.
-    """
+    """Bits of u after a few iterations; time of a gradient, against `sum_s`. A collective."""
     algorithm = build_algorithm(plan, group)
     for t in range(3):
         algorithm.step(t)

@@ -42,9 +42,9 @@ def test_every_start_gets_a_prefix_of_its_own(store, late):
 
 
 def test_absent_ranks_are_named(store):
-    says = start(store, [0.0, None, 0.0, None], timeout_s=0.5)
-    assert says[0] == "rank 1, 3 did not come within 0.5 s"
-    assert says[2].startswith("rank ")
+    expected = start(store, [0.0, None, 0.0, None], timeout_s=0.5)
+    assert expected[0] == "rank 1, 3 did not come within 0.5 s"
+    assert expected[2].startswith("rank ")
 
 
 def test_a_blocking_call_ends_in_time():

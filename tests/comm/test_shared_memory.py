@@ -14,17 +14,17 @@ import torch
 from consensus.comm import Launch, PeerLostError, may_share_memory
 from consensus.comm.shared_memory import SMALL, PeersGoneError, SharedSum, available
 
-# Not asked of the code under test: where it wrongly said no, nothing would be tested.
+# Not `available()`: if it were wrongly False, nothing would be tested.
 HERE = sys.platform == "linux" and platform.machine() == "x86_64"
 pytestmark = [
     pytest.mark.ranks,
-    pytest.mark.skipif(not HERE, reason="sums go through Gloo but for Linux on x86-64"),
+    pytest.mark.skipif(not HERE, reason="shared memory needs Linux on x86-64"),
 ]
 SUMS = 40
 LARGE = SMALL // 8 + 12345  # numbers, at two ranks and more; a container may have no room for many
 
 
-def test_it_is_available_here():
+def test_available():
     assert available()
 
 
@@ -38,7 +38,7 @@ def summand(numel, rank, t):
 
 
 def repeat(group, numel, dtype, jitter):
-    """Sums beside their closed form, while the ranks come at random times."""
+    """Compare sums with their closed form, while ranks start at random times."""
     ranks = random.Random(group.rank)
     repeated = group.repeated_sum(numel, torch.empty(0, dtype=dtype))
     name = type(repeated).__name__
@@ -51,14 +51,14 @@ def repeat(group, numel, dtype, jitter):
         expected = sum(summand(numel, rank, t) for rank in range(group.size)).to(dtype)
         if not torch.equal(total, expected):
             return name, f"sum {t} is wrong"
-        repeated.message.fill_(-1.0)  # allowed from `wait` to `start`; nobody may still read it
+        repeated.message.fill_(-1.0)  # allowed from `wait` to `start`: no rank may still read it
     return name, "right"
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("numel", [1, 3, 5000, LARGE])
-def test_sums_have_their_closed_form(ranks, size, numel, dtype):
+def test_sums_equal_their_closed_form(ranks, size, numel, dtype):
     before = leftovers()
     for answer in ranks(size, repeat, numel, dtype, 2e-3):
         assert answer == ("SumInSharedMemory", "right")
@@ -90,7 +90,7 @@ def without(group):
     return type(repeated).__name__, repeated.start().wait().tolist()
 
 
-def test_where_one_rank_cannot_all_use_the_group(ranks):
+def test_if_one_rank_cannot_share_memory_all_ranks_send(ranks):
     assert ranks(2, without) == [("SentSum", [3.0] * 3)] * 2
 
 
@@ -107,7 +107,7 @@ def no_room(group):
     return lines, type(repeated).__name__, repeated.start().wait().tolist()
 
 
-def test_without_room_one_line_and_the_group_is_used(ranks):
+def test_without_room_one_line_is_printed_and_all_ranks_send(ranks):
     line = "rank 0: no shared memory, sums go through Gloo: No space left on device"
     answers = ranks(2, no_room)
     assert [lines for lines, *_ in answers] == [[line], []]
@@ -115,7 +115,7 @@ def test_without_room_one_line_and_the_group_is_used(ranks):
 
 
 def another_folder(group):
-    """Rank 1 does not find the file: another machine, whatever torchrun says."""
+    """Rank 1 does not find the file, as on another host."""
     share = group.share
     group.share = lambda value: share(value) + (".elsewhere" if group.rank == 1 else "")
     with warnings.catch_warnings(record=True) as told:
@@ -125,7 +125,7 @@ def another_folder(group):
     return len(told), type(repeated).__name__, repeated.start().wait().tolist()
 
 
-def test_a_rank_that_does_not_see_the_memory_makes_none_of_its_own(ranks):
+def test_a_rank_without_the_file_creates_none(ranks):
     before = leftovers()
     answers = ranks(2, another_folder)
     assert answers == [(told, "SentSum", [3.0] * 3) for told in (0, 1)]
@@ -147,7 +147,7 @@ def test_a_peer_lost_at_the_start_leaves_no_memory_behind(ranks):
     assert leftovers() == before
 
 
-def test_memory_that_is_not_there_is_an_error_and_no_signal():
+def test_missing_memory_is_an_error_and_no_signal():
     # Touching memory that a full file system cannot give ends a process by SIGBUS.
     before = leftovers()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -160,7 +160,7 @@ def test_memory_that_is_not_there_is_an_error_and_no_signal():
     assert leftovers() == before
 
 
-def test_what_is_reserved_is_there():
+def test_reserved_memory_is_allocated():
     path = SharedSum.reserve(2, 1 << 20, torch.float32)
     try:
         assert os.stat(path).st_blocks * 512 >= 2 * 4 << 20
@@ -177,7 +177,7 @@ def test_what_is_reserved_is_there():
         (Launch(0, 2, 0, 2), False, False),
     ],
 )
-def test_who_may_share_memory(launch, wanted, shared):
+def test_may_share_memory(launch, wanted, shared):
     assert may_share_memory(launch, wanted) == shared
 
 
@@ -210,7 +210,7 @@ def test_a_peer_that_leaves_is_noticed_at_once(ranks, numel):
 
 @pytest.mark.parametrize("numel", [5000, LARGE])
 def test_a_killed_peer_is_noticed(numel):
-    # Without a group: the pool would end the survivor as soon as it sees the dead.
+    # Without the pool, which would kill the survivor as soon as its peer is dead.
     path = SharedSum.reserve(2, numel, torch.float32)
     peer = f"""
 import time, torch
@@ -225,7 +225,7 @@ time.sleep(100.0)
     try:
         with subprocess.Popen([sys.executable, "-c", peer], stdout=subprocess.PIPE) as process:
             shared = SharedSum(path, 0, 2, numel, torch.float32, 20.0)
-            assert process.stdout.readline() == b"opened\n"  # all have, before one waits
+            assert process.stdout.readline() == b"opened\n"  # both ranks have, before one waits
             shared.message.fill_(1.0)
             shared.start()
             assert shared.wait()[[0, -1]].tolist() == [3.0, 3.0]
@@ -254,7 +254,7 @@ def hurry(group):
     return None
 
 
-def test_a_peer_that_does_not_come_is_not_waited_for_forever(ranks):
+def test_a_late_peer_ends_the_wait(ranks):
     assert ranks(2, hurry)[0] == "timed out after 1 s"
 
 
@@ -265,10 +265,10 @@ def post_and_leave(group):
         time.sleep(1.5)
     pending = repeated.start()
     if group.rank == 1:
-        repeated._shared.close()  # it has done its part, and is free to go
+        repeated._shared.close()  # it has posted, and may leave
         return None
     return pending.wait()[0].item()
 
 
-def test_who_has_come_may_leave_before_the_others_have(ranks):
+def test_a_rank_that_has_posted_may_leave_before_the_others_post(ranks):
     assert ranks(3, post_and_leave) == [6.0, None, 6.0]

@@ -60,8 +60,8 @@ def test_a_node_that_does_not_come(make_config, capsys):
     port = free_port()
     nodes = examination.Nodes(3, "127.0.0.1", port, "mine")
     assert examination.examine_nodes(make_config("group.timeout_s=1"), nodes) == 1
-    says = f"1 of 3 nodes came to 127.0.0.1:{port} within 1 s: {socket.gethostname()} ("
-    assert says in capsys.readouterr().out
+    expected = f"1 of 3 nodes came to 127.0.0.1:{port} within 1 s: {socket.gethostname()} ("
+    assert expected in capsys.readouterr().out
 
 
 UNLUCKY = """

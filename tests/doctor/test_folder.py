@@ -28,10 +28,10 @@ def test_a_folder_that_cannot_be_created(together, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "expected"),
     [(None, "has locks of each node for itself"), (errno.ENOLCK, "has no locks (No locks avail")],
 )
-def test_a_folder_whose_locks_do_not_hold(together, monkeypatch, tmp_path, error, says):
+def test_a_folder_whose_locks_do_not_hold(together, monkeypatch, tmp_path, error, expected):
     def lock(file, kind):
         if error is not None:
             raise OSError(error, os.strerror(error))
@@ -39,5 +39,5 @@ def test_a_folder_whose_locks_do_not_hold(together, monkeypatch, tmp_path, error
     monkeypatch.setattr(fcntl, "flock", lock)
     first, second = together(2, lambda exchange: folder.check_folder(exchange, tmp_path))
     assert [finding.level for finding in second] == [Level.WARNING, Level.FINE]
-    assert says in second[0].text
+    assert expected in second[0].text
     assert "respect a lock" not in first[0].text

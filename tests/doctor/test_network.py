@@ -61,16 +61,16 @@ def free_port():
 
 
 @pytest.mark.parametrize(
-    ("host", "says"),
+    ("host", "expected"),
     [
         ("127.0.0.1", "cannot be reached in 0.1 s (Connection refused)"),
         ("nowhere.invalid", "the name nowhere.invalid cannot be resolved here"),
     ],
 )
-def test_an_unreachable_rendezvous(host, says):
+def test_an_unreachable_rendezvous(host, expected):
     with pytest.raises(FaultError) as failure:
         network.reach(host, free_port(), 0.1, "the rendezvous")
-    assert says in failure.value.finding.text
+    assert expected in failure.value.finding.text
     assert failure.value.finding.topic == "rendezvous"
 
 
@@ -108,19 +108,19 @@ def test_a_member_that_is_not_reached_is_named(together, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ahead", "level", "says"),
+    ("ahead", "level", "expected"),
     [
         (0.0, Level.FINE, "all clocks agree within "),
         (3.0, Level.WARNING, "3.0 s ahead of the first clock"),
         (-60.0, Level.FAULT, "60.0 s behind the first clock"),
     ],
 )
-def test_clocks(together, ahead, level, says):
+def test_clocks(together, ahead, level, expected):
     def look(exchange):
         off = ahead if exchange.index == 1 else 0.0
         return network.check_clocks(exchange, True, lambda: time.time() + off)
 
     found = together(3, look)
     assert [finding.level for finding in found[1]] == [level]
-    assert says in found[1][0].text
+    assert expected in found[1][0].text
     assert [len(findings) for findings in found] == ([1, 1, 1] if not ahead else [0, 1, 0])
