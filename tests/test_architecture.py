@@ -17,9 +17,9 @@ ALGORITHM = {"comm", "server", "worker", "algorithm", "replay"}
 MAY_IMPORT = {
     "consensus": {"core"},
     "consensus.registry": set(),
+    "consensus.private_api": set(),
     "consensus.atomic_files": set(),
     "consensus.records": set(),
-    "consensus.private_api": set(),
     "consensus.core": {"registry"},
     "consensus.theory": {"core"},
     "consensus.comm": set(),
