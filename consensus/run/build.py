@@ -15,9 +15,8 @@ from consensus.worker import Worker
 def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     """The algorithm of the config, with u and the z_j at their common start. A collective."""
     config = plan.config.algorithm
-    u = group.broadcast_(
-        plan.start
-    )  # equal already, unless the ranks have different torch versions
+    # Equal on all ranks already, unless their versions of torch differ.
+    u = group.broadcast_(plan.start)
     worker = Worker(
         u.repeat(len(plan.local_workers), 1),
         plan.oracle,
