@@ -1,8 +1,8 @@
-"""The files that a finished run leaves: model.pt, the pictures and summary.json."""
+"""The files of a finished run: model.pt, summary.json and the pictures."""
 
 import io
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,21 @@ def finish_run(
     write_whole(run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
 
 
-def draw_pictures(run_dir: Path, rows: Sequence[Row]) -> None:
-    """Draw convergence.png, and stationarity.png if the run measured it."""
-    draw_convergence({run_dir.name: rows}, run_dir / "convergence.png")
-    if measured := measurements(rows):
-        draw_stationarity({run_dir.name: measured}, run_dir / "stationarity.png")
+def draw_pictures(run_dir: Path, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+    """Draw convergence.png, and stationarity.png if the run measured it.
+
+    A picture that fails costs a line to `say`, not the run: its results are complete before.
+    """
+    for draw, name, chosen in (
+        (draw_convergence, "convergence.png", rows),
+        (draw_stationarity, "stationarity.png", measurements(rows)),
+    ):
+        if chosen:
+            try:
+                draw({run_dir.name: chosen}, run_dir / name)
+            except Exception as error:
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                say(f"{run_dir / name} was not drawn ({cause})")
 
 
 def environment(plan: Plan) -> dict[str, Any]:

@@ -280,5 +280,5 @@ class Trainer:
             return
         names, writer = ("written", "wait_s", "write_s"), self.writer
         extra = {"checkpoints": {name: getattr(writer, name) for name in names}} if writer else {}
-        draw_pictures(self.run_dir, self.rows)
         finish_run(self.run_dir, self.rows, self.best, self.algorithm.u, self.plan, extra)
+        draw_pictures(self.run_dir, self.rows, self.screen.say)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from consensus.comm import Launch
+from consensus.run import results as results_module
 from consensus.run.plan import make_plan
 from consensus.run.results import draw_pictures, environment, finish_run
 
@@ -48,6 +49,20 @@ def test_the_environment(plan):
 
 
 def test_the_pictures(tmp_path):
-    draw_pictures(tmp_path, [ROW | {"train_loss": 2.0}])
+    draw_pictures(tmp_path, [ROW | {"train_loss": 2.0}], pytest.fail)
     assert [path.name for path in tmp_path.iterdir()] == ["convergence.png"]
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_fails_costs_one_line(monkeypatch, tmp_path):
+    def fail(runs, path):
+        raise MemoryError("no room\nfor pixels")
+
+    monkeypatch.setattr(results_module, "draw_convergence", fail)
+    monkeypatch.setattr(results_module, "draw_stationarity", fail)
+    lines = []
+    draw_pictures(tmp_path, [ROW | {"stationarity": {"lam": 0.1}}], lines.append)
+    assert lines == [
+        f"{tmp_path / name}.png was not drawn (MemoryError: no room for pixels)"
+        for name in ("convergence", "stationarity")
+    ]

@@ -54,3 +54,16 @@ def test_a_signal_without_checkpoints(train, tmp_path, monkeypatch):
     with pytest.raises(RunStopped, match="SIGTERM: stopped at iteration 1 without a che") as caught:
         train(f"output.run_dir={tmp_path}/a", "output.checkpoint_every=null")
     assert caught.value.code == 128 + signal.SIGTERM
+
+
+def test_a_run_whose_picture_fails_is_complete(train, tmp_path, monkeypatch, capsys):
+    def fail(runs, path):
+        assert (tmp_path / "a" / "summary.json").exists(), "the summary comes first"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("consensus.run.results.draw_convergence", fail)
+    train(f"output.run_dir={tmp_path}/a")
+    assert {path.name for path in (tmp_path / "a").glob("*.*")} >= {"model.pt", "summary.json"}
+    said = capsys.readouterr().out
+    assert "convergence.png was not drawn (OSError: [Errno 28] No space left on device)" in said
+    assert f"results in {tmp_path}/a" in said
