@@ -1,8 +1,8 @@
-"""Any command line at all either runs as promised or is refused in one line; nothing else happens.
+"""Random command lines: each one runs as documented or is refused in one line.
 
-Half of the command lines are made of valid values, the others have one to three spoilt ones. The
-command runs in this process, on 40 random images, for at most 4 iterations. What must hold of a run
-is computed here from u and the z_j and from README's table, not by the code under test.
+Half of the command lines have valid values only, the others have one to three invalid ones. The
+command runs in this process, on 40 random images, for at most 4 iterations. The expected properties
+of a run are computed here from u, the z_j and README's table, not by the code under test.
 
     exit code 0   finite and strictly feasible after every iteration, all promised files
     exit code 1   an iterate became non-finite, or the run directory cannot be made: one line
@@ -52,10 +52,10 @@ TRAIN, TEST = 40, 20  # images
 
 @dataclass(frozen=True)
 class Line:
-    """A command line and what is known of it beforehand.
+    """A command line and its expected result.
 
-    `can` holds the exit codes that are possible, `says` what config.yaml must hold if it runs, and
-    `picture` whether convergence.png is drawn, which takes long, or only pretended to be.
+    `can` holds the possible exit codes, `says` the expected keys of config.yaml if it runs, and
+    `picture` whether convergence.png is really drawn, which is slow, or replaced by a stand-in.
     """
 
     argv: list[str]
@@ -216,7 +216,7 @@ USED = [  # how the run in the folder `used` was made
 
 @st.composite
 def resumed(draw: st.DrawFn) -> Line:
-    """A run that continues another one, or begins in a place where there may be one."""
+    """A run that continues another one, or starts in a directory that may hold one."""
     again = [key for key in USED if "iterations" not in key and "checkpoint" not in key]
     how = draw(
         st.sampled_from(
@@ -279,7 +279,7 @@ def resumed(draw: st.DrawFn) -> Line:
     return Line(draw(st.permutations(overrides)), frozenset({code}))
 
 
-# ---- what spoils a command line
+# ---- invalid values
 
 NO_NUMBER = ["abc", "''", "' '", "[]", "[1]", "{}", "{a: 1}", "???", "'${nope}'", "'1 2'"]
 NO_NUMBER += ["'日本'", "'a\nb'", r"'\''", "'\"'", "nan'", "'\udcff'", "'NaN!'", "${seed"]
@@ -476,7 +476,7 @@ REFUSED_AS_A_WHOLE = [
 
 
 def swapped(key: str, position: int, letter: str, how: str) -> str:
-    """A key with one mistake of the typist."""
+    """A key with one typing mistake."""
     i = position % len(key)
     return {
         "drop": key[:i] + key[i + 1 :],
@@ -596,14 +596,14 @@ def spoil(line: Line, poisons: list[Poison], places: list[int]) -> Line:
     for poison, place in zip(poisons, places, strict=True):
         i = place % (len(argv) + 1)
         argv[i:i] = poison.overrides
-    # Of two that set one key, the later one counts; then nothing is sure.
+    # If two set one key, the later one counts; the result is then open.
     alone = Counter(key for poison in poisons for key in set(poison.keys)).most_common(1)
     surely = any(poison.refused for poison in poisons) and (not alone or alone[0][1] == 1)
     return Line(argv, frozenset({2}) if surely else frozenset({0, 1, 2}), picture=strange(argv))
 
 
 def strange(argv: list[str]) -> bool:
-    """Whether the name of a run may be more than a picture's text can take."""
+    """Whether the name of a run has characters that may break the text of a picture."""
     return any(
         re.match(r"\+*output\.(name|run_dir)=.*[^\w=./-]|.*=_", override, re.S) for override in argv
     )
@@ -623,7 +623,7 @@ LINES = st.one_of(*[runnable()] * 7, resumed(), *[spoilt()] * 8)
 
 
 class HungError(BaseException):
-    """Nothing in the command may catch it."""
+    """A timeout, which the command must not catch."""
 
 
 def hang(*_: object) -> None:
@@ -648,7 +648,7 @@ DOMAINS = {  # README's table: what keeps x = w_l / eta strictly inside, for eac
 
 
 class Seen:
-    """What the iterates of one run were, seen from outside after each iteration."""
+    """The iterates of one run, checked from outside after each iteration."""
 
     def __init__(self, plan: Any, algorithm: Any) -> None:
         self.plan, self.algorithm = plan, algorithm
@@ -687,7 +687,7 @@ class Seen:
 
 @dataclass
 class Ended:
-    """What a command left: exit code, output, runs seen, files before and after."""
+    """The result of a command: exit code, output, runs, files before and after."""
 
     code: object
     out: str
@@ -698,7 +698,7 @@ class Ended:
 
 
 def files_in(folder: Path) -> dict[str, tuple]:
-    """Every path with its size and its time; but for the lock of a download that was refused."""
+    """Every path with its size and time, except for the lock of a refused download."""
     found = {}
     locks: set[Path] = set()
     for path in folder.rglob("*"):
@@ -712,12 +712,12 @@ def files_in(folder: Path) -> dict[str, tuple]:
 
 
 def roomy(function):
-    """Call it on a fresh piece of Python's stack, with room for all that it calls in turn."""
+    """Call it on a fresh chunk of the interpreter's stack, large enough for all nested calls."""
     return function()
 
 
-# Else CPython 3.11 takes and gives back a piece at each call that crosses the end of the last one,
-# wherever that is: a quarter of the time of this test.
+# Otherwise CPython 3.11 allocates and frees a chunk at each call that crosses the end of one, which
+# takes a quarter of the time of this test.
 roomy.__code__ = roomy.__code__.replace(co_stacksize=1 << 16)
 
 
@@ -763,7 +763,7 @@ class Command:
         path.write_bytes(b"a picture")
 
     def __call__(self, line: Line) -> Ended:
-        """Run it; whatever it changed in this process is as before."""
+        """Run it, and undo its changes to this process."""
         if self.number:
             shutil.rmtree(self.folder)
         self.number += 1
@@ -797,7 +797,7 @@ class Command:
             patch.chdir(self.folder)
             patch.setattr(sys, "argv", ["consensus.train", *line.argv])
             patch.setattr(results_module, "draw_convergence", drawing)
-            # What Python shows to users, every time: on stderr, where there must be nothing of it.
+            # The warnings that Python shows to users; none may appear on stderr.
             warnings.simplefilter("always")
             for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
                 warnings.simplefilter("ignore", kind)
@@ -820,7 +820,7 @@ def command(tmp_path_factory):
         yield Command(tmp_path_factory.mktemp("any"), patch)
 
 
-# ---- what must hold of each ending
+# ---- the checks of each result
 
 
 def digest(u: np.ndarray) -> str:
@@ -842,7 +842,7 @@ def strict_json(content: str) -> Any:
 
 
 def check_run(line: Line, ended: Ended, folder: Path) -> None:
-    """A run that ended with exit code 0 is finite and feasible, and left what is promised."""
+    """Check a run with exit code 0: it is finite and feasible, and has written all files."""
     assert ended.err == ""
     (seen,) = ended.runs
     assert seen.faults == [], "outside the domain of the potential"
@@ -918,7 +918,7 @@ UNWRITABLE = "cannot write the run directory: "
 
 
 def check_failure(line: Line, ended: Ended) -> str:
-    """A run that ended with exit code 1 says truly that it diverged, or has nowhere to write."""
+    """Check a run with exit code 1: it diverged, or its directory cannot be created."""
     said = one_line(ended)
     if UNWRITABLE in said:
         assert any("file/below" in x or LONG in x for x in line.argv), "it could be written"
@@ -940,18 +940,18 @@ def check_failure(line: Line, ended: Ended) -> str:
 
 
 def one_line(ended: Ended) -> str:
-    """What stderr says after the name of the command; nothing is on stdout of a refusal."""
+    """The only line on stderr, without the name of the command."""
     assert "Traceback" not in ended.err, ended.err
     assert ended.err.endswith("\n"), ended.err
     assert len(ended.err.splitlines()) == 1, ended.err
     assert ended.err.startswith("consensus.train: "), ended.err
     said = ended.err.removeprefix("consensus.train: ").strip()
-    assert said != "", "a line that says nothing"
+    assert said != "", "an empty line"
     return said
 
 
 def check(line: Line, ended: Ended, folder: Path) -> str:
-    """Whatever may happen, and nothing else. Returns what did."""
+    """Check a result. Returns its kind."""
     if ended.code == 0:
         check_run(line, ended, folder)
         kind = "ran"
@@ -972,7 +972,7 @@ SHORT += ["output.tensorboard=false", "output.checkpoint_every=null"]
 
 
 def only(*codes: int):
-    """`only(2)("seed=-1")`: a command line that can end so, after a short and cheap base."""
+    """`only(2)("seed=-1")`: a short command line with these possible exit codes."""
 
     def line(*overrides: str) -> Line:
         return Line([*SHORT, *overrides], frozenset(codes), picture=strange([*overrides]))
@@ -1003,7 +1003,7 @@ EACH_CHECK = [
 
 EDGES = [
     *map(refused, EACH_CHECK),
-    # numbers that a check forgot: a traceback each, at first
+    # numbers that once caused a traceback
     either("potential=power", f"potential.options.p={BIG}"),
     either("potential=power", f"potential.options.eps={BIG}"),
     either("potential=scaled_quad", f"potential.options.weight={BIG}"),
@@ -1022,7 +1022,7 @@ EDGES = [
     either("potential=tan", "potential.eta=1e-20"),
     either("potential=log_sep", "algorithm.sigma=1e37"),
     either("potential=tan", "algorithm.sigma=1e300", "algorithm.lam=10", "dtype=float64"),
-    # u leaves first: with order=jacobi no z_j has followed yet
+    # with order=jacobi u diverges before any z_j
     either(
         "algorithm.order=jacobi", "algorithm.tau=3e38", "algorithm.sigma=1e4", "algorithm.lam=3"
     ),
@@ -1033,7 +1033,7 @@ EDGES = [
     either(f"resume={LONG}"),
     only(1)("output.run_dir='file/below/a\nb'"),
     only(1)(f"output.name={LONG}"),
-    # one line for what Hydra and the parser of options say
+    # errors of Hydra and of its argument parser in one line
     refused("--foo"),
     refused("--cfg"),
     refused("potential='cu\nbik'"),
@@ -1041,10 +1041,10 @@ EDGES = [
     refused("hydra.verbose=3"),
     either("hydra.searchpath=[nowhere]"),
     refused("hydra.searchpath=[nowhere]", "potential=cubik"),
-    # a text is no truth value
+    # a text is no bool
     refused("potential=log_cosh", "potential.options.separable='false'"),
     refused("potential=power", "potential.options.separable=null"),
-    # long, but nothing else is wrong with them
+    # long but valid numbers
     runs(f"seed={BIG}"),
     runs(f"output.eval_every={BIG}", f"algorithm.period={BIG}"),
     runs(f"output.keep_checkpoints={BIG}", "output.checkpoint_every=1"),

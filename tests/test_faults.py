@@ -1,7 +1,7 @@
-"""What goes wrong in a long run: nobody hangs, one line says rank and cause, and the run goes on.
+"""Faults of a long run: no rank hangs, one line names rank and cause, and the run can continue.
 
-Every fault strikes a real run of real processes (faults.py, launch.py). Afterwards the run is
-continued without it, and must end with the bits of a run that nothing happened to.
+Every fault is injected into real processes (testing/faults.py, testing/launch.py). Afterwards the
+run is continued without it, and must end with the bits of an undisturbed run.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ RUN = [
     "output.log_every=2",
     "output.tensorboard=false",
     "output.run_dir=run",
-    "group.timeout_s=60",  # where no peer is to be lost: other tests take the cores for seconds
+    "group.timeout_s=60",  # other tests may occupy the cores for seconds
 ]
 LOSING = f"group.timeout_s={TIMEOUT_S}"
-LATEST_S = TIMEOUT_S + 25  # the processes start meanwhile, and two cores carry other tests
+LATEST_S = TIMEOUT_S + 25  # includes the start of the processes, beside other tests
 
 
 def final(folder: Path) -> tuple[str, list[int], bytes]:
@@ -56,14 +56,14 @@ def final(folder: Path) -> tuple[str, list[int], bytes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(tmp_path_factory):
-    """The first rank of a session waits for all imports; LATEST_S is not for them."""
+    """Start the fork server; LATEST_S does not cover its imports."""
     with Ranks(1, ["--help"], tmp_path_factory.mktemp("warm")) as ranks:
         ranks.wait(120)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """`undisturbed(size)`: how the run of `size` ranks ends that nothing happens to."""
+    """`undisturbed(size)`: the result of the run of `size` ranks without a fault."""
 
     @functools.cache
     def make(size: int) -> tuple[str, list[int], bytes]:
@@ -76,13 +76,13 @@ def undisturbed(tmp_path_factory):
 
 
 def strike(folder: Path, size: int, fault: dict, *overrides: str) -> Ranks:
-    """Start a run that suffers this fault."""
+    """Start a run with this fault."""
     how = ["plugins=[tests.testing.faults]", *overrides]
     return Ranks(size, [*RUN, *how], folder, env={"FAULTS": json.dumps([fault])})
 
 
 def continued(folder: Path, size: int) -> tuple[str, list[int], bytes]:
-    """How the run ends that is continued from what the fault has left."""
+    """The result of the run that continues after the fault."""
     with Ranks(size, [*RUN, "resume=auto"], folder) as ranks:
         assert ranks.wait(120) == [0] * size, ranks.err(0)
     return final(folder)
@@ -134,7 +134,7 @@ def test_a_rank_that_comes_back_in_time(undisturbed, tmp_path, kind, size):
     assert final(tmp_path) == undisturbed(size)
 
 
-def test_a_rank_that_never_comes(tmp_path):
+def test_a_rank_that_dies_before_the_rendezvous(tmp_path):
     fault = {"kind": "kill", "rank": 1, "iteration": "import"}
     with strike(tmp_path, 2, fault, LOSING) as ranks:
         assert ranks.wait(LATEST_S) == [1, -signal.SIGKILL]
@@ -186,7 +186,7 @@ def test_replicas_that_differ_are_found_by_the_checkpoint_too(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "size"), [("SIGTERM", 2), ("SIGUSR1", 4)])
-def test_one_rank_is_asked_to_stop(undisturbed, tmp_path, name, size):
+def test_one_rank_receives_a_stop_signal(undisturbed, tmp_path, name, size):
     fault = {"kind": "signal", "signal": name, "rank": 1, "iteration": 17}
     with strike(tmp_path, size, fault) as ranks:
         assert ranks.wait(LATEST_S) == [75] * size
@@ -214,7 +214,7 @@ def test_a_quota_is_reached_while_a_checkpoint_is_written(undisturbed, tmp_path,
     fault = {"kind": "quota", "bytes": 20_000, "rank": 1, "iteration": 17}
     with strike(tmp_path, size, fault) as ranks:
         assert ranks.wait(LATEST_S) == [1] * size
-        # The checkpoint of iteration 15 may still be on its way to the disk.
+        # The checkpoint of iteration 15 may still be in writing.
         pattern = r"consensus.train: rank 1: cannot write checkpoint \S+/000000(15|20): (.*)"
         match = re.fullmatch(pattern, ranks.lines(0)[0])
         assert match, ranks.lines(0)
@@ -228,7 +228,7 @@ def test_a_quota_is_reached_while_a_checkpoint_is_written(undisturbed, tmp_path,
 
 
 def can_mount() -> bool:
-    """Whether a namespace with mounts of its own can be had: as root, or where users may."""
+    """Whether this user may create a mount namespace."""
     if not shutil.which("unshare"):
         return False
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
@@ -251,7 +251,7 @@ def test_a_full_disk(tmp_path):
     if not can_mount():
         pytest.skip("needs a mount namespace; the quota above is tested everywhere")
     (tmp_path / "run").mkdir()
-    # Three checkpoints of 96 kB do not fit; what is on the disk is read before it is unmounted.
+    # Three checkpoints of 96 kB do not fit. The disk is listed before it is unmounted.
     keep = "output.keep_checkpoints=9"
     script = "mount -t tmpfs -o size=300k none run"
     look = f'{script} && shift && "$@"; code=$?; ls -A run/checkpoints; exit $code'
@@ -269,7 +269,7 @@ def test_a_full_disk(tmp_path):
     assert "No space left on device" in line
     left = [name for name in ended.stdout.splitlines() if re.fullmatch(r"\.?\d{8}\S*", name)]
     assert left
-    assert left == [name for name in left if name.isdecimal()], "nothing half written"
+    assert left == [name for name in left if name.isdecimal()], "no incomplete checkpoint"
 
 
 def test_a_read_only_run_directory(tmp_path):
@@ -349,8 +349,8 @@ def wait_until(condition, seconds: float = 90.0) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_that_ends_well_says_goodbye(tmp_path):
-    # Its processes end before Python does, but not before what was registered for the end.
+def test_a_successful_run_calls_the_exit_handlers(tmp_path):
+    # The processes skip the end of the interpreter, but not the functions registered with atexit.
     (tmp_path / "goodbye.py").write_text(
         "import atexit, os, pathlib\n"
         "atexit.register(lambda: pathlib.Path(f'left-{os.environ[\"RANK\"]}').touch())\n"

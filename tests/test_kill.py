@@ -1,9 +1,10 @@
-"""No run is ever lost: processes are killed at any moment, and the run ends as if nobody had.
+"""Kills at random moments: a run that was killed and continued equals an uninterrupted one.
 
-Real processes, Gloo, SIGKILL. A run that was killed and continued is compared with one that was
-not: the bits of the model, every row of metrics.jsonl, every number on TensorBoard.
+Real processes, Gloo, SIGKILL. The runs are compared in the bits of the model, every row of
+metrics.jsonl, and every number on TensorBoard.
 
-CONSENSUS_KILLS (3) runs are killed, CONSENSUS_KILL_SEED (0) decides how; scripts/kill_test: 50.
+CONSENSUS_KILLS (3) is the number of runs, CONSENSUS_KILL_SEED (0) their seed. scripts/kill_test
+kills 50.
 """
 
 import functools
@@ -55,8 +56,8 @@ def dropout(num_classes=10, hidden=16):
 
 ITERATIONS, EVAL_EVERY, CHECKPOINT_EVERY = 120, 20, 7
 TIMEOUT_S = 30
-# What a resume could lose has an effect here: velocities, cuts of a bounded domain, shuffles and
-# dropout, the phase of the period, a schedule. Checkpoints do not fall on evaluations.
+# All state of a run has an effect here: velocities, cuts of a bounded domain, shuffles and
+# dropout, the phase of the period, a schedule. Checkpoints do not coincide with evaluations.
 RUN = [
     "experiment=smoke",
     "device=cpu",
@@ -79,12 +80,12 @@ HERE = ["resume=auto", "output.run_dir=run"]
 CLOCKS = ("wall_s", "samples_per_s")
 
 
-# ---- runs, and what they leave
+# ---- runs and their results
 
 
 @dataclass
 class Finished:
-    """What must not depend on how often a run was killed."""
+    """The results that must not depend on kills."""
 
     rows: list[dict[str, Any]]
     best: dict[str, float]
@@ -107,7 +108,7 @@ def read(run_dir: Path) -> Finished:
 
 
 def require_sound(run_dir: Path) -> None:
-    """One u everywhere: on all ranks, in the last row, in the checkpoint and in model.pt."""
+    """Assert one u: on all ranks, in the last row, in the checkpoint and in model.pt."""
     folder = run_dir / "checkpoints"
     assert [path.name for path in folder.iterdir() if not path.name.isdecimal()] == []
     newest = list_checkpoints(run_dir)[0]
@@ -147,7 +148,7 @@ def require_equal(found: Finished, expected: Finished) -> None:
 
 @dataclass
 class Timing:
-    """Of an uninterrupted run: seconds until its ranks meet, between checkpoints, to the end."""
+    """Seconds of an uninterrupted run: to the open group, between checkpoints, to the end."""
 
     met_s: float
     between_s: float
@@ -156,7 +157,7 @@ class Timing:
 
 @dataclass
 class Reference:
-    """A run that nobody killed."""
+    """An uninterrupted run."""
 
     finished: Finished
     timing: Timing
@@ -186,7 +187,7 @@ def reference(tmp_path_factory, plugin) -> Callable[[int], Reference]:
                 time.sleep(0.01)
             met_s = time.monotonic() - started
             sleep_until(lambda: newest(folder) >= CHECKPOINT_EVERY or ranks.ended)
-            started = time.monotonic()  # the first one takes long: it imports
+            started = time.monotonic()  # without the start-up
             sleep_until(lambda: newest(folder) == ITERATIONS or ranks.ended)
             between_s = (time.monotonic() - started) / (ITERATIONS // CHECKPOINT_EVERY)
             started = time.monotonic()
@@ -195,7 +196,7 @@ def reference(tmp_path_factory, plugin) -> Callable[[int], Reference]:
         require_sound(folder / "run")
         finished = read(folder / "run")
         last = finished.rows[-1]
-        assert min(last["cuts_u"], last["cuts_z"]) > 0, "the line search has to do something"
+        assert min(last["cuts_u"], last["cuts_z"]) > 0, "the line search must cut"
         return Reference(finished, Timing(met_s, between_s, end_s))
 
     return make
@@ -203,7 +204,7 @@ def reference(tmp_path_factory, plugin) -> Callable[[int], Reference]:
 
 @functools.cache
 def warm_up(folder: Path) -> None:
-    """The first rank waits for the imports; no clock should."""
+    """Start the fork server, so that no measured time includes its imports."""
     with Ranks(1, ["--help"], folder) as ranks:
         ranks.wait(120)
 
@@ -217,7 +218,7 @@ def has_met(ranks: Ranks) -> bool:
 
 
 def is_writing(folder: Path) -> bool:
-    """Whether half a checkpoint is there; one that an earlier start left is older than the lock."""
+    """Whether a checkpoint is in writing; one left by an earlier start is older than the lock."""
     run_dir = folder / "run"
     try:
         begun = (run_dir / ".lock").stat().st_mtime_ns
@@ -227,9 +228,9 @@ def is_writing(folder: Path) -> bool:
     return any(moment > begun for moment in written)
 
 
-def require_obituary(ranks: Ranks, victim: int) -> None:
-    """The others end by themselves, each with one line that names the killed rank."""
-    # In training they notice at once, but a connection that is being opened may wait its time out.
+def require_exit_of_the_others(ranks: Ranks, victim: int) -> None:
+    """Assert that the other ranks exit, each with one line that names the killed rank."""
+    # In training they notice at once, but opening a connection may take the whole timeout.
     codes = ranks.wait(TIMEOUT_S + 20)
     assert codes[victim] == -9
     complete = (ranks.cwd / "run" / "summary.json").exists()
@@ -255,7 +256,7 @@ def require_obituary(ranks: Ranks, victim: int) -> None:
 
 @dataclass
 class Tally:
-    """What became of the runs that were killed."""
+    """Counts of runs and kills."""
 
     runs: int = 0
     kills: int = 0
@@ -275,7 +276,7 @@ def tally() -> Iterator[Tally]:
     yield tally
     print(f"\n{tally}")  # for `pytest -s`
     if KILLS >= 50:
-        assert tally.while_writing >= KILLS / 5, "the kills have to meet the writing as well"
+        assert tally.while_writing >= KILLS / 5, "some kills must hit the writing of a checkpoint"
 
 
 MOMENTS = ("training", "writing", "start", "writing", "training", "end")
@@ -284,13 +285,13 @@ MOMENTS = ("training", "writing", "start", "writing", "training", "end")
 def kill_at_random(
     chance: random.Random, moment: str, ranks: Ranks, timing: Timing, tally: Tally
 ) -> bool:
-    """One rank or all, somewhere in one of MOMENTS; False if it came too late."""
+    """Kill one rank or all during one of MOMENTS; False if the run had ended."""
     victim = chance.choice([*range(ranks.size), *["all"] * ranks.size])
     share = chance.random()
     if moment == "start":
         wait_s = chance.uniform(0.0, timing.met_s)
     else:
-        # Counted in checkpoints, not in seconds: what else the machine does must not matter.
+        # Counted in checkpoints, not in seconds, so that the load of the machine has no effect.
         sleep_until(lambda: has_met(ranks) or ranks.ended)
         done = newest(ranks.cwd)
         before_the_last = ITERATIONS - CHECKPOINT_EVERY
@@ -313,13 +314,13 @@ def kill_at_random(
     sleep_until(lambda: None not in [ranks.codes[rank] for rank in victims])
     codes = {ranks.codes[rank] for rank in victims}
     assert codes <= {-9, 0}, ranks.err(0)
-    if codes == {0}:  # it ended by itself in the very last moment
+    if codes == {0}:  # it ended before the kill
         assert ranks.wait(120) == [0] * ranks.size, ranks.err(0)
         return False
     tally.kills += 1
     tally.while_writing += writing
     if victim != "all" and met:
-        require_obituary(ranks, victim)
+        require_exit_of_the_others(ranks, victim)
     return True
 
 
@@ -330,7 +331,7 @@ def sleep_until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_killed_run_ends_as_if_nobody_had_killed_it(number, reference, plugin, tally, tmp_path):
+def test_a_killed_run_equals_an_uninterrupted_one(number, reference, plugin, tally, tmp_path):
     chance = random.Random(f"{SEED}/{number}")
     size = 4 if number % 4 == 3 else 2
     expected = reference(size)
@@ -354,7 +355,7 @@ def test_a_killed_run_ends_as_if_nobody_had_killed_it(number, reference, plugin,
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (4, 2)])
-def test_the_others_name_the_killed_rank_and_end(size, victim, plugin, tmp_path):
+def test_the_other_ranks_name_the_killed_rank_and_exit(size, victim, plugin, tmp_path):
     fault = {"kind": "kill", "rank": victim, "iteration": 30}
     plugins = "plugins=[dropout_model,tests.testing.faults]"
     environment = plugin | {"FAULTS": json.dumps([fault])}
@@ -362,8 +363,8 @@ def test_the_others_name_the_killed_rank_and_end(size, victim, plugin, tmp_path)
         while ranks.codes[victim] is None:
             time.sleep(0.01)
         started = time.monotonic()
-        require_obituary(ranks, victim)
-        assert time.monotonic() - started < TIMEOUT_S / 2, "they should not have waited it out"
+        require_exit_of_the_others(ranks, victim)
+        assert time.monotonic() - started < TIMEOUT_S / 2, "they must not wait for the timeout"
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -371,7 +372,7 @@ def test_the_others_name_the_killed_rank_and_end(size, victim, plugin, tmp_path)
 
 
 @pytest.mark.ranks
-def test_four_workers_go_on_in_two_processes_and_then_in_one(tmp_path):
+def test_four_workers_continue_in_two_processes_and_then_in_one(tmp_path):
     # The layouts form sums in different orders, so they differ by rounding from the start. A convex
     # smooth loss and a quadratic coupling with stable steps contract that; ReLU, pooling and the
     # halvings of a line search would turn it into jumps.
@@ -448,7 +449,7 @@ def test_torchrun_restarts_until_the_run_is_complete(reference, plugin, tmp_path
 
 
 @pytest.mark.ranks
-def test_a_deterministic_run_repeats_itself(plugin, tmp_path):
+def test_a_deterministic_run_is_reproducible(plugin, tmp_path):
     overrides = [*RUN, *HERE, "deterministic=true"]
     finished = []
     for name in ("once", "again", "killed"):

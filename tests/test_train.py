@@ -1,7 +1,7 @@
-"""The command as a user runs it: files, exit codes, one line for each failure, nobody left behind.
+"""The command as a user runs it: files, exit codes, one line for each failure, no process left.
 
-Starting a process costs seconds, so most refusals go through `main` in this one; what depends on
-processes is seen with real ones.
+Starting a process costs seconds, so most refusals call `main` in this process. Real processes run
+only where the result depends on them.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ MARK = "CONSENSUS_TEST_MARK"
 
 
 class Ended:
-    """A command that has ended."""
+    """The result of a command."""
 
     def __init__(self, code: int, out: str, err: str, seconds: float, left_behind: list[str]):
         self.code, self.out, self.err, self.seconds = code, out, err, seconds
@@ -50,7 +50,7 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What the command itself says on stderr; torchrun adds a report of its own."""
+        """The lines of the command itself on stderr; torchrun adds a report of its own."""
         return [line for line in self.err.splitlines() if line.startswith("consensus.train:")]
 
 
@@ -65,7 +65,7 @@ def command(*overrides: str, processes: int = 0) -> list[str]:
 
 
 def run(folder: Path, *overrides: str, processes: int = 0, timeout: float = 120.0, **env) -> Ended:
-    """The command in a folder of its own, to its end; kills what it leaves behind."""
+    """Run the command in a folder to its end, and kill the processes that it leaves."""
     mark = uuid.uuid4().hex
     started = time.monotonic()
     ended = subprocess.run(
@@ -95,7 +95,7 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-# ---- a run leaves what is promised
+# ---- the files of a run
 
 CONTRACT_KEYS = {
     "iteration",
@@ -124,7 +124,7 @@ SMOKE = ["experiment=smoke", "potential=tan", "device=cpu"]
 
 
 class PlainLeNet(nn.Module):
-    """LeNet-5 of the paper as a user would write it, without this package."""
+    """LeNet-5 of the paper in plain torch."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ class PlainLeNet(nn.Module):
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["python", "torchrun"])
 def smoke(request, tmp_path_factory):
-    """A finished run of two workers: its folder, its command and what was said."""
+    """A finished run of two workers: its folder, its options and its output."""
     folder = tmp_path_factory.mktemp("smoke")
     how = [] if request.param else ["workers=2"]
     ended = run(folder, *SMOKE, *how, "output.run_dir=run", processes=request.param)
@@ -154,7 +154,7 @@ def rows_of(run_dir):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_smoke_leaves_all_files_and_nothing_else(smoke):
+def test_smoke_writes_all_files_and_no_others(smoke):
     run_dir, _, ended = smoke
     assert {path.name for path in run_dir.iterdir()} == FILES
     assert [path.name for path in run_dir.parent.iterdir()] == ["run"], "Hydra makes no folder"
@@ -197,7 +197,7 @@ def test_smoke_metrics_and_summary(smoke):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_smoke_model_is_what_was_measured(smoke):
+def test_smoke_model_has_the_measured_errors(smoke):
     run_dir, _, _ = smoke
     model = PlainLeNet()
     state = torch.load(run_dir / "model.pt", weights_only=True)
@@ -259,8 +259,8 @@ def test_a_finished_run_is_never_overwritten(smoke, refused):
 def main(monkeypatch, capsys, tmp_path):
     """`main("lam=abc", RANK="1")`: exit code, stdout and stderr of the command, in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it: so it is restored
-    monkeypatch.setattr(entry.time, "sleep", lambda seconds: None)  # of the silent ranks
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; monkeypatch restores it
+    monkeypatch.setattr(entry.time, "sleep", lambda seconds: None)  # of the ranks that do not print
 
     def call(*overrides: str, **launch: str) -> tuple[int, str, str]:
         for name in LAUNCH:
@@ -336,7 +336,7 @@ def test_refusal_of_a_file_that_is_not_yaml(refused, tmp_path):
     assert f'in "{file}", line 3, column 1' in line
 
 
-def test_refusals_that_know_of_the_launch(refused, tmp_path):
+def test_refusals_that_depend_on_the_launch(refused, tmp_path):
     assert refused("workers=3", **TWO) == (
         "`workers` is 3; allowed: a multiple of the 2 processes (WORLD_SIZE), or null for one each"
     )
@@ -349,13 +349,12 @@ def test_multirun_under_torchrun_is_refused(refused, how):
     assert line == "--multirun under torchrun would sweep on every rank; leave it out"
 
 
-def test_only_one_rank_of_a_node_speaks_at_once(main, monkeypatch):
+def test_only_one_rank_of_a_node_prints_at_once(main, monkeypatch):
     slept = []
     monkeypatch.setattr(entry.time, "sleep", slept.append)
     other = TWO | {"RANK": "1", "LOCAL_RANK": "1"}
     code, out, err = main("workers=3", **other)
-    # It says so only if torchrun has not ended it after its sleep, which is nothing here: then it
-    # was alone with its failure.
+    # It prints only if torchrun has not ended it during its sleep, which takes no time here.
     assert (code, out) == (2, "")
     assert err.startswith("consensus.train: rank 1: `workers` is 3; allowed: ")
     assert slept == [entry.PATIENCE_S]
@@ -363,7 +362,7 @@ def test_only_one_rank_of_a_node_speaks_at_once(main, monkeypatch):
     assert main("workers=3", **first_of_second_node)[2].count("\n") == 1
 
 
-def test_mnist_that_is_not_there_and_cannot_be_fetched(refused, monkeypatch, tmp_path):
+def test_mnist_that_is_absent_and_cannot_be_downloaded(refused, monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
@@ -373,7 +372,7 @@ def test_mnist_that_is_not_there_and_cannot_be_fetched(refused, monkeypatch, tmp
     assert "no route to host" in line
 
 
-def test_cfg_shows_the_config_and_trains_nothing(main, tmp_path):
+def test_cfg_shows_the_config_and_does_not_train(main, tmp_path):
     code, out, err = main("--cfg", "job", "potential=tan")
     assert (code, err) == (0, "")
     shown = OmegaConf.create(out)
@@ -396,7 +395,7 @@ def test_cfg_shows_the_config_and_trains_nothing(main, tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_what_may_go_wrong_is_one_line(main, monkeypatch, error, code, line):
+def test_an_expected_failure_is_one_line(main, monkeypatch, error, code, line):
     def fail(self):
         raise error
 
@@ -495,8 +494,8 @@ def test_refusal_of_a_plain_process(tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_refusal_under_torchrun_is_said_once(tmp_path):
-    # Both ranks look for the data; the proxy refuses at once, wherever this runs.
+def test_a_refusal_under_torchrun_is_printed_once(tmp_path):
+    # Both ranks search for the data; the proxy refuses at once on any machine.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
     ended = run(tmp_path, "data=mnist", "data.root=none", processes=2, no_proxy="", **nowhere)
     assert ended.code != 0
@@ -525,7 +524,7 @@ def test_a_run_that_diverges_ends_on_all_ranks(tmp_path):
     assert ended.left_behind == []
     assert ended.seconds < 200  # and not the timeout of the group
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left.isdisjoint({"summary.json", "model.pt"}), "nothing that looks finished"
+    assert left.isdisjoint({"summary.json", "model.pt"}), "no file of a finished run"
 
 
 def free_port() -> int:
@@ -536,8 +535,8 @@ def free_port() -> int:
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_the_survivor_of_a_killed_rank_leaves_by_itself(tmp_path):
-    # Without torchrun, which would end the survivor: nobody does in a job over several nodes.
+def test_the_survivor_of_a_killed_rank_exits_by_itself(tmp_path):
+    # Without torchrun, which would end the survivor. In a job over several nodes nothing does.
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     endless = ["algorithm.iterations=1000000", "output.eval_every=5", "output.tensorboard=false"]
     launch = command("model=logistic", "device=cpu", "output.run_dir=run", *endless)

@@ -1,23 +1,23 @@
-"""Faults on demand: what a chosen rank suffers at a chosen iteration of a real run.
+"""Fault injection: a plugin that disturbs a chosen rank at a chosen iteration of a real run.
 
 A plugin of the command (`plugins=[tests.testing.faults]`, the checkout on PYTHONPATH): every rank
 imports it and reads the environment variable FAULTS, a JSON list of
 
     {"kind": "kill", "rank": 1, "iteration": 30, "attempt": 0, "seconds": 2.0}
 
-`iteration` counts those that are done when it happens; "import" is before the ranks meet, "finish"
+`iteration` is the number of iterations done before it; "import" is before the rendezvous, "finish"
 after the last iteration. `attempt` counts torchrun's restarts (default 0), `rank` may be "all". The
 kinds:
 
     kill       SIGKILL, as the kernel's out-of-memory killer sends it
-    stop       SIGSTOP, and SIGCONT after `seconds`; never without them
+    stop       SIGSTOP, and SIGCONT after `seconds` if they are given
     slow       sleeps `seconds` before this iteration
     hang       sleeps for ever, alive
-    raise      an exception that nobody expects
+    raise      an unexpected exception
     signal     sends itself `signal`, a name such as "SIGTERM"
     nan        the minibatch gradient of its first worker becomes NaN, once
     flip_bit   the lowest bit of u[0] is flipped in this rank's replica
-    quota      no file may grow beyond `bytes` any more
+    quota      limits the size of files to `bytes`
 """
 
 import json

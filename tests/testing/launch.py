@@ -1,12 +1,12 @@
-"""The ranks of the command without torchrun: real processes that start in milliseconds.
+"""A launcher for tests: real ranks without torchrun, which start in milliseconds.
 
 Starting a process costs 5 s of CPU for imports. Here one server process (multiprocessing's
-forkserver) imports everything once and forks the ranks. Forking a process that has threads would be
-unsound; this one has none, and every rank checks that before it does anything.
+forkserver) imports all modules once and forks the ranks. Forking a process with threads would be
+unsound; this one has none, and every rank checks that first.
 
-`Ranks` plays torchrun's part: it keeps the store at which the ranks meet, on a port that the kernel
-chose and that it holds, tells each rank its place in the environment, and kills what is left.
-Unlike torchrun it does not end the others when a rank fails, as in a job over several nodes.
+`Ranks` replaces torchrun: it holds the store of the rendezvous on a port that the kernel chose,
+sets the environment of each rank, and kills the processes that are left. Unlike torchrun it does
+not end the others when a rank fails, as in a job over several nodes.
 """
 
 import functools
@@ -33,28 +33,27 @@ PRELOAD = [
     "sklearn.datasets",
     "sklearn.model_selection",
     "torch._inductor",  # torch.use_deterministic_algorithms imports it
-    "torch.distributed.checkpoint",
     "torch.utils.tensorboard",
 ]
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RanksError(AssertionError):
-    """Ranks did not end in time; the message says which, and what they said."""
+    """Ranks did not end in time; the message names them and quotes their output."""
 
 
 class Ranks:
     """`size` processes on this machine, each of them `python -m consensus.train OVERRIDES`.
 
-    A context manager: at its end no process of it is left, whatever happened.
+    A context manager, which kills all of them at its end.
 
     Args:
         size: Number of processes.
         overrides: The arguments of the command.
-        cwd: Where it runs; what the ranks say goes to files there, one pair for each rank.
-        env: What differs in the environment of the ranks; PYTHONPATH is searched first. The
-            checkout is on their path as it is on ours, so `plugins=[tests.testing.faults]` works.
-        attempt: Torchrun's restarts before this start.
+        cwd: Working directory, which receives two files of output for each rank.
+        env: Changes to the environment of the ranks; PYTHONPATH is searched first. The checkout is
+            on their path, so `plugins=[tests.testing.faults]` works.
+        attempt: The number of torchrun's restarts before this start.
 
     Attributes:
         pids: The processes, by rank.
@@ -79,7 +78,7 @@ class Ranks:
         meeting = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and outlives rank 0
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store of this process outlives rank 0
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
         }
         context = _server()
@@ -104,10 +103,10 @@ class Ranks:
         self.pids = [process.pid for process in self._processes]
 
     def wait(self, timeout: float) -> list[int]:
-        """The exit codes by rank, once all have ended; -9 is a SIGKILL.
+        """Wait for all ranks. Returns the exit codes by rank; -9 is a SIGKILL.
 
         Raises:
-            RanksError: If they have not after `timeout` seconds.
+            RanksError: If one has not ended after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         for process in self._processes:
@@ -121,7 +120,7 @@ class Ranks:
 
     @property
     def codes(self) -> list[int | None]:
-        """The exit codes by rank, None for those that run."""
+        """The exit codes by rank, None for a rank that runs."""
         return [process.exitcode for process in self._processes]
 
     @property
@@ -130,29 +129,29 @@ class Ranks:
         return bool(wait([process.sentinel for process in self._processes], timeout=0))
 
     def kill(self, rank: int) -> None:
-        """SIGKILL, as the kernel's out-of-memory killer sends it; nothing if the rank has ended."""
+        """Send SIGKILL to a rank, unless it has ended."""
         self._processes[rank].kill()
 
     def kill_all(self) -> None:
-        """SIGKILL to every rank that runs."""
+        """Send SIGKILL to every rank that runs."""
         for process in self._processes:
             process.kill()
 
     def out(self, rank: int) -> str:
-        """What a rank has written to stdout."""
+        """The standard output of a rank."""
         return self._read(rank, "out")
 
     def err(self, rank: int) -> str:
-        """What a rank has written to stderr."""
+        """The standard error of a rank."""
         return self._read(rank, "err")
 
     def lines(self, rank: int) -> list[str]:
-        """What the command itself says on stderr."""
+        """The lines of the command itself on stderr."""
         lines = self.err(rank).splitlines()
         return [line for line in lines if line.startswith("consensus.train:")]
 
     def close(self) -> None:
-        """Leave no process behind."""
+        """Kill all ranks."""
         self.kill_all()
         for process in self._processes:
             process.join()
@@ -179,10 +178,10 @@ class Ranks:
 
 @functools.cache
 def _server() -> Any:
-    """The context whose processes are forks of the server, which starts now."""
+    """Start the fork server. Returns its multiprocessing context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    # It takes its path and the number of its threads from the environment that it is born into.
+    # It reads its path and its number of threads from the environment at its start.
     born = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     before = {name: os.environ.get(name) for name in born}
     os.environ |= born
@@ -213,7 +212,7 @@ def _be_rank(
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(cwd)
     sys.argv = ["consensus.train", *overrides]
-    from consensus.train import main  # imported already; here, so that nothing else imports it
+    from consensus.train import main  # imported by the server; not needed in the tests
 
     main()
 

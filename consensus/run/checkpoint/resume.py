@@ -32,19 +32,9 @@ from consensus.run.checkpoint.reader import (
 from consensus.run.checks import require
 from consensus.run.config import RESUME, Config
 
-# The keys that may differ between a run and its continuation.
-_FREE = (
-    "output",
-    "group",
-    "device",
-    "deterministic",
-    "cuda_graph",
-    "resume",
-    "plugins",
-    "workers",
-    "stationarity",
-)
-_FREE_KEYS = ("data.root", "algorithm.iterations")
+_FREE = {"output", "group", "device", "deterministic", "cuda_graph", "resume", "plugins"}
+_FREE |= {"workers", "stationarity", "data.root", "algorithm.iterations"}
+"""Sections and keys that may differ between a run and its continuation."""
 
 
 # ---- before the group opens
@@ -164,7 +154,7 @@ def _require_same(before: dict[str, Any], config: Config, where: Path) -> None:
     old = _flat(before)
     new = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
     for key, value in new.items():
-        if key in old and key.partition(".")[0] not in _FREE and key not in _FREE_KEYS:
+        if key in old and not {key, key.partition(".")[0]} & _FREE:
             allowed = f"{old[key]}, as in {where} (a run is continued as it began)"
             require(old[key] == value, key, value, allowed)
 
