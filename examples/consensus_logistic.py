@@ -1,11 +1,12 @@
-"""Logistic regression on M machines that hold different data, tied by a potential.
+"""Consensus logistic regression: M machines with different data, coupled by a potential.
 
     min over u, z_1, ..., z_M    sum_j  f_j(z_j) + (1 / lam) phi(u - z_j)                       (15)
 
-f_j is the mean logistic loss of machine j and a ridge. This is model (4) with g = 0 and A u =
-(u, ..., u). The first machines have more malignant cases, the last ones more benign ones, so that
-the z_j want to be apart. What is printed: how far the pooled loss sum_j f_j(u) is above its
-minimum, which SciPy finds with all data in one place. lam -> 0 closes the gap, and takes longer.
+f_j is the mean logistic loss of machine j plus a ridge. This is model (4) with g = 0 and A u =
+(u, ..., u). The first machines have more malignant cases and the last ones more benign cases, so
+that the minimizers of the f_j differ. The script prints the gap between the pooled loss
+sum_j f_j(u) and its minimum, which SciPy finds from all data. A smaller lam gives a smaller gap and
+needs more iterations.
 
     python examples/consensus_logistic.py --output runs/examples
 """
@@ -30,7 +31,7 @@ RIDGE = 0.1
 
 
 def shards(count, cases):
-    """x (M, cases of each, 31) with an intercept, and y in {-1, 1}; half sorted by y."""
+    """Features x (M, cases, 31) with an intercept and labels y in {-1, 1}, partly sorted by y."""
     x, y = (torch.from_numpy(part).double() for part in load_breast_cancer(return_X_y=True))
     x = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     generator = torch.Generator().manual_seed(0)
@@ -41,13 +42,13 @@ def shards(count, cases):
 
 
 def losses(z, x, y):
-    """f_j(z_j) of every machine. z (M, 31) -> (M,)."""
+    """The losses f_j(z_j). z (M, 31) -> (M,)."""
     margins = y * torch.einsum("mci,mi->mc", x, z)
     return softplus(-margins).mean(1) + 0.5 * RIDGE * z.square().sum(1)
 
 
 def pooled_minimum(x, y):
-    """Of sum_j f_j(u), by SciPy."""
+    """The minimizer and the minimum of sum_j f_j(u), by SciPy."""
 
     def loss(u):
         u = torch.from_numpy(u).requires_grad_()
@@ -63,7 +64,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/examples"))
     parser.add_argument("--machines", type=int, default=4)
-    parser.add_argument("--cases", type=int, default=140, help="of each machine")
+    parser.add_argument("--cases", type=int, default=140, help="number per machine")
     options = parser.parse_args(arguments)
     x, y = shards(options.machines, options.cases)
     u_pooled, best = pooled_minimum(x, y)

@@ -1,10 +1,10 @@
-"""A line through data of which a third is wrong: envelope losses beside least squares and Huber.
+"""Robust regression with a third of outliers: envelope losses, least squares and Huber.
 
     min over x    (nu / 2) |x|^2  +  e_lam f (A x),    f(z) = sum_i loss(z_i - b_i)
 
-loss is |r|, whose envelope with phi = w^2 is the Huber loss, or min(r^2 / 2, c), where no wrong
-observation costs more than c. f and g are given by their proximal operators; alternating
-minimization solves model (4). The truncated loss is not convex: start where |r| ended.
+The loss is |r|, whose envelope with phi = w^2 is the Huber loss, or min(r^2 / 2, c), which bounds
+the cost of an outlier by c. f and g are given by their proximal operators, and alternating
+minimization solves model (4). The truncated loss is not convex; its start is the solution for |r|.
 
     python examples/robust_regression.py --output runs/examples
 """
@@ -27,9 +27,9 @@ NU, LAM, HEIGHT = 1e-6, 0.5, 0.5
 
 
 def data(size, outliers, generator):
-    """b = A x + noise, A = (1, t); the last `outliers` of b lie on quite another line."""
+    """b = A x + noise with A = (1, t); the last `outliers` entries of b are outliers."""
     t = torch.rand(size, generator=generator, dtype=torch.float64) * 4 - 2
-    t[-outliers:] = t[-outliers:].abs()  # all on one side, which turns the line
+    t[-outliers:] = t[-outliers:].abs()  # on one side, so that they tilt the fitted line
     truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
     a = torch.stack([torch.ones_like(t), t], 1)
     b = a @ truth + 0.2 * torch.randn(size, generator=generator, dtype=torch.float64)
@@ -38,7 +38,7 @@ def data(size, outliers, generator):
 
 
 def absolute(b):
-    """Sum of |z_i - b_i|."""
+    """The sum of |z_i - b_i|."""
     return Function(
         lambda z: (z - b).abs().sum(),
         prox=lambda x, step: b + (x - b).sign() * ((x - b).abs() - step).clamp(min=0),
@@ -46,13 +46,13 @@ def absolute(b):
 
 
 def truncated(b):
-    """Sum of min((z_i - b_i)^2 / 2, HEIGHT)."""
+    """The sum of min((z_i - b_i)^2 / 2, HEIGHT)."""
 
     def cost(z):
         return (0.5 * (z - b) ** 2).clamp(max=HEIGHT)
 
     def prox(x, step):
-        near = (x + step * b) / (1 + step)  # the minimum of the parabola, or x, on the plateau
+        near = (x + step * b) / (1 + step)  # the minimizer of the parabola, or x on the plateau
         return torch.where(cost(near) + (near - x) ** 2 / (2 * step) < HEIGHT, near, x)
 
     return Function(lambda z: cost(z).sum(), prox=prox)

@@ -1,9 +1,9 @@
-"""Denoising an image with salt-and-pepper noise: total variation, and a data term that forgives.
+"""Total variation denoising of salt-and-pepper noise, with a truncated quadratic data term.
 
     min over u    sum_i min((u_i - y_i)^2 / 2, c)  +  e_lam f (D u),    f(z) = alpha sum_i |z_i|
 
-g is the data term: nonconvex, by its proximal operator. f is total variation, with A = D, finite
-differences in two directions; phi ties z to D u pixel by pixel. PALM solves model (4).
+g is the nonconvex data term, given by its proximal operator. f is the total variation, with A = D,
+finite differences in two directions. phi couples z to D u in each pixel. PALM solves model (4).
 
     python examples/tv_denoising.py --output runs/examples
 """
@@ -26,7 +26,7 @@ LAM, ETA = 1000.0, 0.02
 
 
 def picture(size):
-    """A disc and two rectangles, flat."""
+    """A piecewise constant image of a disc and two rectangles."""
     x, y = torch.meshgrid(*2 * [torch.linspace(0, 1, size, dtype=torch.float64)], indexing="ij")
     image = torch.full_like(x, 0.2)
     image[(x > 0.55) & (x < 0.9) & (y > 0.1) & (y < 0.6)] = 0.5
@@ -36,7 +36,7 @@ def picture(size):
 
 
 def differences():
-    """D: (H, W) -> (H, W, 2), 0 across the border."""
+    """The map D: (H, W) -> (H, W, 2), with differences 0 across the border."""
 
     def apply(u):
         z = u.new_zeros(*u.shape, 2)
@@ -54,20 +54,20 @@ def differences():
 
 
 def data_term(noisy, height):
-    """Sum of min((u - noisy)^2 / 2, height); height = inf: least squares."""
+    """The sum of min((u - noisy)^2 / 2, height); height = inf gives least squares."""
 
     def cost(u):
         return (0.5 * (u - noisy) ** 2).clamp(max=height)
 
     def prox(x, step):
-        near = (x + step * noisy) / (1 + step)  # the minimum of the parabola, or x, on the plateau
+        near = (x + step * noisy) / (1 + step)  # the minimizer of the parabola, or x on the plateau
         return torch.where(cost(near) + (near - x) ** 2 / (2 * step) < height, near, x)
 
     return Function(lambda u: cost(u).sum(), prox=prox)
 
 
 def total_variation(alpha):
-    """Alpha times the sum over pixels of |z_i|; the prox shortens every z_i by alpha step."""
+    """Alpha times the sum over pixels of |z_i|; the prox shrinks |z_i| by alpha step."""
 
     def prox(x, step):
         return x * (1 - alpha * step / x.norm(dim=-1, keepdim=True).clamp(min=alpha * step))

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks.gpu import Unbranched
+from benchmarks.gpu_vectors import Unbranched
 from consensus import POTENTIALS, Layerwise
 from consensus.comm import Launch, Solo
 from consensus.population import Population
-from consensus.problem import WAYS, Dataset, Minibatches, PopulationRisk, Risk, Way
+from consensus.problem import Minibatches, PopulationRisk, Way
 from consensus.replay import cuda_graph
 from consensus.run.build import build_algorithm, scheduled
 from consensus.run.plan import make_plan
@@ -190,93 +189,6 @@ def test_gradients_of_many_models_at_once_are_those_of_runs(make_config, way):
     for row, u in zip(each, apart[0], strict=True):
         expected = plans[0].risk.evaluate(u, data.test_images, data.test_labels)
         torch.testing.assert_close(row, expected, rtol=1e-9, atol=0.0)
-
-
-def test_the_fastest_way_is_measured_and_kept_by_a_checkpoint(make_config, monkeypatch):
-    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
-    together = population(plans)
-    points, oracle = together.z.flatten(0, 1), together.oracle
-    costs = {"one_by_one": 3.0, "grouped": 2.0, "products": 1.0}  # of a model, in any number
-
-    def seconds(risk, points, images, labels, limit, record):
-        assert images.shape[:2] == labels.shape == (len(points), 20)
-        tried.append(len(points))
-        return costs[getattr(risk, "convolutions", "one_by_one")] * (len(points) + 1.0)
-
-    tried = []
-    monkeypatch.setattr("consensus.problem.population_risk._seconds_of", seconds)
-    assert oracle.fastest_way(points) == Way("products", 12)
-    assert tried == [8, 8, 12, 8, 12]
-    assert oracle.fastest_way(points, ("one_by_one", "grouped")) == Way("grouped", 12)
-    assert oracle.fastest_way(points, ("one_by_one",)) == Way()
-    monkeypatch.setattr("consensus.problem.population_risk.LARGEST", 9 * points.shape[1])
-    assert oracle.fastest_way(points) == Way("products", 8)
-    oracle.way = Way("grouped", 7)
-    other = population(plans).oracle
-    other.load_state_dict(oracle.state_dict())
-    assert other.way == oracle.way
-
-
-def test_a_way_that_finds_no_memory_is_not_taken(make_config, monkeypatch):
-    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
-    together = population(plans)
-
-    def seconds(risk, points, images, labels, limit, record):
-        if len(points) > 8:
-            raise torch.OutOfMemoryError("no")
-        return 1.0 if hasattr(risk, "convolutions") else 2.0
-
-    monkeypatch.setattr("consensus.problem.population_risk._seconds_of", seconds)
-    assert together.oracle.fastest_way(together.z.flatten(0, 1)) == Way("grouped", 8)
-
-
-class Branching(nn.Module):
-    """Asks its input, which `vmap` cannot."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(784, 10)
-
-    def forward(self, images):
-        x = images.flatten(1)
-        return self.fc(x) if x.sum() > 0 else self.fc(-x)
-
-
-def test_a_model_that_cannot_be_batched_goes_one_by_one():
-    risk = Risk(Branching().double(), "sum")
-    images, labels = torch.rand(40, 1, 28, 28, dtype=torch.float64), torch.arange(40) % 10
-    dataset = Dataset(images, labels, images, labels, 10)
-    minibatches = [Minibatches(torch.arange(40), 5, 0, j) for j in range(2)]
-    oracle = PopulationRisk(risk, dataset, [0] * 4, {0: minibatches})
-    points = risk.layout.flatten(risk.model).repeat(8, 1)
-    assert oracle.fastest_way(points) == Way()
-    with pytest.raises(ValueError, match="vmap"):
-        oracle.fastest_way(points, ("grouped",))
-
-
-def test_what_is_timed_is_what_is_replayed(make_config):
-    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
-    oracle, points = population(plans).oracle, torch.stack([plans[0].start] * 12)
-    recorded = []
-
-    def record(call):
-        recorded.append(call)
-        return call
-
-    oracle.fastest_way(points, ("grouped",), record)
-    assert len(recorded) == 2  # eight and twelve models
-
-
-def test_the_time_of_a_way_is_measured(make_config):
-    plans = [make_plan(config, Launch()) for config in configs(make_config, "log")]
-    together = population(plans)
-    before = together.oracle.state_dict()["position"]
-    way = together.oracle.fastest_way(together.z.flatten(0, 1))
-    assert way.name in WAYS
-    assert torch.equal(together.oracle.state_dict()["position"], before), "nothing is drawn"
-    for wrong in (("vmap", 1), ("grouped", 0)):
-        with pytest.raises(ValueError, match="is no way; allowed: one_by_one, grouped, products"):
-            Way(*wrong)
 
 
 # ---- on a GPU: the kernels, and the recorded step

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu import GRADIENTS, Unbranched, host_syncs
+from benchmarks.gpu import GRADIENTS, host_syncs
+from benchmarks.gpu_vectors import Unbranched
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import Solo

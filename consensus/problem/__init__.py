@@ -1,6 +1,6 @@
-"""What is trained: models, data, and the risk as a function of flat vectors.
+"""The training problem: models, data sets, minibatches, and the risk of flat vectors.
 
-Knows nothing of servers, workers, processes or configs.
+It does not depend on servers, workers, processes or configs.
 """
 
 from consensus.problem.batched import BatchedRisk

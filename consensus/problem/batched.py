@@ -1,26 +1,25 @@
-"""The passes of K models as one pass: each operation once, on the tensors of all of them.
+"""Vectorized risk: one forward and backward pass for K models.
 
-Where one worker's operations are too small to fill the device, or a model is so small that Python
-takes longer to call an operation than the device to do it, many models at once are faster.
-`torch.vmap` turns the operations of one model into those of all; sums are then taken in another
-order, so that results agree with `Risk` up to rounding only, and their last bits depend on how many
-models a pass has.
+Batching is faster where the operations of one model are too small to fill the device, or shorter
+than the time that Python takes to launch them. `torch.vmap` batches the operations. It changes the
+order of summation: results agree with `Risk` up to rounding, and their last bits depend on the
+number of models in a pass.
 
-Convolutions have filters of their own in every model. There are two ways to do them at once: as one
-grouped convolution, which is what `vmap` makes of them, or as a product of matrices for each model,
-a row of which is the part of an image under the filter. Libraries are fast in one or the other. On
-a GPU torch's defaults let convolutions round their factors to TF32, and products of matrices not.
+Every model has convolution filters of its own. A batched convolution is either a grouped
+convolution, as `vmap` generates it, or one matrix product per model, whose rows are the windows of
+the images. Which of the two is faster depends on the library. With torch's defaults on a GPU,
+convolutions may round their factors to TF32 and matrix products do not.
 
 # n parameters, K models, B samples in a minibatch
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.functional import cross_entropy, pad
 from torch.overrides import TorchFunctionMode
 
@@ -29,16 +28,16 @@ from consensus.problem.risk import Risk
 Convolutions = Literal["grouped", "products"]
 
 IMAGES_AT_ONCE = 16_000
-"""In an evaluation, over all models of a pass: bounds the memory."""
+"""The number of images in one evaluation pass, over all models. It bounds the memory."""
 
 
 class BatchedRisk(Risk):
-    """`Risk`, with the gradients of all models from one pass.
+    """`Risk` whose gradients come from one pass over all models.
 
     Args:
         model: As in `Risk`; draws no random numbers in training.
         reduction: As in `Risk`.
-        convolutions: How those with filters of their own in each model are done.
+        convolutions: The implementation of batched convolutions.
     """
 
     def __init__(
@@ -56,40 +55,34 @@ class BatchedRisk(Risk):
         out: Tensor | None = None,
     ) -> Tensor:
         """As `Risk.gradient`: (K, n), (K, B, 1, 28, 28), (K, B) -> (K, n)."""
-        assert seeds is None, "a pass of several models draws no random numbers of one"
-        # `data`: the points are memory that the caller writes to.
-        views = self.layout.unflatten(points.data)
-        leaves = [view.requires_grad_() for view in views.values()]
-        with torch.enable_grad():
-            losses = self._at_once(self._loss, (0, 0, 0))(views, images, labels)
-            total = losses.sum()
-        found = torch.autograd.grad(total, leaves)
-        gradients = torch.empty_like(points) if out is None else out
-        torch.cat([part.flatten(1) for part in found], 1, out=gradients)
-        if self.losses.shape != losses.shape or self.losses.device != losses.device:
-            self.losses = torch.empty_like(losses)
-        self.losses.copy_(losses.detach())
+        assert seeds is None, "a batched pass cannot seed the models one by one"
+        gradients = self._allocate(points, out)
+        losses, parts = self._differentiate(
+            points, lambda views: self._vmap(self._loss, (0, 0, 0))(views, images, labels)
+        )
+        torch.cat([part.flatten(1) for part in parts], 1, out=gradients)
+        self.losses.copy_(losses)
         return gradients
 
     @torch.no_grad()
     def evaluate_each(
         self, points: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000
     ) -> Tensor:
-        """As `Risk.evaluate_each`, of all points in one pass. (K, n) -> float64 (K, 2)."""
+        """As `Risk.evaluate_each`, with one pass for all points. (K, n) -> float64 (K, 2)."""
         chunk = min(chunk, max(1, IMAGES_AT_ONCE // len(points)))
         views = self.layout.unflatten(points)
-        logits_of_each = self._at_once(self._logits_at, (0, None))
+        batched = self._vmap(self._logits, (0, None))
         total = torch.zeros(len(points), 2, dtype=torch.float64, device=points.device)
         with self.in_evaluation_mode():
             for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                logits = logits_of_each(views, x)  # (K, chunk, classes)
+                logits = batched(views, x)  # (K, chunk, classes)
                 every = y.expand(len(points), -1)
                 losses = cross_entropy(logits.double().mT, every, reduction="none")
                 wrong = (logits.argmax(-1) != every).sum(1)
                 total += torch.stack([losses.sum(1), wrong.double()], 1)
         return total
 
-    def _at_once(self, function: Callable[..., Tensor], axes: tuple[int | None, ...]) -> Any:
+    def _vmap(self, function: Callable[..., Tensor], axes: tuple[int | None, ...]) -> Any:
         batched = vmap(function, in_dims=axes)
 
         def call(*arguments: Any) -> Tensor:
@@ -99,21 +92,14 @@ class BatchedRisk(Risk):
 
         return call
 
-    def _logits_at(self, views: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.model, dict(views), (images,))
-        return logits
-
-    def _loss(self, views: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(self._logits_at(views, images), labels, reduction=self.reduction)
-
 
 class ConvolutionsAsProducts(TorchFunctionMode):
-    """Inside of it a convolution over images is a product of matrices, equal up to rounding."""
+    """Context that replaces `torch.conv2d` by `convolve`, which is equal up to rounding."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls `func`, or `convolve` in its place."""
+        """Call `func`, or `convolve` in place of `torch.conv2d`."""
         kwargs = kwargs or {}
         return (convolve if func is torch.conv2d else func)(*args, **kwargs)
 
@@ -127,10 +113,10 @@ def convolve(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.conv2d` (B, C, H, W) -> (B, O, H', W'), by one product of matrices.
+    """`torch.conv2d` by one matrix product. (B, C, H, W) -> (B, O, H', W').
 
-    The rows (B H' W') are the windows of the images, the columns (O) the filters. What does not
-    come as such a product, filters with holes or in groups, is left to torch.
+    The rows (B H' W') are the windows of the images, the columns (O) the filters. Dilated, grouped
+    and "same"-padded convolutions are passed on to torch.
     """
     if isinstance(padding, str) or groups != 1 or input.ndim != 4 or _pair(dilation) != (1, 1):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)

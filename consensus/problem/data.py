@@ -25,8 +25,8 @@ class Dataset:
         num_classes: The number of classes.
 
     Raises:
-        ValueError: If images and labels do not belong together. Found here, because on a GPU a
-            label out of range is an assertion of the device, far away from its cause.
+        ValueError: If images and labels do not fit each other. On a GPU a label out of range would
+            be a device-side assertion, raised far from its cause.
     """
 
     train_images: Tensor
@@ -54,7 +54,7 @@ class Dataset:
             )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Dataset":
-        """The same data on a device, with images of the given type; labels stay int64."""
+        """A copy on a device, with images of the given dtype and int64 labels."""
         return replace(
             self,
             train_images=self.train_images.to(device, dtype),
@@ -65,20 +65,20 @@ class Dataset:
 
 
 DATASETS: Registry[Dataset] = Registry("data set")
-"""The table of data sets; every factory takes `root`, the folder of files, and own options."""
+"""The table of data sets. A factory takes `root`, the folder of files, and its own options."""
 
 
 @DATASETS.register("digits")
 def digits(root: str = "data") -> Dataset:
-    """The 8x8 digits inside scikit-learn, scaled to 28x28: 1437 for training, 360 for testing.
+    """The 8x8 digits of scikit-learn, scaled to 28x28: 1437 training and 360 test images.
 
-    Needs no files and no network. The split is fixed and does not depend on the run's seed.
+    It needs no files and no network. The split is fixed and does not depend on the run's seed.
 
     Args:
-        root: Unused; every data set takes it.
+        root: Unused.
     """
     del root
-    # imported where needed: it takes a second, which runs on other data need not spend
+    # A local import: it takes 1 s, which runs on other data save.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -1,4 +1,4 @@
-"""Which training images a worker has, and which it draws next.
+"""Partitions of the training set, and the minibatches of each worker.
 
 # N images, M workers, B samples in a minibatch
 """
@@ -13,7 +13,7 @@ from consensus.problem.streams import stream, stream_seed
 
 
 def _full(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
-    """Every worker has all indices, as in the paper's experiments."""
+    """All indices for every worker, as in the experiments of the paper."""
     del seed, alpha
     return [torch.arange(len(labels))] * num_workers
 
@@ -32,12 +32,11 @@ def _sharded(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[
 
 
 def _label_skew(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
-    """Disjoint shards that use every index; each class is dealt out in Dirichlet proportions.
+    """Disjoint shards that use every index; the shares of each class are Dirichlet(alpha).
 
-    A small alpha gives a class to few workers, a large one to all evenly. Shards differ in size,
-    and may be empty.
+    A small alpha concentrates a class on few workers. Shards differ in size and may be empty.
     """
-    if not 0 < alpha <= 1e9:  # far beyond, all proportions are equal and then overflow
+    if not 0 < alpha <= 1e9:  # larger values overflow in numpy
         raise ValueError(f"`data.alpha` is {alpha}; allowed: a number in (0, 1e9]")
     order = torch.randperm(len(labels), generator=stream(seed, "partition"))
     proportions = np.random.default_rng(stream_seed(seed, "partition"))
@@ -45,7 +44,7 @@ def _label_skew(labels: Tensor, num_workers: int, seed: int, alpha: float) -> li
     for label in sorted(set(labels.tolist())):
         members = order[labels[order] == label]
         share = proportions.dirichlet(np.full(num_workers, alpha))
-        # rounding the running sums, not the shares, leaves no sample over and none used twice
+        # Rounding the cumulative sums and not the shares uses every sample exactly once.
         cuts = np.rint(np.cumsum(share)[:-1] * len(members)).astype(int)
         for piece, part in zip(pieces, members.tensor_split(cuts.tolist()), strict=True):
             piece.append(part)
@@ -61,18 +60,18 @@ PARTITIONS: dict[str, Callable[[Tensor, int, int, float], list[Tensor]]] = {
 
 
 def partition(labels: Tensor, kind: str, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
-    """The training samples of each worker, as one int64 index tensor on the CPU per worker.
+    """The training samples of each worker: one int64 index tensor per worker, on the CPU.
 
     Args:
         labels: The labels of the training set. (N,)
         kind: A name in PARTITIONS.
-        num_workers: M, in the whole run and not in this process.
+        num_workers: M, over all processes.
         seed: The seed of the run.
-        alpha: The concentration of "label_skew"; the other kinds do not use it.
+        alpha: The concentration of "label_skew"; ignored by the other kinds.
 
     Raises:
-        ValueError: If the kind is unknown, there are fewer samples than shards, or alpha is not a
-            positive number.
+        ValueError: If the kind is unknown, there are fewer samples than shards, or alpha is out of
+            range.
     """
     if kind not in PARTITIONS:
         raise ValueError(f"`data.partition` is {kind!r}; allowed: {', '.join(PARTITIONS)}")
@@ -80,19 +79,19 @@ def partition(labels: Tensor, kind: str, num_workers: int, seed: int, alpha: flo
 
 
 class Minibatches:
-    """The minibatches of one worker: indices as a function of (seed, worker, number of the draw).
+    """The minibatches of one worker: indices as a function of (seed, worker, position).
 
-    An epoch is a fresh permutation of the worker's samples, cut into floor(size / B) minibatches;
-    the rest of it is dropped.
+    An epoch is a new permutation of the worker's samples, cut into floor(size / B) minibatches. An
+    incomplete last minibatch is dropped.
 
     Args:
-        indices: The samples of the worker, on the device where the data are. (size,) int64
+        indices: The samples of the worker, on the device of the data. (size,) int64
         batch_size: B.
         seed: The seed of the run.
-        worker: j, the number of the worker in the whole run and not in this process.
+        worker: j, the index of the worker over all processes.
 
     Attributes:
-        position: The number of draws so far, the whole state: setting it continues from there.
+        position: The number of draws so far. It is the complete state and may be set.
 
     Raises:
         ValueError: If the worker has fewer than B samples.
@@ -114,7 +113,7 @@ class Minibatches:
         self._shuffled = indices  # the permuted indices of self._epoch
 
     def draw(self) -> Tensor:
-        """The indices of the next minibatch. (B,) int64, a view not to be written to."""
+        """The indices of the next minibatch. (B,) int64, a view that must not be written to."""
         epoch, batch = divmod(self.position, self.batches_per_epoch)
         if epoch != self._epoch:
             generator = stream(self.seed, "minibatch", self.worker, epoch)

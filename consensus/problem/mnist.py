@@ -1,4 +1,4 @@
-"""MNIST: its four files, read strictly, and downloaded once per node where they are absent."""
+"""MNIST: validated reading of its four files, and one download per node if they are absent."""
 
 import fcntl
 import gzip
@@ -19,9 +19,9 @@ from consensus.problem.data import DATASETS, Dataset
 
 
 class DataUnavailableError(ValueError):
-    """A data set that is neither in `data.root` nor can be downloaded, or whose files are damaged.
+    """A data set is neither in `data.root` nor available for download, or its files are damaged.
 
-    The message is one line that says where it was looked for, why it failed, and what to do.
+    The message is one line with the folder, the cause and the remedy.
     """
 
 
@@ -31,20 +31,20 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-TIMEOUT_S = 5.0  # for a connection, and for each wait for data
+TIMEOUT_S = 5.0  # of the connection and of each read
 _REMEDY = "use data=digits, which needs no files"
 
 
 @DATASETS.register("mnist")
 def mnist(root: str = "data") -> Dataset:
-    """MNIST, 60,000 and 10,000 images, pixels in [0, 1] without any other normalization.
+    """MNIST: 60,000 training and 10,000 test images, pixels in [0, 1], no other normalization.
 
-    The four files in `root`/MNIST/raw (as torchvision keeps them) are only read when they are
-    there. Otherwise they are downloaded, once per node: whoever has the lock downloads, the other
-    processes wait for it and read. Nothing of this needs a process group.
+    The four files are in `root`/MNIST/raw, as torchvision keeps them. If they are absent, the
+    process of each node that gets a file lock downloads them, and the others wait. No process group
+    is needed.
 
     Args:
-        root: The folder that holds, or will hold, MNIST/raw.
+        root: The folder of MNIST/raw.
 
     Raises:
         DataUnavailableError: If the files are absent and cannot be downloaded, or are damaged.
@@ -65,16 +65,16 @@ def mnist(root: str = "data") -> Dataset:
 
 
 def _absent(raw: Path) -> list[str]:
-    """The files of MNIST that are not in the folder."""
+    """The names of the MNIST files that are not in the folder."""
     return [name for name in FILES if not os.path.isfile(raw / name)]
 
 
 def _download_once(base: Path, raw: Path) -> None:
-    """Downloads what is absent, unless another process of this node does it meanwhile.
+    """Download the absent files under a file lock, unless another process already has.
 
-    The kernel releases the lock when its holder dies, however that happens, so a killed process
-    never blocks the others. A holder that fails leaves the reason in the lock file; those who
-    waited for it report that reason rather than trying, and waiting, one after the other.
+    The kernel releases the lock of a process that dies. A process whose download fails writes the
+    cause to the lock file. The processes that waited for the lock raise that cause; they do not
+    retry, which would take one timeout each.
 
     Raises:
         OSError: If the files cannot be downloaded, written or locked.
@@ -103,7 +103,7 @@ def _download_once(base: Path, raw: Path) -> None:
 
 
 def _download(base: Path, raw: Path, names: Sequence[str]) -> None:
-    """Downloads the files aside and moves them into place: a file that is there is complete."""
+    """Download into a temporary folder, then move the files: an existing file is complete."""
     contents = {name: _fetch(f"{name}.gz") for name in names}
     with tempfile.TemporaryDirectory(dir=base, prefix=".mnist-") as aside:
         for name, content in contents.items():
@@ -114,15 +114,15 @@ def _download(base: Path, raw: Path, names: Sequence[str]) -> None:
 
 
 def _fetch(archive: str) -> bytes:
-    """The decompressed content of an archive, from the first mirror that has it intact.
+    """The decompressed content of an archive, from the first mirror with a matching checksum.
 
-    torchvision knows the mirrors and checksums. Its own MNIST.download() prints, has no time limit,
-    and leaves a broken file in place.
+    Mirrors and checksums are those of torchvision. Its own MNIST.download() prints, has no timeout,
+    and leaves a damaged file in place.
 
     Raises:
-        ConnectionError: If no mirror does, with what went wrong at each.
+        ConnectionError: If all mirrors fail, with the cause of each.
     """
-    from torchvision.datasets import MNIST  # only who downloads spends a second on the import
+    from torchvision.datasets import MNIST  # a local import: it takes 1 s
 
     md5 = dict(MNIST.resources)[archive]
     failures = []
@@ -143,7 +143,7 @@ def _read(root: str, raw: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) int64 of "train" or "t10k".
 
     Raises:
-        DataUnavailableError: If the files cannot be read or are not what they should be.
+        DataUnavailableError: If a file cannot be read, or its content is invalid.
     """
     pixels = _read_idx(root, raw / f"{split}-images-idx3-ubyte", (28, 28))
     labels = _read_idx(root, raw / f"{split}-labels-idx1-ubyte", ()).long()
@@ -158,10 +158,10 @@ def _read(root: str, raw: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _read_idx(root: str, path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The bytes in a file of the IDX format, (N, *shape) uint8.
+    """The content of a file in IDX format, (N, *shape) uint8.
 
-    A header of big-endian 32-bit numbers (0x0800 + number of axes, then the length of each), then
-    the data. torchvision's reader takes the header's word; here the length must agree with it.
+    The header consists of big-endian 32-bit numbers: 0x0800 + number of axes, then the length of
+    each axis. The data follow. Unlike torchvision's reader, this one checks the length of the file.
     """
     try:
         content = path.read_bytes()
@@ -176,7 +176,7 @@ def _read_idx(root: str, path: Path, shape: tuple[int, ...]) -> Tensor:
     if len(content) != expected:
         raise _damaged(root, path, f"it has {len(content)} bytes, its header says {expected}")
     data = np.frombuffer(content, dtype=np.uint8, offset=4 * (1 + axes))
-    return torch.from_numpy(data.reshape(count, *shape).copy())  # a copy, since bytes are read-only
+    return torch.from_numpy(data.reshape(count, *shape).copy())  # bytes are read-only
 
 
 def _damaged(root: str, path: Path, cause: str) -> DataUnavailableError:
@@ -187,6 +187,6 @@ def _damaged(root: str, path: Path, cause: str) -> DataUnavailableError:
 
 
 def _short(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """The cause of an error on one line."""
     cause = getattr(error, "reason", None) or error  # urllib wraps the cause
     return " ".join(str(cause).split()) or type(error).__name__

@@ -1,8 +1,8 @@
-"""The models by name, and their common starting point.
+"""Registry of models, and their initialization.
 
-A model maps images (B, 1, 28, 28) to logits (B, num_classes); the softmax is in the loss. Here it
-is only a function of its parameters: risk.py evaluates it at the flat vectors of the workers. Users
-register their own models, and `plugins` in the config imports them:
+A model maps images (B, 1, 28, 28) to logits (B, num_classes); the loss contains the softmax. It
+serves as a function of its parameters: risk.py evaluates it at the flat vectors of the workers.
+Users register their own models, and `plugins` in the config imports them:
 
     @MODELS.register("mine")
     def mine(num_classes: int = 10, width: int = 64) -> nn.Module: ...
@@ -20,15 +20,15 @@ from consensus.problem.streams import stream_seed
 from consensus.registry import Registry
 
 MODELS: Registry[nn.Module] = Registry("model")
-"""The table of models; every factory takes `num_classes` and options of its own."""
+"""The table of models. A factory takes `num_classes` and its own options."""
 
 PIXELS = 28 * 28
 
 
 class LeNet5(nn.Module):
-    """The network of the paper's section 6: n = 33,580 parameters in L = 3 layers.
+    """LeNet-5 of section 6 of the paper: n = 33,580 parameters in L = 3 layers.
 
-    Convolution with 20 5x5 filters, ReLU, 2x2 max-pooling; the same with 50 filters; one fully
+    A convolution with 20 5x5 filters, ReLU and 2x2 max-pooling; the same with 50 filters; one fully
     connected layer.
     """
 
@@ -40,12 +40,11 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 1, 28, 28)."""
-        # The paper applies ReLU before pooling. ReLU is monotone, so the two commute, and after
-        # pooling it has a quarter of the work. The gradient is the same too: where the maximum of
-        # a window is positive, ReLU changes neither it nor which entry attains it; elsewhere the
-        # gradient is 0 in either order.
-        # Channels last: on a CPU, convolution and pooling then take half the time. With one channel
-        # both layouts are the same memory, and only strides that say so choose this one.
+        # The paper applies ReLU before pooling. ReLU is monotone, so the two commute, and ReLU
+        # after pooling has a quarter of the work. The gradients agree too: ReLU changes neither a
+        # positive maximum nor its position, and the gradient is 0 elsewhere in either order.
+        # Channels last halves the time of convolution and pooling on a CPU. With one channel both
+        # layouts share the memory, and the strides alone select this one.
         x = images.reshape(-1, 28, 28, 1).permute(0, 3, 1, 2)
         x = relu(max_pool2d(self.conv1(x), 2))  # (B, 20, 12, 12)
         x = relu(max_pool2d(self.conv2(x), 2))  # (B, 50, 4, 4)
@@ -55,13 +54,13 @@ class LeNet5(nn.Module):
 
 @MODELS.register("lenet5")
 def lenet5(num_classes: int = 10) -> nn.Module:
-    """LeNet-5 as in the paper."""
+    """LeNet-5 of the paper."""
     return LeNet5(num_classes)
 
 
 @MODELS.register("mlp")
 def mlp(num_classes: int = 10, hidden: Sequence[int] = (256, 128)) -> nn.Module:
-    """Fully connected layers of the given widths with ReLU between them, on flattened images.
+    """A multilayer perceptron: layers of the given widths with ReLU, on flattened images.
 
     Raises:
         ValueError: If a width is not a positive integer.
@@ -79,28 +78,28 @@ def mlp(num_classes: int = 10, hidden: Sequence[int] = (256, 128)) -> nn.Module:
 
 @MODELS.register("logistic")
 def logistic(num_classes: int = 10) -> nn.Module:
-    """Multinomial logistic regression, one linear layer: the data loss is convex."""
+    """Multinomial logistic regression: one linear layer, so that the data loss is convex."""
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), fc=nn.Linear(PIXELS, num_classes)))
 
 
 def build_model(name: str, seed: int, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The model `name` on the CPU, with torch's default initialization drawn from `seed`.
 
-    It is drawn in float32 and then cast: runs in float32 and in float64 start at the same point.
-    The global random state is left as it was.
+    The weights are drawn in float32 and then cast, so that runs in float32 and in float64 start at
+    the same point. The global random state is restored.
 
     Args:
         name: A name in MODELS.
         seed: The seed of the run.
         dtype: Of the parameters.
-        **options: Of that model, see `MODELS.options(name)`.
+        **options: Options of the model, see `MODELS.options(name)`.
 
     Raises:
-        ValueError: If the name or an option is unknown or wrong, or if the model has buffers,
-            frozen parameters, or none: the state of a worker is one vector of trained parameters.
+        ValueError: If the name or an option is unknown or wrong, or the model has buffers, frozen
+            parameters or no parameters: the state of a worker is one vector of trained parameters.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # not torch.manual_seed, which also seeds the GPUs, and fork_rng restores only the CPU here
+        # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
         torch.default_generator.manual_seed(stream_seed(seed, "init"))
         model = MODELS.make(name, **options)
     _check(name, model)

@@ -1,8 +1,8 @@
-"""The stochastic gradients of many configurations at once, in the way that is fastest here.
+"""The stochastic gradients of many configurations at once.
 
-Data flow: `draw` asks the minibatches of each seed for indices, which go to memory on the device
-that stays; `gradient` gathers the samples from there and passes them through the models, as many at
-once as the way says. So `gradient` can be recorded as a CUDA graph, with `draw` outside of it.
+Data flow: `draw` copies the indices of the next minibatches to static memory on the device.
+`gradient` gathers the samples by these indices and evaluates `Way.at_once` models per pass. A CUDA
+graph can therefore record `gradient`; `draw` stays outside.
 
 # S configurations, A of them active, M workers each, B samples in a minibatch, n parameters
 """
@@ -21,27 +21,27 @@ from consensus.problem.risk import MinibatchRisk, Risk
 from consensus.problem.streams import stream_seed
 
 WAYS = ("one_by_one", "grouped", "products")
-"""Model by model; or many in one pass, their convolutions as grouped ones or as products.
+"""One model per pass; or many, with grouped convolutions or with convolutions as matrix products.
 
-States hold the place of a name: new ones go to the end.
+Checkpoints hold the index of a name: append new names.
 """
 
 SIZES = (8, 32, 128, 512)
-"""Models in one pass that `fastest_way` tries."""
+"""The numbers of models per pass that `fastest_way` measures."""
 
 Call = Callable[[], object]
 
 LARGEST = 1 << 26
-"""Coordinates of the models in one pass: above, nothing is left to gain."""
+"""The number of coordinates in one pass at most. Larger passes are no faster."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the gradients of many models are computed.
+    """A method of computing the gradients of many models.
 
     Attributes:
-        name: Of WAYS.
-        at_once: The number of models in one pass.
+        name: An entry of WAYS.
+        at_once: The number of models per pass.
     """
 
     name: str = "one_by_one"
@@ -50,7 +50,10 @@ class Way:
     def __post_init__(self) -> None:
         """Check the fields."""
         if self.name not in WAYS or self.at_once < 1:
-            raise ValueError(f"{self} is no way; allowed: {', '.join(WAYS)}, at least 1 at once")
+            raise ValueError(
+                f"`name` is {self.name} and `at_once` is {self.at_once}; allowed: "
+                f"{', '.join(WAYS)}, and a number >= 1"
+            )
 
     def __str__(self) -> str:
         return self.name if self.name == "one_by_one" else f"{self.name}, {self.at_once} at once"
@@ -59,15 +62,15 @@ class Way:
 class PopulationRisk:
     """The gradients of the workers of many configurations: lines 4 and 5.
 
-    Configurations with one seed draw the same minibatches, as separate runs do; once for all.
+    Configurations with the same seed share their minibatches, which equal those of separate runs.
 
     Args:
-        risk: What is minimized.
-        dataset: Its training images are drawn from.
-        seeds: Of the configurations. (S,)
-        minibatches: One for each of the M workers, for each seed; one batch size for all.
-        way: How; may be changed until `gradient` has been recorded. A model that draws random
-            numbers goes one by one.
+        risk: The loss.
+        dataset: Contains the training images.
+        seeds: The seed of each configuration. (S,)
+        minibatches: For each seed, the sources of the M workers; one batch size for all.
+        way: The method; may be changed until `gradient` is recorded. Models that draw random
+            numbers are always evaluated one by one.
 
     Attributes:
         model_draws: Whether the model draws random numbers in a forward pass.
@@ -92,7 +95,7 @@ class PopulationRisk:
         self.select(torch.arange(len(self.seeds)))
 
     def select(self, active: Tensor) -> None:
-        """Draw for these configurations from now on. (A,) int64."""
+        """Set the active configurations. (A,) int64."""
         self._own = [self.seeds[i] for i in active.tolist()]
         self._drawing = list(dict.fromkeys(self._own))
         device = self._all.dataset.train_images.device
@@ -103,7 +106,7 @@ class PopulationRisk:
         self._random: list[int] | None = None
 
     def draw(self) -> None:
-        """Line 4: which samples each worker of the active configurations is to take next."""
+        """Line 4: draw the next minibatch of every worker of the active configurations."""
         sources = [source for seed in self._drawing for source in self.sources[seed]]
         if not sources:
             return
@@ -116,7 +119,7 @@ class PopulationRisk:
             ]
 
     def gradient(self, points: Tensor) -> Tensor:
-        """Lines 4 and 5: the gradients (A M, n) at the points (A M, n), in their memory."""
+        """Line 5, (16): the gradients (A M, n) at the points (A M, n), which they overwrite."""
         index = self._index.view(len(self._drawing), -1).index_select(0, self._rows)  # (A, M B)
         images, labels = self._all.gather(index.view(-1))
         if self.model_draws:
@@ -130,13 +133,13 @@ class PopulationRisk:
         return points
 
     def evaluate(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """`Risk.evaluate` of several points. (A, n) -> float64 (A, 2)."""
+        """`Risk.evaluate` at several points. (A, n) -> float64 (A, 2)."""
         risk = self.risk_for("one_by_one" if self.model_draws else self.way.name)
         parts = torch.split(points, self.way.at_once)
         return torch.cat([risk.evaluate_each(some, images, labels) for some in parts])
 
     def risk_for(self, name: str) -> Risk:
-        """The risk that computes in the way of that name."""
+        """The risk that implements the method of that name."""
         if name not in self._risks:
             convolutions: Convolutions = "products" if name == "products" else "grouped"
             self._risks[name] = BatchedRisk(self.risk.model, self.risk.reduction, convolutions)
@@ -148,24 +151,24 @@ class PopulationRisk:
         names: Sequence[str] = WAYS,
         record: Callable[[Call], Call] | None = None,
     ) -> Way:
-        """The way that takes least time for a model, measured on samples of the data.
+        """Measure the methods on samples of the data, and return the fastest per model.
 
-        Two measurements need not find the same. Nothing is drawn.
+        Repeated measurements may differ. No minibatch is drawn.
 
         Args:
-            points: Of all workers. (K, n)
-            names: The ways that may be chosen.
-            record: What `gradient` will be recorded with, if it will.
+            points: The points of all workers. (K, n)
+            names: The candidates.
+            record: The function that will record `gradient`, if any.
 
         Raises:
-            ValueError: If none of them is possible, with what the first of them said: a model may
-                do what `vmap` cannot, and the memory may be too small.
+            ValueError: If all candidates fail, with the error of the first: `vmap` may not support
+                the model, or the memory may be too small.
         """
         if self.model_draws or set(names) == {"one_by_one"}:
             return Way()
         number, data = len(points), self._all.dataset
         seconds: dict[Way, float] = {}
-        said: list[str] = []
+        errors: list[str] = []
         for way in _candidates(number, points.shape[1], names):
             some = points[: max(way.at_once, min(number, SIZES[0]))]
             index = torch.arange(len(some) * self._all.batch_size, device=points.device)
@@ -174,25 +177,25 @@ class PopulationRisk:
             try:
                 limit = 3.0 * min(seconds.values(), default=float("inf")) * len(some)
                 seconds[way] = _seconds_of(risk, some, *batch, limit, record) / len(some)
-            except RuntimeError as error:  # out of memory, too
-                said.append(str(error).strip().partition("\n")[0])
-            if said and points.device.type == "cuda":
-                torch.cuda.empty_cache()  # not where the error still holds on to tensors
+            except RuntimeError as error:  # includes out of memory
+                errors.append(str(error).strip().partition("\n")[0])
+            if errors and points.device.type == "cuda":
+                torch.cuda.empty_cache()  # not inside `except`, where the traceback holds tensors
         if not seconds:
-            raise ValueError(said[0] if said else "the models are too large for it")
+            raise ValueError(errors[0] if errors else "the models are too large")
         return min(seconds, key=seconds.__getitem__)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """How many minibatches each worker of each seed has drawn (seeds, M), int64; and the way.
+        """The number of draws of each worker and seed, (seeds, M) int64; and the method.
 
-        A run that continues in another way continues to other last bits.
+        The method is part of the state because another one gives other last bits.
         """
         rows = [[source.position for source in sources] for sources in self.sources.values()]
         way = [WAYS.index(self.way.name), self.way.at_once]
         return {"position": torch.tensor(rows), "way": torch.tensor(way)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue after that many draws."""
+        """Restore the positions and the method."""
         for sources, row in zip(self.sources.values(), state["position"].tolist(), strict=True):
             for source, position in zip(sources, row, strict=True):
                 source.position = position
@@ -201,9 +204,9 @@ class PopulationRisk:
 
 
 def _candidates(number: int, n: int, names: Sequence[str]) -> list[Way]:
-    """Ways for so many models of n coordinates."""
+    """The methods to measure for `number` models of n coordinates."""
     sizes = [size for size in SIZES if size < number] + [min(number, SIZES[-1])]
-    found = [Way()] if "one_by_one" in names else []  # works everywhere: sets a limit to the rest
+    found = [Way()] if "one_by_one" in names else []  # first: it sets the time limit of the rest
     for name in (name for name in names if name != "one_by_one"):
         found += [Way(name, size) for size in sizes if size * n <= LARGEST]
     return found
@@ -218,7 +221,7 @@ def _seconds_of(
     record: Callable[[Call], Call] | None,
     times: int = 3,
 ) -> float:
-    """The least time of some calls once libraries are set up; one call, if that is too long."""
+    """The least time of several calls after a warm-up; of one call, if it exceeds the limit."""
     out = torch.empty_like(points)
 
     def call() -> None:

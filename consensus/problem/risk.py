@@ -3,7 +3,7 @@
 # n parameters, K workers in this process, B samples in a minibatch, N images
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
@@ -16,34 +16,39 @@ from torch.nn.functional import cross_entropy
 from consensus.core.flat import FlatLayout
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
-from consensus.problem.passes import OneAfterAnother, Streams, Threads
 from consensus.problem.streams import draws_random_numbers, stream_seed
 
 Batch = tuple[Tensor, Tensor]
 """Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
 
+Views = dict[str, Tensor]
+"""The parameters of a model by name, as views of a flat vector."""
+
+MAX_STREAMS = 32
+"""The number of CUDA streams used at most. A GPU runs no more kernels concurrently."""
+
 
 class Risk:
     """The cross-entropy of a model, as a function of its flattened parameters.
 
-    The model serves as a function only: its own parameters are neither read nor written.
+    The model serves as a function: its own parameters are neither read nor written.
 
     Args:
-        model: Maps images (B, 1, 28, 28) to logits (B, classes). What is random in it, such as
-            dropout, draws from torch's global generator; see `gradient`.
-        reduction: "sum" or "mean" over the samples of a minibatch. The paper's step sizes belong
-            to the sum.
+        model: Maps images (B, 1, 28, 28) to logits (B, classes). Random layers, such as dropout,
+            draw from torch's global generators; see `gradient`.
+        reduction: "sum" or "mean" over the samples of a minibatch. The step sizes of the paper
+            belong to the sum.
 
     Attributes:
         model: As given.
-        layout: Where its parameters are in the flat vectors.
-        losses: The minibatch losses of the last `gradient`, detached and on the device; the next
+        layout: The positions of the parameters in the flat vectors.
+        losses: The minibatch losses of the last `gradient`, detached and on the device. The next
             call overwrites them. (K,)
-        side_by_side: On a GPU, put each worker's pass on a stream of its own. On a CPU, the
-            environment says whether passes run in threads (`passes.Threads`).
+        side_by_side: Whether `gradient` runs the workers on CUDA streams of their own, which become
+            parallel branches in a CUDA graph. Requires a GPU.
 
     Raises:
-        ValueError: If the reduction is neither, or the model cannot be flattened.
+        ValueError: If the reduction is unknown, or the model cannot be flattened.
     """
 
     def __init__(self, model: nn.Module, reduction: Literal["sum", "mean"]) -> None:
@@ -54,9 +59,7 @@ class Risk:
         self.reduction = reduction
         self.losses = torch.empty(0)
         self.side_by_side = False
-        self._in_order = OneAfterAnother(model)
-        self._in_streams = Streams(model)
-        self._in_threads = Threads(model)
+        self._streams: list[torch.cuda.Stream] = []
 
     def gradient(
         self,
@@ -66,71 +69,94 @@ class Risk:
         seeds: Sequence[int] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The gradient of each worker's minibatch loss at its own point, `delta` of line 5.
+        """The gradient of each worker's minibatch loss at its own point: delta_j of line 5, (16).
 
-        Worker by worker rather than batched by vmap, so that the bits of a worker's gradient do
-        not depend on how many workers share its process.
+        The workers are evaluated one by one and not by vmap. The bits of a worker's gradient then
+        do not depend on the number of workers in its process.
 
         Args:
             points: (K, n)
             images: (K, B, 1, 28, 28)
             labels: (K, B) int64
-            seeds: For torch's global generators, one for each worker's pass through a model that
-                draws random numbers; None leaves the generators alone.
-            out: Where the gradients go, if given; may be `points`. (K, n)
+            seeds: Seeds of torch's global generators, one for each worker, for a model that draws
+                random numbers. None leaves the generators alone.
+            out: Receives the gradients if given; may be `points`. (K, n)
 
         Returns:
             (K, n)
         """
-        gradients = torch.empty_like(points) if out is None else out
-        if self.losses.shape != (len(points),) or self.losses.device != points.device:
-            self.losses = points.new_empty(len(points))
+        gradients = self._allocate(points, out)
         rows = zip(points, images, labels, gradients, self.losses, strict=True)
         passes = [partial(self._backward, *row) for row in rows]
         if seeds is not None:
             for seed, run in zip(seeds, passes, strict=True):
                 torch.manual_seed(seed)
-                run(self.model)
-        elif points.device.type == "cpu":
-            self._in_threads(passes)
+                run()
         elif self.side_by_side:
-            self._in_streams(passes)
+            self._run_on_streams(passes)
         else:
-            self._in_order(passes)
+            for run in passes:
+                run()
         return gradients
 
+    def _allocate(self, points: Tensor, out: Tensor | None) -> Tensor:
+        """Memory for the gradients (K, n); `losses` gets its size (K,)."""
+        if self.losses.shape != (len(points),) or self.losses.device != points.device:
+            self.losses = points.new_empty(len(points))
+        return torch.empty_like(points) if out is None else out
+
+    def _run_on_streams(self, passes: Sequence[Callable[[], None]]) -> None:
+        """Launch the passes after the work of the current stream, which then waits for them."""
+        current = torch.cuda.current_stream()
+        number = min(len(passes), MAX_STREAMS)
+        new: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
+        self._streams += [new() for _ in range(number - len(self._streams))]
+        for i, stream in enumerate(self._streams[:number]):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for run in passes[i::number]:
+                    run()
+        for stream in self._streams[:number]:
+            current.wait_stream(stream)
+
     def _backward(
-        self,
-        point: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        gradient: Tensor,
-        loss: Tensor,
-        model: nn.Module,
+        self, point: Tensor, images: Tensor, labels: Tensor, gradient: Tensor, loss: Tensor
     ) -> None:
-        """The gradient (n,) and the loss () of one worker, into the memory given."""
-        # `data`, since `detach` would count writes to the rows of other workers as to this one's.
-        views = self.layout.unflatten(point.data)
+        """Write the gradient (n,) and the loss () of one worker."""
+        found, parts = self._differentiate(point, lambda views: self._loss(views, images, labels))
+        torch.cat([part.reshape(-1) for part in parts], out=gradient)
+        loss.copy_(found)
+
+    def _differentiate(
+        self, points: Tensor, function: Callable[[Views], Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Values (...) of a function of the parameters; the partial derivatives of their sum."""
+        # `data` and not `detach`: `detach` shares the version counter, so that writes to the rows
+        # of other workers would count as writes to this row.
+        views = self.layout.unflatten(points.data)
         leaves = [view.requires_grad_() for view in views.values()]
         with torch.enable_grad():
-            logits = functional_call(model, views, (images,))
-            value = cross_entropy(logits, labels, reduction=self.reduction)
-        found = torch.autograd.grad(value, leaves)
-        torch.cat([part.reshape(-1) for part in found], out=gradient)
-        loss.copy_(value.detach())
+            values = function(views)
+        return values.detach(), torch.autograd.grad(values, leaves, torch.ones_like(values))
+
+    def _logits(self, views: Views, images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self.model, views, (images,))
+        return logits
+
+    def _loss(self, views: Views, images: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(self._logits(views, images), labels, reduction=self.reduction)
 
     @torch.no_grad()
     def evaluate(self, point: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000) -> Tensor:
         """The loss summed over all images, and the number of wrong predictions.
 
-        Without synchronizing with the device: the caller decides when to read the numbers. The
-        model is in evaluation mode meanwhile (dropout is off).
+        The model is in evaluation mode (no dropout). The call does not synchronize with the device.
 
         Args:
             point: (n,)
             images: (N, 1, 28, 28)
             labels: (N,) int64
-            chunk: The number of images evaluated at once, which bounds the memory.
+            chunk: The number of images in one pass, which bounds the memory.
 
         Returns:
             (2,) float64
@@ -139,17 +165,21 @@ class Risk:
         views = self.layout.unflatten(point)
         with self.in_evaluation_mode():
             for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                logits = functional_call(self.model, views, (x,))
-                # In float64 from the logits on: a well-fitted image has a loss near 1e-5, and
-                # float32 cannot tell a loss below 6e-8 from zero. There are 60,000 of them.
+                logits = self._logits(views, x)
+                # float64 from the logits on: a well-fitted image has a loss near 1e-5, float32
+                # rounds a loss below 6e-8 to 0, and the sum has up to 60,000 terms.
                 loss = cross_entropy(logits.double(), y, reduction="sum")
                 total += torch.stack([loss, (logits.argmax(1) != y).sum().double()])
         return total
 
-    def total(self, point: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss summed over all images, and its gradient. In evaluation mode.
+    def evaluate_each(
+        self, points: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000
+    ) -> Tensor:
+        """`evaluate` at several points. (K, n) -> float64 (K, 2)."""
+        return torch.stack([self.evaluate(point, images, labels, chunk) for point in points])
 
-        All at once: the caller bounds the memory.
+    def total(self, point: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss summed over all images and its gradient, in evaluation mode and in one pass.
 
         Args:
             point: (n,)
@@ -159,25 +189,19 @@ class Risk:
         Returns:
             () float64, (n,)
         """
-        views = self.layout.unflatten(point.detach())
-        leaves = [view.requires_grad_() for view in views.values()]
-        with self.in_evaluation_mode(), torch.enable_grad():
-            logits = functional_call(self.model, views, (images,))
-            # In float64 as in `evaluate`: where an image is well fitted, its gradient is the small
-            # difference between a probability and 1.
-            value = cross_entropy(logits.double(), labels, reduction="sum")
-        found = torch.autograd.grad(value, leaves)
-        return value.detach(), torch.cat([part.reshape(-1) for part in found])
 
-    def evaluate_each(
-        self, points: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000
-    ) -> Tensor:
-        """`evaluate` of each of several points. (K, n) -> float64 (K, 2)."""
-        return torch.stack([self.evaluate(point, images, labels, chunk) for point in points])
+        def value(views: Views) -> Tensor:
+            # float64 as in `evaluate`: the gradient of a well-fitted image is the small difference
+            # between a probability and 1.
+            return cross_entropy(self._logits(views, images).double(), labels, reduction="sum")
+
+        with self.in_evaluation_mode():
+            found, parts = self._differentiate(point, value)
+        return found, torch.cat([part.reshape(-1) for part in parts])
 
     @contextmanager
     def in_evaluation_mode(self) -> Iterator[None]:
-        """Dropout is off inside."""
+        """Context in which the model is in evaluation mode (no dropout)."""
         training = self.model.training
         self.model.eval()
         try:
@@ -190,10 +214,10 @@ class MinibatchRisk:
     """The stochastic gradients of the workers of one process: lines 4 and 5.
 
     Args:
-        risk: What is minimized.
-        dataset: Its training images are drawn from.
-        minibatches: One for each of the K workers of this process, with one batch size, and with
-            indices on the device of the data.
+        risk: The loss.
+        dataset: Contains the training images.
+        minibatches: One source for each of the K workers of this process, all with one batch size
+            and with indices on the device of the data.
 
     Attributes:
         model_draws: Whether the model draws random numbers in a forward pass.
@@ -214,11 +238,11 @@ class MinibatchRisk:
         return self.risk.losses
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The `position` of each worker: how many minibatches it has drawn. (K,) int64, CPU."""
+        """The number of minibatches that each worker has drawn: `position`, (K,) int64, CPU."""
         return {"position": torch.tensor([source.position for source in self.minibatches])}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue after that many draws: shuffles and dropout are functions of the position."""
+        """Restore the positions. Permutations and dropout masks are functions of them."""
         for source, position in zip(self.minibatches, state["position"].tolist(), strict=True):
             source.position = position
 
@@ -227,23 +251,21 @@ class MinibatchRisk:
         return self.gather(torch.cat([source.draw() for source in self.minibatches]))
 
     def gather(self, index: Tensor) -> Batch:
-        """The samples `index` (K B,), at once for all workers, as `draw` returns them."""
+        """The samples `index` (K B,) of all workers, in the shapes of `draw`."""
         shape = (len(index) // self.batch_size, self.batch_size)
         images = self.dataset.train_images.index_select(0, index)
         labels = self.dataset.train_labels.index_select(0, index)
         return images.view(*shape, *images.shape[1:]), labels.view(shape)
 
     def total(self, point: Tensor, index: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """The loss summed over the samples `index` (N,), chunk by chunk, and its gradient.
-
-        What a model draws at random is left out (evaluation mode).
+        """The loss summed over the samples `index` (N,), and its gradient, in evaluation mode.
 
         Returns:
             () float64, (n,)
         """
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
         gradient = torch.zeros_like(point)
-        for part in index.split(chunk) if len(index) else ():
+        for part in torch.split(index, chunk) if len(index) else ():
             images = self.dataset.train_images.index_select(0, part)
             value, found = self.risk.total(point, images, self.dataset.train_labels[part])
             loss += value
@@ -253,8 +275,7 @@ class MinibatchRisk:
     def gradient(self, points: Tensor, batch: Batch) -> Tensor:
         """The gradients (K, n) of the workers' minibatch losses at their points (K, n).
 
-        In the memory of the points, each of which has served when its gradient is there: a large
-        vector less.
+        The gradients overwrite the points, which saves the memory of one block.
         """
         seeds = None
         if self.model_draws:  # a function of (seed, worker, draw), in every layout and on resume

@@ -1,8 +1,8 @@
-"""Independent random streams, one for each purpose, all derived from the one seed of a run.
+"""Independent random streams, derived from the seed of a run.
 
-A stream is a function of (seed, purpose, keys) alone: not of the number of processes, of the
-device, or of what was drawn before from another stream. That is why four workers in one process
-and four processes with one worker each are the same run.
+A stream is a function of (seed, purpose, keys) alone. It does not depend on the number of
+processes, on the device, or on other streams. Four workers in one process and four processes with
+one worker each are therefore the same run.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 def stream_seed(seed: int, purpose: str, *keys: int) -> int:
-    """A 63-bit seed for one stream: a hash, so neighbouring seeds give unrelated streams.
+    """The 63-bit seed of a stream: a hash, so that neighbouring seeds give unrelated streams.
 
     Args:
         seed: The seed of the run.
-        purpose: What the stream is for: "init", "partition", "minibatch", ...
-        *keys: What tells apart the streams of one purpose, such as worker and epoch.
+        purpose: The use of the stream: "init", "partition", "minibatch", ...
+        *keys: Numbers that distinguish streams of one purpose, such as worker and epoch.
     """
     # repr keeps (1, 23) and (12, 3) apart; int() because numpy integers print differently
     name = repr((int(seed), purpose, tuple(int(key) for key in keys)))
@@ -28,8 +28,9 @@ def stream_seed(seed: int, purpose: str, *keys: int) -> int:
 def stream(seed: int, purpose: str, *keys: int) -> torch.Generator:
     """A CPU generator at the start of the stream (seed, purpose, keys).
 
-    Always on the CPU, so that a run draws the same numbers on any device. torch's CPU generator
-    uses the low 32 bits of its seed: two given streams coincide with probability 2^-32.
+    The generator is on the CPU on every device, so that every device draws the same numbers.
+    torch's CPU generator uses the low 32 bits of its seed: two given streams coincide with
+    probability 2^-32.
     """
     return torch.Generator().manual_seed(stream_seed(seed, purpose, *keys))
 
@@ -38,9 +39,10 @@ def stream(seed: int, purpose: str, *keys: int) -> torch.Generator:
 def draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
     """Whether a forward pass advances one of torch's global generators.
 
-    Found by trying and not by the class of a module: `torch.nn.functional.dropout`, stochastic
-    depth or an attention with dropout draw without any dropout module. The model runs once, in the
-    mode it is in. The generators of the CPU and of the device of `inputs` are restored afterwards.
+    The probe runs the model once, in its current mode, and compares generator states. The class of
+    a module would not tell: `torch.nn.functional.dropout`, stochastic depth and attention with
+    dropout contain no dropout module. The generators of the CPU and of the device of `inputs` are
+    restored.
 
     Args:
         model: On the device of `inputs`.

@@ -1,1 +1,1 @@
-"""Many runs: a grid of configurations, its jobs, and their progress."""
+"""Sweeps: grids of configurations, their jobs, the dashboard, and population training."""

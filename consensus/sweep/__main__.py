@@ -1,14 +1,13 @@
-"""Entry that runs a grid: python -m consensus.sweep grid=NAME KEY=VALUE[,VALUE ...] ...
+"""Run a grid of configurations: python -m consensus.sweep grid=NAME KEY=VALUE[,VALUE ...] ...
 
-An ordinary process. Every configuration of the grid is a run of `consensus.train` in a process of
-its own, started through one of Hydra's launchers: one after another (basic), several at once
-(`sweep.jobs=N`, joblib), or as an array of SLURM jobs (`hydra/launcher=submitit_slurm`).
+With `sweep.engine=separate`, each configuration is a run of `consensus.train` in a process of its
+own. Hydra's launchers start the runs: in sequence (basic), several at once (`sweep.jobs=N`,
+joblib), or as an array of SLURM jobs (`hydra/launcher=submitit_slurm`). With
+`sweep.engine=population`, they train together in this process.
 
-Or, with `sweep.engine=population`, together in this process.
-
-Data flow: grid.py reads the command line into cells; a launcher calls cell.py for each, or
-together.py trains them; board.py follows their files on the screen; report draws the whole from the
-same files.
+Data flow: grid.py parses the command line into jobs. A launcher calls job.py for each, or
+population_trainer.py trains them. dashboard.py shows their status files. The report reads the files
+of the runs.
 """
 
 import importlib.util
@@ -22,26 +21,27 @@ from types import FrameType
 from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 
 from consensus.comm import GroupError
+from consensus.private_api import hydra_callbacks
 from consensus.report.__main__ import report
 from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import Config
-from consensus.sweep.dashboard import Board
-from consensus.sweep.grid import Cell, Sweep, check, read_sweep, register_sweep_schema
-from consensus.sweep.job import run_cell
-from consensus.sweep.population_trainer import Member, train_together
+from consensus.sweep.dashboard import Dashboard
+from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
+from consensus.sweep.grouping import Member
+from consensus.sweep.job import run_job
+from consensus.sweep.population_trainer import train_populations
 from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
 
 def main() -> None:
-    """Entry of the command line. Exit codes: 0 all done, 1 some failed, 2 refused, 130 stopped."""
+    """The command line. Exit codes: 0 all done, 1 some failed, 2 refused, 130 stopped."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     signal.signal(signal.SIGTERM, interrupt)
     register_schema()
@@ -56,11 +56,13 @@ def main() -> None:
             check(sweep)
             require_launcher(sweep)
             require_no_jobs(sweep)
-            with Board(sweep.path, sweep.cells) as board:
+            with Dashboard(sweep.path, sweep.jobs) as dashboard:
                 try:
-                    run(sweep, board)
+                    run(sweep, dashboard)
                 except KeyboardInterrupt:
-                    cancelled = jobs_in_queue(sweep.path)  # of this call: there were none before
+                    cancelled = jobs_in_queue(
+                        sweep.path
+                    )  # of this call: require_no_jobs has passed
                     cancel(cancelled)
                     raise
     except REFUSALS as error:
@@ -70,39 +72,41 @@ def main() -> None:
     except KeyboardInterrupt:
         jobs = f", the jobs {', '.join(cancelled)} cancelled" if cancelled else ""
         leave(f"stopped{jobs}; the same command continues it", 130)
-    if board.number("done"):
+    if dashboard.number("done"):
         try:
             report([sweep.path])
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
-    failed = len(sweep.cells) - board.number("done")
+    failed = len(sweep.jobs) - dashboard.number("done")
     if failed:
-        leave(f"{failed} of {len(sweep.cells)} runs are not done; status.json in each says why", 1)
+        leave(f"{failed} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)
 
 
-def run(sweep: Sweep, board: Board) -> None:
-    """All cells that are not done."""
-    alone, together = list(sweep.cells), []
+def run(sweep: Sweep, dashboard: Dashboard) -> None:
+    """Run all jobs that are not done."""
+    separate, members = list(sweep.jobs), []
     if sweep.options.engine == "population":
-        alone = []
-        for cell in sweep.cells:
+        separate = []
+        for job in sweep.jobs:
             try:
-                member = member_of(cell, sweep.path)
-            except ConfigError:  # of values that do not fit each other: the run itself refuses them
-                alone.append(cell)
+                member = member_of(job, sweep.path)
+            except ConfigError:  # conflicting values: the separate run reports them
+                separate.append(job)
                 continue
-            if not can_be_member(member.config):
-                alone.append(cell)
+            if can_be_member(member.config):
+                members.append(member)
             else:
-                together.append(member)
-        train_together(together, sweep.path / ".population", board.say, sweep.options.gradients)
-    launch(sweep, alone)
+                separate.append(job)
+        folder = sweep.path / ".population"
+        train_populations(members, folder, dashboard.print, sweep.options.gradients)
+    launch(sweep, separate)
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train it.
+    """Whether a population can train this config.
 
-    mSGD has no u, no block solves equations, and stationarity is measured by the trainer.
+    Populations have no mSGD, no implicit coupling, no exact u-update and no measurement of
+    stationarity.
     """
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
@@ -110,26 +114,25 @@ def can_be_member(config: Config) -> bool:
     return algorithm.name != "msgd" and explicit and not measured
 
 
-def member_of(cell: Cell, folder: Path) -> Member:
-    """A cell with its config, for the population engine."""
-    own = own_overrides(cell, folder)
-    config = to_config(compose("train", overrides=[*cell.overrides, *own]))
-    return Member(cell.name, folder / cell.name, config)
+def member_of(job: Job, folder: Path) -> Member:
+    """A job as a member of a population."""
+    config = to_config(compose("train", overrides=all_overrides(job, folder)))
+    return Member(job.name, folder / job.name, config)
 
 
-def own_overrides(cell: Cell, folder: Path) -> list[str]:
-    """What the sweep says to each of its runs."""
-    return [f"output.run_dir={quoted(str(folder / cell.name))}", "resume=auto"]
+def all_overrides(job: Job, folder: Path) -> list[str]:
+    """The overrides of a job, with those that the sweep adds."""
+    return [*job.overrides, f"output.run_dir={quoted(str(folder / job.name))}", "resume=auto"]
 
 
-def launch(sweep: Sweep, cells: Sequence[Cell]) -> None:
-    """Give the cells that are not done to Hydra's launcher, and wait for it."""
-    jobs = [
-        [*cell.overrides, *own_overrides(cell, sweep.path)]
-        for cell in cells
-        if not (sweep.path / cell.name / "summary.json").exists()
+def launch(sweep: Sweep, jobs: Sequence[Job]) -> None:
+    """Run the jobs that are not done through Hydra's launcher."""
+    left = [
+        all_overrides(job, sweep.path)
+        for job in jobs
+        if not (sweep.path / job.name / "summary.json").exists()
     ]
-    if not jobs:
+    if not left:
         return
     options = sweep.options
     hydra = GlobalHydra.instance().hydra
@@ -143,17 +146,19 @@ def launch(sweep: Sweep, cells: Sequence[Cell]) -> None:
         "train", overrides, RunMode.MULTIRUN, with_log_configuration=False
     )
     launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config)),
-        task_function=partial(run_cell, processes=options.processes, jobs=options.jobs),
+        hydra_context=HydraContext(
+            config_loader=hydra.config_loader, callbacks=hydra_callbacks(config)
+        ),
+        task_function=partial(run_job, processes=options.processes, jobs=options.jobs),
         config=config,
     )
-    results: list[JobReturn] = list(launcher.launch(jobs, initial_job_idx=0))
+    results: list[JobReturn] = list(launcher.launch(left, initial_job_idx=0))
     for result in results:
-        result.return_value  # noqa: B018  (raises what the task raised)
+        result.return_value  # noqa: B018  (raises the error of the task)
 
 
 def launcher_overrides(sweep: Sweep) -> list[str]:
-    """Hydra's own overrides; several runs at once are joblib's, unless another is named."""
+    """The overrides for Hydra: joblib if `sweep.jobs` > 1 and no launcher is chosen."""
     own = list(sweep.launcher)
     if sweep.options.jobs > 1 and not any(text.startswith("hydra/launcher=") for text in own):
         own[:0] = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={sweep.options.jobs}"]
@@ -161,22 +166,23 @@ def launcher_overrides(sweep: Sweep) -> list[str]:
 
 
 def require_launcher(sweep: Sweep) -> None:
-    """Refuse a launcher whose plugin is not installed, naming its package."""
+    """Refuse a launcher whose plugin is not installed; the message names the package."""
     for text in launcher_overrides(sweep):
         name = text.partition("=")[2].partition("_")[0]
-        plugin = f"hydra_plugins.hydra_{name}_launcher"
         if text.startswith("hydra/launcher=") and name in ("joblib", "submitit"):
+            names = ("hydra_plugins", f"hydra_plugins.hydra_{name}_launcher")
+            chosen = ("hydra/launcher", name)
+            if name == "joblib" and not sweep.launcher:
+                chosen = ("sweep.jobs", str(sweep.options.jobs))
             require(
-                importlib.util.find_spec("hydra_plugins") is not None
-                and importlib.util.find_spec(plugin) is not None,
-                "sweep.jobs" if name == "joblib" and not sweep.launcher else "hydra/launcher",
-                sweep.options.jobs if name == "joblib" and not sweep.launcher else name,
+                all(importlib.util.find_spec(module) is not None for module in names),
+                *chosen,
                 f"1, or with the package hydra-{name}-launcher: pip install hydra-{name}-launcher",
             )
 
 
 def require_no_jobs(sweep: Sweep) -> None:
-    """Refuse to start runs that jobs of an earlier call are still to do."""
+    """Refuse to start while SLURM jobs of an earlier call are pending or running."""
     jobs = jobs_in_queue(sweep.path)
     if jobs:
         raise ConfigError(
@@ -186,17 +192,17 @@ def require_no_jobs(sweep: Sweep) -> None:
 
 
 def quoted(text: str) -> str:
-    """A text as a value of Hydra's grammar."""
+    """A text as a quoted value in Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM is Ctrl+C: the runs are asked to stop."""
+    """Handle SIGTERM like Ctrl+C: the runs write checkpoints and stop."""
     raise KeyboardInterrupt
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """End with one line."""
+    """Exit with one line on standard error."""
     print(f"consensus.sweep: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -1,6 +1,6 @@
-"""What a person sees of a sweep: which runs go on, which are done, which failed, and how long yet.
+"""Dashboard of a sweep: running, completed and failed jobs, and the estimated time left.
 
-It reads the files of the runs, so it is the same whoever runs them, here or on a cluster.
+It reads the files of the runs, and therefore works alike for local runs and for cluster jobs.
 """
 
 import threading
@@ -13,126 +13,126 @@ from rich.live import Live
 from rich.table import Table
 
 from consensus.records import last_row
-from consensus.sweep.grid import Cell
+from consensus.sweep.grid import Job
 from consensus.sweep.job import Status
 
 ROWS = 20
-"""Of the live table: what goes on and what was last."""
+"""The largest number of rows in the live table."""
 
 
-class Board:
-    """The state of a sweep on standard output, followed in a thread. A context manager.
+class Dashboard:
+    """The state of a sweep on standard output, refreshed by a thread. A context manager.
 
-    In a terminal it is a live table, elsewhere a line for each run that ends.
+    In a terminal it is a live table, elsewhere one line for each run that ends.
 
     Args:
         path: The directory of the sweep.
-        cells: Its runs.
-        console: Where to write; None: standard output.
-        every_s: Between two looks at the files.
+        jobs: Its jobs.
+        console: The output; None: standard output.
+        every_s: The seconds between refreshes.
     """
 
     def __init__(
         self,
         path: Path,
-        cells: Sequence[Cell],
+        jobs: Sequence[Job],
         console: Console | None = None,
         every_s: float = 1.0,
     ) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.path, self.cells, self.every_s = path, cells, every_s
-        self.statuses = {cell.name: Status.read(path / cell.name) for cell in cells}
+        self.path, self.jobs, self.every_s = path, jobs, every_s
+        self.statuses = {job.name: Status.read(path / job.name) for job in jobs}
         self.before = self.number("done")
         self._started = time.monotonic()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="board", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="dashboard", daemon=True)
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def number(self, state: str) -> int:
-        """How many runs are in a state."""
+        """The number of jobs in a state."""
         return sum(status.state == state for status in self.statuses.values())
 
-    def __enter__(self) -> "Board":
-        """Begin to look."""
+    def __enter__(self) -> "Dashboard":
+        """Start the thread."""
         done = f", {self.before} of them done before" if self.before else ""
-        runs = f"{len(self.cells)} run{'s' if len(self.cells) != 1 else ''}"
-        self.say(f"{runs} in {self.path}{done}")
+        runs = f"{len(self.jobs)} run{'s' if len(self.jobs) != 1 else ''}"
+        self.print(f"{runs} in {self.path}{done}")
         if self._live is not None:
             self._live.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Look a last time, and print what there is."""
-        self._over.set()
+        """Refresh a last time, and print the counts."""
+        self._stop.set()
         self._thread.join()
-        self.look()
+        self.refresh()
         if self._live is not None:
             self._live.stop()
         self.console.print(self.counts(), markup=False)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line."""
         self.console.print(line, markup=False)
 
     def _follow(self) -> None:
-        while not self._over.wait(self.every_s):
-            self.look()
+        while not self._stop.wait(self.every_s):
+            self.refresh()
             if self._live is not None:
                 self._live.update(self.table(), refresh=True)
 
-    def look(self) -> None:
-        """Read what has changed; tell of runs that have ended."""
-        for cell in self.cells:
-            old = self.statuses[cell.name]
+    def refresh(self) -> None:
+        """Read the status files; print a line for each run that has ended."""
+        for job in self.jobs:
+            old = self.statuses[job.name]
             if old.state == "done":
                 continue
-            new = self.statuses[cell.name] = Status.read(self.path / cell.name)
+            new = self.statuses[job.name] = Status.read(self.path / job.name)
             ended = new.state in ("done", "failed", "stopped")
             if ended and new != old and (old.state == "running" or new.code is not None):
-                self.say(self.ended(cell, new))
+                self.print(self.line(job, new))
 
-    def ended(self, cell: Cell, status: Status) -> str:
-        """A line of a run that has ended."""
-        line = f"{status.state:>7}  {cell.name}  {status.seconds:.0f} s"
+    def line(self, job: Job, status: Status) -> str:
+        """The line of a run that has ended."""
+        line = f"{status.state:>7}  {job.name}  {status.seconds:.0f} s"
         if status.state == "failed":
             return f"{line}  exit code {status.code}: {status.message}"
-        last = last_row(self.path / cell.name)
+        last = last_row(self.path / job.name)
         if status.state == "done" and last and last.get("test_error") is not None:
             line += f"  test error {last['test_error']:.2f} %"
         return line
 
     def counts(self) -> str:
-        """One line: how many runs are in which state, and the time left."""
+        """One line: the number of jobs in each state, and the estimated time left."""
         states = ("done", "running", "waiting", "stopped", "failed")
-        parts = [f"{self.number(s)} {s}" for s in states if self.number(s)]
+        parts = [f"{self.number(state)} {state}" for state in states if self.number(state)]
         left = self.seconds_left()
         return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
 
     def seconds_left(self) -> float | None:
-        """From the runs that have ended; None before the first, and at the end."""
+        """An estimate from the runs that have ended; None before the first and at the end."""
         ended = self.number("done") - self.before + self.number("failed")
-        to_do = len(self.cells) - self.number("done") - self.number("failed")
+        to_do = len(self.jobs) - self.number("done") - self.number("failed")
         if not ended or not to_do:
             return None
         return (time.monotonic() - self._started) / ended * to_do
 
     def table(self) -> Table:
-        """What goes on, and what failed."""
+        """The running, failed and stopped jobs."""
         table = Table(title=self.counts(), title_justify="left")
         for column in ("state", "run", "iteration", "test error", "seconds", ""):
             table.add_column(column, justify="left" if column in ("state", "run", "") else "right")
         order = {"running": 0, "failed": 1, "stopped": 2}
-        shown = [c for c in self.cells if self.statuses[c.name].state in order]
-        shown.sort(key=lambda cell: order[self.statuses[cell.name].state])
-        for cell in shown[:ROWS]:
-            status, last = self.statuses[cell.name], last_row(self.path / cell.name)
+        shown = [job for job in self.jobs if self.statuses[job.name].state in order]
+        shown.sort(key=lambda job: order[self.statuses[job.name].state])
+        for job in shown[:ROWS]:
+            status, last = self.statuses[job.name], last_row(self.path / job.name)
             error = last.get("test_error") if last else None
             table.add_row(
                 status.state,
-                cell.name,
+                job.name,
                 f"{last['iteration'] if last else 0:,}",
                 "" if error is None else f"{error:.2f}",
                 f"{status.seconds:.0f}" if status.seconds else "",
@@ -144,7 +144,7 @@ class Board:
 
 
 def duration(seconds: float) -> str:
-    """`3 h 5 min`, `12 min`, `40 s`."""
+    """A duration as text, such as `3 h 5 min`, `12 min` or `40 s`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,9 +1,9 @@
-"""A grid of configurations: from its YAML file and the command line to the runs of a sweep.
+"""Grids: from a YAML file and the command line to the jobs of a sweep.
 
-A grid is a list of parts, and each part maps keys of configs/train.yaml to a value or a list of
-values. A part means all combinations of its values. What the command line says of a key replaces
-what a part says, so `grid=table1 potential=quad,tan` is a third of it. Hydra's own parser reads the
-values, so that ranges, choices and globs mean what they mean to Hydra.
+A grid is a list of parts. A part maps keys of configs/train.yaml to a value or a list of values,
+and stands for all combinations. Keys on the command line override those of the parts:
+`grid=table1 potential=quad,tan` is a third of Table 1. Hydra's parser reads the values, so that its
+ranges, choices and globs work.
 """
 
 import hashlib
@@ -14,37 +14,37 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from consensus.private_api import expand_sweep
 from consensus.problem import WAYS
 from consensus.run.checks import ConfigError, require, require_one_of
 from consensus.run.compose import to_config
 from consensus.run.device import require_memory_for_many
 
 GRADIENTS = ("auto", "measure", *WAYS)
-"""How a population computes its gradients.
+"""The methods by which a population computes gradients.
 
-`measure` takes what is fastest when it begins, which need not be the same each time: last bits
-differ. `auto` does so on a GPU without `deterministic`.
+`measure` selects the fastest at the start; repeated measurements may differ, and so may last bits.
+`auto` measures on a GPU without `deterministic`, and is `one_by_one` otherwise.
 """
 
 OWN_KEYS = ("output.run_dir", "output.root", "resume")
-"""Of every run of a sweep, set by the sweep itself."""
+"""Keys that the sweep sets in each of its runs."""
 
 ENGINES = ("separate", "population")
-"""separate: every run in a process of its own; population: together in this one."""
+"""separate: one or more processes per run; population: all runs in this process, as one block."""
 
 LONGEST_NAME = 200
-"""Bytes of the name of a run directory; file systems allow 255."""
+"""The longest name of a run directory in bytes; file systems allow 255."""
 
 
 @dataclass
 class GridConfig:
-    """A named grid: configs/grid/*.yaml."""
+    """The schema of configs/grid/*.yaml."""
 
     name: str = "sweep"
     parts: list[dict[str, Any]] = field(default_factory=lambda: [{}])
@@ -52,7 +52,7 @@ class GridConfig:
 
 @dataclass
 class SweepOptions:
-    """How a grid is run."""
+    """The options `sweep.*`."""
 
     dir: str | None
     jobs: int
@@ -83,24 +83,24 @@ class SweepOptions:
 
 @dataclass
 class SweepConfig:
-    """configs/sweep.yaml."""
+    """The schema of configs/sweep.yaml."""
 
     sweep: SweepOptions
     grid: GridConfig = field(default_factory=GridConfig)
 
 
 def register_sweep_schema() -> None:
-    """Make the types known to Hydra under the name that configs/sweep.yaml lists first."""
+    """Register the schema with Hydra under the name that configs/sweep.yaml lists first."""
     ConfigStore.instance().store(name="sweep_schema", node=SweepConfig)
 
 
 @dataclass(frozen=True)
-class Cell:
+class Job:
     """One run of a sweep.
 
     Attributes:
-        name: Of its directory: the keys that vary over the sweep, with their values.
-        overrides: Of configs/train.yaml.
+        name: The name of its directory: the keys that vary over the sweep, with their values.
+        overrides: The overrides of configs/train.yaml.
     """
 
     name: str
@@ -109,16 +109,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the command line asks for.
+    """A parsed command line.
 
     Attributes:
-        options: How it is run.
-        cells: The runs, in their order.
-        launcher: Overrides of Hydra's own, such as `hydra/launcher=joblib`.
+        options: The options `sweep.*`.
+        jobs: The runs, in order.
+        launcher: Overrides for Hydra itself, such as `hydra/launcher=joblib`.
     """
 
     options: SweepOptions
-    cells: tuple[Cell, ...]
+    jobs: tuple[Job, ...]
     launcher: tuple[str, ...]
 
     @property
@@ -129,14 +129,14 @@ class Sweep:
 
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
-    """The sweep that a command line means. Hydra is initialized with the folder of configs.
+    """Parse a command line. Hydra must be initialized with the folder of configs.
 
     Raises:
-        ConfigError, HydraException, OmegaConfBaseException: If it means none, see `explain`.
+        ConfigError, HydraException, OmegaConfBaseException: If it is invalid, see `explain`.
     """
     own = [text for text in arguments if re.match(r"(grid=|sweep\.)", text)]
-    hydras = tuple(text for text in arguments if re.match(r"\+*hydra[/.]", text))
-    others = [text for text in arguments if text not in own and text not in hydras]
+    launcher = tuple(text for text in arguments if re.match(r"\+*hydra[/.]", text))
+    others = [text for text in arguments if text not in own and text not in launcher]
     for text in others:
         key = text.lstrip("+~").partition("=")[0]
         require(key not in OWN_KEYS, key, "set", "nothing here: every run of a sweep has its own")
@@ -146,14 +146,14 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     config = compose("sweep", overrides=own)
     options = OmegaConf.to_object(config.sweep)
     assert isinstance(options, SweepOptions)
-    # Not resolved: ${algorithm.sigma} is for each run to resolve.
+    # Not resolved: each run resolves references such as ${algorithm.sigma}.
     grid = OmegaConf.to_container(config.grid, resolve=False)
     assert isinstance(grid, dict)
     parts = [_overrides_of(part) for part in grid["parts"]]
     require(len(parts) > 0, "grid.parts", "[]", "at least one part")
     if options.dir is None:
         options.dir = f"runs/{grid['name']}"
-    return Sweep(options, tuple(_cells([[*part, *others] for part in parts])), hydras)
+    return Sweep(options, tuple(_jobs([[*part, *others] for part in parts])), launcher)
 
 
 def _require_option(override: str) -> None:
@@ -173,7 +173,7 @@ def _overrides_of(part: dict[str, Any]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    """A value as Hydra's grammar has it."""
+    """A value in Hydra's grammar."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -182,19 +182,15 @@ def _text(value: object) -> str:
 
 
 def _require_values(override: str, key: str) -> None:
-    """Refuse `key=` and `key=a,,b`, which Hydra would take for an empty text or not say clearly."""
+    """Refuse `key=` and `key=a,,b`, for which Hydra has no clear error."""
     value = override.partition("=")[2].strip()
     empty = "=" in override and (value == "" or re.search(r"^,|,\s*,|,$", value))
     require(not empty, key, value or "nothing", "a value, or values between commas")
 
 
-def _cells(parts: Sequence[Sequence[str]]) -> list[Cell]:
+def _jobs(parts: Sequence[Sequence[str]]) -> list[Job]:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    runs: list[list[str]] = []
-    for part in parts:
-        parsed = parser.parse_overrides(list(part))
-        (combinations,) = BasicSweeper.split_arguments(parsed, None)
-        runs += combinations
+    runs = [run for part in parts for run in expand_sweep(parser.parse_overrides(list(part)))]
     runs = [list(run) for run in dict.fromkeys(map(tuple, runs))]
     split = [dict(_split(text) for text in run) for run in runs]
     varying = [
@@ -203,7 +199,7 @@ def _cells(parts: Sequence[Sequence[str]]) -> list[Cell]:
         if len({keys.get(key) for keys in split}) > 1
     ]
     return [
-        Cell(_name({key: keys[key] for key in varying if key in keys}), tuple(run))
+        Job(_name({key: keys[key] for key in varying if key in keys}), tuple(run))
         for keys, run in zip(split, runs, strict=True)
     ]
 
@@ -214,7 +210,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _name(varying: dict[str, str]) -> str:
-    """`potential=tan,lam=0.1`, with the last part of each key, and no character of a path."""
+    """A name such as `potential=tan,lam=0.1`, from the last part of each key; a valid file name."""
     short = [key.lstrip("+").rpartition(".")[2] for key in varying]
     keys = [
         last if short.count(last) == 1 else key.lstrip("+")
@@ -222,26 +218,26 @@ def _name(varying: dict[str, str]) -> str:
     ]
     text = ",".join(f"{key}={value}" for key, value in zip(keys, varying.values(), strict=True))
     name = re.sub(r"[^\w.,=+-]", "-", text, flags=re.ASCII) or "run"
-    if len(name) > LONGEST_NAME or name != (text or "run"):  # no longer one to one
+    if len(name) > LONGEST_NAME or name != (text or "run"):  # a hash keeps names distinct
         name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return name
 
 
 def check(sweep: Sweep) -> None:
-    """Compose enough runs that each value of each key is in one of them.
+    """Preflight check: compose enough configs to cover each value of each key.
 
-    Values of several keys that do not fit each other are left to the runs, which refuse them: a
-    failed row, and not the end of the sweep. So is memory on the machines of a cluster.
+    Conflicts between the values of several keys remain for the runs, which then fail without
+    stopping the sweep. Likewise memory on the machines of a cluster.
 
     Raises:
-        ConfigError, HydraException, OmegaConfBaseException: If one of them is refused.
+        ConfigError, HydraException, OmegaConfBaseException: If a config is refused.
     """
     seen: set[str] = set()
-    for cell in sweep.cells:
-        new = set(cell.overrides) - seen
+    for job in sweep.jobs:
+        new = set(job.overrides) - seen
         if new:
             seen |= new
-            config = to_config(compose("train", overrides=list(cell.overrides)))
+            config = to_config(compose("train", overrides=list(job.overrides)))
             workers = config.workers
             if workers is not None and workers % sweep.options.processes:
                 raise ConfigError(

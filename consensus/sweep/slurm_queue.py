@@ -1,8 +1,8 @@
-"""The jobs of a sweep in SLURM's queue, where `hydra/launcher=submitit_slurm` put them.
+"""The SLURM jobs of a sweep, submitted by `hydra/launcher=submitit_slurm`.
 
-submitit makes a folder for each job below `.submitit` of the sweep, named after its number. A sweep
-that is stopped cancels its jobs; each asks its run for a checkpoint. One that was killed could not,
-and its jobs go on: the next must not start the same runs beside them.
+submitit makes a folder `.submitit/NUMBER` in the sweep directory for each job. A sweep that is
+stopped cancels its jobs, whose runs then write checkpoints. The jobs of a killed sweep continue;
+the next call must not start the same runs a second time.
 """
 
 import getpass
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def jobs_in_queue(folder: Path) -> list[str]:
-    """The numbers of the jobs of the sweep in this directory that wait or run, in order."""
+    """The numbers of the pending and running SLURM jobs of the sweep in this directory, sorted."""
     own = {path.name.partition("_")[0] for path in (folder / ".submitit").glob("*")}
     if not own:
         return []
@@ -19,13 +19,13 @@ def jobs_in_queue(folder: Path) -> list[str]:
 
 
 def cancel(jobs: list[str]) -> None:
-    """Have SLURM stop these jobs and their tasks."""
+    """Cancel SLURM jobs."""
     if jobs:
         _slurm("scancel", *jobs)
 
 
 def _slurm(*command: str) -> str:
-    """What a command of SLURM prints; nothing where there is no SLURM, or it does not answer."""
+    """The output of a SLURM command; empty if there is no SLURM, or it does not respond in 30 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

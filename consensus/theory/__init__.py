@@ -1,1 +1,1 @@
-"""The theory of the paper, evaluated: proximal points, stationarity, the general model (4)."""
+"""The theory of the paper, evaluated numerically: prox, envelope, stationarity, model (4)."""

@@ -1,10 +1,10 @@
-"""What (1) and (4) are made of: functions g and f, a linear map A, the potential.
+"""The composite models (1) and (4): functions g and f, a linear map A, a potential phi.
 
     min over u     g(u) + e_lam f (A u)                                                          (1)
     min over u, z  F(u, z) = g(u) + f(z) + (1 / lam) phi(A u - z)                                (4)
 
-u and z have any shape. The last axis of z holds the coordinates of phi; along its other axes each
-row has a phi of its own, and phi(A u - z) stands for the sum over them.
+e_lam f is the phi-envelope (2): minimizing (4) over z gives (1). u and z have any shape. phi acts
+along the last axis of z, and phi(A u - z) is the sum over the other axes.
 """
 
 import math
@@ -19,12 +19,12 @@ from consensus.core.potentials import Potential
 
 @dataclass(frozen=True)
 class Function:
-    """What is known of g or f; smooth or not, convex or not.
+    """A function g or f, smooth or not, convex or not, given by its oracles.
 
     Attributes:
         value: x -> the number g(x), which may be inf.
         gradient: x -> value and gradient, for a smooth function.
-        prox: (x, step) -> the minimizer y of g(y) + |y - x|^2 / (2 step), a global one.
+        prox: (x, step) -> a global minimizer y of g(y) + |y - x|^2 / (2 step).
         coupled: other -> the minimizer of the function plus the coupling, in closed form: (14a) as
             a function of z for g, (14b) as a function of A u for f.
     """
@@ -36,7 +36,7 @@ class Function:
 
     @staticmethod
     def smooth(value: Callable[[Tensor], Tensor]) -> "Function":
-        """A smooth function whose gradient is found by autograd."""
+        """A smooth function, with its gradient by autograd."""
 
         def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -50,39 +50,36 @@ class Function:
     def zero() -> "Function":
         """The function 0."""
         return Function(
-            lambda x: x.new_zeros(()), lambda x: (x.new_zeros(()), torch.zeros_like(x)), _stay
+            lambda x: x.new_zeros(()),
+            lambda x: (x.new_zeros(()), torch.zeros_like(x)),
+            lambda x, step: x,
         )
-
-
-def _stay(x: Tensor, step: float) -> Tensor:
-    del step
-    return x
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A, by its two products: `apply` is A u, `adjoint` is A^T z."""
+    """The linear map A: `apply` is u -> A u, `adjoint` is z -> A^T z."""
 
     apply: Callable[[Tensor], Tensor]
     adjoint: Callable[[Tensor], Tensor]
 
     @staticmethod
     def identity() -> "LinearMap":
-        """A u = u."""
+        """The identity, A u = u."""
         return LinearMap(lambda u: u, lambda z: z)
 
     @staticmethod
     def matrix(a: Tensor) -> "LinearMap":
-        """A given by its entries, on vectors. a (m, n)."""
+        """The matrix a (m, n), on vectors."""
         return LinearMap(lambda u: a @ u, lambda z: a.mT @ z)
 
     @staticmethod
     def copies(count: int) -> "LinearMap":
-        """A u = (u, ..., u): consensus. (n,) -> (count, n)."""
+        """The consensus map, A u = (u, ..., u). (n,) -> (count, n)."""
         return LinearMap(lambda u: u.expand(count, *u.shape), lambda z: z.sum(0))
 
     def norm(self, like: Tensor, iterations: int = 50) -> float:
-        """|A| by power iteration on A^T A, from below. `like` has the shape of u."""
+        """|A| by power iteration on A^T A, a lower bound. `like` has the shape of u."""
         x = noise(like)
         squared = 0.0
         for _ in range(iterations):
@@ -93,7 +90,7 @@ class LinearMap:
 
 
 def noise(like: Tensor, seed: int = 0) -> Tensor:
-    """The same numbers on every device."""
+    """Standard normal numbers of the shape of `like`, equal on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
@@ -124,7 +121,7 @@ class Model:
             raise ValueError(f"`lam` is {self.lam}; allowed: a finite number > 0")
 
     def terms(self, u: Tensor, z: Tensor) -> tuple[float, float, float]:
-        """g(u), f(z) and the coupling."""
+        """g(u), f(z) and (1 / lam) phi(A u - z)."""
         coupling = self.phi.value(self.linear.apply(u) - z).sum() / self.lam
         return float(self.g.value(u)), float(self.f.value(z)), float(coupling)
 
@@ -133,10 +130,10 @@ class Model:
         return sum(self.terms(u, z))
 
     def force(self, u: Tensor, z: Tensor) -> Tensor:
-        """The force (1 / lam) grad phi(A u - z), y below. Shape of z."""
+        """The force y = (1 / lam) grad phi(A u - z). Shape of z."""
         return self.phi.grad(self.linear.apply(u) - z) / self.lam
 
     def residuals(self, u: Tensor, z: Tensor, a: Tensor, b: Tensor) -> tuple[float, float]:
-        """(5a) and (5b) for a in dg(u) and b in df(z)."""
+        """(5a) |a + A^T y| and (5b) |b - y| for a in dg(u), b in df(z) and the force y."""
         y = self.force(u, z)
         return float((a + self.linear.adjoint(y)).norm()), float((b - y).norm())

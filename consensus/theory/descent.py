@@ -1,6 +1,6 @@
-"""Descent on smooth functions of blocks of points, inside a convex open set: L-BFGS.
+"""L-BFGS for blocks of independent smooth problems inside convex open sets.
 
-Rows are independent problems. They are solved together, each with a step of its own.
+Each row of a block is a problem with its own step size. All rows are evaluated together.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,22 @@ Smooth = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 MEMORY = 10
 ARMIJO = 1e-4
-SHORTEST = 1e-12  # a step below this part of the first is no step
-TO_BOUNDARY = 0.9  # of the way to the boundary, at most
+SHORTEST = 1e-12  # the line search of a row fails below this fraction of its first step
+TO_BOUNDARY = 0.9  # the largest step, as a fraction of the distance to the boundary
 VECTORS = 2 * MEMORY + 16
-"""How many tensors (..., n) a descent and its function hold at once, at most."""
+"""An upper bound on the number of tensors (..., n) that a descent holds at once."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Where the rows came.
+    """The result of `descend`.
 
     Attributes:
-        point: (..., n)
-        value: Of the function, at most that at the start, but for rounding. (...)
+        point: The last iterate. (..., n)
+        value: The function there: at most its value at the start, up to rounding. (...)
         residual: |gradient|. (...)
-        converged: Whether that is enough. bool (...)
-        evaluations: Of the function, each for all rows.
+        converged: Whether the residual is within the tolerance. bool (...)
+        evaluations: The number of function calls, each for all rows.
     """
 
     point: Tensor
@@ -49,14 +49,14 @@ def descend(
     max_step: Callable[[Tensor, Tensor], Tensor],
     budget: int,
 ) -> Descent:
-    """Minimize from a start, row by row, until residuals are small.
+    """Minimize a smooth function in each row by L-BFGS with Armijo line searches.
 
     Args:
-        function: Is finite where it is asked.
-        start: Inside the set. (..., n)
-        enough: Points and the residuals at the start -> residuals that are small enough. (...)
-        max_step: A point inside and a direction -> the step that leads to the boundary. (...)
-        budget: Evaluations, at most.
+        function: Finite inside the set.
+        start: A point inside the set. (..., n)
+        enough: (points, residuals at the start) -> tolerances of the residuals. (...)
+        max_step: (point inside, direction) -> the step to the boundary. (...)
+        budget: The largest number of function calls.
     """
     z = start.clone()
     value, gradient = function(z)
@@ -84,7 +84,7 @@ def descend(
             trial_value, trial_gradient = function(trial)
             evaluations += 1
             good = trial_value <= value + ARMIJO * step * slope
-            # Within rounding of the minimum values no longer tell, but gradients do.
+            # Near the minimum the values differ by rounding only; compare gradients instead.
             flat = (trial_value - value).abs() <= 8 * torch.finfo(value.dtype).eps * value.abs()
             good |= flat & (trial_gradient.norm(dim=-1) <= residual)
             taken = seeking & good
@@ -104,16 +104,16 @@ def descend(
 
 
 def _minimum_of_parabola(step: Tensor, rise: Tensor, slope: Tensor) -> Tensor:
-    """A shorter step: the minimum of the parabola through both values with that slope at 0.
+    """A shorter step: the minimizer of the parabola through both values with `slope` at 0.
 
-    Between a tenth and a half of the step, and a tenth where the trial was not finite.
+    It is clamped to 0.1 to 0.5 of the step, and is 0.1 of it where the trial was not finite.
     """
     shorter = -0.5 * slope * step.square() / (rise - slope * step)
     return torch.where(rise.isfinite(), shorter.clamp(0.1 * step, 0.5 * step), 0.1 * step)
 
 
 class _History:
-    """The last steps and changes of the gradient, row by row: the inverse Hessian of L-BFGS."""
+    """The inverse Hessian of L-BFGS: the last steps and gradient differences of each row."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -123,7 +123,7 @@ class _History:
         return len(self._pairs)
 
     def add(self, s: Tensor, y: Tensor) -> None:
-        """A row without curvature along its step has no part in it."""
+        """Append a pair (s, y). It is ignored in rows with s^T y <= 0 up to rounding."""
         sy = (s * y).sum(-1)
         eps = torch.finfo(s.dtype).eps
         good = sy > eps * y.square().sum(-1).clamp(min=eps)
@@ -131,7 +131,7 @@ class _History:
         del self._pairs[: -self._most]
 
     def apply(self, g: Tensor) -> Tensor:
-        """The two loops. (..., n) -> (..., n)."""
+        """The two-loop recursion. (..., n) -> (..., n)."""
         alphas = []
         for s, y, rho in reversed(self._pairs):
             alpha = rho * (s * g).sum(-1)

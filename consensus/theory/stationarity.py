@@ -1,16 +1,16 @@
-"""How near a point is to being stationary: the phi-prox, the phi-envelope and its gradient.
+"""Stationarity: the phi-prox, the phi-envelope and its gradient, residuals (5a) and (5b).
 
     e_lam f (u) = min over z of f(z) + (1 / lam) phi(u - z)                                    (2)
-    P_lam f (u) = the z that attains it                                                        (3)
+    P_lam f (u) = argmin over z of the same                                                    (3)
     grad e_lam f (u) = (1 / lam) grad phi(u - p),   p = P_lam f (u)                            (13)
 
-f is any smooth function of blocks of points; rows are independent problems and are solved together.
-The minimum is sought by descent (descent.py) from z = u, where the coupling is 0, and u - z stays
-inside dom phi. What is found is a stationary point near u; where f is weakly convex and lam below
-the threshold of Theorem 4.3 that is the minimum.
+f is any smooth function of blocks of points, whose rows are independent problems. L-BFGS
+(descent.py) starts at z = u, where the coupling is 0, and keeps u - z inside dom phi. It finds a
+stationary point near u. If f is weakly convex and lam is below the threshold of Theorem 4.3, that
+point is the minimizer.
 
-At the exact p the gradient of f and that of the coupling cancel. How far they are from it is the
-accuracy that is returned: it is the error of (13) as a gradient of f, |grad f(p) - (13)|.
+At the exact p the gradients of f and of the coupling cancel. The returned accuracy is what remains,
+|grad f(p) - (13)|: the error of (13) as a gradient of f.
 """
 
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from consensus.theory.descent import Smooth, descend
 
 @dataclass(frozen=True)
 class Prox:
-    """What was found for each point u.
+    """The result of `prox` for each point u.
 
     Attributes:
         point: p. (..., n)
         value: f(p) + (1 / lam) phi(u - p), an upper bound on the envelope. (...)
         gradient: (1 / lam) grad phi(u - p), equation (13). (..., n)
         accuracy: |grad f(p) - gradient|. (...)
-        converged: Whether that is below the tolerance. bool (...)
-        evaluations: Of f, each for all rows.
+        converged: Whether the accuracy is within the tolerance. bool (...)
+        evaluations: The number of calls of f, each for all rows.
     """
 
     point: Tensor
@@ -58,12 +58,12 @@ def prox(
     Args:
         f: The function.
         phi: The potential.
-        u: Where. (..., n)
+        u: The points. (..., n)
         lam: Coupling parameter.
-        start: Where to begin, with u - start inside dom phi; None: at u.
-        tolerance: A row has converged when its accuracy is below this part of |(13)| ...
+        start: The start of the descent, with u - start inside dom phi; None: u.
+        tolerance: A row has converged when its accuracy is below this fraction of |(13)| ...
         absolute: ... or below this number.
-        budget: Evaluations of f, at most.
+        budget: The largest number of calls of f.
 
     Raises:
         ValueError: If u - start is not inside dom phi.
@@ -93,7 +93,7 @@ def prox(
 
 
 def consensus_residual(phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor) -> Tensor:
-    """(1 / lam) sum_j grad phi(u - z_j), which (5a) wants to be 0.
+    """(1 / lam) sum_j grad phi(u - z_j): the residual of (5a).
 
     Args:
         phi: The potential.
@@ -102,7 +102,7 @@ def consensus_residual(phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor
         lam: Coupling parameter.
 
     Returns:
-        (..., n); a part of the workers gives a part of the sum.
+        (..., n); for a subset of the workers, their part of the sum.
     """
     return phi.grad(u.unsqueeze(-2) - z).sum(-2) / lam
 
@@ -110,7 +110,7 @@ def consensus_residual(phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor
 def worker_residual(
     gradient: Tensor, phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor
 ) -> Tensor:
-    """Grad f_j(z_j) - (1 / lam) grad phi(u - z_j), which (5b) wants to be 0, for each worker.
+    """Grad f_j(z_j) - (1 / lam) grad phi(u - z_j): the residual of (5b) for each worker.
 
     Args:
         gradient: grad f_j(z_j). (..., M, n)

@@ -1,4 +1,4 @@
-"""The passes of many models as one, against each model by itself in plain torch."""
+"""Batched gradients and evaluations, against plain torch with one model at a time."""
 
 import copy
 
@@ -17,7 +17,7 @@ WAYS = ("grouped", "products")
 
 
 class Convolutions(nn.Module):
-    """One of each kind that `convolve` meets."""
+    """Strided, dilated, grouped and same-padded convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ def test_gradients_and_losses_are_those_of_each_model_alone(name, way, reduction
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluations_are_those_of_each_model_alone(name, way, monkeypatch):
-    monkeypatch.setattr("consensus.problem.batched.IMAGES_AT_ONCE", 4 * K)  # several pieces
+    monkeypatch.setattr("consensus.problem.batched.IMAGES_AT_ONCE", 4 * K)  # several chunks
     risk = BatchedRisk(MODELS[name], "sum", way)
     points, images, labels = block(risk, seed=1)
     images, labels = images.flatten(0, 1), labels.flatten()
@@ -111,7 +111,7 @@ def test_dropout_is_off_in_evaluations():
     channels=st.integers(1, 3),
     bias=st.booleans(),
 )
-def test_a_convolution_is_a_product(size, kernel, stride, padding, channels, bias):
+def test_convolve_is_conv2d(size, kernel, stride, padding, channels, bias):
     random = torch.Generator().manual_seed(0)
 
     def noise(*shape):

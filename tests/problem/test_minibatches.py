@@ -118,7 +118,7 @@ def test_an_epoch_is_a_permutation_without_its_rest():
         assert len(set(used)) == 20
         assert set(used) <= set(shard.tolist())
     assert len({str(epoch) for epoch in epochs}) == 30
-    # what is left over differs, so over the epochs all samples are used
+    # The dropped samples differ, so that over the epochs all samples are used.
     assert {i for epoch in epochs for batch in epoch for i in batch} == set(shard.tolist())
     assert source.position == 120
 

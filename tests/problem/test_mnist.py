@@ -1,4 +1,4 @@
-"""The files of MNIST, their download and their absence."""
+"""MNIST: reading, downloading, and errors of missing or damaged files."""
 
 import fcntl
 import gzip
@@ -44,7 +44,7 @@ def idx_file(name):
 
 
 def check_tiny(dataset):
-    """Is this the content of the tiny files?"""
+    """Assert that a data set has the content of the tiny files."""
     for images, labels, count in (
         (dataset.train_images, dataset.train_labels, 12),
         (dataset.test_images, dataset.test_labels, 5),
@@ -70,7 +70,7 @@ def raw(tmp_path):
 
 @pytest.fixture
 def mirror(monkeypatch):
-    """A server with the tiny files in place of the real mirrors; records what is asked for.
+    """A server with the tiny files in place of the mirrors, which records its requests.
 
     `mirror.broken` holds the names that it truncates, `mirror.delay_s` slows it down.
     """
@@ -129,7 +129,7 @@ def unavailable(root):
 
 
 def leftovers(root):
-    """Everything below the folder but the lock."""
+    """All files and folders below `root` except the lock."""
     return sorted(path.name for path in root.rglob("*") if path.name != ".mnist.lock")
 
 
@@ -199,7 +199,7 @@ def test_a_broken_download_leaves_nothing_behind(tmp_path, mirror):
     check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
 
 
-def test_those_who_wait_report_the_failure_of_the_first(tmp_path, mirror):
+def test_waiting_processes_report_the_failed_download(tmp_path, mirror):
     mirror.delay_s = 1.0  # time enough for all to be waiting
     mirror.broken = {"train-images-idx3-ubyte.gz"}
     with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""Models: the networks that their descriptions say, and one starting point for every run."""
+"""Models against reference implementations, and their initialization."""
 
 import pytest
 import torch

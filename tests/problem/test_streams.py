@@ -1,4 +1,4 @@
-"""Streams: functions of (seed, purpose, keys), different from one another."""
+"""Random streams: functions of (seed, purpose, keys), pairwise independent."""
 
 import hashlib
 from itertools import pairwise
@@ -28,7 +28,7 @@ def test_the_same_name_gives_the_same_stream_whatever_was_drawn_before():
     )
 
 
-def test_every_part_of_the_name_counts():
+def test_streams_depend_on_seed_purpose_and_keys():
     names = [
         (0, "init"),
         (1, "init"),
@@ -64,7 +64,7 @@ class FunctionalDropout(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Skips its layer at random; no dropout anywhere."""
+    """Skips its layer at random; contains no dropout."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ RANDOM = [
 
 
 @pytest.mark.parametrize("make", RANDOM)
-def test_a_random_model_is_found_by_trying_it(make):
+def test_the_probe_finds_random_models(make):
     model, before = make(), torch.get_rng_state()
     assert draws_random_numbers(model, torch.rand(3, 4))
     assert not draws_random_numbers(model.eval(), torch.rand(3, 4))

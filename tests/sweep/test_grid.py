@@ -1,4 +1,4 @@
-"""Grids and command lines, against the runs that they mean, written out by hand."""
+"""Grids and command lines, against their runs, written out by hand."""
 
 from itertools import product
 
@@ -22,7 +22,7 @@ def hydra():
 
 def runs(*arguments):
     return [
-        dict(text.split("=", 1) for text in cell.overrides) for cell in read_sweep(arguments).cells
+        dict(text.split("=", 1) for text in job.overrides) for job in read_sweep(arguments).jobs
     ]
 
 
@@ -64,16 +64,16 @@ def test_figure_1_has_both_panels_and_momentum_sgd():
 
 
 @pytest.mark.parametrize("grid", ["table1", "table1_small", "figure1", "conventions", "smoke"])
-def test_every_grid_is_one_of_valid_runs_with_names_of_their_own(grid):
+def test_every_grid_has_valid_runs_with_distinct_names(grid):
     sweep = read_sweep([f"grid={grid}"])
     check(sweep)
     assert str(sweep.path) == f"runs/{grid}"
-    names = [cell.name for cell in sweep.cells]
+    names = [job.name for job in sweep.jobs]
     assert len(set(names)) == len(names)
     assert len(names) > 1
 
 
-def test_the_command_line_replaces_what_a_grid_says():
+def test_the_command_line_overrides_a_grid():
     found = runs("grid=smoke", "seed=3", "algorithm.lam=range(1,3)", "+data.options.x=1")
     assert [(r["potential"], r["algorithm.lam"], r["seed"]) for r in found] == [
         (potential, lam, "3") for potential, lam in product(["quad", "tan"], ["1", "2"])
@@ -84,37 +84,37 @@ def test_the_command_line_replaces_what_a_grid_says():
 def test_without_a_grid():
     sweep = read_sweep(["potential=quad,tan", "model.options.hidden=[8],[8,8]", "model=mlp"])
     assert str(sweep.path) == "runs/sweep"
-    assert [cell.overrides for cell in sweep.cells] == [
+    assert [job.overrides for job in sweep.jobs] == [
         (f"potential={p}", f"model.options.hidden={h}", "model=mlp")
         for p, h in product(["quad", "tan"], ["[8]", "[8,8]"])
     ]
-    assert [cell.overrides for cell in read_sweep([]).cells] == [()]
+    assert [job.overrides for job in read_sweep([]).jobs] == [()]
 
 
-def test_names_say_what_varies():
+def test_names_hold_the_keys_that_vary():
     sweep = read_sweep(["potential=quad,tan", "algorithm.lam=0.1,0.2", "seed=4"])
-    assert [cell.name for cell in sweep.cells] == [
+    assert [job.name for job in sweep.jobs] == [
         f"potential={p},lam={lam}" for p, lam in product(["quad", "tan"], ["0.1", "0.2"])
     ]
-    (cell,) = read_sweep(["seed=4"]).cells
-    assert cell.name == "run"
+    (job,) = read_sweep(["seed=4"]).jobs
+    assert job.name == "run"
     two = read_sweep(["algorithm.schedule.tau.name=a,b", "algorithm.schedule.sigma.name=c,d"])
-    first = two.cells[0].name
+    first = two.jobs[0].name
     assert first == "algorithm.schedule.tau.name=a,algorithm.schedule.sigma.name=c"
 
 
-def test_names_are_names_of_directories_and_never_the_same():
+def test_names_are_valid_directory_names_and_distinct():
     long = ",".join("x" * 300 + end for end in "ab")
     odd = "'a/b','a-b','../c'"
     for values in (long, odd):
-        names = [cell.name for cell in read_sweep([f"output.name={values}"]).cells]
+        names = [job.name for job in read_sweep([f"output.name={values}"]).jobs]
         assert len(set(names)) == len(names) > 1
         assert all(len(name) <= LONGEST_NAME and "/" not in name for name in names)
         assert not any(name.startswith(".") for name in names)
 
 
-def test_equal_runs_are_one():
-    assert len(read_sweep(["seed=1,1,2"]).cells) == 2
+def test_equal_runs_are_merged():
+    assert len(read_sweep(["seed=1,1,2"]).jobs) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,13 @@ Envelopes are computed here on grids, from the formulas of f and of Table 2 alon
 """
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from consensus import POTENTIALS, Layerwise
-from consensus.theory.descent import VECTORS
 from consensus.theory.stationarity import consensus_residual, prox, worker_residual
-from tests.testing.footprint import growth
 
 F64 = torch.float64
 VALUES = {  # phi(w) of Table 2 with eta = 1, for one coordinate
@@ -73,7 +70,7 @@ def by_brute_force(f, name, u, lam, reach=1.2, points=100_001):
 @pytest.mark.parametrize("lam", [0.02, 0.1])
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_envelope_has_the_gradient_that_13_says(name, function, lam):
+def test_the_gradient_of_the_envelope_is_13(name, function, lam):
     f, _, point = FUNCTIONS[function]
     u = point + np.linspace(-0.05, 0.05, 11)
     h = 1e-6
@@ -82,7 +79,7 @@ def test_the_envelope_has_the_gradient_that_13_says(name, function, lam):
     _, p = by_brute_force(f, name, u, lam)
     slope = (right - left) / (2 * h)
     np.testing.assert_allclose(SLOPES[name](u - p) / lam, slope, rtol=1e-4, atol=1e-4)
-    # And the gradient of the package, at the point that brute force has found.
+    # The gradient of the package at the prox of the brute force.
     w = torch.from_numpy(u - p)[:, None]
     ours = Layerwise(POTENTIALS[name], LINE).grad(w)[:, 0] / lam
     np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=1e-4)
@@ -91,7 +88,7 @@ def test_the_envelope_has_the_gradient_that_13_says(name, function, lam):
 @pytest.mark.parametrize("lam", [0.02, 0.1])
 @pytest.mark.parametrize("function", SMOOTH)
 @pytest.mark.parametrize("name", NAMES)
-def test_prox_finds_what_brute_force_finds(name, function, lam):
+def test_prox_agrees_with_brute_force(name, function, lam):
     f, _, point = FUNCTIONS[function]
     u = point + np.linspace(-0.05, 0.05, 11)
     value, p = by_brute_force(f, name, u, lam)
@@ -157,7 +154,7 @@ def test_cubic_has_no_threshold_where_f_is_concave(lam):
 
 @pytest.mark.parametrize("lam", [0.05, 0.2])
 @pytest.mark.parametrize("name", ["quad", "tan", "log", "log_sep", "tan_sep"])
-def test_a_rank_one_factorization(name, lam):
+def test_rank_one_factorization(name, lam):
     """f(a, b) = (a b - 1)^2 / 2 near (1.2, 0.9), in the plane."""
     phi = Layerwise(POTENTIALS[name], [(0, 2)])
 
@@ -195,8 +192,8 @@ def test_a_rank_one_factorization(name, lam):
 
 @pytest.mark.parametrize("lam", [0.1, 1.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_indicator_of_a_circle(name, lam):
-    """f is 0 on |z| = 1 and infinite elsewhere: prox-regular on the circle, convex nowhere near."""
+def test_indicator_of_a_circle(name, lam):
+    """f is 0 on |z| = 1 and infinite elsewhere: prox-regular on the circle, and not convex."""
 
     def envelope(at):
         low, high = -0.6, 0.9
@@ -221,7 +218,7 @@ def test_the_indicator_of_a_circle(name, lam):
         step = h * np.eye(2)[axis]
         slope = (envelope(u + step)[0] - envelope(u - step)[0]) / (2 * h)
         np.testing.assert_allclose(gradient[axis], slope, rtol=1e-4, atol=1e-4)
-    if not name.endswith("_sep"):  # a radial phi sees distance alone: the nearest point
+    if not name.endswith("_sep"):  # a radial phi depends on the distance alone: the nearest point
         np.testing.assert_allclose(p, u / np.linalg.norm(u), rtol=0, atol=1e-6)
 
 
@@ -248,8 +245,7 @@ def test_a_quadratic_with_quad():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_accuracy_is_how_far_13_is_from_the_gradient_of_f(name):
-    """And what is claimed with a small budget is true of a solution with a large one."""
+def test_the_accuracy_is_the_distance_of_13_to_the_gradient_of_f(name):
     phi = Layerwise(POTENTIALS[name], LINE)
     u = torch.tensor([[1.4]], dtype=F64)
     f = on_line("double well")
@@ -262,7 +258,7 @@ def test_the_accuracy_is_how_far_13_is_from_the_gradient_of_f(name):
     assert bool(prox(f, phi, u, 0.5, tolerance=1e-12).converged)
 
 
-def test_rows_are_problems_of_their_own():
+def test_rows_are_independent_problems():
     phi = Layerwise(POTENTIALS["tan"], LINE)
     u = torch.tensor([[1.6], [0.3], [-1.0]], dtype=F64)  # the last is stationary at once
     f = on_line("double well")
@@ -275,8 +271,8 @@ def test_rows_are_problems_of_their_own():
 
 
 @pytest.mark.parametrize("name", ["tan", "tan_sep", "log", "log_sep"])
-def test_a_force_that_pulls_to_the_boundary_does_not_cross_it(name):
-    """f(z) = -1e6 z: p is next to the boundary, where the force of phi is as strong."""
+def test_a_large_force_does_not_cross_the_boundary(name):
+    """f(z) = -1e6 z: p is near the boundary, where the force of phi is as large."""
     phi = Layerwise(POTENTIALS[name], LINE)
     u = torch.zeros(1, dtype=F64)
 
@@ -303,29 +299,3 @@ def test_residuals_by_hand():
     gradient = torch.tensor([[3.0], [-20.0]], dtype=F64)
     found = worker_residual(gradient, phi, u, z, 0.1)
     np.testing.assert_allclose(found[:, 0], [3.0 - 10.0, -20.0 + 20.0], atol=1e-12)
-
-
-# ---- what it costs
-
-QUADRATIC = """
-import torch
-from consensus import POTENTIALS, Layerwise
-from consensus.theory.stationarity import prox
-n = 2_000_000
-curvature, u = torch.linspace(0.5, 3, n), torch.zeros(n)
-def f(z):
-    d = z - 1e-3
-    gradient = curvature * d
-    return 0.5 * torch.dot(d, gradient), gradient
-phi = Layerwise(POTENTIALS["tan_sep"], [(0, n // 2), (n // 2, n)])
-"""
-PROX = """
-found = prox(f, phi, u, 1.0, tolerance=1e-12, budget=24)
-assert found.evaluations == 24, "its memory of steps was never full"
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how large a process was")
-def test_the_memory_of_a_prox_is_known():
-    assert VECTORS - 8 < growth(QUADRATIC, PROX) / (4 * 2_000_000) <= VECTORS

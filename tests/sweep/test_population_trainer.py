@@ -1,0 +1,212 @@
+"""Population training against separate runs: files, numbers, resume, divergence."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from consensus import train
+from consensus.population import Population
+from consensus.problem import PopulationRisk
+from consensus.sweep.job import Status
+from tests.testing.sweeps import call_sweep, rows
+
+SMOKE = [
+    *("grid=smoke", "potential=tan", "dtype=float64", "algorithm.iterations=120", "device=cpu"),
+    *("output.eval_every=30", "output.checkpoint_every=30", "output.tensorboard=false"),
+]
+GRID = [
+    *("model=logistic", "workers=2", "dtype=float64", "algorithm.iterations=60", "device=cpu"),
+    *("potential=quad,tan", "algorithm.lam=0.1,0.05", "output.eval_every=20"),
+    *("output.checkpoint_every=20", "output.tensorboard=false"),
+]
+FILES = {"config.yaml", "metrics.jsonl", "model.pt", "status.json", "summary.json"}
+NUMBERS = ("objective", "train_loss", "test_loss", "coupling", "regularizer", "distance")
+COUNTS = ("iteration", "epoch", "train_error", "test_error", "cuts_u", "cuts_z")
+
+
+def call_population(*arguments):
+    return call_sweep(*arguments, "sweep.engine=population")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """GRID, trained without a stop: its directory and its output."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = call_population(*GRID, f"sweep.dir={folder}")
+    assert (code, err) == (0, "")
+    return folder, out
+
+
+@pytest.fixture(scope="module")
+def separate(tmp_path_factory):
+    """The rows of one configuration of GRID, trained by `consensus.train`."""
+    folder = tmp_path_factory.mktemp("separate")
+    own = [text for text in GRID if "," not in text]
+    own += ["potential=tan", "algorithm.lam=0.05", f"output.run_dir={folder}"]
+    with mock.patch.object(sys, "argv", ["consensus.train", *own]):
+        train.main()
+    return rows(folder)
+
+
+def require_equal_runs(found, expected):
+    """The rows of a population against those of a separate run, to 1e-9."""
+    assert [set(row) for row in found] == [set(row) for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert [one[key] for key in COUNTS] == [other[key] for key in COUNTS]
+        for key in NUMBERS:
+            assert one[key] == pytest.approx(other[key], rel=1e-9), key
+
+
+@pytest.mark.slow
+def test_both_engines_agree_and_a_stopped_sweep_continues(tmp_path, monkeypatch):
+    """Separate runs, the first of which is stopped and continued, against a population."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def stop():
+        deadline = time.monotonic() + 120
+        while not started and time.monotonic() < deadline:
+            time.sleep(0.02)
+            started.extend(tmp_path.glob("separate/*/metrics.jsonl"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    started = []
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    code, _, err = call_sweep(*SMOKE, "sweep.dir=separate")
+    stopping.join()
+    assert (code, err) == (130, "consensus.sweep: stopped; the same command continues it\n")
+    (first,) = (path.parent for path in started)
+    begun = rows(first)
+    assert len(begun) < 4
+    assert Status.read(first).state == "stopped"
+
+    code, out, err = call_sweep(*SMOKE, "sweep.dir=separate")
+    assert (code, err) == (0, "")
+    assert "\n2 done\n" in out
+    if begun:  # otherwise there may be no checkpoint
+        assert "continues" in (first / "output.txt").read_text()
+    code, out, err = call_population(*SMOKE, "sweep.dir=together")
+    assert (code, err) == (0, "")
+    assert out.count("2 runs of 2 advance together") == 1
+    names = sorted(path.name for path in (tmp_path / "separate").glob("*lam=*"))
+    assert len(names) == 2
+    for name in names:
+        apart = rows(tmp_path / "separate" / name)
+        assert [row["iteration"] for row in apart] == [30, 60, 90, 120]
+        require_equal_runs(rows(tmp_path / "together" / name), apart)
+    losses = {rows(tmp_path / "together" / name)[-1]["train_loss"] for name in names}
+    assert len(losses) == 2
+
+
+def test_a_population_leaves_the_files_of_separate_runs(whole):
+    folder, out = whole
+    assert "\n4 done\n" in out
+    assert out.count("2 runs of 2 advance together") == 2  # one population for each potential
+    for potential, lam in (("quad", "0.1"), ("quad", "0.05"), ("tan", "0.1"), ("tan", "0.05")):
+        run_dir = folder / f"potential={potential},lam={lam}"
+        assert {path.name for path in run_dir.iterdir() if path.name[0] != "."} == FILES
+        state = torch.load(run_dir / "model.pt", weights_only=True)
+        assert sum(value.numel() for value in state.values()) == 7850
+        environment = json.loads((run_dir / "summary.json").read_text())["environment"]
+        assert (environment["workers"], environment["population"]) == (2, 2)
+        assert f"\ngradients {environment['gradients']}\n" in out
+    assert not list((folder / ".population").glob("*"))
+    code, out, _ = call_population(*GRID, f"sweep.dir={folder}")  # nothing is left to do
+    assert code == 0
+    assert "advance" not in out
+
+
+def test_a_population_has_the_numbers_of_separate_runs(whole, separate):
+    require_equal_runs(rows(whole[0] / "potential=tan,lam=0.05"), separate)
+
+
+def test_measured_gradients_have_the_numbers_of_separate_runs(separate, tmp_path):
+    arguments = [*GRID, "potential=tan", "sweep.gradients=measure", f"sweep.dir={tmp_path}"]
+    code, out, err = call_population(*arguments)
+    assert (code, err) == (0, "")
+    run_dir = tmp_path / "lam=0.05"
+    require_equal_runs(rows(run_dir), separate)
+    environment = json.loads((run_dir / "summary.json").read_text())["environment"]
+    assert f"\ngradients {environment['gradients']}\n" in out
+
+
+def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkeypatch):
+    step = Population.step
+
+    def stopping(self, t):
+        step(self, t)
+        if t == 33 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Population, "step", stopping)
+    code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
+    assert code == 130
+    assert err == "consensus.sweep: stopped; the same command continues it\n"
+    first = tmp_path / "potential=quad,lam=0.1"
+    assert Status.read(first).state == "stopped"
+    assert [row["iteration"] for row in rows(first)] == [20]
+    code, out, err = call_population(*GRID, f"sweep.dir={tmp_path}")
+    assert (code, err) == (0, "")
+    assert "continues 2 runs at iteration 34" in out
+    assert [row["iteration"] for row in rows(first)] == [20, 40, 60]
+    found, expected = (
+        {path.name: rows(path)[-1]["digest"] for path in folder.glob("potential=*")}
+        for folder in (tmp_path, whole[0])
+    )
+    assert found == expected
+    assert len(set(expected.values())) == 4
+
+
+def test_diverged_members_fail_and_the_others_continue(tmp_path):
+    wild = [*GRID, "potential=quad", "algorithm.lam=0.1,1e-20", "algorithm.sigma=0.005,1e19"]
+    code, out, err = call_population(*wild, f"sweep.dir={tmp_path}")
+    assert code == 1
+    assert err.startswith("consensus.sweep: 3 of 4 runs are not done")
+    assert "failed  lam=1e-20,sigma=1e+19" in out
+    assert "became non-finite, by iteration 20 at the latest" in out
+    assert Status.read(tmp_path / "lam=0.1,sigma=0.005").state == "done"
+
+
+def test_throughput_excludes_evaluations(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def now():
+        clock[0] += 1e-3
+        return clock[0]
+
+    evaluate = PopulationRisk.evaluate
+
+    def slowly(self, *arguments):
+        clock[0] += 1000.0
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr("consensus.sweep.population_trainer.time.perf_counter", now)
+    monkeypatch.setattr(PopulationRisk, "evaluate", slowly)
+    own = ["potential=quad", "algorithm.lam=0.1", f"sweep.dir={tmp_path}"]
+    code, _, _ = call_population(*GRID, *own)
+    assert code == 0
+    found = rows(tmp_path / "run")
+    assert [row["wall_s"] > 1000 * 2 * i for i, row in enumerate(found)] == [True] * 3
+    assert all(row["samples_per_s"] > 20 * 2 * 20 / 100 for row in found)
+
+
+def test_an_impossible_gradient_method_is_refused_in_one_line(tmp_path, monkeypatch):
+    def cannot(*_):
+        raise RuntimeError("vmap: no\nmore")
+
+    monkeypatch.setattr("consensus.problem.population_risk._seconds_of", cannot)
+    own = ["sweep.gradients=products", f"sweep.dir={tmp_path}"]
+    code, _, err = call_population(*GRID, *own)
+    assert code == 2
+    assert err == (
+        "consensus.sweep: `sweep.gradients` is products; allowed here: one_by_one (vmap: no)\n"
+    )
