@@ -49,7 +49,7 @@ PROCESSES_OF_PERIOD = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Measured quantities.
 
     Attributes:
         sizes: Values of n.

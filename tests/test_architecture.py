@@ -1,4 +1,4 @@
-"""Who may import whom: imports go downhill, and few modules import torch.distributed."""
+"""The table of imports: they go downhill, and few modules import torch.distributed."""
 
 import ast
 from pathlib import Path
@@ -52,7 +52,7 @@ MAY_IMPORT_DISTRIBUTED = {
 
 
 def violations(package: Path) -> list[str]:
-    """What the modules of a package tree import against the table, one sentence each."""
+    """Imports of a package tree that the table forbids, one sentence each."""
     found = []
     for path in sorted(package.rglob("*.py")):
         parts = ["consensus", *path.relative_to(package).with_suffix("").parts]

@@ -48,7 +48,7 @@ def part_of(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Where each parameter and each layer of a module lies in its flat vector.
+    """The places of the parameters and layers of a module in its flat vector.
 
     Attributes:
         parameter_names: Qualified names, in the order of `module.named_parameters()`.

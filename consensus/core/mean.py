@@ -92,7 +92,7 @@ def _newton(phi: Layerwise, w: Tensor, force: Tensor, total: Reduce) -> Tensor:
     """The direction -H^-1 force, H the Hessian of the sum; a descent direction. (n,)."""
     if isinstance(phi.size, Separable):
         diagonal = total(phi.hvp(w, torch.ones_like(w)).sum(0))
-        # Where the curvature vanishes, as that of |x|^3 at 0, so does the force.
+        # The force vanishes with the curvature, as that of |x|^3 at 0.
         return torch.where(diagonal > 0, -force / diagonal, 0.0)
     # Per layer H is a multiple of the identity and one direction for each point: conjugate
     # gradients need as many steps as there are points. Solved as accurately as Newton needs it.

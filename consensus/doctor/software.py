@@ -17,7 +17,7 @@ from consensus.run.compose import config_dir
 
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn")
 MUST_AGREE = ("python", "torch", "cuda", "nccl", "consensus")
-"""Where ranks that differ in it may hang, or hold different bits of u."""
+"""Versions that must be equal on all ranks: others may hang or give different bits of u."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 

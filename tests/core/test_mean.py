@@ -53,7 +53,7 @@ def prox_by_bisection(name, b, step, eta):
             return rho + 2.0 * step / eta**2 * SLOPES[name](rho * rho) * rho - r
 
         high = min(r, top * (1 - 1e-16))
-        # Where it is below 0 even there, the root lies between the two largest numbers inside.
+        # If it is below 0 even there, the root lies between the two largest numbers inside.
         rho = high if f(high) <= 0 else brentq(f, 0.0, high, xtol=1e-300, rtol=1e-15)
         w[part] = b[part] * (rho / r) if r else 0.0
     return w

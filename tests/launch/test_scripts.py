@@ -112,7 +112,7 @@ def test_wheel_holds_the_package_the_configs_and_the_commands(tmp_path):
 
 # ---- scripts/setup, with stand-ins for python, pip and uv that only note how they were called
 
-# What the scripts themselves may use, and what the stand-ins use besides.
+# Programs that the scripts and the stand-ins may use.
 TOOLS = ["bash", "cat", "dirname", "flock", "grep", "ls", "mkdir", "mv", "rm", "sed", "sha256sum"]
 STUB_TOOLS = ["chmod", "env", "sleep"]
 
@@ -193,7 +193,7 @@ class Checkout:
         return process.returncode, out, err
 
     def calls(self) -> list[str]:
-        """What the stand-ins were asked to do since the last time."""
+        """The calls of the stand-ins since the last time."""
         lines = self.log.read_text().splitlines()
         self.log.write_text("")
         return lines
@@ -303,7 +303,7 @@ def test_setup_without_any_python(checkout):
 
 
 def command_of(cwd: Path, processes: int, *overrides: str, omp: str = "1") -> str:
-    """What the stand-in python prints when it is started as it should be."""
+    """The output of the stand-in python when it is started correctly."""
     run = "-m torch.distributed.run --standalone"
     rest = " ".join(["-m consensus.train", *overrides])
     return f"cwd={cwd} omp={omp} {run} --nproc-per-node={processes} {rest}\n"

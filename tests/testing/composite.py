@@ -101,7 +101,7 @@ every_phi = pytest.mark.parametrize("name", PHI)
 
 
 def linear_solution():
-    """Where the gradient of F vanishes."""
+    """The point at which the gradient of F vanishes."""
     k = 2.0 / LAM
     h = np.block([[ALPHA * np.eye(N) + k * A.T @ A, -k * A.T], [-k * A, (BETA + k) * np.eye(M)]])
     x = np.linalg.solve(h, np.concatenate([ALPHA * C, BETA * B]))

@@ -158,7 +158,7 @@ def context(folder: Path) -> list[str]:
 
 
 def copied(source: str, files: list[str]) -> dict[str, str]:
-    """What `COPY source .` brings: from paths in the context to paths below the destination."""
+    """Files of `COPY source .`: paths in the context -> paths below the destination."""
     source = source.rstrip("/")
     if source in files:
         return {source: Path(source).name}

@@ -111,7 +111,7 @@ class Cluster:
         self.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30.0)
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        """What a command prints. Raises CalledProcessError, with what it said, if it fails."""
+        """The output of a command. Raises CalledProcessError, with its output, if it fails."""
         done = subprocess.run(
             command, env=self.environment, cwd=cwd, text=True, capture_output=True, check=False
         )

@@ -207,7 +207,7 @@ def finish(
                     c += tl.load(numbers + 5) * factor
                 wd = -(wx + c * ww)
                 dd = xx + 2.0 * c * wx + c * c * ww
-                # What cancels here was summed in the dtype of the vectors.
+                # The terms that cancel were summed in the dtype of the vectors.
                 lengths = tl.sqrt(xx) + tl.abs(c) * tl.sqrt(ww)
                 limit -= 16.0 * tl.load(numbers + 2) * scale2 * lengths * lengths
             a, b, c0 = scale2 * dd, scale2 * wd, scale2 * ww - limit
