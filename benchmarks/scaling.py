@@ -49,7 +49,7 @@ PROCESSES_OF_PERIOD = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Measured quantities.
+    """Points of the measurement.
 
     Attributes:
         sizes: Values of n.
