@@ -42,12 +42,15 @@ MAY_IMPORT = {
     "consensus.doctor": {"comm", "run", "core", "problem", "server", "algorithm", "theory"},
 }
 
-# Processes communicate in comm/ alone. The doctor checks the network through a key-value store,
-# before a process group can be opened.
+# Processes communicate in comm/ alone. Checkpoints use torch's file format. The doctor checks the
+# network through a key-value store, before a process group can be opened.
 MAY_IMPORT_DISTRIBUTED = {
     "consensus.comm.rendezvous": "torch.distributed",
     "consensus.comm.process_group": "torch.distributed",
     "consensus.doctor.exchange": "torch.distributed",
+    "consensus.private_api": "torch.distributed.checkpoint",
+    "consensus.run.checkpoint.reader": "torch.distributed.checkpoint",
+    "consensus.run.checkpoint.writer": "torch.distributed.checkpoint",
 }
 
 

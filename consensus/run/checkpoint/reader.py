@@ -3,11 +3,10 @@
     checkpoints/00000500/   manifest.json       index: iteration, place of each tensor, and hash of
                                                 every other file
                             config.yaml         the run
-                            __RANK_0.distcp     the tensors, each written by torch.save
+                            __RANK_0.distcp     the tensors, written by torch.distributed.checkpoint
 
 The tensors are keyed by worker (`worker/3/z`), not by rank, so any number of processes can read
-them. The files are those of torch.distributed.checkpoint but for its index: `.metadata`, a pickle,
-is neither written nor read.
+them. The index is JSON: torch's own, `.metadata`, is a pickle, and is neither written nor read.
 
 Data flow of a read: the manifest (its own digest, then the format), the hash of every file, keys,
 shapes and dtypes, the tensors by torch.load(weights_only=True), and finally the digest of u. A
@@ -19,22 +18,31 @@ Everything outside a checkpoint is a function of its content: shuffles, minibatc
 """
 
 import hashlib
-import io
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.comm import Group, GroupError
+from consensus.private_api import storage_info
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, DamagedError, Manifest, Place, brief
 from consensus.run.checks import ConfigError
 
+# torch.distributed.checkpoint is imported where it is used, because it imports sympy. That takes
+# two seconds, which a refused command, `--help` or a run without checkpoints need not wait for.
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 FOLDER = "checkpoints"
 _NAME = re.compile(r"\d{8,}")
+
+# With one process there is no process group, and torch warns about it at each call.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 def file_digest(path: Path) -> tuple[int, str]:
@@ -137,45 +145,60 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
     Raises:
         GroupError: On this rank alone, if a tensor is missing, or has another shape or dtype.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_into
+
     fresh = {
         key: torch.empty_like(value, device="cpu").contiguous() for key, value in state.items()
     }
+    wanted = by_worker(fresh, workers)
     try:
         held = Manifest.read(checkpoint).tensors
-        for key, tensor in by_worker(fresh, workers).items():
-            if key not in held:
-                raise GroupError(f"checkpoint {checkpoint} lacks {key}")
-            needed = f"{tuple(tensor.shape)} {tensor.dtype}"
-            found = f"{held[key].shape} {held[key].dtype}"
-            if found == needed:
-                value = _read(checkpoint, held[key])
-                found = f"{tuple(value.shape)} {value.dtype}"
-            if found != needed:
-                raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
-            tensor.copy_(value)
     except (DamagedError, ConfigError) as error:
         raise GroupError(f"checkpoint {checkpoint}: {error}") from error
+    for key, tensor in wanted.items():
+        if key not in held:
+            raise GroupError(f"checkpoint {checkpoint} lacks {key}")
+        found = f"{held[key].shape} {held[key].dtype}"
+        needed = f"{tuple(tensor.shape)} {tensor.dtype}"
+        if found != needed:
+            raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
+    index = _index({key: (tensor, held[key]) for key, tensor in wanted.items()})
+
+    class Reader(FileSystemReader):
+        """torch's reader with the index of the manifest, instead of a pickle."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> "Metadata":
+            return index
+
+    try:
+        load_into(wanted, storage_reader=Reader(checkpoint), no_dist=True)
+    except CheckpointException as error:
+        raise GroupError(f"checkpoint {checkpoint}: {first_failure(error.failures)[1]}") from error
     return fresh
 
 
-def _read(checkpoint: Path, place: Place) -> Tensor:
-    """The tensor at a place.
+def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
+    """The index of these tensors in the form of torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
 
-    Raises:
-        DamagedError: If the content is no tensor. It is not executed.
-    """
-    try:
-        with (checkpoint / place.file).open("rb") as file:
-            file.seek(place.offset)
-            content = io.BytesIO(file.read(place.length))
-        value = torch.load(content, map_location="cpu", weights_only=True)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"it is of type {type(value).__name__}")
-    except Exception as error:  # the unpickler may raise anything
-        raise DamagedError(
-            f"{place.file} has no tensor at {place.offset} ({brief(error)})"
-        ) from error
-    return value
+    tensors: dict[str, Any] = {}
+    places = {}
+    for key, (tensor, place) in wanted.items():
+        start = torch.Size([0] * tensor.dim())
+        chunk = ChunkStorageMetadata(start, tensor.shape)
+        properties = TensorProperties.create_from_tensor(tensor)
+        tensors[key] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+        info = storage_info(place.file, place.offset, place.length)
+        places[MetadataIndex(key, start)] = info
+    return Metadata(tensors, storage_data=places)
 
 
 def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
@@ -188,3 +211,9 @@ def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
         else:
             rows[key] = value
     return rows
+
+
+def first_failure(failures: Mapping[int, tuple[BaseException, Any]]) -> tuple[int, str]:
+    """Rank and cause of the first failure in a CheckpointException, which collects all ranks."""
+    rank, (cause, _) = sorted(failures.items())[0]
+    return rank, brief(cause)

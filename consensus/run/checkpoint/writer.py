@@ -1,16 +1,14 @@
 """Writing checkpoints in the background; a checkpoint appears complete or not at all.
 
 Data flow: the training thread copies the state to the CPU and continues. A second thread, over a
-group of its own, compares the digests of u, writes every rank's tensors, hashes the files, writes
-the manifest, syncs, and renames
+group of its own, compares the digests of u, passes every rank's tensors to
+torch.distributed.checkpoint, hashes the files, writes the manifest, syncs, and renames
 
     checkpoints/.00000500.tmp  ->  checkpoints/00000500
 
 so a name without a dot is a complete checkpoint, at whatever time the run is killed.
 """
 
-import io
-import os
 import shutil
 import threading
 import time
@@ -18,24 +16,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.atomic_files import sync, write_whole
-from consensus.comm import Group, GroupError
+from consensus.comm import Group, GroupError, ProcessGroup
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, as_hex, brief
 from consensus.run.checkpoint.reader import (
     FOLDER,
     by_worker,
     file_digest,
+    first_failure,
     list_checkpoints,
 )
 from consensus.run.config import Config
-
-Files = dict[str, tuple[int, str]]
-"""Name -> bytes and SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,8 @@ class CheckpointWriter:
                     shutil.rmtree(aside, ignore_errors=True)
                     aside.mkdir(parents=True)
                     (aside / CONFIG).write_bytes(self.config)
-            files, tensors = self._save(aside, final)
+            tensors = self._save(aside, final)
+            files = self._hash(aside, final)
             with self._together(final):
                 if first:
                     self.before_publish()
@@ -173,28 +171,61 @@ class CheckpointWriter:
             problem = brief(error)
         self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
 
-    def _save(self, aside: Path, final: Path) -> tuple[Files, dict[str, Place]]:
-        """Write and hash the files. Returns those of all ranks, and the places of all tensors."""
-        side, places = self.side, {}
-        tensors = aside / f"__{side.rank}_0.distcp"
+    def _save(self, aside: Path, final: Path) -> dict[str, Place]:
+        """Write the tensors of every rank. Returns their places, on rank 0."""
+        # Imported here: see reader.py.
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        places: dict[str, Place] = {}
+
+        class Writer(FileSystemWriter):
+            """torch's writer without its index, a pickle; the places go to the manifest."""
+
+            def write_data(self, plan: Any, planner: Any) -> Any:
+                try:
+                    return super().write_data(plan, planner)
+                except RuntimeError as error:  # torch.save hides the OSError
+                    cause = error.__context__
+                    raise cause if isinstance(cause, OSError) else error from error
+
+            def finish(self, metadata: Any, results: Any) -> None:
+                for written in (item for of_rank in results for item in of_rank):
+                    tensor = metadata.state_dict_metadata[written.index.fqn]
+                    where = written.storage_data
+                    places[written.index.fqn] = Place(
+                        str(tensor.properties.dtype),
+                        tuple(tensor.size),
+                        where.relative_path,
+                        where.offset,
+                        where.length,
+                    )
+
+        side = self.side
+        try:
+            save(
+                by_worker(self._copy, self.workers),
+                storage_writer=Writer(aside, sync_files=True),
+                process_group=side.handle if isinstance(side, ProcessGroup) else None,
+                no_dist=not isinstance(side, ProcessGroup),
+            )
+        except CheckpointException as error:  # a BaseException, on all ranks alike
+            rank, why = first_failure(error.failures)
+            raise GroupError(f"rank {rank}: cannot write checkpoint {final}: {why}") from error
+        return places
+
+    def _hash(self, aside: Path, final: Path) -> dict[str, tuple[int, str]]:
+        """Bytes and SHA-256 of every file, divided between the ranks."""
+        side = self.side
+        names = side.share(sorted(path.name for path in aside.iterdir()))
+        mine: dict[str, tuple[int, str]] = {}
         with self._together(final):
-            with tensors.open("wb") as file:
-                for key, tensor in by_worker(self._copy, self.workers).items():
-                    if side.rank == 0 or key.startswith("worker/"):  # the rest is replicated
-                        content = io.BytesIO()
-                        torch.save(tensor.clone(), content)  # a view would bring its whole storage
-                        offset, length = file.tell(), file.write(content.getbuffer())
-                        shape = tuple(tensor.shape)
-                        places[key] = Place(str(tensor.dtype), shape, tensors.name, offset, length)
-                file.flush()
-                os.fsync(file.fileno())
-            paths = [tensors, aside / CONFIG] if side.rank == 0 else [tensors]
-            files = {path.name: file_digest(path) for path in paths}
-        of_ranks = side.gather_objects((files, places))
-        return (
-            {name: facts for files, _ in of_ranks for name, facts in files.items()},
-            {key: place for _, places in of_ranks for key, place in places.items()},
-        )
+            mine = {name: file_digest(aside / name) for name in names[side.rank :: side.size]}
+        files: dict[str, tuple[int, str]] = {}
+        for part in side.gather_objects(mine):
+            files |= part
+        return files
 
     def _publish(self, aside: Path, final: Path) -> None:
         """Publish the checkpoint and remove old ones, on rank 0."""

@@ -35,7 +35,6 @@ from tests.testing.checkpoints import (
     bits,
     block,
     damaged,
-    described,
     empty,
     forge,
     grow,
@@ -63,22 +62,6 @@ def test_every_layout_reads_the_checkpoints_of_every_layout(ranks, config, tmp_p
             workers = range(rank * each, (rank + 1) * each)
             assert states == [bits(make_state(workers, 500, dtype))] * len(SIZES)
             assert digests == [[answers[0][1][0][0]] * size] * len(SIZES)
-
-
-def test_files_of_torch_distributed_checkpoint_are_read(config, good):
-    """Earlier versions wrote the tensors with it. Its index, a pickle, was left out."""
-    import torch.distributed.checkpoint as dcp
-
-    folder, state = good.parent / "torch", make_state(range(M), 9)
-    dcp.save(by_worker(state, range(M)), checkpoint_id=folder, no_dist=True)
-    manifest = json.loads((good / "manifest.json").read_bytes())
-    for index, place in dcp.FileSystemReader(folder).read_metadata().storage_data.items():
-        assert place.relative_path == "__0_0.distcp"
-        manifest["tensors"][index.fqn] |= {"offset": place.offset, "length": place.length}
-    shutil.copy(folder / "__0_0.distcp", good)
-    manifest["files"]["__0_0.distcp"] = described(good / "__0_0.distcp")
-    sign(good, manifest)
-    assert restore(Solo(), [good])[0] == [bits(state)]
 
 
 # ---- damage
