@@ -285,7 +285,7 @@ def open_sides(group, folder):
             values.append(side.share(dist.get_rank()))
             rows.close()
             del side
-            assert gloo_threads_after(threads) == threads
+            assert gloo_threads_after(threads) <= threads  # those of the job before may end too
         some = dist.new_group([1, 3])  # of all ranks: torch's count of groups is still the same
         if dist.get_rank() in (1, 3):  # last: now it is not
             side = ProcessGroup(some, CPU, 60.0).side()
