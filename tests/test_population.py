@@ -288,7 +288,7 @@ def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, pot
 
     def choose_kernel(phi, like, configurations):
         assert phi.scale.numel() == configurations == len(like)
-        made.append(Triton(phi, like, block=2048))
+        made.append(Triton(phi, like, block=16384))
         return made[-1]
 
     monkeypatch.setattr("consensus.population.choose_kernel", choose_kernel)

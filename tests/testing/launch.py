@@ -1,22 +1,16 @@
-"""A launcher for tests: real ranks without torchrun, which start in milliseconds.
-
-Starting a process costs 5 s of CPU for imports. Here one server process (multiprocessing's
-forkserver) imports all modules once and forks the ranks. Forking a process with threads would be
-unsound; this one has none, and every rank checks that first.
+"""A launcher for tests: real ranks without torchrun, forked from fork_server.py in milliseconds.
 
 `Ranks` replaces torchrun: it holds the store of the rendezvous on a port that the kernel chose,
 sets the environment of each rank, and kills the processes that are left. Unlike torchrun it does
 not end the others when a rank fails, as in a job over several nodes.
 """
 
-import functools
 import multiprocessing
 import os
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
@@ -25,16 +19,8 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-PRELOAD = [
-    "consensus.train",
-    "hydra.core.override_parser.overrides_parser",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "sklearn.datasets",
-    "sklearn.model_selection",
-    "torch._inductor",  # torch.use_deterministic_algorithms imports it
-    "torch.utils.tensorboard",
-]
+from tests.testing import fork_server
+
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -81,7 +67,7 @@ class Ranks:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store of this process outlives rank 0
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
         }
-        context = _server()
+        context = fork_server.context()
         try:
             for rank in range(size):
                 place = {
@@ -176,25 +162,6 @@ class Ranks:
         return path.read_text(errors="replace") if path.exists() else ""
 
 
-@functools.cache
-def _server() -> Any:
-    """Start the fork server. Returns its multiprocessing context."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    # It reads its path and its number of threads from the environment at its start.
-    born = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    before = {name: os.environ.get(name) for name in born}
-    os.environ |= born
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-    return context
-
-
 def _be_rank(
     overrides: list[str], cwd: Path, environment: dict[str, str], files: list[Path]
 ) -> None:
@@ -202,9 +169,7 @@ def _be_rank(
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(handle, number)
         os.close(handle)
-    threads = os.listdir(f"/proc/{os.getppid()}/task")
-    assert len(threads) == 1, f"the server has {len(threads)} threads: forks of it are unsound"
-    assert set(sys.modules) >= set(PRELOAD), "the server has not imported what it should have"
+    fork_server.check()
     threading.Thread(target=_end_with_the_tests, name="end-with-the-tests", daemon=True).start()
     torch.set_num_threads(1)
     os.environ.clear()

@@ -1,11 +1,10 @@
 """Pool of rank processes for tests: real processes with a real Gloo group.
 
-A pool keeps its processes, since importing torch costs seconds in each. Every job opens a new group
-of the size it needs over a file store (ports race), runs a function on every rank, and returns each
-rank's value or traceback. Assertions belong in the test, where pytest explains them.
+A pool keeps its processes, which fork_server.py forks. Every job opens a new group of the size it
+needs over a file store (ports race), runs a function on every rank, and returns each rank's value
+or traceback. Assertions belong in the test, where pytest explains them.
 """
 
-import multiprocessing
 import time
 import traceback
 import uuid
@@ -18,6 +17,9 @@ from typing import Any
 import torch
 
 from consensus.comm import Launch, open_group
+from tests.testing import fork_server
+
+OTHERS_S = 2.0  # between the first failure and those that follow from it
 
 
 class RankError(AssertionError):
@@ -34,7 +36,6 @@ class RankPool:
     """Processes that wait for jobs; after a failure they are replaced at the next job."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")  # fork and torch's threads do not mix
         self._ranks: list[_Rank] = []
 
     def run(
@@ -48,7 +49,7 @@ class RankPool:
         """function(group, *args) on ranks 0 .. size - 1; their return values, by rank.
 
         Raises:
-            RankError: At the first rank that fails; the rest are killed.
+            RankError: If a rank fails; with what the others said of it. All are killed.
         """
         while len(self._ranks) < size:
             self._ranks.append(self._start())
@@ -56,12 +57,18 @@ class RankPool:
         for rank in range(size):
             self._ranks[rank].pipe.send((function, args, rank, size, str(store), timeout))
         answers: dict[int, Any] = {}
+        errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout
-        while len(answers) < size:
-            waiting = {self._ranks[r].pipe: r for r in range(size) if r not in answers}
+        while len(answers) + len(errors) < size:
+            waiting = {
+                self._ranks[r].pipe: r for r in range(size) if r not in answers and r not in errors
+            }
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(f"ranks {sorted(waiting.values())} gave no answer in {timeout} s")
+                if not errors:
+                    late = sorted(waiting.values())
+                    errors[late[0]] = f"ranks {late} gave no answer in {timeout} s"
+                break
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
@@ -69,10 +76,17 @@ class RankPool:
                 except EOFError:
                     self._ranks[rank].process.join(10.0)
                     code = self._ranks[rank].process.exitcode
-                    self._fail(f"rank {rank} died with exit code {code}")
-                if kind == "error":
-                    self._fail(f"rank {rank} raised:\n{answer}")
-                answers[rank] = answer
+                    errors[rank] = f"rank {rank} died with exit code {code}"
+                else:
+                    if kind == "error":
+                        errors[rank] = f"rank {rank} raised:\n{answer}"
+                    else:
+                        answers[rank] = answer
+            if errors:  # the cause may be on a rank that says so a little later
+                deadline = min(deadline, time.monotonic() + OTHERS_S)
+        if errors:
+            self.close()  # a rank that waits in a collective for the failed one cannot be reused
+            raise RankError("\n".join(errors.values()))
         return [answers[rank] for rank in range(size)]
 
     def close(self) -> None:
@@ -83,19 +97,17 @@ class RankPool:
             rank.pipe.close()
         self._ranks.clear()
 
-    def _fail(self, message: str) -> None:
-        self.close()  # a rank that waits in a collective for the failed one cannot be reused
-        raise RankError(message)
-
     def _start(self) -> _Rank:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        context = fork_server.context()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         return _Rank(process, ours)
 
 
 def _serve(pipe: Connection) -> None:
+    fork_server.check()
     torch.set_num_threads(1)  # the ranks share the cores
     while True:
         try:
