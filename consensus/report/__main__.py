@@ -2,17 +2,19 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
+from consensus.records import Row, cells, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
-from consensus.report.render import comparison_table, screen_tables
-from consensus.report.runs import comparable_runs, find_runs, is_run, read_all
+from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, read_all
 from consensus.report.stationarity import measured, stationarity_table, verdict
-from consensus.report.table1 import table1
+from consensus.report.table1 import HEADINGS, Record, of_the_paper, show_mean, table1
 
 MOST_RUNS_ON_SCREEN = 40
 
@@ -44,13 +46,7 @@ def main() -> None:
 
 
 def report(named: Sequence[Path], figure: Path | None = None, folder: Path | None = None) -> None:
-    """Compare runs on the screen and in files.
-
-    Args:
-        named: Runs and folders of runs.
-        figure: The figure of all runs; None: report.png in the first path.
-        folder: For Table 1 and Figure 1; None: report/ in the first path, if that is a folder of
-            runs.
+    """Compare runs, or those in folders, on the screen and in files; see `main` for the arguments.
 
     Raises:
         ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.
@@ -62,22 +58,19 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
     runs = comparable_runs(paths, metrics)
     if folder is not None and not runs:
         raise ValueError("`--folder` needs two or more runs that differ in their config.yaml")
-    if folder is None and not is_run(first):
+    if folder is None and runs and not is_run(first):
         folder = first / "report"
     figure = figure or first / "report.png"
     evaluated = {label: rows for label, rows in metrics.items() if rows}
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
     draw_convergence(evaluated, figure)
-    if runs and folder is not None:
+    if folder is not None:
         write_report(runs, folder, [path.resolve().name for path in named])
     console = Console(soft_wrap=True, highlight=False)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False)
-
+    say = partial(console.print, markup=False)
     console.print(comparison_table(shown))
     if len(shown) < len(evaluated):
-        where = f": {folder}/runs.csv, and {folder}/table1.csv" if runs and folder else ""
+        where = f": {folder}/runs.csv, and {folder}/table1.csv" if folder else ""
         say(f"and {len(evaluated) - len(shown)} more runs{where}")
     if len(evaluated) < len(metrics):
         say(f"{len(metrics) - len(evaluated)} without an evaluation")
@@ -97,6 +90,40 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
             say(f"{label}: {verdict(rows)}")
         say(f"stationarity in {second}")
     say(f"figure in {figure}")
+
+
+def comparison_table(runs: Mapping[str, Sequence[Row]]) -> Table:
+    """The last evaluation of each run."""
+    return text_table(
+        "last evaluation of each run",
+        [["run", *headings()], *([label, *cells(rows[-1])] for label, rows in runs.items())],
+        left=("run",),
+        first_width=min(max(map(len, runs), default=0), 16),
+    )
+
+
+def screen_tables(records: Sequence[Record]) -> list[Table]:
+    """Both parts of Table 1, the paper's numbers in brackets and hyperparameters as overrides."""
+    first = [["potential", *HEADINGS.values(), "finished / not"]]
+    second = [["potential", "seeds", HEADINGS["test_error"], HEADINGS["test_loss"], "with"]]
+    for r in records:
+        lowest = [
+            show_mean(r.lowest[key], key) + (f" ({r.paper[key]})" if key in r.paper else "")
+            for key in RESULTS
+        ]
+        first.append([r.label, *lowest, f"{r.finished} / {r.others}"])
+        means = [show_mean(r.at_best[key], key) for key in ("test_error", "test_loss")]
+        chosen = " ".join(f"{k}={v}" for k, v in r.chosen.items() if v is not None)
+        seeds, chosen = (r.best.seeds, chosen) if r.best else ("-", "-")
+        second.append([r.label, seeds, *means, chosen])
+    title = "Table 1: the lowest of each column by itself"
+    title += " (the paper's)" if of_the_paper(records) else ""
+    width = max(len(r.label) for r in records)
+    left = ("potential", "with")
+    return [
+        text_table(title, first, left=left, first_width=width),
+        text_table("the best in test error", second, left=left, first_width=width),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The folder of a report: Table 1, the figures, runs.csv, and report.md, which contains them."""
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +11,26 @@ from consensus import records
 from consensus.atomic_files import write_whole
 from consensus.records import Row
 from consensus.report.plots import draw_stationarity, draw_table1
-from consensus.report.render import csv_text, escape, markdown_table, table1_csv, table1_markdown
-from consensus.report.runs import Run, varying
+from consensus.report.runs import RESULTS, Run, varying
 from consensus.report.stationarity import measured, stationarity_cells, verdict
-from consensus.report.table1 import show, table1
+from consensus.report.table1 import HEADINGS, Mean, Record, of_the_paper, show, show_mean, table1
 
+LAST_EVALUATION = (
+    "The last evaluation of each run counts, if the run finished and did not diverge. Seeds of one "
+    "configuration are one entry, mean ± sample standard deviation."
+)
+PART_ONE = (
+    "The lowest value of each column by itself, over all configurations of a potential, as in the "
+    "paper's Table 1: the numbers of a row may come from different configurations."
+)
+FROM_THE_PAPER = (
+    " Columns `paper`: copied from the paper's Table 1 as printed, best over 72 settings for each "
+    "potential; `-`: not copied."
+)
+PART_TWO = (
+    "For each potential, the configuration with the lowest test error (on ties, the lowest test "
+    "loss), and its values of the keys that differ between the runs."
+)
 STATIONARITY = (
     "The last measurement of each run, for the lam of its problem. f_j is the expected minibatch "
     "loss of worker j plus R, its force grad phi(u - z_j) / lam. |sum grad e f_j (u)| is 0 where u "
@@ -33,12 +50,10 @@ DEFINITIONS = {
 
 
 def write_report(runs: Sequence[Run], folder: Path, sources: Sequence[str]) -> None:
-    """Write table1.md, table1.csv, runs.csv, the figures and report.md.
+    """Write table1.md, table1.csv, runs.csv, the figures and report.md of two or more runs.
 
-    Args:
-        runs: Two runs or more.
-        folder: Created if absent; files of these names are replaced.
-        sources: Names of the folders that hold the runs.
+    Creates the folder if it is absent, and replaces files of these names. The sources are the names
+    of the folders that hold the runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = table1(runs)
@@ -48,12 +63,133 @@ def write_report(runs: Sequence[Run], folder: Path, sources: Sequence[str]) -> N
     if analysed:
         draw_stationarity(analysed, folder / "stationarity.png")
     for name, text in {
-        "table1.md": f"# Table 1\n\n{tables}",
+        "table1.md": f"# Table 1\n\n{tables}\n\n",
         "table1.csv": table1_csv(lines),
         "runs.csv": runs_csv(runs),
-        "report.md": page(runs, sources, tables, figures, stationarity_markdown(analysed)),
+        "report.md": page(runs, sources, tables, figures, analysed),
     }.items():
         write_whole(folder / name, text.encode("utf-8", errors="replace"))
+
+
+# ---- Markdown
+
+
+def page(
+    runs: Sequence[Run],
+    sources: Sequence[str],
+    tables: str,
+    figures: Mapping[str, str],
+    analysed: Mapping[str, Sequence[Row]],
+) -> str:
+    """The text of report.md, from Table 1, name -> caption, and label -> measurements."""
+    statuses = [run.status for run in runs]
+    counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("finished", "diverged", "unfinished"))
+    named = ", ".join(f"`{escape(source)}`" for source in sources)
+    fixed = runs[0].config.keys() - set(varying(runs))
+    values = [[key, show(value)] for key, value in runs[0].config.items() if key in fixed]
+    images = [f"{caption}.\n\n![{name}]({name})" for name, caption in figures.items()]
+    stationarity = []
+    if analysed:
+        stationarity = [
+            "## Stationarity",
+            STATIONARITY,
+            markdown_table(stationarity_cells(analysed)),
+            "\n".join(f"- `{label}`: {verdict(rows)}" for label, rows in analysed.items()),
+            "![stationarity.png](stationarity.png)",
+        ]
+    return "\n\n".join(
+        [
+            "# Report",
+            f"{len(runs)} runs from {named}: {counts}. [runs.csv](runs.csv) has a row for each.",
+            "## Table 1",
+            tables,
+            "As numbers: [table1.csv](table1.csv).",
+            "## Figures",
+            *(images or ["None: no run finished without diverging."]),
+            *stationarity,
+            "## Settings shared by all runs",
+            markdown_table([["key", "value"], *values]),
+            "## Definitions",
+            "\n".join(f"- **{column}**: {meaning}" for column, meaning in DEFINITIONS.items()),
+            "",
+        ]
+    )
+
+
+def table1_markdown(records: Sequence[Record]) -> str:
+    """Both parts, with a sentence on each."""
+    first, second = markdown_table(part_one(records)), markdown_table(part_two(records))
+    part_one_text = PART_ONE + (FROM_THE_PAPER if of_the_paper(records) else "")
+    return "\n\n".join([LAST_EVALUATION, part_one_text, first, PART_TWO, second])
+
+
+def part_one(records: Sequence[Record]) -> list[list[str]]:
+    """The lowest value of each column, beside the paper's if a record has its problem."""
+    papers = [key for key in RESULTS if key != "objective"] if of_the_paper(records) else []
+    header = ["potential", "configurations"]
+    for key in RESULTS:
+        header += [HEADINGS[key], "paper"] if key in papers else [HEADINGS[key]]
+    rows = [[*header, "runs: finished / diverged or unfinished"]]
+    for r in records:
+        row = [r.label, str(len(r.configurations))]
+        for key in RESULTS:
+            row.append(show_mean(r.lowest[key], key))
+            row += [r.paper.get(key, "-")] if key in papers else []
+        rows.append([*row, f"{r.finished} / {r.others}"])
+    return rows
+
+
+def part_two(records: Sequence[Record]) -> list[list[str]]:
+    """The configuration best in test error, with its values of the varying keys."""
+    rows = [["potential", "seeds", *HEADINGS.values(), *records[0].chosen]]
+    for r in records:
+        means = [show_mean(r.at_best[key], key) for key in RESULTS]
+        chosen = [value or "" if r.best else "-" for value in r.chosen.values()]
+        rows.append([r.label, r.best.seeds if r.best else "-", *means, *chosen])
+    return rows
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row holds the headings."""
+    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "| " + " | ".join(["---"] * len(rows[0])) + " |", *lines[1:]])
+
+
+def escape(text: str) -> str:
+    """Text that stays in its cell: no bar, no line break."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+
+
+# ---- CSV
+
+
+def table1_csv(records: Sequence[Record]) -> str:
+    """Both parts side by side.
+
+    `lowest_COLUMN` and `COLUMN_at_best` are the parts, each followed by its `_std`; `paper_COLUMN`
+    is the paper's number. A missing number is empty.
+    """
+    rows = []
+    for r in records:
+        row: dict[str, Any] = {
+            "potential": r.name,
+            "data": r.problem[0],
+            "model": r.problem[1],
+            "configurations": len(r.configurations),
+            "runs_finished": r.finished,
+            "runs_diverged_or_unfinished": r.others,
+        }
+        for key in RESULTS:
+            row |= _mean(f"lowest_{key}", r.lowest[key]) | {f"paper_{key}": r.paper.get(key)}
+        row["seeds_at_best"] = len(r.best.kept) if r.best else None
+        for key in RESULTS:
+            row |= _mean(f"{key}_at_best", r.at_best[key])
+        rows.append(row | {key: value or "" for key, value in r.chosen.items()})
+    return csv_text(rows)
+
+
+def _mean(name: str, mean: Mean | None) -> dict[str, float | None]:
+    return {name: mean.mean if mean else None, f"{name}_std": mean.std if mean else None}
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
@@ -80,55 +216,10 @@ def _with_scalars(row: Row) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "stationarity"} | scalars
 
 
-def stationarity_markdown(analysed: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The section on stationarity; empty if no run measured it."""
-    if not analysed:
-        return []
-    return [
-        "## Stationarity",
-        STATIONARITY,
-        markdown_table(stationarity_cells(analysed)),
-        "\n".join(f"- `{label}`: {verdict(rows)}" for label, rows in analysed.items()),
-        "![stationarity.png](stationarity.png)",
-    ]
-
-
-def page(
-    runs: Sequence[Run],
-    sources: Sequence[str],
-    tables: str,
-    figures: Mapping[str, str],
-    stationarity: Sequence[str] = (),
-) -> str:
-    """The text of report.md.
-
-    Args:
-        runs: All of them.
-        sources: Names of the folders that hold them.
-        tables: Table 1 in Markdown.
-        figures: Name of a file in the folder -> caption.
-        stationarity: Paragraphs of a section, or nothing.
-    """
-    statuses = [run.status for run in runs]
-    counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("finished", "diverged", "unfinished"))
-    named = ", ".join(f"`{escape(source)}`" for source in sources)
-    fixed = runs[0].config.keys() - set(varying(runs))
-    values = [[key, show(value)] for key, value in runs[0].config.items() if key in fixed]
-    images = [f"{caption}.\n\n![{name}]({name})" for name, caption in figures.items()]
-    return "\n\n".join(
-        [
-            "# Report",
-            f"{len(runs)} runs from {named}: {counts}. [runs.csv](runs.csv) has a row for each.",
-            "## Table 1",
-            tables.rstrip(),
-            "As numbers: [table1.csv](table1.csv).",
-            "## Figures",
-            *(images or ["None: no run finished without diverging."]),
-            *stationarity,
-            "## Settings shared by all runs",
-            markdown_table([["key", "value"], *values]),
-            "## Definitions",
-            "\n".join(f"- **{column}**: {meaning}" for column, meaning in DEFINITIONS.items()),
-            "",
-        ]
-    )
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consensus.records import Row, number
 from consensus.report.stationarity import SERIES, accuracy
-from consensus.report.table1 import MSGD, PAPER_ORDER, Configuration, Record, best_of, sensitivity
+from consensus.report.table1 import MSGD, PAPER_ORDER, Configuration, Record, sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,15 +50,12 @@ def _figure(rows: int, columns: int, width: float, height: float, **options: Any
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-Grid = Literal["major", "both"]
-
-
-def _style(axis: "Axes", title: str, xlabel: str, log: bool, grid: Grid = "major") -> None:
+def _style(axis: "Axes", title: str, xlabel: str, log: bool, minor: bool = False) -> None:
     if log:
         axis.set_yscale("log")
     axis.set_title(title, parse_math=False)
     axis.set_xlabel(xlabel)
-    axis.grid(alpha=0.3, which=grid)
+    axis.grid(alpha=0.3, which="both" if minor else "major")
 
 
 def name_lines(legend: "Legend", labels: Iterable[str]) -> None:
@@ -86,12 +83,7 @@ def _write(figure: "Figure", *paths: Path) -> None:
 
 
 def draw_convergence(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw objective, train loss and the two errors over iterations, a line for each run.
-
-    Args:
-        runs: Label -> evaluations.
-        path: The figure.
-    """
+    """Draw objective, train loss and the two errors of labelled runs over iterations."""
     from matplotlib import colormaps
 
     named, tab20 = len(runs) <= MOST_IN_LEGEND, colormaps["tab20"]
@@ -112,17 +104,12 @@ def draw_convergence(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def draw_stationarity(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw the measurements over iterations, a line for each run.
-
-    Args:
-        runs: Label -> rows with measurements.
-        path: The figure.
-    """
+    """Draw the measurements of labelled runs over iterations; each row must have one."""
     figure, axes = _figure(2, 3, 13, 7, sharex=True)
     for axis, (_, title, value) in zip(axes.flat, SERIES, strict=True):
         spread = accuracy if axis is axes[0][0] else None
         positive = _draw_lines(axis, runs, value, spread)
-        _style(axis, title, "iteration" if axis in axes[1] else "", log=positive, grid="both")
+        _style(axis, title, "iteration" if axis in axes[1] else "", log=positive, minor=True)
     if 1 < len(runs) <= MOST_IN_SMALL_LEGEND:
         name_lines(axes[0][0].legend(fontsize="small"), runs)
     _write(figure, path)
@@ -147,11 +134,7 @@ def _draw_lines(
 
 
 def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
-    """Draw Figure 1, and the sensitivity if lam or eta varies.
-
-    Returns:
-        Name of each PNG -> caption.
-    """
+    """Draw Figure 1, and the sensitivity if lam or eta varies. Returns PNG -> caption."""
     captions = {}
     for suffix, title, best in figure1_groups(records):
         name = f"figure1{suffix}"
@@ -164,8 +147,7 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
             f"Figure 1{title}: of each potential the configuration best in final test error; with "
             "several seeds their mean, in a band of one sample standard deviation"
         )
-    panels = {record.label: sensitivity(record) for record in records if record.name != MSGD}
-    panels = {label: of_eta for label, of_eta in panels.items() if of_eta}
+    panels = {r.label: found for r in records if r.name != MSGD and (found := sensitivity(r))}
     places = {(e, lam) for of in panels.values() for e, of_lam in of.items() for lam in of_lam}
     if len(places) > 1:
         draw_sensitivity(panels, [folder / f"sensitivity.{ending}" for ending in ENDINGS])
@@ -179,21 +161,20 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
 def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, Configuration]]]:
     """The contents of each Figure 1: one for each problem and each M, with mSGD in all of them.
 
-    Returns:
-        The end of its file name and of its title, empty for a single figure, and potential -> the
-        configuration with the lowest test error. A group without a finished run is left out.
+    Each is the end of its file name and of its title, empty for a single figure, and potential ->
+    the configuration with the lowest test error. A group without a finished run is left out.
     """
     groups: dict[tuple[tuple[str, str], Any], dict[str, list[Configuration]]] = {}
-    finished = {id(r): [c for c in r.configurations if c.kept] for r in records}
-    for r in records:
-        for c in finished[id(r)] if r.name != MSGD else ():
-            group = groups.setdefault((r.problem, c.config.get("workers")), {})
-            group.setdefault(r.name, []).append(c)
-    for r in records:
-        if r.name == MSGD and finished[id(r)]:
+    for r in records:  # mSGD is the last of its problem
+        finished = [c for c in r.configurations if c.kept]
+        if r.name != MSGD:
+            for c in finished:
+                group = groups.setdefault((r.problem, c.config.get("workers")), {})
+                group.setdefault(r.name, []).append(c)
+        elif finished:
             of_problem = [key for key in groups if key[0] == r.problem]
             for key in of_problem or [(r.problem, None)]:
-                groups.setdefault(key, {})[MSGD] = finished[id(r)]
+                groups.setdefault(key, {})[MSGD] = finished
     problems = {problem for problem, _ in groups}
     found = []
     for (problem, m), of_name in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] or 0)):
@@ -203,19 +184,16 @@ def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, 
         if len({other_m for other, other_m in groups if other == problem}) > 1:
             m_text = "unknown" if m is None else str(m)
             suffix, title = f"{suffix}_M{m_text}", f"{title}, M = {m_text}"
-        best = {name: best_of(configurations) for name, configurations in of_name.items()}
-        found.append((suffix, title, {name: c for name, c in best.items() if c is not None}))
+        best = {name: min(of, key=Configuration.rank) for name, of in of_name.items()}
+        found.append((suffix, title, best))
     return found
 
 
 def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[Path]) -> None:
     """Figure 1: objective, train loss and the two errors, over iterations and over epochs.
 
-    Several seeds are drawn as their mean, with a band of one sample standard deviation around it.
-
-    Args:
-        curves: Potential or mSGD -> the evaluations of each seed.
-        paths: The figure, in one format or several.
+    A curve is the evaluations of each seed, drawn as their mean, with a band of one sample standard
+    deviation around it. The paths select the formats.
     """
     figure, axes = _figure(2, len(PANELS), 16, 7)
     for j, (key, title) in enumerate(PANELS):
@@ -244,16 +222,9 @@ Vector = NDArray[np.float64]
 def curve(
     seeds: Sequence[Sequence[Row]], over: str, key: str
 ) -> tuple[Vector, Vector, Vector | None]:
-    """The curve of a configuration.
+    """`over`, and mean and sample standard deviation of a column over seeds; None for one seed.
 
-    Args:
-        seeds: The evaluations of each of S seeds.
-        over: `iteration` or `epoch`.
-        key: The column; nan where it is not finite.
-
-    Returns:
-        The T places on the axis, the mean over seeds and the sample standard deviation (None for
-        one seed), each (T,), at the iterations that all seeds have.
+    Each is (T,), at the iterations that all seeds have; nan where a number is not finite.
     """
     by_iteration = [{row["iteration"]: row for row in rows} for rows in seeds]
     common = sorted(set.intersection(*map(set, by_iteration)))
@@ -266,9 +237,7 @@ def curve(
 def line_style(name: str, i: int) -> dict[str, str]:
     """The same colour for the same potential in every figure; mSGD is dashed and black.
 
-    Args:
-        name: The potential, or mSGD.
-        i: Its place in the figure, which selects the style of a potential not in the paper.
+    A potential that is not in the paper has the style of its place i in the figure.
     """
     if name == MSGD:
         return {"color": "black", "linestyle": "--"}
@@ -282,11 +251,7 @@ def draw_sensitivity(
 ) -> None:
     """Test error over lam, a panel for each potential and a line for each eta.
 
-    A cross at the top marks a lam where no run finished without diverging.
-
-    Args:
-        panels: Potential -> eta -> lam -> test error in percent, None for a cross.
-        paths: The figure, in one format or several.
+    None is a cross at the top: no run with this lam finished without diverging.
     """
     across = min(3, len(panels))
     down = -(-len(panels) // across)
@@ -298,8 +263,8 @@ def draw_sensitivity(
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
         for eta, line in lines.items():
             i = etas.index(eta) % 10
-            known = [(lam, error) for lam, error in line.items() if error is not None]
-            x, y = [lam for lam, _ in known], [error for _, error in known]
+            known = {lam: error for lam, error in line.items() if error is not None}
+            x, y = list(known), list(known.values())
             axis.plot(x, y, marker="o", color=f"C{i}", label=f"eta = {eta:g}")
             crosses = [lam for lam, error in line.items() if error is None]
             height = [0.97 - 0.05 * i] * len(crosses)  # crosses of several eta stay apart
@@ -310,7 +275,7 @@ def draw_sensitivity(
             axis.set_xticks(lams, [f"{lam:g}" for lam in lams])
             axis.minorticks_off()
         axis.tick_params(labelbottom=True)  # the panel below may be absent
-        _style(axis, printable(name), "lam", log, grid="both")
+        _style(axis, printable(name), "lam", log, minor=True)
         axis.margins(y=0.15)  # room for the crosses
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels) :]:

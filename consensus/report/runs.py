@@ -20,20 +20,15 @@ RESULTS = ("objective", "train_loss", "train_error", "test_loss", "test_error")
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run; its config maps dotted keys to values, without the keys that name files.
 
-    Attributes:
-        label: Its name in tables.
-        config: Dotted key -> value, without the keys that name files. `workers` is M, from
-            summary.json where config.yaml leaves it to the launch.
-        rows: Its evaluations; empty if it ended before the first.
-        finished: Whether it has a summary.json.
+    `workers` is M, from summary.json where config.yaml leaves it to the launch.
     """
 
-    label: str
+    label: str  # in tables
     config: Mapping[str, Any]
-    rows: Sequence[Row]
-    finished: bool
+    rows: Sequence[Row]  # the evaluations; empty if it ended before the first
+    finished: bool  # whether it has a summary.json
 
     @property
     def status(self) -> str:
@@ -48,16 +43,10 @@ class Run:
         return str(self.config.get("data.name", "?")), str(self.config.get("model.name", "?"))
 
 
-# ---- finding
-
-
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """The run directories among the paths and, sorted, at any depth below them.
 
-    Run directories and `checkpoints` are not searched.
-
-    Raises:
-        ValueError: If a path neither is nor holds a run.
+    Run directories and `checkpoints` are not searched. A path without a run is a ValueError.
     """
     runs: list[Path] = []
     for path in paths:
@@ -86,9 +75,7 @@ def _runs_in(path: Path) -> list[Path]:
 def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
     """The name of each run directory, with more of its path where names coincide.
 
-    Args:
-        paths: The run directories.
-        folders: The searched folders; a path below the first that holds the run may suffice.
+    The path below the first of the searched folders that holds the run may suffice.
     """
     names = [path.resolve().name for path in paths]
     inside = [
@@ -101,21 +88,11 @@ def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
     ]
 
 
-# ---- reading
-
-
 def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row]]:
-    """Label -> the evaluations of each run.
+    """Label -> the evaluations of each run directory; a ValueError if they cannot be read.
 
     A run of a sweep may be waiting, or may have failed before its first evaluation. Such a run has
-    no rows here if it was found in a folder beside others.
-
-    Args:
-        paths: The run directories.
-        named: The paths on the command line; a run among them must have evaluations.
-
-    Raises:
-        ValueError: If metrics cannot be read, or no run has an evaluation.
+    no rows here if it was found beside others, and is not named on the command line itself.
     """
     metrics: dict[str, list[Row]] = {}
     missing: NoEvaluationError | None = None
@@ -135,8 +112,7 @@ def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row
 def comparable_runs(paths: Sequence[Path], metrics: Mapping[str, Sequence[Row]]) -> list[Run]:
     """The runs with their configs, if there are two or more that differ; otherwise none.
 
-    Raises:
-        ValueError: If a config.yaml or a summary.json is damaged, or only some have a config.yaml.
+    A ValueError if only some have a config.yaml, or a file is damaged.
     """
     if len(paths) < 2 or not any((path / "config.yaml").exists() for path in paths):
         return []
@@ -148,11 +124,7 @@ def comparable_runs(paths: Sequence[Path], metrics: Mapping[str, Sequence[Row]])
 
 
 def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
-    """A run from its directory and its evaluations.
-
-    Raises:
-        ValueError: If config.yaml is missing, or it or summary.json is damaged.
-    """
+    """A run from its directory and its evaluations."""
     path = run_dir / "summary.json"
     finished = path.exists()
     # Keys that name files or select output do not distinguish configurations.
@@ -167,12 +139,9 @@ def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The config.yaml of a run by dotted key.
+    """The config.yaml of a run by dotted key; a ValueError if it is damaged or has no potential.
 
     The values are plain data, checked against no schema: runs of other versions stay readable.
-
-    Raises:
-        ValueError: If it is missing, is damaged or names no potential.
     """
     path = run_dir / "config.yaml"
     try:
@@ -197,9 +166,6 @@ def flatten(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# ---- comparing
-
-
 def canonical(value: Any) -> str:
     """A text that is equal for equal values."""
     return json.dumps(value, sort_keys=True, default=str)
@@ -207,9 +173,8 @@ def canonical(value: Any) -> str:
 
 def varying(runs: Sequence[Run]) -> list[str]:
     """The keys whose values differ between runs, in the order of the configs."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    values = {
-        key: {canonical(run.config[key]) if key in run.config else "" for run in runs}
-        for key in keys
-    }
-    return [key for key in keys if len(values[key]) > 1]
+    values: dict[str, set[str]] = {key: set() for run in runs for key in run.config}
+    for run in runs:
+        for key, found in values.items():
+            found.add(canonical(run.config[key]) if key in run.config else "")
+    return [key for key, found in values.items() if len(found) > 1]

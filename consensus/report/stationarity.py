@@ -7,11 +7,9 @@ from rich.table import Table
 
 from consensus.records import Row, largest, number, text_table
 
-SAME = 1e-3
-"""Largest |u - z_j| / |u| at which z_j counts as equal to u."""
-
-AGREEING = 0.5
-"""Least `agreement` at which the f_j count as pulling u the same way."""
+SAME = 1e-3  # largest |u - z_j| / |u| at which z_j counts as equal to u
+AGREEING = 0.5  # least `agreement` at which the f_j count as pulling u the same way
+NOT_ON_SCREEN = ("±", "force")  # the screen is narrow; `verdict` contains the first
 
 
 def measurements(rows: Sequence[Row]) -> list[Row]:
@@ -76,10 +74,6 @@ def stationarity_cells(runs: Mapping[str, Sequence[Row]]) -> list[list[str]]:
         numbers = [first(rows[0]), first(last), accuracy(last), *(v(last) for _, _, v in others)]
         cells.append([label, str(last["iteration"]), *(f"{x:.2g}" for x in numbers)])
     return cells
-
-
-NOT_ON_SCREEN = ("±", "force")
-"""Headings left out on the screen, which is narrow; `verdict` contains the first."""
 
 
 def stationarity_table(runs: Mapping[str, Sequence[Row]]) -> Table:

@@ -29,6 +29,8 @@ PAPER = {
 }
 PAPER_PROBLEM = ("mnist", "lenet5")
 
+HEADINGS = {key: key.replace("_", " ") + " %" * key.endswith("error") for key in RESULTS}
+
 # Keys whose values the label of a record already states.
 _NAMES = ("potential.name", "algorithm.name", "data.name", "model.name")
 
@@ -48,15 +50,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The runs that differ in their seed alone.
-
-    Attributes:
-        runs: All of them.
-        kept: Seed -> its last finished run, which alone counts.
-    """
+    """The runs that differ in their seed alone."""
 
     runs: Sequence[Run]
-    kept: Mapping[Any, Run]
+    kept: Mapping[Any, Run]  # seed -> its last finished run, which alone counts
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -76,36 +73,26 @@ class Configuration:
         std = statistics.stdev(values) if len(values) > 1 else None
         return Mean(statistics.fmean(values), std)
 
+    def rank(self) -> tuple[float, float]:
+        """Mean test error, then mean test loss: the best configuration has the least."""
+        return self.mean("test_error").mean, self.mean("test_loss").mean
+
 
 @dataclass(frozen=True)
 class Record:
-    """One line of Table 1.
+    """One line of Table 1. A mean is None where no run finished."""
 
-    Attributes:
-        label: The name, followed by the problem where the runs have several problems.
-        name: The potential; mSGD or EASGD for these baselines.
-        problem: Names of the data and the model.
-        configurations: All configurations, also those without a finished run.
-        finished: How many runs finished.
-        others: How many runs diverged or are unfinished.
-        lowest: Column -> its lowest mean over the configurations; None if none finished.
-        best: The configuration with the lowest test error; on ties, the lowest test loss.
-        at_best: Column -> its mean at `best`.
-        chosen: Varying key -> its value at `best`; None where the config lacks the key.
-        paper: Column -> the number printed in the paper, for its own problem only.
-    """
-
-    label: str
-    name: str
-    problem: tuple[str, str]
-    configurations: Sequence[Configuration]
-    finished: int
-    others: int
-    lowest: Mapping[str, Mean | None]
-    best: Configuration | None
-    at_best: Mapping[str, Mean | None]
-    chosen: Mapping[str, str | None]
-    paper: Mapping[str, str]
+    label: str  # the name, followed by the problem where the runs have several problems
+    name: str  # of the potential; mSGD or EASGD for these baselines
+    problem: tuple[str, str]  # names of the data and the model
+    configurations: Sequence[Configuration]  # all, also those without a finished run
+    finished: int  # runs
+    others: int  # runs that diverged or are unfinished
+    lowest: Mapping[str, Mean | None]  # column -> its lowest mean over the configurations
+    best: Configuration | None  # of the least `rank`
+    at_best: Mapping[str, Mean | None]  # column -> its mean at `best`
+    chosen: Mapping[str, str | None]  # varying key -> its value at `best`; None: it has no such key
+    paper: Mapping[str, str]  # column -> the number printed in the paper, for its own problem only
 
 
 def table1(runs: Sequence[Run]) -> list[Record]:
@@ -124,31 +111,30 @@ def table1(runs: Sequence[Run]) -> list[Record]:
 
     keys = chosen_keys(runs)
     several = len({problem for problem, _ in groups}) > 1
-    return [
-        _record(name, problem, several, groups[problem, name], keys)
-        for problem, name in sorted(groups, key=place)
-    ]
+    records = []
+    for problem, name in sorted(groups, key=place):
+        label = f"{name} ({', '.join(problem)})" if several else name
+        paper = PAPER.get(name, {}) if problem == PAPER_PROBLEM else {}
+        records.append(_record(label, name, groups[problem, name], keys, paper))
+    return records
 
 
 def _record(
-    name: str, problem: tuple[str, str], several: bool, runs: Sequence[Run], keys: Sequence[str]
+    label: str, name: str, runs: Sequence[Run], keys: Sequence[str], paper: Mapping[str, str]
 ) -> Record:
     configurations = group_seeds(runs)
-    best = best_of(configurations)
+    kept = [c for c in configurations if c.kept]
+    best = min(kept, key=Configuration.rank, default=None)
     finished = sum(run.status == "finished" for run in runs)
     return Record(
-        label=f"{name} ({', '.join(problem)})" if several else name,
-        name=name,
-        problem=problem,
-        configurations=configurations,
-        finished=finished,
+        label,
+        name,
+        runs[0].problem,
+        configurations,
+        finished,
         others=len(runs) - finished,
         lowest={
-            column: min(
-                (c.mean(column) for c in configurations if c.kept),
-                key=lambda mean: mean.mean,
-                default=None,
-            )
+            column: min((c.mean(column) for c in kept), key=lambda m: m.mean, default=None)
             for column in RESULTS
         },
         best=best,
@@ -156,7 +142,7 @@ def _record(
         chosen={
             key: show(best.config[key]) if best and key in best.config else None for key in keys
         },
-        paper=PAPER.get(name, {}) if problem == PAPER_PROBLEM else {},
+        paper=paper,
     )
 
 
@@ -174,13 +160,14 @@ def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
     ]
 
 
-def best_of(configurations: Iterable[Configuration]) -> Configuration | None:
-    """The finished configuration with the lowest mean test error, then test loss."""
-    return min(
-        (c for c in configurations if c.kept),
-        key=lambda c: (c.mean("test_error").mean, c.mean("test_loss").mean),
-        default=None,
-    )
+def of_the_paper(records: Iterable[Record]) -> bool:
+    """Whether a record has the problem of the paper's Table 1."""
+    return any(record.problem == PAPER_PROBLEM for record in records)
+
+
+def show_mean(mean: Mean | None, column: str) -> str:
+    """A mean in a table; `-` where no run finished."""
+    return "-" if mean is None else mean.show(column)
 
 
 def chosen_keys(runs: Sequence[Run]) -> list[str]:

@@ -1,11 +1,15 @@
 """The command, from run directories to the screen and the folder."""
 
 import csv
+import io
 import re
 
 import pytest
+from rich.console import Console
 
-from tests.testing.made_runs import BLUE, FIRST, ORANGE, SECOND, config, pixels_of, row, row_at
+from consensus.report.__main__ import comparison_table, screen_tables
+from consensus.report.table1 import table1
+from tests.testing.made_runs import BLUE, FIRST, ORANGE, SECOND, config, pixels_of, row, row_at, run
 
 
 def test_the_command_on_two_runs(command, write_run):
@@ -229,3 +233,39 @@ def test_the_command_refuses_a_sweep_in_one_line(command, sweep, write_run, tmp_
     code, out, err = command(sweep / "cubic")
     assert (code, out) == (2, "")
     assert err == f"consensus.report: {sweep}/cubic/a/metrics.jsonl holds no evaluation yet\n"
+
+
+def test_comparison_table_shows_the_last_row_of_each_run():
+    runs = {"a": [row_at(10), row_at(20)], "b": [row_at(30, objective=None)]}
+    table = comparison_table(runs)
+    shown = {str(c.header): list(c.cells) for c in table.columns}
+    assert shown == {
+        "run": ["a", "b"],
+        "iteration": ["20", "30"],
+        "epoch": ["0.20", "0.30"],
+        "objective": ["45", "overflow"],
+        "train loss": ["40", "26.667"],
+        "train error": ["2.50", "1.67"],
+        "test loss": ["10", "6.6667"],
+        "test error": ["3.00", "2.00"],
+    }
+
+
+def test_long_names_stay_apart_on_a_narrow_screen():
+    written = io.StringIO()
+    names = [f"20260101-000000-consensus-{name}-digits" for name in ("quad", "tan")]
+    Console(file=written, width=80).print(comparison_table({name: [row_at(10)] for name in names}))
+    first = [line.split("│")[1].strip() for line in written.getvalue().splitlines() if "│" in line]
+    assert "".join(first) == "".join(names), "folded, not cut off"
+
+
+def test_the_screen_shows_both_parts():
+    runs = [run(config("[red]", lam=lam, data__name="mnist"), FIRST) for lam in (0.1, 0.2)]
+    runs += [run(config("tan", data__name="mnist"), SECOND)]
+    written = io.StringIO()
+    for table in screen_tables(table1(runs)):
+        Console(file=written, width=120).print(table)
+    text = re.sub(" +", " ", written.getvalue())
+    assert "│ tan │ 7 │ 6 (0.83) │ 0.50 (0.00) │ 120 (301) │ 0.80 (0.62) │ 1 / 0 │" in text
+    assert "│ [red] │ 9 │ 8 │ 0.30 │ 100 │ 0.90 │ 2 / 0 │" in text
+    assert "│ tan │ 1 │ 0.80 │ 120 │ algorithm.lam=0.1 │" in text
