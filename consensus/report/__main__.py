@@ -27,13 +27,10 @@ def main() -> None:
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs"
     )
-    parser.add_argument(
-        "--output", type=Path, default=None, help="the figure [RUN_DIR/report.png of the first]"
-    )
+    parser.add_argument("--output", type=Path, help="the figure [RUN_DIR/report.png of the first]")
     parser.add_argument(
         "--folder",
         type=Path,
-        default=None,
         help="folder for Table 1, Figure 1 and report.md, if two or more runs differ in their "
         "config [RUN_DIR/report of the first, if that is a folder of runs]",
     )
@@ -46,7 +43,7 @@ def main() -> None:
 
 
 def report(named: Sequence[Path], figure: Path | None = None, folder: Path | None = None) -> None:
-    """Compare runs, or those in folders, on the screen and in files; see `main` for the arguments.
+    """Compare runs, or those in folders, on the screen and in files; `main` explains the paths.
 
     Raises:
         ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.

@@ -17,13 +17,11 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 
 from consensus.comm import GroupError
@@ -43,7 +41,8 @@ from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 def main() -> None:
     """The command line. Exit codes: 0 all done, 1 some failed, 2 refused, 130 stopped."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    signal.signal(signal.SIGTERM, interrupt)
+    # SIGTERM acts like Ctrl+C: the runs write checkpoints and stop.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     register_schema()
     register_sweep_schema()
     cancelled: list[str] = []
@@ -60,9 +59,7 @@ def main() -> None:
                 try:
                     run(sweep, dashboard)
                 except KeyboardInterrupt:
-                    cancelled = jobs_in_queue(
-                        sweep.path
-                    )  # of this call: require_no_jobs has passed
+                    cancelled = jobs_in_queue(sweep.path)  # of this call, see require_no_jobs
                     cancel(cancelled)
                     raise
     except REFUSALS as error:
@@ -84,19 +81,11 @@ def main() -> None:
 
 def run(sweep: Sweep, dashboard: Dashboard) -> None:
     """Run all jobs that are not done."""
-    separate, members = list(sweep.jobs), []
+    separate = list(sweep.jobs)
     if sweep.options.engine == "population":
-        separate = []
-        for job in sweep.jobs:
-            try:
-                member = member_of(job, sweep.path)
-            except ConfigError:  # conflicting values: the separate run reports them
-                separate.append(job)
-                continue
-            if can_be_member(member.config):
-                members.append(member)
-            else:
-                separate.append(job)
+        found = {job: member_of(job, sweep.path) for job in sweep.jobs}
+        separate = [job for job, member in found.items() if member is None]
+        members = [member for member in found.values() if member is not None]
         folder = sweep.path / ".population"
         train_populations(members, folder, dashboard.print, sweep.options.gradients)
     launch(sweep, separate)
@@ -114,10 +103,13 @@ def can_be_member(config: Config) -> bool:
     return algorithm.name != "msgd" and explicit and not measured
 
 
-def member_of(job: Job, folder: Path) -> Member:
-    """A job as a member of a population."""
-    config = to_config(compose("train", overrides=all_overrides(job, folder)))
-    return Member(job.name, folder / job.name, config)
+def member_of(job: Job, folder: Path) -> Member | None:
+    """A job as a member of a population; None: a separate run."""
+    try:
+        config = to_config(compose("train", overrides=all_overrides(job, folder)))
+    except ConfigError:  # conflicting values: the separate run reports them
+        return None
+    return Member(job.name, folder / job.name, config) if can_be_member(config) else None
 
 
 def all_overrides(job: Job, folder: Path) -> list[str]:
@@ -146,14 +138,11 @@ def launch(sweep: Sweep, jobs: Sequence[Job]) -> None:
         "train", overrides, RunMode.MULTIRUN, with_log_configuration=False
     )
     launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=HydraContext(
-            config_loader=hydra.config_loader, callbacks=hydra_callbacks(config)
-        ),
+        hydra_context=HydraContext(hydra.config_loader, hydra_callbacks(config)),
         task_function=partial(run_job, processes=options.processes, jobs=options.jobs),
         config=config,
     )
-    results: list[JobReturn] = list(launcher.launch(left, initial_job_idx=0))
-    for result in results:
+    for result in launcher.launch(left, initial_job_idx=0):
         result.return_value  # noqa: B018  (raises the error of the task)
 
 
@@ -194,11 +183,6 @@ def require_no_jobs(sweep: Sweep) -> None:
 def quoted(text: str) -> str:
     """A text as a quoted value in Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle SIGTERM like Ctrl+C: the runs write checkpoints and stop."""
-    raise KeyboardInterrupt
 
 
 def leave(message: str, code: int) -> NoReturn:

@@ -6,6 +6,7 @@ It reads the files of the runs, and therefore works alike for local runs and for
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,30 +17,20 @@ from consensus.records import last_row
 from consensus.sweep.grid import Job
 from consensus.sweep.job import Status
 
-ROWS = 20
-"""The largest number of rows in the live table."""
+ROWS = 20  # of the live table, at most
 
 
 class Dashboard:
     """The state of a sweep on standard output, refreshed by a thread. A context manager.
 
     In a terminal it is a live table, elsewhere one line for each run that ends.
-
-    Args:
-        path: The directory of the sweep.
-        jobs: Its jobs.
-        console: The output; None: standard output.
-        every_s: The seconds between refreshes.
     """
 
     def __init__(
-        self,
-        path: Path,
-        jobs: Sequence[Job],
-        console: Console | None = None,
-        every_s: float = 1.0,
+        self, path: Path, jobs: Sequence[Job], console: Console | None = None, every_s: float = 1.0
     ) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
+        self.print = partial(self.console.print, markup=False)
         self.path, self.jobs, self.every_s = path, jobs, every_s
         self.statuses = {job.name: Status.read(path / job.name) for job in jobs}
         self.before = self.number("done")
@@ -71,11 +62,7 @@ class Dashboard:
         self.refresh()
         if self._live is not None:
             self._live.stop()
-        self.console.print(self.counts(), markup=False)
-
-    def print(self, line: str) -> None:
-        """Print a line."""
-        self.console.print(line, markup=False)
+        self.print(self.counts())
 
     def _follow(self) -> None:
         while not self._stop.wait(self.every_s):

@@ -32,14 +32,8 @@ GRADIENTS = ("auto", "measure", *WAYS)
 `auto` measures on a GPU without `deterministic`, and is `one_by_one` otherwise.
 """
 
-OWN_KEYS = ("output.run_dir", "output.root", "resume")
-"""Keys that the sweep sets in each of its runs."""
-
-ENGINES = ("separate", "population")
-"""separate: one or more processes per run; population: all runs in this process, as one block."""
-
-LONGEST_NAME = 200
-"""The longest name of a run directory in bytes; file systems allow 255."""
+OWN_KEYS = ("output.run_dir", "output.root", "resume")  # set by the sweep in each of its runs
+LONGEST_NAME = 200  # of a run directory, in bytes; file systems allow 255
 
 
 @dataclass
@@ -52,7 +46,7 @@ class GridConfig:
 
 @dataclass
 class SweepOptions:
-    """The options `sweep.*`."""
+    """The options `sweep.*`, explained in configs/sweep.yaml."""
 
     dir: str | None
     jobs: int
@@ -62,23 +56,17 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require_one_of("sweep.engine", self.engine, ENGINES)
+        require_one_of("sweep.engine", self.engine, ("separate", "population"))
         require_one_of("sweep.gradients", self.gradients, GRADIENTS)
-        require(
-            self.gradients == "auto" or self.engine == "population",
-            "sweep.gradients",
-            self.gradients,
-            "auto with sweep.engine=separate",
-        )
-        require(self.dir is None or self.dir.strip() != "", "sweep.dir", self.dir, "a path or null")
-        require(self.jobs >= 1, "sweep.jobs", self.jobs, "a whole number >= 1")
-        require(self.processes >= 1, "sweep.processes", self.processes, "a whole number >= 1")
-        require(
-            self.processes == 1 or self.engine == "separate",
-            "sweep.processes",
-            self.processes,
-            "1 with sweep.engine=population",
-        )
+        together = self.engine == "population"
+        for accepted, key, allowed in (
+            (self.gradients == "auto" or together, "gradients", "auto with sweep.engine=separate"),
+            (self.dir is None or self.dir.strip() != "", "dir", "a path or null"),
+            (self.jobs >= 1, "jobs", "a whole number >= 1"),
+            (self.processes >= 1, "processes", "a whole number >= 1"),
+            (self.processes == 1 or not together, "processes", "1 with sweep.engine=population"),
+        ):
+            require(accepted, f"sweep.{key}", getattr(self, key), allowed)
 
 
 @dataclass
@@ -96,53 +84,38 @@ def register_sweep_schema() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        name: The name of its directory: the keys that vary over the sweep, with their values.
-        overrides: The overrides of configs/train.yaml.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
+    name: str  # of its directory: the keys that vary over the sweep, with their values
+    overrides: tuple[str, ...]  # of configs/train.yaml
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parsed command line.
+    """A parsed command line."""
 
-    Attributes:
-        options: The options `sweep.*`.
-        jobs: The runs, in order.
-        launcher: Overrides for Hydra itself, such as `hydra/launcher=joblib`.
-    """
-
+    path: Path  # the directory of the sweep
     options: SweepOptions
     jobs: tuple[Job, ...]
-    launcher: tuple[str, ...]
-
-    @property
-    def path(self) -> Path:
-        """The directory of the sweep."""
-        assert self.options.dir is not None
-        return Path(self.options.dir)
+    launcher: tuple[str, ...]  # overrides for Hydra itself, such as `hydra/launcher=joblib`
 
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
-    """Parse a command line. Hydra must be initialized with the folder of configs.
-
-    Raises:
-        ConfigError, HydraException, OmegaConfBaseException: If it is invalid, see `explain`.
-    """
+    """Parse a command line; raises REFUSALS. Hydra must be initialized with the configs."""
     own = [text for text in arguments if re.match(r"(grid=|sweep\.)", text)]
     launcher = tuple(text for text in arguments if re.match(r"\+*hydra[/.]", text))
     others = [text for text in arguments if text not in own and text not in launcher]
     for text in others:
-        key = text.lstrip("+~").partition("=")[0]
+        key, equals, value = text.lstrip("+~").partition("=")
         require(key not in OWN_KEYS, key, "set", "nothing here: every run of a sweep has its own")
-        _require_values(text, key)
+        # Hydra has no clear error for `key=` and `key=a,,b`.
+        empty = equals and re.search(r"^$|^,|,\s*,|,$", value.strip())
+        require(not empty, key, value.strip() or "nothing", "a value, or values between commas")
+    known = [f"sweep.{option.name}" for option in fields(SweepOptions)]
     for text in own:
-        _require_option(text)
+        key = text.partition("=")[0]
+        if key.startswith("sweep.") and key not in known:
+            raise ConfigError(f"unknown key `{key}`; allowed in `sweep`: {', '.join(known)}")
     config = compose("sweep", overrides=own)
     options = OmegaConf.to_object(config.sweep)
     assert isinstance(options, SweepOptions)
@@ -151,16 +124,8 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     assert isinstance(grid, dict)
     parts = [_overrides_of(part) for part in grid["parts"]]
     require(len(parts) > 0, "grid.parts", "[]", "at least one part")
-    if options.dir is None:
-        options.dir = f"runs/{grid['name']}"
-    return Sweep(options, tuple(_jobs([[*part, *others] for part in parts])), launcher)
-
-
-def _require_option(override: str) -> None:
-    key = override.partition("=")[0]
-    known = [f"sweep.{option.name}" for option in fields(SweepOptions)]
-    if key.startswith("sweep.") and key not in known:
-        raise ConfigError(f"unknown key `{key}`; allowed in `sweep`: {', '.join(known)}")
+    path = Path(f"runs/{grid['name']}" if options.dir is None else options.dir)
+    return Sweep(path, options, tuple(_jobs([[*part, *others] for part in parts])), launcher)
 
 
 def _overrides_of(part: dict[str, Any]) -> list[str]:
@@ -181,42 +146,28 @@ def _text(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def _require_values(override: str, key: str) -> None:
-    """Refuse `key=` and `key=a,,b`, for which Hydra has no clear error."""
-    value = override.partition("=")[2].strip()
-    empty = "=" in override and (value == "" or re.search(r"^,|,\s*,|,$", value))
-    require(not empty, key, value or "nothing", "a value, or values between commas")
-
-
 def _jobs(parts: Sequence[Sequence[str]]) -> list[Job]:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    runs = [run for part in parts for run in expand_sweep(parser.parse_overrides(list(part)))]
-    runs = [list(run) for run in dict.fromkeys(map(tuple, runs))]
-    split = [dict(_split(text) for text in run) for run in runs]
+    parsed = [parser.parse_overrides(list(part)) for part in parts]
+    runs = list(dict.fromkeys(tuple(run) for part in parsed for run in expand_sweep(part)))
+    split = [{key: value for key, _, value in (o.partition("=") for o in run)} for run in runs]
     varying = [
         key
         for key in dict.fromkeys(key for keys in split for key in keys)
         if len({keys.get(key) for keys in split}) > 1
     ]
     return [
-        Job(_name({key: keys[key] for key in varying if key in keys}), tuple(run))
+        Job(_name({key: keys[key] for key in varying if key in keys}), run)
         for keys, run in zip(split, runs, strict=True)
     ]
 
 
-def _split(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key, value
-
-
 def _name(varying: dict[str, str]) -> str:
     """A name such as `potential=tan,lam=0.1`, from the last part of each key; a valid file name."""
-    short = [key.lstrip("+").rpartition(".")[2] for key in varying]
-    keys = [
-        last if short.count(last) == 1 else key.lstrip("+")
-        for key, last in zip(varying, short, strict=True)
-    ]
-    text = ",".join(f"{key}={value}" for key, value in zip(keys, varying.values(), strict=True))
+    full = [key.lstrip("+") for key in varying]
+    lasts = [key.rpartition(".")[2] for key in full]
+    short = [last if lasts.count(last) == 1 else key for key, last in zip(full, lasts, strict=True)]
+    text = ",".join(f"{key}={value}" for key, value in zip(short, varying.values(), strict=True))
     name = re.sub(r"[^\w.,=+-]", "-", text, flags=re.ASCII) or "run"
     if len(name) > LONGEST_NAME or name != (text or "run"):  # a hash keeps names distinct
         name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -224,25 +175,20 @@ def _name(varying: dict[str, str]) -> str:
 
 
 def check(sweep: Sweep) -> None:
-    """Preflight check: compose enough configs to cover each value of each key.
+    """Preflight check: compose enough configs to cover each value of each key; raises REFUSALS.
 
     Conflicts between the values of several keys remain for the runs, which then fail without
     stopping the sweep. Likewise memory on the machines of a cluster.
-
-    Raises:
-        ConfigError, HydraException, OmegaConfBaseException: If a config is refused.
     """
+    processes = sweep.options.processes
     seen: set[str] = set()
     for job in sweep.jobs:
-        new = set(job.overrides) - seen
-        if new:
-            seen |= new
-            config = to_config(compose("train", overrides=list(job.overrides)))
-            workers = config.workers
-            if workers is not None and workers % sweep.options.processes:
-                raise ConfigError(
-                    f"`sweep.processes` is {sweep.options.processes}; allowed: a divisor of "
-                    f"workers={workers}"
-                )
-            if not any(text.startswith("hydra/launcher=submitit") for text in sweep.launcher):
-                require_memory_for_many(config, sweep.options.processes, sweep.options.jobs)
+        if seen.issuperset(job.overrides):
+            continue
+        seen.update(job.overrides)
+        config = to_config(compose("train", overrides=list(job.overrides)))
+        workers = config.workers
+        divides = workers is None or workers % processes == 0
+        require(divides, "sweep.processes", processes, f"a divisor of workers={workers}")
+        if not any(text.startswith("hydra/launcher=submitit") for text in sweep.launcher):
+            require_memory_for_many(config, processes, sweep.options.jobs)

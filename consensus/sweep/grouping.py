@@ -4,7 +4,6 @@ Runs of one kind have equal configs except for the numbers that may differ withi
 lam, eta, tau, sigma, momentum, weight decay, schedules and the seed.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -18,39 +17,25 @@ from consensus.run.config import Config
 from consensus.run.device import memory_of
 from consensus.run.plan import Plan, make_plan
 
-FORMAT = 2
-"""The version of the checkpoint format. It is part of the file name, so that no other is read."""
-
-MOST_MODELS = 65_535
-"""The largest number of models in a population: the grid size of the Triton kernels."""
-
-VECTORS = 8
-"""Arrays (M, n) per configuration at most: z, v, look-ahead points, u - z, forces, directions."""
-
-SHARE_OF_MEMORY = 0.5
-"""The part of the memory that a population may use."""
+FORMAT = 2  # of the checkpoint; it is part of the file name, so that no other format is read
+MOST_MODELS = 65_535  # in a population: the grid size of the Triton kernels
+VECTORS = 8  # (M, n) per configuration at most: z, v, look-ahead points, u - z, forces, directions
+SHARE_OF_MEMORY = 0.5  # that a population may use
 
 
 @dataclass
 class Member:
-    """A run that is a member of a population.
-
-    Attributes:
-        name: The name of the run.
-        run_dir: Its directory.
-        config: Its config.
-        rows: Its evaluations so far.
-    """
+    """A run that is a member of a population."""
 
     name: str
     run_dir: Path
     config: Config
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # its evaluations so far
 
 
 def kind(config: Config) -> str:
     """The part of a config that all members of a population share, as a key."""
-    shared = copy.deepcopy(asdict(config))
+    shared = asdict(config)
     for key in ("lam", "tau", "sigma", "momentum", "weight_decay", "schedule"):
         del shared["algorithm"][key]
     for key in ("root", "run_dir", "name"):
@@ -73,11 +58,7 @@ def populations(members: Sequence[Member], memory: int | None = None) -> list[li
     """Group the members into as few populations as fit the memory.
 
     The result depends on all members, done or not, and on the machine. A restarted sweep therefore
-    finds the checkpoints of its populations.
-
-    Args:
-        members: All runs of the sweep that the engine can train.
-        memory: Bytes to use; None: SHARE_OF_MEMORY of the device.
+    finds the checkpoints of its populations. `memory`: bytes; None: SHARE_OF_MEMORY of the device.
     """
     groups: dict[str, list[Member]] = {}
     for member in members:

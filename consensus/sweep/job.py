@@ -28,34 +28,28 @@ from omegaconf import DictConfig
 from consensus.atomic_files import write_whole
 from consensus.run.signals import TRY_AGAIN
 
-STATES = ("waiting", "running", "done", "stopped", "failed")
-"""waiting: not started; stopped: started, and then stopped or killed; it can be continued."""
-
 
 @dataclass(frozen=True)
 class Status:
-    """The status of a run.
+    """The status of a run: waiting, running, done, stopped or failed.
 
-    Attributes:
-        state: One of STATES.
-        pid: The process that runs it.
-        host: The machine of that process.
-        seconds: The duration of its last execution.
-        code: Its exit code; None while it runs.
-        message: Its error message, if it failed.
+    waiting: not started; stopped: started, and then stopped or killed; it can be continued.
     """
 
     state: str = "waiting"
-    pid: int | None = None
-    host: str = ""
-    seconds: float = 0.0
-    code: int | None = None
-    message: str = ""
+    pid: int | None = None  # the process that runs it
+    host: str = ""  # the machine of that process
+    seconds: float = 0.0  # of its last execution
+    code: int | None = None  # the exit code; None while it runs
+    message: str = ""  # the error message, if it failed
 
     @classmethod
     def read(cls, run_dir: Path) -> "Status":
         """Read the status of a run directory, which need not exist."""
-        status = cls._written(run_dir)
+        try:
+            status = cls(**json.loads((run_dir / "status.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            status = cls()
         if status.state == "running" and status.alive():
             return status
         if (run_dir / "summary.json").exists():
@@ -66,22 +60,15 @@ class Status:
 
     def alive(self) -> bool:
         """Whether its process runs. On another machine a process is assumed to run."""
-        if self.host != socket.gethostname() or self.pid is None:
+        if self.pid is None or self.host != socket.gethostname():
             return self.pid is not None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:
-            return True
+        except PermissionError:  # it belongs to another user
+            pass
         return True
-
-    @classmethod
-    def _written(cls, run_dir: Path) -> "Status":
-        try:
-            return cls(**json.loads((run_dir / "status.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return cls()
 
     def write(self, run_dir: Path) -> None:
         """Write the status to a run directory."""
@@ -89,15 +76,9 @@ class Status:
 
 
 def run_job(cfg: DictConfig, *, processes: int, jobs: int) -> dict[str, Any]:
-    """Run one configuration to its end.
+    """Run one configuration in so many processes to its end. Returns its `Status`, as a dictionary.
 
-    Args:
-        cfg: The config of the run, with `output.run_dir`.
-        processes: The number of processes of the run.
-        jobs: The number of jobs that run at once on this machine.
-
-    Returns:
-        The final `Status` as a dictionary.
+    `jobs` is the number of jobs that run at once on this machine.
     """
     run_dir = Path(cfg.output.run_dir)
     before = Status.read(run_dir)
@@ -169,21 +150,16 @@ def reserved_gpu(folder: Path, jobs: int) -> Iterator[dict[str, str]]:
     if not names:
         yield {}
         return
-    slot = None
-    while slot is None:
+    while True:
         for i in range(jobs):
-            file = (folder / f".slot-{i}").open("a")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-            else:
-                slot = file
-                break
-        else:
-            time.sleep(0.1)
-    with slot:
-        yield {"CUDA_VISIBLE_DEVICES": names[i % len(names)]}
+            with (folder / f".slot-{i}").open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                yield {"CUDA_VISIBLE_DEVICES": names[i % len(names)]}
+                return
+        time.sleep(0.1)
 
 
 def visible_gpus() -> list[str]:

@@ -40,19 +40,13 @@ from consensus.sweep.job import Status
 
 
 def train_populations(
-    members: Sequence[Member], folder: Path, log: Callable[[str], None], gradients: str = "auto"
+    members: Sequence[Member], folder: Path, log: Callable[[str], None], gradients: str
 ) -> None:
-    """Train the members that are not done, one population after another.
+    """Train the members that are not done, one population after another, with `sweep.gradients`.
 
-    Args:
-        members: All runs of the sweep that the engine can train.
-        folder: The folder of the checkpoints of populations.
-        log: Receives progress lines.
-        gradients: `sweep.gradients`.
-
-    Raises:
-        ConfigError: If the directory of a member holds another run, or a plan cannot be made.
-        KeyboardInterrupt: If this process receives a stop signal.
+    The members are all runs of the sweep that the engine can train, and `folder` holds the
+    checkpoints. Raises a ConfigError if the directory of a member holds another run, or a plan
+    cannot be made, and KeyboardInterrupt after a stop signal.
     """
     known: dict[str, Way] = {}
     for population in populations(members):
@@ -65,45 +59,37 @@ def train_populations(
 
 
 class PopulationTrainer:
-    """Trains one population.
+    """Trains one population: runs of one `kind`, with a checkpoint in `folder`.
 
-    Args:
-        members: Runs of one `kind`.
-        folder: The folder of its checkpoint.
-        log: Receives progress lines.
-        gradients: `sweep.gradients`.
-        known: A cache of measured gradient methods, shared with other populations.
-
-    Raises:
-        ConfigError: If `gradients` names a method that does not work for this model.
+    `known` is a cache of measured gradient methods, shared with other populations. A ConfigError if
+    `gradients` names a method that does not work for this model.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
         folder: Path,
-        log: Callable[[str], None] = print,
-        gradients: str = "auto",
-        known: dict[str, Way] | None = None,
+        log: Callable[[str], None],
+        gradients: str,
+        known: dict[str, Way],
     ) -> None:
-        self.members = list(members)
-        self.log = log
+        self.members, self.log = members, log
         self.checkpoint = folder / f"{key_of(members)}.pt"
         first = members[0].config
         set_determinism(first)
-        self.plans: dict[int, Plan] = {}
+        of_seed: dict[int, Plan] = {}
         for member in members:
-            seed = member.config.seed
-            if seed not in self.plans:
-                self.plans[seed] = plan_alone(member.config)
-        plan = self.plans[first.seed]
+            if member.config.seed not in of_seed:
+                of_seed[member.config.seed] = plan_alone(member.config)
+        self.plans = [replace(of_seed[m.config.seed], config=m.config) for m in members]
+        plan = self.plans[0]
         self.group = Solo(plan.device)
         self.phis = [make_phi(m.config, plan.risk, plan.device, plan.start.dtype) for m in members]
         self.oracle = PopulationRisk(
             plan.risk,
             plan.dataset,
             [member.config.seed for member in members],
-            {seed: plan.oracle.minibatches for seed, plan in self.plans.items()},
+            {seed: plan.oracle.minibatches for seed, plan in of_seed.items()},
         )
         on_gpu = first.cuda_graph and plan.device.type == "cuda"
         self.record = cuda_graph if on_gpu and not self.oracle.model_draws else None
@@ -112,22 +98,19 @@ class PopulationTrainer:
         self.iterations = first.algorithm.iterations
         self.start = self._restore()
         if self.start == 0:
-            self.oracle.way = self._way(gradients, {} if known is None else known)
+            self.oracle.way = self._way(gradients, known)
         self.log(f"gradients {self.oracle.way}")
         # Last, so that a refusal leaves no directory locked.
         self.directories = [
             RunDirectory(Origin(m.run_dir), m.config, Launch(), self.group) for m in members
         ]
 
-    def _plan(self, member: Member) -> Plan:
-        return replace(self.plans[member.config.seed], config=member.config)
-
     def _make_population(self, plan: Plan) -> Population:
         configs = [member.config for member in self.members]
         algorithms = [config.algorithm for config in configs]
         shared, potential = algorithms[0], configs[0].potential.make()
         return Population(
-            torch.stack([self.plans[config.seed].start for config in configs]),
+            torch.stack([own.start for own in self.plans]),
             plan.num_workers,
             self.oracle,
             lambda eta: Layerwise(potential, plan.risk.layout.layers, eta),
@@ -165,11 +148,7 @@ class PopulationTrainer:
         return known[str(same)]
 
     def run(self) -> None:
-        """Train to the end, or until a stop signal.
-
-        Raises:
-            KeyboardInterrupt: After SIGTERM or SIGUSR1, once the checkpoint is written.
-        """
+        """Train to the end, or to SIGTERM or SIGUSR1: KeyboardInterrupt, after a checkpoint."""
         signals = StopSignals(600.0)
         running = Status("running", os.getpid(), socket.gethostname())
         for i in self.population.active.tolist():
@@ -210,34 +189,25 @@ class PopulationTrainer:
 
     def _freeze_diverged(self, done: int) -> None:
         """Freeze diverged members, and set their status to failed."""
+        seconds = time.perf_counter() - self._began
+        message = f"became non-finite, by iteration {done} at the latest"
+        failed = Status("failed", seconds=seconds, code=1, message=message)
         for i in self.population.freeze(self.population.diverged()).tolist():
-            message = f"became non-finite, by iteration {done} at the latest"
-            seconds = time.perf_counter() - self._began
-            status = Status("failed", seconds=seconds, code=1, message=message)
-            status.write(self.members[i].run_dir)
+            failed.write(self.members[i].run_dir)
 
     def _evaluate(self, done: int) -> None:
         """Append an evaluation to metrics.jsonl of each active member."""
-        data = self.plans[self.members[0].config.seed].dataset
+        data, block = self.plans[0].dataset, self.population
         now = time.perf_counter()  # evaluation is not training
-        on_train = self.oracle.evaluate(self.population.u, data.train_images, data.train_labels)
-        on_test = self.oracle.evaluate(self.population.u, data.test_images, data.test_labels)
+        on_train = self.oracle.evaluate(block.u, data.train_images, data.train_labels)
+        on_test = self.oracle.evaluate(block.u, data.test_images, data.test_labels)
         seconds, passed = now - self._clock, done - self._done
-        for row, i in enumerate(self.population.active.tolist()):
-            member, plan = self.members[i], self._plan(self.members[i])
-            algorithm, u = member.config.algorithm, self.population.u[row]
-            numbers = measure(
-                u,
-                self.population.z[row],
-                self.phis[i],
-                scheduled(algorithm, "lam"),
-                self.population.cuts[row],
-                plan,
-                self.group,
-                done,
-                (on_train[row], on_test[row]),
-            )
-            samples = passed * plan.num_workers * algorithm.batch_size
+        for row, i in enumerate(block.active.tolist()):
+            member, plan, phi = self.members[i], self.plans[i], self.phis[i]
+            u, z, cuts = block.u[row], block.z[row], block.cuts[row]
+            lam, evaluated = scheduled(plan.config.algorithm, "lam"), (on_train[row], on_test[row])
+            numbers = measure(u, z, phi, lam, cuts, plan, self.group, done, evaluated)
+            samples = passed * plan.num_workers * plan.config.algorithm.batch_size
             numbers["wall_s"] = now - self._began
             numbers["samples_per_s"] = samples / seconds
             numbers["digest"] = f"{int(digest(u)) & (2**64 - 1):016x}"
@@ -251,7 +221,7 @@ class PopulationTrainer:
         """Write the model and then the summary of each active member."""
         seconds = time.perf_counter() - self._began
         for row, i in enumerate(self.population.active.tolist()):
-            member, plan = self.members[i], self._plan(self.members[i])
+            member, plan = self.members[i], self.plans[i]
             lowest = min(member.rows, key=lambda found: float(found["test_error"]))
             best = {"iteration": lowest["iteration"], "test_error": lowest["test_error"]}
             shared = {"population": len(self.members), "gradients": str(self.oracle.way)}
