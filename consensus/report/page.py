@@ -3,13 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from consensus import records
 from consensus.atomic_files import write_whole
-from consensus.records import Row
+from consensus.records import COLUMNS, Row
 from consensus.report.plots import draw_stationarity, draw_table1
 from consensus.report.runs import RESULTS, Run, varying
 from consensus.report.stationarity import measured, stationarity_cells, verdict
@@ -69,9 +68,6 @@ def write_report(runs: Sequence[Run], folder: Path, sources: Sequence[str]) -> N
         "report.md": page(runs, sources, tables, figures, analysed),
     }.items():
         write_whole(folder / name, text.encode("utf-8", errors="replace"))
-
-
-# ---- Markdown
 
 
 def page(
@@ -160,9 +156,6 @@ def escape(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
-# ---- CSV
-
-
 def table1_csv(records: Sequence[Record]) -> str:
     """Both parts side by side.
 
@@ -185,7 +178,7 @@ def table1_csv(records: Sequence[Record]) -> str:
         for key in RESULTS:
             row |= _mean(f"{key}_at_best", r.at_best[key])
         rows.append(row | {key: value or "" for key, value in r.chosen.items()})
-    return csv_text(rows)
+    return csv_text(rows, rows[0])
 
 
 def _mean(name: str, mean: Mean | None) -> dict[str, float | None]:
@@ -193,33 +186,30 @@ def _mean(name: str, mean: Mean | None) -> dict[str, float | None]:
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
-    """A row for each run: its status, its values of the varying keys, its last evaluation."""
+    """A row for each run: its status, its values of the varying keys, its last evaluation.
+
+    The single numbers of a measurement of stationarity have columns of their own.
+    """
     keys = varying(runs)
-    lasts = [_with_scalars(run.rows[-1]) if run.rows else {} for run in runs]
-    columns = dict.fromkeys([*records.COLUMNS, *(key for last in lasts for key in last)])
+    columns = dict.fromkeys(["run", "status", *keys, *COLUMNS])
     rows = []
-    for run, last in zip(runs, lasts, strict=True):
-        row: dict[str, Any] = {"run": run.label, "status": run.status}
+    for run in runs:
+        last: dict[str, Any] = dict(run.rows[-1]) if run.rows else {}
+        found = last.pop("stationarity", None) or {}
+        single = {k: v for k, v in found.items() if not isinstance(v, list | dict)}
+        last |= {f"stationarity.{key}": value for key, value in single.items()}
+        row = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in last.items()}
+        row |= {"run": run.label, "status": run.status}  # these replace columns of a plugin
         row |= {key: show(run.config[key]) if key in run.config else "" for key in keys}
-        for column in columns:
-            value = last.get(column)
-            text = json.dumps(value) if isinstance(value, list | dict) else value
-            row.setdefault(column, text)  # a column of a plugin may have the name of a key
+        columns |= dict.fromkeys(row)
         rows.append(row)
-    return csv_text(rows)
+    return csv_text(rows, columns)
 
 
-def _with_scalars(row: Row) -> dict[str, Any]:
-    """A row with the single numbers of its stationarity as columns of their own."""
-    found = row.get("stationarity") or {}
-    scalars = {f"stationarity.{k}": v for k, v in found.items() if not isinstance(v, list | dict)}
-    return {key: value for key, value in row.items() if key != "stationarity"} | scalars
-
-
-def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as CSV."""
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> str:
+    """Rows as CSV; a value that is None or absent is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -39,9 +39,6 @@ ENDINGS = ("png", "pdf")
 Series = Callable[[Row], float]
 
 
-# ---- the style of all figures
-
-
 def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
     """A figure and its array of axes."""
     from matplotlib.figure import Figure

@@ -92,11 +92,7 @@ def run(sweep: Sweep, dashboard: Dashboard) -> None:
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train this config.
-
-    Populations have no mSGD, no implicit coupling, no exact u-update and no measurement of
-    stationarity.
-    """
+    """Whether a population can train a config: it has explicit steps alone and measures nothing."""
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
     measured = config.stationarity.every is not None and config.coupled
@@ -129,11 +125,8 @@ def launch(sweep: Sweep, jobs: Sequence[Job]) -> None:
     options = sweep.options
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    overrides = [
-        f"hydra.sweep.dir={quoted(str(sweep.path))}",
-        "hydra.sweep.subdir=.",
-        *launcher_overrides(sweep),
-    ]
+    overrides = [f"hydra.sweep.dir={quoted(str(sweep.path))}", "hydra.sweep.subdir=."]
+    overrides += launcher_overrides(sweep)
     config = hydra.compose_config(
         "train", overrides, RunMode.MULTIRUN, with_log_configuration=False
     )

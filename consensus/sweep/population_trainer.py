@@ -135,17 +135,16 @@ class PopulationTrainer:
             return Way()
         names = WAYS if gradients in ("auto", "measure") else (gradients,)
         points = self.population.z.flatten(0, 1)
-        same = (asdict(config.model), config.dtype, config.algorithm.batch_size, len(points))
-        if str(same) not in known:
+        same = str((asdict(config.model), config.dtype, config.algorithm.batch_size, len(points)))
+        if same not in known:
             try:
                 with torch.no_grad():
-                    found = self.oracle.fastest_way(points, names, self.record)
+                    known[same] = self.oracle.fastest_way(points, names, self.record)
             except ValueError as error:
                 raise ConfigError(
                     f"`sweep.gradients` is {gradients}; allowed here: one_by_one ({error})"
                 ) from error
-            known[str(same)] = found
-        return known[str(same)]
+        return known[same]
 
     def run(self) -> None:
         """Train to the end, or to SIGTERM or SIGUSR1: KeyboardInterrupt, after a checkpoint."""
