@@ -74,11 +74,8 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
     if runs:
         for table in screen_tables(table1(runs)):
             console.print(table)
-        say(
-            "--folder FOLDER writes Table 1 and Figure 1 there"
-            if folder is None
-            else f"Table 1 and Figure 1 in {folder}/report.md"
-        )
+        written = f"Table 1 and Figure 1 in {folder}/report.md"
+        say(written if folder else "--folder FOLDER writes Table 1 and Figure 1 there")
     if analysed := measured(shown):
         second = figure.with_stem(f"{figure.stem}_stationarity")
         draw_stationarity(analysed, second)

@@ -81,8 +81,8 @@ def page(
     statuses = [run.status for run in runs]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in ("finished", "diverged", "unfinished"))
     named = ", ".join(f"`{escape(source)}`" for source in sources)
-    fixed = runs[0].config.keys() - set(varying(runs))
-    values = [[key, show(value)] for key, value in runs[0].config.items() if key in fixed]
+    different = varying(runs)
+    values = [[key, show(v)] for key, v in runs[0].config.items() if key not in different]
     images = [f"{caption}.\n\n![{name}]({name})" for name, caption in figures.items()]
     stationarity = []
     if analysed:
@@ -152,7 +152,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that stays in its cell: no bar, no line break."""
+    """Text that stays in its cell of a table: no bar, no line break."""
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 

@@ -181,7 +181,7 @@ def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, 
         if len({other_m for other, other_m in groups if other == problem}) > 1:
             m_text = "unknown" if m is None else str(m)
             suffix, title = f"{suffix}_M{m_text}", f"{title}, M = {m_text}"
-        best = {name: min(of, key=Configuration.rank) for name, of in of_name.items()}
+        best = {name: min(of, key=Configuration.sort_key) for name, of in of_name.items()}
         found.append((suffix, title, best))
     return found
 

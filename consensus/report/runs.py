@@ -89,7 +89,7 @@ def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
 
 
 def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row]]:
-    """Label -> the evaluations of each run directory; a ValueError if they cannot be read.
+    """Label -> the evaluations of each run; a ValueError if none has one, or a file is damaged.
 
     A run of a sweep may be waiting, or may have failed before its first evaluation. Such a run has
     no rows here if it was found beside others, and is not named on the command line itself.

@@ -101,11 +101,8 @@ def verdict(rows: Sequence[Row]) -> str:
     if math.isnan(agreement(last)) or math.isnan(distance(last)):
         return f"whether u = z_j is not known, a number is not finite; {fallen}"
     if agreement(last) < AGREEING:
-        pull = _largest("envelope_gradients")(last)
-        return (
-            f"u is not z_j: {apart}, since the f_j pull u apart: |grad e f_j (u)| is up to "
-            f"{pull:.2g}; {fallen}"
-        )
+        pull = f"|grad e f_j (u)| is up to {_largest('envelope_gradients')(last):.2g}"
+        return f"u is not z_j: {apart}, since the f_j pull u apart: {pull}; {fallen}"
     if distance(last) <= SAME:
         return f"u = z_j: {apart}, and all f_j pull u the same way; {fallen}"
     return f"u is not z_j yet: {apart}, but all f_j pull u the same way; {fallen}"

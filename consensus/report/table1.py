@@ -73,7 +73,7 @@ class Configuration:
         std = statistics.stdev(values) if len(values) > 1 else None
         return Mean(statistics.fmean(values), std)
 
-    def rank(self) -> tuple[float, float]:
+    def sort_key(self) -> tuple[float, float]:
         """Mean test error, then mean test loss: the best configuration has the least."""
         return self.mean("test_error").mean, self.mean("test_loss").mean
 
@@ -89,7 +89,7 @@ class Record:
     finished: int  # runs
     others: int  # runs that diverged or are unfinished
     lowest: Mapping[str, Mean | None]  # column -> its lowest mean over the configurations
-    best: Configuration | None  # of the least `rank`
+    best: Configuration | None  # of the least `sort_key`
     at_best: Mapping[str, Mean | None]  # column -> its mean at `best`
     chosen: Mapping[str, str | None]  # varying key -> its value at `best`; None: it has no such key
     paper: Mapping[str, str]  # column -> the number printed in the paper, for its own problem only
@@ -124,7 +124,7 @@ def _record(
 ) -> Record:
     configurations = group_seeds(runs)
     kept = [c for c in configurations if c.kept]
-    best = min(kept, key=Configuration.rank, default=None)
+    best = min(kept, key=Configuration.sort_key, default=None)
     finished = sum(run.status == "finished" for run in runs)
     return Record(
         label,

@@ -32,9 +32,8 @@ from consensus.run.compose import REFUSALS, config_dir, explain, register_schema
 from consensus.run.config import Config
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
-from consensus.sweep.grouping import Member
 from consensus.sweep.job import run_job
-from consensus.sweep.population_trainer import train_populations
+from consensus.sweep.population_trainer import Member, train_populations
 from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
 
@@ -74,8 +73,7 @@ def main() -> None:
             report([sweep.path])
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
-    failed = len(sweep.jobs) - dashboard.number("done")
-    if failed:
+    if failed := len(sweep.jobs) - dashboard.number("done"):
         leave(f"{failed} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)
 
 
@@ -92,7 +90,7 @@ def run(sweep: Sweep, dashboard: Dashboard) -> None:
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train a config: it has explicit steps alone and measures nothing."""
+    """Whether a population can train it: explicit steps, no mSGD, no measured stationarity."""
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
     measured = config.stationarity.every is not None and config.coupled
@@ -165,8 +163,7 @@ def require_launcher(sweep: Sweep) -> None:
 
 def require_no_jobs(sweep: Sweep) -> None:
     """Refuse to start while SLURM jobs of an earlier call are pending or running."""
-    jobs = jobs_in_queue(sweep.path)
-    if jobs:
+    if jobs := jobs_in_queue(sweep.path):
         raise ConfigError(
             f"the jobs {', '.join(jobs)} of {sweep.path} are still in the queue: wait for them, or"
             f" `scancel {' '.join(jobs)}`; then the same command continues"

@@ -1,17 +1,22 @@
 """Population training of a sweep in this process: `sweep.engine=population`.
 
-Data flow: grouping.py groups the runs into populations, which train one after another. Every run
-gets the files of a separate run except the figure and TensorBoard events. The checkpoint of a
-population is one file in the directory of the sweep, written atomically.
+Runs of one kind have equal configs except for the numbers that may differ within a `Population`:
+lam, eta, tau, sigma, momentum, weight decay, schedules and the seed. They are grouped into
+populations that fit the memory, which train one after another. Every run gets the files of a
+separate run except the figure and TensorBoard events. The checkpoint of a population is one file in
+the directory of the sweep, written atomically.
 """
 
+import hashlib
 import io
+import json
+import math
 import os
 import pickle
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,21 +27,84 @@ from consensus.core.flat import part_of
 from consensus.core.layerwise import Layerwise
 from consensus.population import Population
 from consensus.problem import WAYS, PopulationRisk, Way
-from consensus.records import rows_until
+from consensus.records import Row, rows_until
 from consensus.replay import cuda_graph
 from consensus.run.build import scheduled
 from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
-from consensus.run.device import set_determinism
+from consensus.run.config import Config
+from consensus.run.device import memory_of, set_determinism
 from consensus.run.metrics import measure
-from consensus.run.plan import Plan, count_workers, make_phi
+from consensus.run.plan import Plan, count_workers, make_phi, make_plan
 from consensus.run.results import environment, finish_run
 from consensus.run.signals import StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.server import digest
-from consensus.sweep.grouping import Member, key_of, plan_alone, populations
 from consensus.sweep.job import Status
+
+FORMAT = 2  # of the checkpoint; it is part of the file name, so that no other format is read
+MOST_MODELS = 65_535  # in a population: the grid size of the Triton kernels
+VECTORS = 8  # (M, n) per configuration at most: z, v, look-ahead points, u - z, forces, directions
+SHARE_OF_MEMORY = 0.5  # that a population may use
+
+
+@dataclass
+class Member:
+    """A run that is a member of a population."""
+
+    name: str
+    run_dir: Path
+    config: Config
+    rows: list[Row] = field(default_factory=list)  # its evaluations so far
+
+
+def kind(config: Config) -> str:
+    """The part of a config that all members of a population share, as a key."""
+    shared = asdict(config)
+    for key in ("lam", "tau", "sigma", "momentum", "weight_decay", "schedule"):
+        del shared["algorithm"][key]
+    for key in ("root", "run_dir", "name"):
+        del shared["output"][key]
+    del shared["potential"]["eta"], shared["seed"], shared["resume"], shared["group"]
+    return json.dumps(shared, sort_keys=True, default=str)
+
+
+def key_of(members: Sequence[Member]) -> str:
+    """The name of the checkpoint of a population: a hash of its runs and their configs."""
+    configs = [asdict(member.config) for member in members]
+    for config in configs:
+        del config["output"]["root"], config["output"]["run_dir"]  # a sweep may be moved
+    names = [member.name for member in members]
+    content = json.dumps([FORMAT, names, configs], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def populations(members: Sequence[Member], memory: int | None = None) -> list[list[Member]]:
+    """Group the members into as few populations as fit the memory.
+
+    The result depends on all members, done or not, and on the machine. A restarted sweep therefore
+    finds the checkpoints of its populations. `memory`: bytes; None: SHARE_OF_MEMORY of the device.
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(kind(member.config), []).append(member)
+    found = []
+    for group in groups.values():
+        plan = plan_alone(group[0].config)
+        usable = int(SHARE_OF_MEMORY * memory_of(plan.device)) if memory is None else memory
+        each = VECTORS * plan.num_workers * plan.start.numel() * plan.start.element_size()
+        most = min(usable // each, MOST_MODELS // plan.num_workers)
+        parts = math.ceil(len(group) / max(1, most))
+        size = math.ceil(len(group) / parts)  # of even size
+        found += [group[i : i + size] for i in range(0, len(group), size)]
+    return found
+
+
+def plan_alone(config: Config) -> Plan:
+    """The plan of a config as if its run directory were empty."""
+    output = replace(config.output, run_dir=None)
+    return make_plan(replace(config, output=output, resume="never"), Launch())
 
 
 def train_populations(
@@ -227,8 +295,6 @@ class PopulationTrainer:
             extra = {"environment": environment(plan) | shared}
             finish_run(member.run_dir, member.rows, best, self.population.u[row], plan, extra)
             Status("done", seconds=seconds, code=0).write(member.run_dir)
-
-    # ---- the checkpoint
 
     def _save(self, done: int) -> None:
         state = {f"population/{k}": v for k, v in self.population.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Population training against separate runs: files, numbers, resume, divergence."""
+"""Grouping of runs, and population training against separate runs: files, numbers, resume."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from consensus import train
 from consensus.population import Population
 from consensus.problem import PopulationRisk
 from consensus.sweep.job import Status
+from consensus.sweep.population_trainer import Member, key_of, populations
 from tests.testing.sweeps import call_sweep, rows
 
 SMOKE = [
@@ -210,3 +211,31 @@ def test_an_impossible_gradient_method_is_refused_in_one_line(tmp_path, monkeypa
     assert err == (
         "consensus.sweep: `sweep.gradients` is products; allowed here: one_by_one (vmap: no)\n"
     )
+
+
+def test_the_checkpoint_name_depends_on_the_configs(make_config):
+    def key(*overrides):
+        config = make_config("potential=quad", *overrides)
+        return key_of([Member("a", None, config), Member("b", None, config)])
+
+    assert key() == key("output.run_dir=elsewhere")
+    others = [key("algorithm.weight_decay=0"), key("seed=1"), key("algorithm.batch_size=10")]
+    assert len({key(), *others}) == 4
+
+
+def test_populations_fit_into_memory(make_config):
+    members = [
+        Member(f"{potential} {seed}", None, make_config(f"potential={potential}", f"seed={seed}"))
+        for potential in ("quad", "tan")
+        for seed in range(5)
+    ]
+    each = 8 * 1 * 33_580 * 4  # vectors, worker, LeNet-5 in float32
+    names = [[member.name for member in part] for part in populations(members, 3 * each)]
+    assert names == [
+        ["quad 0", "quad 1", "quad 2"],
+        ["quad 3", "quad 4"],
+        ["tan 0", "tan 1", "tan 2"],
+        ["tan 3", "tan 4"],
+    ]
+    assert [len(part) for part in populations(members, 10**12)] == [5, 5]
+    assert [len(part) for part in populations(members, 1)] == [1] * 10
