@@ -40,11 +40,7 @@ COUNT = rule(lambda x: x >= 1, "a whole number >= 1")
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Refuse a value.
-
-    Raises:
-        ConfigError: Unless the condition holds.
-    """
+    """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"`{key}` is {value}; allowed: {allowed}")
 
@@ -55,12 +51,7 @@ def require_one_of(key: str, value: str, names: Collection[str]) -> None:
 
 
 def check_fields(section: Any, path: str = "") -> None:
-    """Refuse the first field, in order of declaration, that breaks its rule.
-
-    Args:
-        section: A dataclass of this module.
-        path: Prefix of its keys, with the dot.
-    """
+    """Refuse the first field of a dataclass that breaks its rule; `path` precedes its name."""
     for entry in fields(section):
         if entry.metadata:
             value, allowed = getattr(section, entry.name), entry.metadata["allowed"]
@@ -69,11 +60,7 @@ def check_fields(section: Any, path: str = "") -> None:
 
 
 def made(key: str, table: Registry[T], name: str, options: dict[str, Any]) -> T:
-    """An entry of a table.
-
-    Raises:
-        ConfigError: If the table has no such entry, or refuses the options.
-    """
+    """An entry of a table. ConfigError if there is none, or it refuses the options."""
     require_one_of(f"{key}.name", name, table)
     try:
         return table.make(name, **options)
@@ -84,15 +71,13 @@ def made(key: str, table: Registry[T], name: str, options: dict[str, Any]) -> T:
 def absolute(key: str, path: str) -> str:
     """The absolute form of a path, which a later chdir does not affect.
 
-    Raises:
-        ConfigError: If its user is unknown, a name in it is too long, or access is denied.
+    ConfigError if its user is unknown, a name in it is too long, or access is denied.
     """
     try:
         found = Path(path).expanduser().resolve()
         found.exists()  # an error of a later access is raised here
     except (OSError, RuntimeError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"`{key}` is {path}; allowed: the path of a file or folder ({cause})"
-        ) from error
+        allowed = f"the path of a file or folder ({cause})"
+        raise ConfigError(f"`{key}` is {path}; allowed: {allowed}") from error
     return str(found)

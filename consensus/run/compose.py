@@ -30,11 +30,7 @@ def register_schema() -> None:
 
 
 def config_dir() -> str:
-    """Absolute directory of the YAML files: in the installed package, else beside it.
-
-    Raises:
-        FileNotFoundError: If they are in neither place; the installation is broken.
-    """
+    """Absolute directory of the YAML files: in the installed package, else beside it."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "configs", package.parent / "configs"):
         if (candidate / "train.yaml").is_file():
@@ -43,11 +39,7 @@ def config_dir() -> str:
 
 
 def refuse_unknown_switches() -> None:
-    """Check the arguments that begin with `-`, whose errors argparse prints in several lines.
-
-    Raises:
-        ConfigError: If Hydra has no such switch, or refuses its value.
-    """
+    """Check the arguments that begin with `-`, whose errors argparse prints in several lines."""
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; --hydra-help lists Hydra's switches beside KEY=VALUE")
@@ -60,8 +52,7 @@ def refuse_unknown_switches() -> None:
 def to_config(cfg: DictConfig) -> Config:
     """The typed form of a composed config. Imports its plugins first: they may register names.
 
-    Raises:
-        ConfigError: If a key is unknown, a plugin cannot be imported or a check fails.
+    ConfigError if a key is unknown, a plugin cannot be imported or a check fails.
     """
     _refuse_added_keys(cfg)
     for plugin in cfg.plugins:
@@ -70,9 +61,8 @@ def to_config(cfg: DictConfig) -> Config:
         try:
             importlib.import_module(plugin)
         except (ImportError, SyntaxError, ValueError) as error:
-            raise ConfigError(
-                f"`plugins` names {plugin}; allowed: modules on the Python path ({error})"
-            ) from error
+            allowed = f"modules on the Python path ({error})"
+            raise ConfigError(f"`plugins` names {plugin}; allowed: {allowed}") from error
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
     return config
@@ -87,8 +77,11 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             group, _, choice = str(cause.missing_cfg_file).rpartition("/")
             return f"`{group}` is {choice}; allowed: {', '.join(sorted(cause.options))}"
-        if full_key(cause) and not isinstance(cause, HydraException):
-            return _explain_key(cause)
+        if (key := full_key(cause)) and not isinstance(cause, HydraException):
+            if ".options." in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+                hint = "an option that its YAML file does not list takes a +"
+                return f"unknown key `{key}`; {hint}{key}=..."
+            return _unknown(key) or f"`{key}`: {str(cause).strip().splitlines()[0]}"
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"
 
@@ -96,18 +89,11 @@ def explain(error: BaseException) -> str:
 def full_key(error: BaseException) -> str:
     """The key that OmegaConf names in an error, "" if there is none.
 
-    OmegaConf's own errors have it as an attribute. Python's, such as the OverflowError for a number
-    with 400 digits, have it in their text.
+    Its own errors have an attribute. Python's, as the OverflowError of 400 digits, have it in
+    their text.
     """
     named = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
     return str(getattr(error, "full_key", None) or (named[1] if named else ""))
-
-
-def _explain_key(error: BaseException) -> str:
-    key = full_key(error)
-    if ".options." in key and isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return f"unknown key `{key}`; an option that its YAML file does not list takes a +{key}=..."
-    return _unknown(key) or f"`{key}`: {str(error).strip().splitlines()[0]}"
 
 
 def _refuse_added_keys(node: DictConfig, path: str = "") -> None:

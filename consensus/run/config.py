@@ -7,7 +7,7 @@ involve several keys. plan.py checks what depends on the launch and the data.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,8 +37,21 @@ RESUME = ("never", "auto")  # or a path
 REDUCTIONS = ("sum", "mean")
 
 
+class Section:
+    """A part of the config; its fields are checked when it is made."""
+
+    path: ClassVar[str]
+
+    def __init_subclass__(cls, key: str) -> None:
+        cls.path = f"{key}."
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_fields(self, self.path)
+
+
 @dataclass
-class PotentialConfig:
+class PotentialConfig(Section, key="potential"):
     """phi of (18): a name in POTENTIALS, its width and its options."""
 
     name: str
@@ -47,7 +60,7 @@ class PotentialConfig:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_fields(self, "potential.")
+        super().__post_init__()
         self.make()
 
     def make(self) -> Potential:
@@ -61,10 +74,6 @@ class ScheduleConfig:
 
     name: str
     options: dict[str, Any]
-
-    def make(self, key: str) -> Schedule:
-        """The schedule; `key` is its place in the config, for messages."""
-        return made(key, SCHEDULES, self.name, self.options)
 
 
 @dataclass
@@ -83,11 +92,11 @@ class SchedulesConfig:
     def make(self, name: str) -> Schedule:
         """The schedule of tau, sigma or lam."""
         config: ScheduleConfig = getattr(self, name)
-        return config.make(f"algorithm.schedule.{name}")
+        return made(f"algorithm.schedule.{name}", SCHEDULES, config.name, config.options)
 
 
 @dataclass
-class AlgorithmConfig:
+class AlgorithmConfig(Section, key="algorithm"):
     """Algorithm 1 and its baselines."""
 
     name: str = field(metadata=one_of(ALGORITHMS))
@@ -109,13 +118,10 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         """Check the fields, and the values that `name` implies."""
-        check_fields(self, "algorithm.")
-        require(
-            self.coupling != "implicit" or self.order == "gauss_seidel",
-            "algorithm.coupling",
-            self.coupling,
-            f"explicit with order={self.order}: the proximal step is around u+",
-        )
+        super().__post_init__()
+        allowed = f"explicit with order={self.order}: the proximal step is around u+"
+        possible = self.coupling != "implicit" or self.order == "gauss_seidel"
+        require(possible, "algorithm.coupling", self.coupling, allowed)
         for key, (value, needed, allowed) in self._implied().items():
             require(value == needed, f"algorithm.{key}", value, allowed)
 
@@ -152,7 +158,7 @@ class AlgorithmConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section, key="data"):
     """The data set, and its division between the workers."""
 
     name: str = field(metadata=one_of(DATASETS))
@@ -163,29 +169,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the fields; make `root` absolute."""
-        check_fields(self, "data.")
+        super().__post_init__()
         self.root = absolute("data.root", self.root)
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section, key="model"):
     """The model: a name in MODELS and its options."""
 
     name: str = field(metadata=one_of(MODELS))
     options: dict[str, Any] = field(
         metadata=rule(
-            lambda options: "num_classes" not in options,
-            "no num_classes; it comes from the data set",
+            lambda x: "num_classes" not in x, "no num_classes; it comes from the data set"
         )
     )
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_fields(self, "model.")
-
 
 @dataclass
-class GroupConfig:
+class GroupConfig(Section, key="group"):
     """Communication between the processes."""
 
     name: str = field(metadata=one_of(BACKENDS))
@@ -193,13 +194,9 @@ class GroupConfig:
     shared_memory: bool
     compress: str | None = field(metadata=rule(lambda x: x in (None, "bf16"), "null, bf16"))
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_fields(self, "group.")
-
 
 @dataclass
-class OutputConfig:
+class OutputConfig(Section, key="output"):
     """The files of a run, and the intervals of evaluations, checkpoints and log entries."""
 
     root: str
@@ -213,7 +210,7 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         """Check the fields; make the paths absolute."""
-        check_fields(self, "output.")
+        super().__post_init__()
         plain = self.name is None or (self.name != "" and "/" not in self.name)
         require(plain, "output.name", repr(self.name), "a word without `/`")
         self.root = absolute("output.root", self.root)
@@ -222,7 +219,7 @@ class OutputConfig:
 
 
 @dataclass
-class StationarityConfig:
+class StationarityConfig(Section, key="stationarity"):
     """Measurements of the stationarity of section 4 during a run."""
 
     every: int | None = field(metadata=or_null(COUNT, "never"))
@@ -231,10 +228,6 @@ class StationarityConfig:
     batch_size: int = field(metadata=COUNT)
     tolerance: float = field(metadata=rule(lambda x: 0 < x < 1, "a number in (0, 1)"))
     budget: int = field(metadata=rule(lambda x: x >= 2, "a whole number >= 2"))
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_fields(self, "stationarity.")
 
 
 @dataclass
@@ -261,27 +254,18 @@ class Config:
         """Check the fields, and the combinations that no launch and no data can make valid."""
         check_fields(self)
         require(self.resume != "", "resume", "''", "never, auto, or a path")
-        require(
-            self.resume != "auto" or self.output.run_dir is not None,
-            "resume",
-            "auto",
-            "never or a path, unless output.run_dir says which run to continue",
-        )
+        known = self.resume != "auto" or self.output.run_dir is not None
+        allowed = "never or a path, unless output.run_dir says which run to continue"
+        require(known, "resume", "auto", allowed)
         if self.resume not in RESUME:
             self.resume = absolute("resume", self.resume)
         self._require_representable()
-        require(
-            self.algorithm.name == "consensus" or self.potential.name == "quad",
-            "potential",
-            self.potential.name,
-            f"quad for algorithm={self.algorithm.name} (algorithm=consensus takes any)",
-        )
-        require(
-            not (self.device == "cpu" and self.group.name == "nccl"),
-            "group",
-            self.group.name,
-            "auto or gloo with device=cpu: NCCL moves CUDA tensors only",
-        )
+        name, potential = self.algorithm.name, self.potential.name
+        allowed = f"quad for algorithm={name} (algorithm=consensus takes any)"
+        require(name == "consensus" or potential == "quad", "potential", potential, allowed)
+        movable = self.device != "cpu" or self.group.name != "nccl"
+        allowed = "auto or gloo with device=cpu: NCCL moves CUDA tensors only"
+        require(movable, "group", self.group.name, allowed)
 
     def _require_representable(self) -> None:
         """Refuse step sizes and factors that overflow the dtype in some iteration."""
@@ -289,21 +273,15 @@ class Config:
         largest = float(torch.finfo(getattr(torch, self.dtype)).max)
         factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}
         for name, (low, high) in factors.items():
-            require(
-                (low > 0 if name == "lam" else low >= 0) and high < math.inf,
-                f"algorithm.schedule.{name}",
-                f"a factor from {low:g} to {high:g}",
-                "finite factors > 0" if name == "lam" else "finite factors >= 0",
-            )
+            good = (low > 0 if name == "lam" else low >= 0) and high < math.inf
+            allowed = "finite factors > 0" if name == "lam" else "finite factors >= 0"
+            found = f"a factor from {low:g} to {high:g}"
+            require(good, f"algorithm.schedule.{name}", found, allowed)
         step = max(algorithm.sigma * factors["sigma"][1], algorithm.tau * factors["tau"][1])
         lam = algorithm.lam * factors["lam"][0]
         fits = f"{self.dtype}, below {largest:.2g}"
-        require(
-            step < largest * min(lam, 1.0),
-            "algorithm.lam",
-            f"{lam:g}",
-            f"a number for which sigma / lam and tau / lam fit {fits}",
-        )
+        allowed = f"a number for which sigma / lam and tau / lam fit {fits}"
+        require(step < largest * min(lam, 1.0), "algorithm.lam", f"{lam:g}", allowed)
         nu = algorithm.weight_decay
         require(nu < largest, "algorithm.weight_decay", nu, f"a number that fits {fits}")
 

@@ -59,15 +59,10 @@ def require_memory(config: Config, model: nn.Module, workers: int, device: torch
 
 
 def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
-    """Refuse concurrent runs that exceed the memory of this machine.
+    """Refuse `jobs` concurrent runs, of some processes each, that exceed this machine's memory.
 
     Builds the model on the meta device. A model that cannot be built there is left to the run, and
     so is a number of workers that is no multiple of the processes.
-
-    Args:
-        config: Of each run.
-        processes: The number of processes of a run.
-        jobs: The number of runs at the same time.
     """
     try:
         with torch.device("meta"):
@@ -95,12 +90,10 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
 def _room_for_workers(config: Config, model: nn.Module, device: torch.device) -> int:
     """The bytes that a measurement of the stationarity leaves for workers."""
     memory, beside = memory_of(device), bytes_of_measurement(config, model)
-    require(
-        not beside or beside + bytes_of_worker(model) <= memory,
-        "stationarity.every",
-        config.stationarity.every,
-        f"null for this model: a phi-prox needs {beside:,} bytes of memory, there are {memory:,}",
-    )
+    fits = not beside or beside + bytes_of_worker(model) <= memory
+    needs = f"a phi-prox needs {beside:,} bytes of memory, there are {memory:,}"
+    every = config.stationarity.every
+    require(fits, "stationarity.every", every, f"null for this model: {needs}")
     return memory - beside
 
 

@@ -14,10 +14,7 @@ from consensus.comm import Group, GroupError
 class HealthCheck:
     """Checks at iterations that all ranks choose alike, about once a second.
 
-    Args:
-        group: The processes of the run.
-        workers: The number of workers on each process.
-        log_every: The largest number of iterations between two checks.
+    `workers` is their number on each process; `log_every` limits the iterations between checks.
     """
 
     CHECK_EVERY_S = 1.0
@@ -49,19 +46,10 @@ class HealthCheck:
         return self._last is None or done - self._last >= self._stride
 
     def check(self, done: int, signal: int = 0, problem: str | None = None) -> int:
-        """Exchange the state of all ranks. A collective.
+        """Exchange the state of all ranks, stop signals and write errors included. A collective.
 
-        Args:
-            done: Iterations done.
-            signal: The stop signal that this process received; 0 if none.
-            problem: The write error of this rank; None if there is none.
-
-        Returns:
-            A stop signal that some rank received, the same on all; 0 if none.
-
-        Raises:
-            GroupError: On every rank, with the first iteration and rank that became non-finite, or
-                with the problem of a rank.
+        Returns a stop signal that some rank received, the same on all; 0 if none. GroupError on
+        every rank, with the first iteration and rank that became non-finite or a rank's problem.
         """
         now = time.perf_counter()
         passed = max(1, done - (self._last or 0))

@@ -26,27 +26,23 @@ def measure(
     t: int,
     evaluated: tuple[Tensor, Tensor] | None = None,
 ) -> Row:
-    """Evaluate u and the coupling after t iterations. Collective: the same row on all ranks.
+    """Evaluate u (n,) and the coupling to this rank's z (K, n) after t iterations.
 
-    Args:
-        u: The consensus variable. (n,)
-        z: The z_j of this rank. (K, n)
-        phi: The layer-wise potential.
-        lam: The coupling parameter of (15), a constant or a schedule.
-        cuts: Step-size cuts of line 3, and of line 6 on this rank. int64 (2,)
-        plan: The plan of the run.
-        group: The group of the run.
-        t: The iterations done.
-        evaluated: Results of `Risk.evaluate` of u on this rank's shares of the training and the
-            test set; None: computed here.
+    A collective, with the same row on all ranks. `cuts` are the step-size cuts of line 3, and of
+    line 6 on this rank, int64 (2,). `evaluated` are results of `Risk.evaluate` of u on this rank's
+    shares of the training and the test set; None: computed here.
     """
+
+    def share(x: Tensor) -> Tensor:
+        return torch.tensor_split(x, group.size)[group.rank]
+
     data, cuts = plan.dataset, cuts.double()
     if group.rank > 0:
         cuts[0] = 0.0  # s_u is the same on all ranks: count it once
     if evaluated is None:
         evaluated = (
-            plan.risk.evaluate(u, *_share(group, data.train_images, data.train_labels)),
-            plan.risk.evaluate(u, *_share(group, data.test_images, data.test_labels)),
+            plan.risk.evaluate(u, share(data.train_images), share(data.train_labels)),
+            plan.risk.evaluate(u, share(data.test_images), share(data.test_labels)),
         )
     parts = [
         *evaluated,
@@ -72,11 +68,3 @@ def measure(
         "cuts_u": int(cuts_u),
         "cuts_z": int(cuts_z),
     }
-
-
-def _share(group: Group, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's contiguous share of a data set."""
-    return (
-        torch.tensor_split(images, group.size)[group.rank],
-        torch.tensor_split(labels, group.size)[group.rank],
-    )

@@ -31,33 +31,19 @@ from consensus.run.device import choose_device, require_memory
 
 @dataclass(frozen=True)
 class Plan:
-    """The problem, the workers and the device of a run.
-
-    Attributes:
-        config: The config.
-        launch: The processes.
-        origin: The run directory, and the run or checkpoint to continue from.
-        num_workers: M.
-        device: Of this process.
-        backend: "gloo" or "nccl"; meaningless for one process.
-        dataset: On the device, in the dtype of the run.
-        model: The network as a function; its own parameters are the start.
-        oracle: Minibatches and gradients for the K workers of this process.
-        phi: The layer-wise potential (18).
-        shard_sizes: Number of training images of each of the M workers.
-    """
+    """The problem, the workers and the device of a run."""
 
     config: Config
     launch: Launch
     origin: Origin
-    num_workers: int
-    device: torch.device
-    backend: str
-    dataset: Dataset
-    model: nn.Module
-    oracle: MinibatchRisk
-    phi: Layerwise
-    shard_sizes: tuple[int, ...]
+    num_workers: int  # M
+    device: torch.device  # of this process
+    backend: str  # "gloo" or "nccl"; meaningless for one process
+    dataset: Dataset  # on the device, in the dtype of the run
+    model: nn.Module  # the network as a function; its own parameters are the start
+    oracle: MinibatchRisk  # minibatches and gradients for the K workers of this process
+    phi: Layerwise  # (18)
+    shard_sizes: tuple[int, ...]  # training images of each of the M workers
 
     @property
     def risk(self) -> Risk:
@@ -100,28 +86,22 @@ class Plan:
         if config.workers not in (None, self.num_workers):
             lines.append(f"workers={config.workers} has no effect: mSGD is one worker")
         if config.stationarity.every is not None and not config.coupled:
-            lines.append(
-                "stationarity.every has no effect: without a coupling there is no envelope"
-            )
+            why = "without a coupling there is no envelope"
+            lines.append(f"stationarity.every has no effect: {why}")
         return lines
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
     """Load the data, build the model and assign the data to the workers.
 
-    Raises:
-        ConfigError: If this launch or this data cannot satisfy the config.
+    ConfigError if this launch or this data cannot satisfy the config.
     """
     num_workers = count_workers(config, launch)
     origin = find_origin(config, launch, num_workers)
     device = choose_device(config, launch)
     backend = choose_backend(config.group.name, device, launch)
-    require(
-        backend != "nccl" or device.type == "cuda",
-        "group",
-        "nccl",
-        "gloo or auto here: NCCL moves CUDA tensors only",
-    )
+    movable = backend != "nccl" or device.type == "cuda"
+    require(movable, "group", "nccl", "gloo or auto here: NCCL moves CUDA tensors only")
     dtype = getattr(torch, config.dtype)
     dataset = load_data(config).to(device, dtype)
     model = make_model(config, dataset)
@@ -150,30 +130,20 @@ def make_plan(config: Config, launch: Launch) -> Plan:
 def count_workers(config: Config, launch: Launch) -> int:
     """M, from the number of workers in the config and the number of processes of the launch."""
     if config.algorithm.name == "msgd":
-        require(
-            launch.size == 1,
-            "algorithm",
-            "msgd",
+        allowed = (
             f"one process, since it is one worker, but there are {launch.size}: start it with "
-            "`python -m consensus.train` or --nproc-per-node=1",
+            "`python -m consensus.train` or --nproc-per-node=1"
         )
+        require(launch.size == 1, "algorithm", "msgd", allowed)
         return 1
     num_workers = launch.size if config.workers is None else config.workers
-    require(
-        num_workers % launch.size == 0,
-        "workers",
-        num_workers,
-        f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each",
-    )
+    allowed = f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each"
+    require(num_workers % launch.size == 0, "workers", num_workers, allowed)
     return num_workers
 
 
 def load_data(config: Config) -> Dataset:
-    """The data set of the config, on the CPU.
-
-    Raises:
-        ConfigError: If it is not available, or an option is wrong.
-    """
+    """The data set of the config, on the CPU."""
     options = {"root": config.data.root, **config.data.options}
     try:
         return DATASETS.make(config.data.name, **options)
@@ -184,11 +154,7 @@ def load_data(config: Config) -> Dataset:
 
 
 def make_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The model of the config, on the device and in the dtype of the data.
-
-    Raises:
-        ConfigError: If an option is wrong, or its output does not fit the data.
-    """
+    """The model of the config, on the device and in the dtype of the data."""
     images, wanted = dataset.test_images[:1], (1, dataset.num_classes)
     options = {"num_classes": dataset.num_classes, **config.model.options}
     try:
@@ -204,46 +170,37 @@ def make_model(config: Config, dataset: Dataset) -> nn.Module:
 
 
 def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
-    """The training indices of each of the M workers.
+    """The training indices of each of the M workers, at least a minibatch each.
 
-    Raises:
-        ConfigError: If a shard is smaller than a minibatch. Every rank checks every shard, so all
-            ranks refuse alike.
+    Every rank checks every shard, so all ranks refuse alike.
     """
-    data, batch_size = config.data, config.algorithm.batch_size
+    data, batch_size, labels = config.data, config.algorithm.batch_size, dataset.train_labels.cpu()
     try:
-        shards = partition(
-            dataset.train_labels.cpu(), data.partition, num_workers, config.seed, data.alpha
-        )
+        shards = partition(labels, data.partition, num_workers, config.seed, data.alpha)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     smallest = min(range(num_workers), key=lambda j: len(shards[j]))
-    require(
-        batch_size <= len(shards[smallest]),
-        "algorithm.batch_size",
-        batch_size,
-        f"at most {len(shards[smallest])}, the images in the shard of worker {smallest} "
-        f"(data.partition={data.partition}, {num_workers} workers)",
+    most = len(shards[smallest])
+    allowed = (
+        f"at most {most}, the images in the shard of worker {smallest} "
+        f"(data.partition={data.partition}, {num_workers} workers)"
     )
+    require(batch_size <= most, "algorithm.batch_size", batch_size, allowed)
     return shards
 
 
 def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtype) -> Layerwise:
-    """The layer-wise potential over the layers of the model.
-
-    Raises:
-        ConfigError: If its numbers do not fit the layers or the dtype.
-    """
+    """The layer-wise potential over the layers of the model."""
+    potential = config.potential
     try:
-        phi = Layerwise(config.potential.make(), risk.layout.layers, config.potential.eta)
+        phi = Layerwise(potential.make(), risk.layout.layers, potential.eta)
     except ValueError as error:
-        raise ConfigError(f"`potential.options` is {config.potential.options}: {error}") from error
-    phi = phi.to(torch.empty(0, device=device, dtype=dtype))
+        raise ConfigError(f"`potential.options` is {potential.options}: {error}") from error
     origin = torch.zeros(risk.layout.size, device=device, dtype=dtype)
-    require(  # a number that overflows gives inf * 0 there
-        bool(phi.value(origin).isfinite()) and bool(phi.grad(origin).isfinite().all()),
-        "potential",
-        f"{config.potential.name} with eta = {config.potential.eta} and {config.potential.options}",
-        f"numbers for which phi and its gradient at 0 are finite in {config.dtype}",
-    )
+    phi = phi.to(origin)
+    # A number that overflows gives inf * 0 there.
+    finite = bool(phi.value(origin).isfinite()) and bool(phi.grad(origin).isfinite().all())
+    found = f"{potential.name} with eta = {potential.eta} and {potential.options}"
+    allowed = f"numbers for which phi and its gradient at 0 are finite in {config.dtype}"
+    require(finite, "potential", found, allowed)
     return phi

@@ -1,7 +1,6 @@
 """Progress of a run on the screen of rank 0: a live line in a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -21,49 +20,38 @@ from consensus.run.sinks import MINIBATCH_LOSS, Sink
 class Screen(Sink):
     """Progress of a run on standard output. A context manager.
 
-    Args:
-        iterations: The length of the run.
-        enabled: False on all ranks but 0, which print nothing.
-        console: The console; None: standard output.
+    `enabled` is False on all ranks but 0, which print nothing. Another console is for tests.
     """
 
     def __init__(self, iterations: int, enabled: bool, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False, quiet=not enabled)
         if console is None and not self.console.is_terminal:
             self.console.width = 120  # a log file: 80 columns would fold the tables
-        self._live: Progress | None = None
-        if enabled and self.console.is_terminal:
-            self._live = Progress(
-                TextColumn("iteration"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[news]}"),
-                console=self.console,
-            )
-            self._task = self._live.add_task("train", total=iterations, news="")
+        self._live = Progress(
+            TextColumn("iteration"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=self.console,
+            disable=not (enabled and self.console.is_terminal),
+        )
+        self._task = self._live.add_task("train", total=iterations, news="")
 
     def __enter__(self) -> "Screen":
         """Start the live line."""
-        if self._live is not None:
-            self._live.start()
+        self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop the live line, so that it does not overwrite later output."""
-        if self._live is not None:
+        if not self._live.disable:
             self._live.stop()
 
     def begin(self, start: int) -> None:
         """Start the clock at iteration `start`: earlier iterations do not count for the speed."""
-        if self._live is not None:
-            self._live.reset(self._task, start=True, completed=start)
+        self._live.reset(self._task, start=True, completed=start)
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -71,7 +59,7 @@ class Screen(Sink):
 
     def scalars(self, values: Mapping[str, float | None], t: int) -> None:
         """Advance the live line to iteration t, with the minibatch loss."""
-        if self._live is not None:
+        if not self._live.disable:
             loss = number(values, MINIBATCH_LOSS)
             self._live.update(self._task, completed=t, news=f"minibatch loss {loss:.4g}")
 

@@ -24,15 +24,9 @@ def finish_run(
     plan: Plan,
     extra: Mapping[str, Any],
 ) -> None:
-    """Write model.pt, and summary.json, which marks a run as finished.
+    """Write model.pt, the state dict of u (n,), and summary.json, which marks a run as finished.
 
-    Args:
-        run_dir: The run directory.
-        rows: The evaluations; the summary repeats the last one.
-        best: Iteration and test error of the evaluation with the lowest.
-        u: The consensus variable, saved as the state dict of the model. (n,)
-        plan: The plan of the run.
-        extra: Further entries of the summary, which replace others of the same name.
+    The summary repeats the last of the rows; `extra` entries replace others of the same name.
     """
     buffer = io.BytesIO()
     torch.save(plan.risk.layout.state_dict(u), buffer)

@@ -20,11 +20,7 @@ TRY_AGAIN = 75
 
 
 class RunStopped(Exception):  # noqa: N818  (a requested stop is no error)
-    """A stop on request, raised on all ranks; the message names the checkpoint.
-
-    Attributes:
-        code: The exit code.
-    """
+    """A stop on request, with its exit code, on all ranks; the message names the checkpoint."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -36,17 +32,11 @@ class StopSignals:
 
     Before construction and after `close` these signals end the process at once, since there is
     nothing to save.
-
-    Args:
-        patience_s: Seconds from the first signal to a forced exit.
-
-    Attributes:
-        received: The number of the first signal, 0 before it.
     """
 
     def __init__(self, patience_s: float) -> None:
-        self.patience_s = patience_s
-        self.received = 0
+        self.patience_s = patience_s  # from the first signal to a forced exit
+        self.received = 0  # the number of the first signal
         self._done = threading.Event()
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # else Python forbids it

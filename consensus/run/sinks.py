@@ -28,22 +28,15 @@ MINIBATCH_LOSS = "training/minibatch_loss"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The arguments of a sink.
+    """The arguments of a sink."""
 
-    Attributes:
-        run_dir: The run directory, which exists; its name is the name of the run.
-        layer_names: Names of the L layers, for the distances.
-        rows: The evaluations that a continued run keeps.
-        continues_after: The iteration after which the run continues in the same directory; later
-            entries there are to be dropped. None: the directory is new.
-        config: The config as nested dicts.
-    """
-
-    run_dir: Path
-    layer_names: Sequence[str]
-    rows: Sequence[Row] = ()
+    run_dir: Path  # which exists; its name is the name of the run
+    layer_names: Sequence[str]  # of the L layers, for the distances
+    rows: Sequence[Row] = ()  # the evaluations that a continued run keeps
     continues_after: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    """The iteration after which the run continues in the same directory; later entries there are
+    to be dropped. None: the directory is new."""
+    config: Mapping[str, Any] = field(default_factory=dict)  # as nested dicts
 
 
 class Sink(Protocol):
@@ -160,13 +153,8 @@ def _report_other_threads(failure: threading.ExceptHookArgs) -> None:
 class Sinks(Sink):
     """All sinks of a run behind the interface of one.
 
-    A failure of a built-in sink is raised. A plugin's sink that fails is reported once and dropped.
-
-    Args:
-        info: Passed to each sink.
-        tensorboard: Whether to write TensorBoard events.
-        report: Called with a line for each sink that is dropped.
-        screen: A further sink, called last.
+    A failure of a built-in sink is raised. A plugin's sink that fails is dropped, in one line to
+    `report`. The screen is called last.
     """
 
     def __init__(
