@@ -36,8 +36,7 @@ from consensus.run.compose import (
     register_schema,
     to_config,
 )
-from consensus.run.device import set_determinism
-from consensus.run.plan import make_plan
+from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
 

@@ -42,8 +42,7 @@ from consensus.doctor.finding import (
     worst,
 )
 from consensus.run.config import Config
-from consensus.run.device import choose_device, set_determinism
-from consensus.run.plan import Plan
+from consensus.run.plan import Plan, choose_device, set_determinism
 
 SHORTEST_S, LONGEST_S = 20.0, 60.0
 MEASURE_S = 300.0

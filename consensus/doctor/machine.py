@@ -16,8 +16,7 @@ from consensus.doctor.finding import Finding, count, fault, warning
 from consensus.run.checkpoint.directory import LOCK
 from consensus.run.checks import ConfigError
 from consensus.run.config import Config
-from consensus.run.device import bytes_of_measurement, bytes_of_worker
-from consensus.run.plan import Plan, make_plan
+from consensus.run.plan import Plan, bytes_of_measurement, bytes_of_worker, make_plan
 
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -69,13 +69,10 @@ def made(key: str, table: Registry[T], name: str, options: dict[str, Any]) -> T:
 
 
 def absolute(key: str, path: str) -> str:
-    """The absolute form of a path, which a later chdir does not affect.
-
-    ConfigError if its user is unknown, a name in it is too long, or access is denied.
-    """
+    """The absolute form of a path, which a later chdir does not affect."""
     try:
         found = Path(path).expanduser().resolve()
-        found.exists()  # an error of a later access is raised here
+        found.exists()  # raises what a later access would, such as a name that is too long
     except (OSError, RuntimeError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         allowed = f"the path of a file or folder ({cause})"

@@ -50,10 +50,7 @@ def refuse_unknown_switches() -> None:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """The typed form of a composed config. Imports its plugins first: they may register names.
-
-    ConfigError if a key is unknown, a plugin cannot be imported or a check fails.
-    """
+    """The typed form of a composed config. Imports its plugins first: they may register names."""
     _refuse_added_keys(cfg)
     for plugin in cfg.plugins:
         named = all(part.isidentifier() for part in plugin.split("."))
@@ -89,8 +86,7 @@ def explain(error: BaseException) -> str:
 def full_key(error: BaseException) -> str:
     """The key that OmegaConf names in an error, "" if there is none.
 
-    Its own errors have an attribute. Python's, as the OverflowError of 400 digits, have it in
-    their text.
+    Its own errors have it as an attribute, Python's (OverflowError of 400 digits) in their text.
     """
     named = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
     return str(getattr(error, "full_key", None) or (named[1] if named else ""))

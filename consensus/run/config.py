@@ -1,12 +1,13 @@
-"""Typed configuration of a run: every key, and every check that needs no data.
+"""Typed configuration of a run: every key, and every check that needs no launch and no data.
 
 The YAML files in configs/ hold the values, these classes the types (compose.py joins them). The
 metadata of a field states the values that its key allows; `__post_init__` adds the checks that
-involve several keys. plan.py checks what depends on the launch and the data.
+involve several keys.
 """
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -29,12 +30,7 @@ from consensus.run.checks import (
 )
 from consensus.worker import MOMENTUM_ON
 
-ALGORITHMS = ("consensus", "easgd", "msgd")
-BACKENDS = ("auto", "gloo", "nccl")
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("float32", "float64")
 RESUME = ("never", "auto")  # or a path
-REDUCTIONS = ("sum", "mean")
 
 
 class Section:
@@ -46,7 +42,6 @@ class Section:
         cls.path = f"{key}."
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_fields(self, self.path)
 
 
@@ -59,7 +54,6 @@ class PotentialConfig(Section, key="potential"):
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         super().__post_init__()
         self.make()
 
@@ -85,7 +79,6 @@ class SchedulesConfig:
     lam: ScheduleConfig
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         for name in ("tau", "sigma", "lam"):
             self.make(name)
 
@@ -99,7 +92,7 @@ class SchedulesConfig:
 class AlgorithmConfig(Section, key="algorithm"):
     """Algorithm 1 and its baselines."""
 
-    name: str = field(metadata=one_of(ALGORITHMS))
+    name: str = field(metadata=one_of(("consensus", "easgd", "msgd")))
     lam: float = field(metadata=rule(lambda x: x > 0, "a number > 0 (inf uncouples the workers)"))
     tau: float = field(metadata=POSITIVE)
     sigma: float = field(metadata=POSITIVE)
@@ -113,39 +106,34 @@ class AlgorithmConfig(Section, key="algorithm"):
     u_step_on: str = field(metadata=one_of(U_STEP_ON))
     coupling: str = field(metadata=one_of(COUPLINGS))
     u_update: str = field(metadata=one_of(U_UPDATES))
-    loss_reduction: str = field(metadata=one_of(REDUCTIONS))
+    loss_reduction: str = field(metadata=one_of(("sum", "mean")))
     schedule: SchedulesConfig
 
     def __post_init__(self) -> None:
-        """Check the fields, and the values that `name` implies."""
         super().__post_init__()
         allowed = f"explicit with order={self.order}: the proximal step is around u+"
         possible = self.coupling != "implicit" or self.order == "gauss_seidel"
         require(possible, "algorithm.coupling", self.coupling, allowed)
-        for key, (value, needed, allowed) in self._implied().items():
-            require(value == needed, f"algorithm.{key}", value, allowed)
-
-    def _implied(self) -> dict[str, tuple[object, object, str]]:
-        """Key -> its value, the value that `name` implies, and the description of that."""
         where = f"for algorithm={self.name}"
-        implied: dict[str, tuple[object, object, str]] = {}
         if self.name != "consensus":
-            implied["coupling"] = self.coupling, "explicit", f"explicit {where}"
-            implied["u_update"] = self.u_update, "gradient", f"gradient {where}"
+            self._require_implied("coupling", "explicit", f"explicit {where}")
+            self._require_implied("u_update", "gradient", f"gradient {where}")
         if self.name == "easgd":
-            symmetric = f"{where}, whose step is symmetric (algorithm=consensus is free)"
             outside = f"loss {where}: the elastic force acts outside the velocity"
-            tau, sigma = self.schedule.tau, self.schedule.sigma
-            implied |= {
-                "order": (self.order, "jacobi", f"jacobi, {symmetric}"),
-                "u_step_on": (self.u_step_on, "objective", f"objective, {symmetric}"),
-                "momentum_on": (self.momentum_on, "loss", outside),
-                "tau": (self.tau, self.sigma, f"algorithm.sigma = {self.sigma}, {symmetric}"),
-                "schedule.tau": (tau, sigma, f"the schedule of sigma, {symmetric}"),
-            }
+            where += ", whose step is symmetric (algorithm=consensus is free)"
+            self._require_implied("order", "jacobi", f"jacobi, {where}")
+            self._require_implied("u_step_on", "objective", f"objective, {where}")
+            self._require_implied("momentum_on", "loss", outside)
+            self._require_implied("tau", self.sigma, f"algorithm.sigma = {self.sigma}, {where}")
+            sigma = self.schedule.sigma
+            self._require_implied("schedule.tau", sigma, f"the schedule of sigma, {where}")
         if self.name == "msgd":
-            implied["period"] = self.period, 1, f"1 {where}"
-        return implied
+            self._require_implied("period", 1, f"1 {where}")
+
+    def _require_implied(self, key: str, needed: object, allowed: str) -> None:
+        """Refuse any value of a key but the one that `name` implies."""
+        value = attrgetter(key)(self)
+        require(value == needed, f"algorithm.{key}", value, allowed)
 
     def factors(self, name: str) -> tuple[float, float]:
         """The smallest and the largest factor of the schedule of tau, sigma or lam in this run."""
@@ -168,7 +156,6 @@ class DataConfig(Section, key="data"):
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Check the fields; make `root` absolute."""
         super().__post_init__()
         self.root = absolute("data.root", self.root)
 
@@ -189,7 +176,7 @@ class ModelConfig(Section, key="model"):
 class GroupConfig(Section, key="group"):
     """Communication between the processes."""
 
-    name: str = field(metadata=one_of(BACKENDS))
+    name: str = field(metadata=one_of(("auto", "gloo", "nccl")))
     timeout_s: float = field(metadata=rule(lambda x: 1 <= x < math.inf, "a number of seconds >= 1"))
     shared_memory: bool
     compress: str | None = field(metadata=rule(lambda x: x in (None, "bf16"), "null, bf16"))
@@ -209,7 +196,6 @@ class OutputConfig(Section, key="output"):
     tensorboard: bool
 
     def __post_init__(self) -> None:
-        """Check the fields; make the paths absolute."""
         super().__post_init__()
         plain = self.name is None or (self.name != "" and "/" not in self.name)
         require(plain, "output.name", repr(self.name), "a word without `/`")
@@ -236,8 +222,8 @@ class Config:
 
     workers: int | None = field(metadata=rule(lambda m: m is None or m >= 1, "null or >= 1"))
     seed: int = field(metadata=rule(lambda x: x >= 0, "a whole number >= 0"))
-    dtype: str = field(metadata=one_of(DTYPES))
-    device: str = field(metadata=one_of(DEVICES))
+    dtype: str = field(metadata=one_of(("float32", "float64")))
+    device: str = field(metadata=one_of(("auto", "cpu", "cuda")))
     deterministic: bool
     cuda_graph: bool
     resume: str
@@ -251,7 +237,6 @@ class Config:
     stationarity: StationarityConfig
 
     def __post_init__(self) -> None:
-        """Check the fields, and the combinations that no launch and no data can make valid."""
         check_fields(self)
         require(self.resume != "", "resume", "''", "never, auto, or a path")
         known = self.resume != "auto" or self.output.run_dir is not None

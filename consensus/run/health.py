@@ -20,9 +20,7 @@ class HealthCheck:
     CHECK_EVERY_S = 1.0
 
     def __init__(self, group: Group, workers: int, log_every: int) -> None:
-        self.group = group
-        self.workers = workers
-        self.log_every = log_every
+        self.group, self.workers, self.log_every = group, workers, log_every
         self._never = torch.iinfo(torch.int64).max
         # 2 t if a z_j of this rank became non-finite first, 2 t + 1 if u did.
         self._first = torch.full((), self._never, dtype=torch.int64, device=group.device)
@@ -71,14 +69,11 @@ class HealthCheck:
     def _non_finite(self, first: list[int]) -> str:
         """The message about the earliest non-finite value, from `_first` of each rank."""
         t, u_alone = divmod(min(first), 2)
-        if u_alone:
-            what = "u became non-finite"
-        else:
+        what = "u became non-finite"
+        if not u_alone:
             rank = first.index(min(first))
             j = [rank * self.workers, (rank + 1) * self.workers - 1]
             who = f"worker {j[0]}" if j[0] == j[1] else f"one of the workers {j[0]} to {j[1]}"
             what = f"{who} on rank {rank} became non-finite, and u with it"
-        return (
-            f"iteration {t + 1}: {what}; smaller algorithm.sigma and algorithm.tau, or a larger "
-            "algorithm.lam, may help"
-        )
+        advice = "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
+        return f"iteration {t + 1}: {what}; {advice}"

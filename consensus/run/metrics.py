@@ -1,8 +1,4 @@
-"""Measurement of one evaluation.
-
-Each rank evaluates u on its share of both data sets and its own workers' coupling. All sums travel
-in one all-reduce.
-"""
+"""Measurement of one evaluation: every rank on its share, and all sums in one all-reduce."""
 
 import torch
 from torch import Tensor

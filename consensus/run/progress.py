@@ -18,10 +18,7 @@ from consensus.run.sinks import MINIBATCH_LOSS, Sink
 
 
 class Screen(Sink):
-    """Progress of a run on standard output. A context manager.
-
-    `enabled` is False on all ranks but 0, which print nothing. Another console is for tests.
-    """
+    """Progress of a run on standard output, `enabled` on rank 0 alone. A context manager."""
 
     def __init__(self, iterations: int, enabled: bool, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False, quiet=not enabled)
@@ -40,7 +37,6 @@ class Screen(Sink):
         self._task = self._live.add_task("train", total=iterations, news="")
 
     def __enter__(self) -> "Screen":
-        """Start the live line."""
         self._live.start()
         return self
 

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -67,8 +68,10 @@ def follow_launcher(look_every_s: float = 1.0) -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = os.getppid()
-    orphaned = launcher == 1 and "python" not in _command(1)
+    launcher, command = os.getppid(), b"python"
+    with suppress(OSError):
+        command = Path("/proc/1/cmdline").read_bytes()
+    orphaned = launcher == 1 and b"python" not in command
 
     def follow() -> None:
         while not orphaned and os.getppid() == launcher:
@@ -76,11 +79,3 @@ def follow_launcher(look_every_s: float = 1.0) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, name="follow-launcher", daemon=True).start()
-
-
-def _command(pid: int) -> str:
-    """The command line of a process; "python" if it cannot be read."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return "python"

@@ -1,12 +1,7 @@
 """Sinks: the places to which a run writes its evaluations and training scalars.
 
 metrics.jsonl always, TensorBoard if `output.tensorboard`, the screen, and every sink that a module
-in `plugins` registers. Another tracker is one class:
-
-    @SINKS.register("mine")
-    class Mine(Sink):
-        def __init__(self, info: RunInfo) -> None: ...
-        def evaluation(self, row: Row) -> None: ...
+in `plugins` registers. Another tracker is one class, as CONTRIBUTING.md shows.
 """
 
 import os
@@ -15,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from consensus.atomic_files import write_whole
 from consensus.records import METRICS, Measurement, Row, to_json
@@ -33,30 +28,24 @@ class RunInfo:
     run_dir: Path  # which exists; its name is the name of the run
     layer_names: Sequence[str]  # of the L layers, for the distances
     rows: Sequence[Row] = ()  # the evaluations that a continued run keeps
-    continues_after: int | None = None
-    """The iteration after which the run continues in the same directory; later entries there are
-    to be dropped. None: the directory is new."""
+    continues_after: int | None = None  # an iteration: drop later entries; None: new directory
     config: Mapping[str, Any] = field(default_factory=dict)  # as nested dicts
 
 
-class Sink(Protocol):
+class Sink:
     """A place for the numbers of a run, on rank 0. A method that is not overridden does nothing."""
 
     def evaluation(self, row: Row) -> None:
         """Write one evaluation."""
-        return
 
     def scalars(self, values: Mapping[str, float | None], t: int) -> None:
         """Write training scalars at iteration t; None: the number is not finite."""
-        return
 
     def sync(self) -> None:
         """Flush to the disk. A checkpoint is published after this; called from any thread."""
-        return
 
     def close(self) -> None:
         """Flush and close."""
-        return
 
 
 SINKS: Registry[Sink] = Registry("sink")

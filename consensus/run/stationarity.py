@@ -37,14 +37,14 @@ from torch import Tensor
 
 from consensus.algorithm import Consensus
 from consensus.comm import Group
-from consensus.core.layerwise import Layerwise
 from consensus.core.updates import regularizer
 from consensus.problem.streams import stream
 from consensus.records import Measurement
 from consensus.run.plan import Plan
 from consensus.theory.stationarity import consensus_residual, prox, worker_residual
 
-Function = Callable[[Tensor], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Function = Callable[[Tensor], Pair]
 """A point (n,) -> value () and gradient (n,)."""
 
 EVALUATE, DONE = 0.0, 1.0
@@ -55,15 +55,10 @@ class _StopRequestedError(Exception):
 
 
 class Stationarity:
-    """The measurements of one run. Every method is a collective.
-
-    Args:
-        plan: The plan of the run.
-        group: The processes of the run.
-    """
+    """The measurements of one run. Every method is a collective."""
 
     def __init__(self, plan: Plan, group: Group) -> None:
-        self.plan, self.group = plan, group
+        self.plan, self.group, self.phi = plan, group, plan.phi
         self.options = plan.config.stationarity
         algorithm = plan.config.algorithm
         self.batch = algorithm.batch_size if algorithm.loss_reduction == "sum" else 1
@@ -86,25 +81,19 @@ class Stationarity:
     def measure(
         self, algorithm: Consensus, t: int, asked_to_stop: Callable[[], bool] = lambda: False
     ) -> Measurement | None:
-        """Measure after t iterations.
+        """Measure after t iterations; the algorithm is only read.
 
-        Args:
-            algorithm: Its state is only read.
-            t: Iterations done.
-            asked_to_stop: Whether this rank has received a stop signal.
-
-        Returns:
-            The same on all ranks, except for `seconds`; None if a rank received a stop signal.
+        The same on all ranks, except for `seconds`; None if `asked_to_stop` holds on some rank.
         """
         began = time.perf_counter()
-        phi, u, z = algorithm.phi, algorithm.u, algorithm.worker.z
+        phi, u, z = self.phi, algorithm.u, algorithm.worker.z
         lam = self.options.lam or float(algorithm.lam_at_rest(max(0, t - 1)))
         solve = self._prox_of_all if self.one_for_all else self._prox_of_each
         try:
-            envelopes, numbers = solve(phi, u, lam, asked_to_stop)
+            envelopes, numbers = solve(u, lam, asked_to_stop)
         except _StopRequestedError:
             return None
-        mine = torch.cat([self._norms_at(phi, u, z, lam, envelopes), numbers], 1)
+        mine = torch.cat([self._norms_at(u, z, lam, envelopes), numbers], 1)
         everyone = self.group.gather(mine).flatten(0, 1).cpu()  # (M, 5 L + 4)
         of_layers = everyone[:, :-4].reshape(len(everyone), 5, -1).transpose(0, 1)  # (5, M, L)
         of_envelopes, force, residual, gap, apart = of_layers
@@ -135,40 +124,31 @@ class Stationarity:
             "seconds": time.perf_counter() - began,
         }
 
-    def _norms_at(
-        self, phi: Layerwise, u: Tensor, z: Tensor, lam: float, envelopes: Tensor
-    ) -> Tensor:
+    def _norms_at(self, u: Tensor, z: Tensor, lam: float, envelopes: Tensor) -> Tensor:
         """Layer norms of grad e f_j, force, (5b), gap (9) and u - z_j. -> float64 (K, 5 L)."""
-        rows = []
+        phi, rows = self.phi, []
         for z_j, envelope, sample in zip(z, envelopes, self.samples, strict=True):
-            _, gradient = self._function(sample)(z_j)
+            _, gradient = self._f(z_j, sample)
             force = phi.grad(u - z_j) / lam
             residual = worker_residual(gradient.unsqueeze(0), phi, u, z_j.unsqueeze(0), lam)[0]
             of_worker = (envelope, force, residual, force - envelope, u - z_j)
             rows.append(torch.cat([phi.distance(x) for x in of_worker]).double())
         return torch.stack(rows)
 
-    # ---- f_j
-
-    def _function(self, sample: Tensor) -> Function:
-        """f_j, from all its samples."""
-        return lambda z: self._f(z, *self._total(z, sample), len(sample))
-
-    def _total(self, z: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _total(self, z: Tensor, sample: Tensor) -> Pair:
         return self.plan.oracle.total(z, sample, self.options.batch_size)
 
-    def _f(self, z: Tensor, loss: Tensor, gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        """f_j(z) and its gradient, from sums over its samples."""
-        factor = self.batch / samples
+    def _f(self, z: Tensor, sample: Tensor, total: Pair | None = None) -> Pair:
+        """f_j(z) and its gradient. `total` are the sums over its samples; None: computed here."""
+        loss, gradient = total or self._total(z, sample)
+        factor = self.batch / len(sample)
         value = factor * loss.double() + regularizer(z.double(), self.nu)
         return value.to(z), torch.add(self.nu * z, gradient, alpha=factor)
 
     # ---- the prox: one for all workers, or those of its own workers on each rank
     #      -> grad e f_j (u) (K, n), and value, accuracy, evaluations, converged, float64 (K, 4)
 
-    def _prox_of_all(
-        self, phi: Layerwise, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]
-    ) -> tuple[Tensor, Tensor]:
+    def _prox_of_all(self, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]) -> Pair:
         sample = self.samples[0]
         share = torch.tensor_split(sample, self.group.size)[self.group.rank]
         n = len(u)
@@ -177,7 +157,7 @@ class Stationarity:
             """A vector and a command, from rank 0."""
             return self.group.broadcast_(torch.cat([z, z.new_tensor([command])]))
 
-        def add_up(z: Tensor) -> tuple[Tensor, Tensor]:
+        def add_up(z: Tensor) -> Pair:
             loss, gradient = self._total(z, share)
             stop = loss.new_tensor(float(asked_to_stop()))
             summed = self.group.sum_(torch.cat([gradient, torch.stack([loss, stop]).to(gradient)]))
@@ -185,12 +165,12 @@ class Stationarity:
                 raise _StopRequestedError
             return summed[n], summed[:n]
 
-        def f(z: Tensor) -> tuple[Tensor, Tensor]:
+        def f(z: Tensor) -> Pair:
             order(EVALUATE, z)
-            return self._f(z, *add_up(z), len(sample))
+            return self._f(z, sample, add_up(z))
 
         if self.group.rank == 0:
-            gradient, numbers = self._prox(f, phi, u, lam)
+            gradient, numbers = self._prox(f, u, lam)
             order(DONE, gradient)
         else:
             numbers = torch.zeros(4, dtype=torch.float64, device=u.device)
@@ -201,9 +181,7 @@ class Stationarity:
         workers = len(self.samples)
         return gradient.expand(workers, n), numbers.expand(workers, 4)
 
-    def _prox_of_each(
-        self, phi: Layerwise, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]
-    ) -> tuple[Tensor, Tensor]:
+    def _prox_of_each(self, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]) -> Pair:
         def others(working: bool) -> bool:
             """Whether a rank is still working; all ranks synchronize here at each evaluation."""
             mine = torch.tensor([float(working), float(asked_to_stop())], device=u.device)
@@ -212,24 +190,23 @@ class Stationarity:
                 raise _StopRequestedError
             return bool(at_work)
 
-        def in_step(f_j: Function) -> Function:
-            def f(z: Tensor) -> tuple[Tensor, Tensor]:
+        def in_step(sample: Tensor) -> Function:
+            def f(z: Tensor) -> Pair:
                 others(True)
-                return f_j(z)
+                return self._f(z, sample)
 
             return f
 
-        f = [in_step(self._function(sample)) for sample in self.samples]
-        found = [self._prox(f_j, phi, u, lam) for f_j in f]
+        found = [self._prox(in_step(sample), u, lam) for sample in self.samples]
         while others(False):
             pass
         gradients, numbers = zip(*found, strict=True)
         return torch.stack(gradients), torch.stack(numbers)
 
-    def _prox(self, f: Function, phi: Layerwise, u: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    def _prox(self, f: Function, u: Tensor, lam: float) -> Pair:
         """The phi-prox from z = u. -> (n,), (4,)."""
         options = self.options
-        found = prox(f, phi, u, lam, tolerance=options.tolerance, budget=options.budget)
+        found = prox(f, self.phi, u, lam, tolerance=options.tolerance, budget=options.budget)
         numbers = [found.value, found.accuracy, found.converged]
         value, accuracy, converged = (number.double() for number in numbers)
         evaluations = value.new_tensor(float(found.evaluations))

@@ -23,26 +23,13 @@ from consensus.run.plan import Plan
 from consensus.run.progress import Screen
 from consensus.run.results import draw_pictures, finish_run
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
-from consensus.run.sinks import MINIBATCH_LOSS, RunInfo, Sinks
+from consensus.run.sinks import MINIBATCH_LOSS, RunInfo, Sink, Sinks
 from consensus.run.stationarity import Stationarity
 from consensus.server import digest
 
 
 class Trainer:
-    """One run, on every rank. Rank 0 alone prints, and writes all files but checkpoints.
-
-    Args:
-        plan: The plan of the run.
-        group: The processes.
-
-    Attributes:
-        run_dir: The run directory.
-        rows: The evaluations so far, those before a resume included.
-        best: Iteration and test error of the evaluation with the lowest.
-
-    Raises:
-        GroupError: If rank 0 cannot create or lock the run directory, on every rank.
-    """
+    """One run, on every rank. Rank 0 alone prints, and writes all files but checkpoints."""
 
     def __init__(self, plan: Plan, group: Group) -> None:
         self.plan, self.config, self.group = plan, plan.config, group
@@ -54,9 +41,9 @@ class Trainer:
         every = plan.config.stationarity.every if plan.config.coupled else None
         self.analyse_every = every  # iterations, None: never
         self.stationarity = Stationarity(plan, group) if every is not None else None
-        self.rows: list[Row] = []
-        self.best: dict[str, float] | None = None
-        self.sinks: Sinks | None = None
+        self.rows: list[Row] = []  # the evaluations so far, those before a resume included
+        self.best: dict[str, float] | None = None  # iteration and test error of the best
+        self.sinks = Sink()  # writes nothing: rank 0 gets others in `start`
         output = plan.config.output
         self.writer: CheckpointWriter | None = None
         if output.checkpoint_every is not None:
@@ -66,7 +53,7 @@ class Trainer:
                 group.side(),
                 (plan.local_workers, plan.num_workers),
                 output.keep_checkpoints,
-                before_publish=lambda: self.sinks.sync() if self.sinks is not None else None,
+                before_publish=lambda: self.sinks.sync(),
             )
 
     @property
@@ -79,16 +66,10 @@ class Trainer:
         self.group.raise_together(self.problem)
 
     def run(self) -> Row:
-        """Train to the end; return the last evaluation.
-
-        Raises:
-            GroupError: On every rank, if one of them failed.
-            RunStopped: On every rank, if one of them received a stop signal.
-        """
+        """Train to the end; return the last evaluation. All ranks raise alike."""
         self.signals = StopSignals(self.config.group.timeout_s)
-        screen = self.screen
         try:
-            with screen:
+            with self.screen:
                 self._run()
         except PeerLostError:
             raise
@@ -97,13 +78,12 @@ class Trainer:
             raise
         finally:
             self.signals.close()
-            if self.sinks is not None:
-                self.sinks.close()
+            self.sinks.close()
             self.directory.close()
-        screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
+        self.screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
         if analysed := measurements(self.rows):
-            screen.say(verdict(analysed))
-        screen.say(f"results in {self.run_dir}")
+            self.screen.say(verdict(analysed))
+        self.screen.say(f"results in {self.run_dir}")
         return self.rows[-1]
 
     def _run(self) -> None:
@@ -120,39 +100,25 @@ class Trainer:
         self._finish_writing()
         self.agree()
         with self.directory.writing():
-            if self.sinks is not None:
-                self.sinks.close()
+            self.sinks.close()
             self.finish()
         self.agree()
 
     def start(self) -> int:
         """Continue from a checkpoint if the plan has one. Returns the iterations done."""
-        plan, began = self.plan, time.perf_counter()
-        resumed = resume(
-            plan.origin,
-            self.directory,
-            self.algorithm,
-            plan.local_workers,
-            self.iterations,
-            self.screen.say,
-        )
+        plan, began, say = self.plan, time.perf_counter(), self.screen.say
+        resumed = resume(self.directory, self.algorithm, plan.local_workers, self.iterations, say)
         self.started = began - resumed.seconds
         self.rows, self.best, start = resumed.rows, resumed.best, resumed.iteration
         complete = start == self.iterations and bool(self.rows)
         if complete and self.stationarity is not None and "stationarity" not in self.rows[-1]:
             self.rows.pop()  # evaluated again, with the measurement
         if self.group.rank == 0:
-            info = RunInfo(
-                self.run_dir,
-                plan.risk.layout.layer_names,
-                tuple(self.rows),
-                continues_after=start if plan.origin.continues else None,
-                config=asdict(self.config),
-            )
+            rows, layers = tuple(self.rows), plan.risk.layout.layer_names
+            after = start if plan.origin.continues else None
+            info = RunInfo(self.run_dir, layers, rows, after, asdict(self.config))
             with self.directory.writing():
-                self.sinks = Sinks(
-                    info, self.config.output.tensorboard, self.screen.say, self.screen
-                )
+                self.sinks = Sinks(info, self.config.output.tensorboard, say, self.screen)
         self.agree()
         self.screen.begin(start)
         return start
@@ -203,7 +169,7 @@ class Trainer:
 
     def log(self, done: int) -> None:
         """Pass the scalars that need no collective to the sinks, on rank 0."""
-        if self.sinks is None:
+        if self.group.rank > 0:
             return
         loss = float(self.plan.oracle.losses.mean())
         values = {MINIBATCH_LOSS: loss, "training/smallest_s_j": float(self.algorithm.worker.step)}
@@ -213,12 +179,7 @@ class Trainer:
             self.sinks.scalars(values, done)
 
     def evaluate(self, done: int, analyse: bool) -> None:
-        """Measure on all ranks, verify the replicas, write on rank 0. A collective.
-
-        Args:
-            done: Iterations done.
-            analyse: Whether to measure the stationarity too.
-        """
+        """Measure on all ranks, `analyse` stationarity too, and write on rank 0. A collective."""
         seconds = time.perf_counter() - self._clock
         samples = (done - self._counted) * self.config.algorithm.batch_size * self.plan.num_workers
         algorithm, digest_of_u = self.algorithm, self.algorithm.verify()
@@ -239,8 +200,7 @@ class Trainer:
         if self.best is None or row["test_error"] < self.best["test_error"]:
             self.best = {"iteration": done, "test_error": row["test_error"]}
         with self.directory.writing():
-            if self.sinks is not None:
-                self.sinks.evaluation(row)
+            self.sinks.evaluation(row)
         self.agree()
         # Evaluations do not count as training: the next samples_per_s starts here.
         self._clock, self._counted = time.perf_counter(), done
@@ -253,12 +213,7 @@ class Trainer:
         self.writer.write(self.algorithm.state_dict(), facts)
 
     def stop(self, done: int, signal: int, saved: bool) -> None:
-        """Write a checkpoint and stop all ranks.
-
-        Raises:
-            RunStopped: Always, unless the checkpoint could not be written.
-            GroupError: If it could not.
-        """
+        """Write a checkpoint, then raise RunStopped; GroupError if it fails. On all ranks."""
         stopped = f"{Signals(signal).name}: stopped at iteration {done}"
         if self.writer is None:
             why = "output.checkpoint_every=null"

@@ -23,7 +23,7 @@ from consensus.private_api import expand_sweep
 from consensus.problem import WAYS
 from consensus.run.checks import ConfigError, require, require_one_of
 from consensus.run.compose import to_config
-from consensus.run.device import require_memory_for_many
+from consensus.run.plan import require_memory_for_many
 
 GRADIENTS = ("auto", "measure", *WAYS)
 """The methods by which a population computes gradients.

@@ -1,11 +1,12 @@
-"""The plan: workers, data and model, and what depends on the launch."""
+"""The plan: workers, data, model and device, and what depends on the launch."""
 
 import pytest
+import torch
 
 from consensus.comm import Launch
 from consensus.run.checks import ConfigError
 from consensus.run.compose import explain
-from consensus.run.plan import count_workers, make_plan
+from consensus.run.plan import choose_device, count_workers, make_plan
 
 
 @pytest.fixture
@@ -142,3 +143,16 @@ def test_nccl_without_a_device_is_refused(make_config, cuda_devices):
     assert str(caught.value) == (
         "`group` is nccl; allowed: gloo or auto here: NCCL moves CUDA tensors only"
     )
+
+
+def test_devices(make_config, cuda_devices):
+    cuda_devices(2)
+    auto = make_config("device=auto")
+    chosen = [choose_device(auto, Launch(r, 4, r, 4)) for r in range(4)]
+    assert chosen == [torch.device("cuda", i) for i in (0, 1, 0, 1)]
+    assert choose_device(make_config("device=cpu"), Launch()) == torch.device("cpu")
+    cuda_devices(0)
+    assert choose_device(auto, Launch()) == torch.device("cpu")
+    with pytest.raises(ConfigError) as caught:
+        choose_device(make_config("device=cuda"), Launch())
+    assert str(caught.value) == "`device` is cuda; allowed: cpu or auto: no CUDA device"

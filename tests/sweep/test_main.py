@@ -89,7 +89,7 @@ def test_a_refused_sweep_prints_one_line_and_starts_nothing(sweep, tmp_path):
 )
 def test_too_little_memory_is_refused(sweep, monkeypatch, tmp_path, arguments, line):
     """In float64, LeNet-5: 3 vectors of 33,580 coordinates, 806 kB for a worker. mlp: 7,950,010."""
-    monkeypatch.setattr("consensus.run.device.memory_of", lambda device: 2 * 10**9)
+    monkeypatch.setattr("consensus.run.plan.memory_of", lambda device: 2 * 10**9)
     own = ("seed=1,2", "dtype=float64", "device=cpu", "sweep.dir=many")
     code, out, err = sweep(*own, *arguments)
     assert (code, out) == (2, "")

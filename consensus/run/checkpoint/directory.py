@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,15 +23,10 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Origin:
-    """The start of a run.
+    """The start of a run."""
 
-    Attributes:
-        run_dir: The run directory, if it is known before the group opens.
-        source: The run or the checkpoint to continue from; None: start at iteration 0.
-    """
-
-    run_dir: Path | None = None
-    source: Path | None = None
+    run_dir: Path | None = None  # None: named when the group has opened
+    source: Path | None = None  # a run or a checkpoint; None: start at iteration 0
 
     @property
     def continues(self) -> bool:
@@ -51,27 +46,14 @@ def lock_holder(lock: Path) -> dict[str, Any]:
 class RunDirectory:
     """The directory of a run, created and locked. The constructor is a collective.
 
-    Rank 0 alone creates it and writes to it, except for checkpoints.
-
-    Args:
-        origin: The directory, and the run to continue from.
-        config: Saved as config.yaml.
-        launch: Recorded in the lock.
-        group: The processes of the run.
-
-    Attributes:
-        path: The directory, on every rank.
-        warning: A line for the user about the lock; None if there is nothing to report.
-        problem: The first write error of this rank; None if there is none.
-
-    Raises:
-        GroupError: On every rank, if it cannot be created or another run holds the lock.
+    Rank 0 alone creates it and writes to it, except for checkpoints. GroupError on every rank if it
+    cannot be created or another run holds the lock.
     """
 
     def __init__(self, origin: Origin, config: Config, launch: Launch, group: Group) -> None:
-        self.group = group
-        self.warning: str | None = None
-        self.problem: str | None = None
+        self.group, self.origin = group, origin
+        self.warning: str | None = None  # a line for the user about the lock
+        self.problem: str | None = None  # the first write error of this rank
         self._lock: IO[bytes] | None = None
         path = None
         with self._locking("write"):
@@ -100,7 +82,7 @@ class RunDirectory:
             where = f"{error.strerror}: {error.filename}"
             self.problem = f"cannot {action} the run directory: {where}"
         try:
-            self.agree()
+            self.group.raise_together(self.problem)
         except GroupError:
             self.close()
             raise
@@ -120,10 +102,10 @@ class RunDirectory:
             return f"{path} is in use by another run, which began at the same moment"
         return None
 
-    def _acquire(self, kind: int, patience_s: float = 3.0) -> bool:
-        """Retry for a few seconds: ranks of a launch that was just killed need time to exit."""
+    def _acquire(self, kind: int) -> bool:
+        """Retry for three seconds: ranks of a launch that was just killed need time to exit."""
         assert self._lock is not None
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + 3.0
         while True:
             try:
                 fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
@@ -138,16 +120,12 @@ class RunDirectory:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Record a write error for `agree`: one rank alone must not raise it."""
+        """Record a write error in `problem`: one rank alone must not raise it."""
         try:
             yield
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             self.problem = self.problem or f"cannot write to {self.path}: {error.strerror}{where}"
-
-    def agree(self) -> None:
-        """Raise on all ranks if one of them recorded a write error. A collective."""
-        self.group.raise_together(self.problem)
 
     def close(self) -> None:
         """Release the lock. The kernel does so for a process that dies."""
@@ -165,9 +143,7 @@ def _new_directory(config: Config) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, 1000):  # two runs may start within a second
         path = root / (stamp if attempt == 1 else f"{stamp}-{attempt}")
-        try:
+        with suppress(FileExistsError):
             path.mkdir()
-        except FileExistsError:
-            continue
-        return path
+            return path
     raise FileExistsError(17, "no free name for a run directory", str(root / stamp))

@@ -27,59 +27,39 @@ class DamagedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """The place and the type of a stored tensor.
+    """The place and the type of a stored tensor."""
 
-    Attributes:
-        dtype: Such as "torch.float32".
-        shape: Of the whole tensor, which is stored in one piece.
-        file: Name of its file in the checkpoint.
-        offset: Of its first byte.
-        length: In bytes.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    length: int
+    dtype: str  # such as "torch.float32"
+    shape: tuple[int, ...]  # of the whole tensor, which is stored in one piece
+    file: str  # its name in the checkpoint
+    offset: int  # of the first byte
+    length: int  # in bytes
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest.
+    """The content of a manifest."""
 
-    Attributes:
-        iteration: Iterations done.
-        num_workers: M.
-        digest: Of u, 16 hexadecimal digits.
-        wall_s: Seconds of training so far, those before a resume included.
-        best: Iteration and test error of the evaluation with the lowest; None without one.
-        torch: The version of torch that wrote it.
-        files: Name -> bytes and SHA-256.
-        tensors: Key -> place.
-    """
-
-    iteration: int
-    num_workers: int
-    digest: str
-    wall_s: float
-    best: dict[str, float] | None
-    torch: str
-    files: dict[str, tuple[int, str]]
+    iteration: int  # iterations done
+    num_workers: int  # M
+    digest: str  # of u, 16 hexadecimal digits
+    wall_s: float  # of training so far, those before a resume included
+    best: dict[str, float] | None  # iteration and test error of the evaluation with the lowest
+    torch: str  # the version that wrote it
+    files: dict[str, tuple[int, str]]  # name -> bytes and SHA-256
     tensors: dict[str, Place]
 
     def to_json(self) -> bytes:
         """The file: all attributes, the format, and the digest of both."""
         content = {"format": FORMAT, **asdict(self)}
-        return _json(content | {"sha256": _digest(content)}, indent=2)
+        content["sha256"] = _digest(content)
+        return json.dumps(content, indent=2, sort_keys=True).encode()
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Manifest":
         """The manifest of a checkpoint.
 
-        Raises:
-            DamagedError: If it is missing, or differs from what was written.
-            ConfigError: If a later version of this program wrote it.
+        DamagedError unless it is as written; ConfigError if a later version wrote it.
         """
         try:
             content = json.loads((checkpoint / MANIFEST).read_bytes())
@@ -91,9 +71,9 @@ class Manifest:
         if not intact or not _whole(version, least=1):
             raise DamagedError(f"{MANIFEST} is not as it was written")
         if version > FORMAT:
+            allowed = f"up to {FORMAT}, which this version reads"
             raise ConfigError(
-                f"`resume` finds {checkpoint} in format {version}; allowed: up to {FORMAT}, which "
-                "this version reads"
+                f"`resume` finds {checkpoint} in format {version}; allowed: {allowed}"
             )
         try:
             files = {name: (size, sha) for name, (size, sha) in content["files"].items()}
@@ -147,12 +127,8 @@ def _matches(pattern: re.Pattern[str], x: Any) -> bool:
     return isinstance(x, str) and pattern.fullmatch(x) is not None
 
 
-def _json(content: Any, indent: int | None = None) -> bytes:
-    return json.dumps(content, indent=indent, sort_keys=True).encode()
-
-
 def _digest(content: Any) -> str:
-    return hashlib.sha256(_json(content)).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def as_hex(digest: int) -> str:

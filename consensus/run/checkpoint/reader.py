@@ -20,9 +20,9 @@ Everything outside a checkpoint is a function of its content: shuffles, minibatc
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -30,13 +30,11 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError
 from consensus.private_api import storage_info
-from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, DamagedError, Manifest, Place, brief
+from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, DamagedError, Manifest, brief
 from consensus.run.checks import ConfigError
 
 # torch.distributed.checkpoint is imported where it is used, because it imports sympy. That takes
 # two seconds, which a refused command, `--help` or a run without checkpoints need not wait for.
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"\d{8,}")
@@ -50,9 +48,6 @@ def file_digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha256
-
-
-# ---- listing and verifying
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -70,30 +65,22 @@ def candidates(path: Path) -> list[Path]:
 def inspect(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
     """The manifest and the config of a checkpoint, without a look at its tensors.
 
-    Raises:
-        DamagedError: If the manifest or the config differs from what was written.
-        ConfigError: If the config is not a mapping, or a later version wrote the checkpoint.
+    DamagedError unless they are as written; ConfigError without a mapping, or in a later format.
     """
     manifest = Manifest.read(checkpoint)
     _require_intact(checkpoint, manifest, CONFIG)
     try:
         config = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG), resolve=False)
-    except Exception as error:  # two parsers, each with errors of its own
-        config = brief(error)
+    except Exception:  # two parsers, each with errors of its own
+        config = None
     if not isinstance(config, dict):
-        raise ConfigError(
-            f"`resume` finds no config in {checkpoint / CONFIG}; allowed: a checkpoint written by "
-            "consensus"
-        )
+        allowed = "a checkpoint written by consensus"
+        raise ConfigError(f"`resume` finds no config in {checkpoint / CONFIG}; allowed: {allowed}")
     return manifest, {str(key): value for key, value in config.items()}
 
 
 def verify_files(checkpoint: Path, group: Group) -> Manifest:
-    """Compare every file with its hash, divided between the ranks. A collective.
-
-    Raises:
-        DamagedError: On every rank, if one of them found a difference.
-    """
+    """Compare every file with its hash, divided between the ranks; all raise alike. Collective."""
     problem, manifest = None, None
     try:
         manifest = Manifest.read(checkpoint)
@@ -131,74 +118,52 @@ def choose(paths: list[Path], group: Group, say: Callable[[str], None]) -> Path 
     return None
 
 
-# ---- reading tensors
-
-
 def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
-    """Read the state of some workers, written by any number of processes.
+    """Read the state of the workers with these numbers j, written by any number of processes.
 
-    Args:
-        checkpoint: Verified by `choose`.
-        state: Result of `Algorithm.state_dict`; only its keys, shapes and dtypes are used.
-        workers: The numbers j of the rows of `worker/...`.
-
-    Raises:
-        GroupError: On this rank alone, if a tensor is missing, or has another shape or dtype.
+    Only the keys, shapes and dtypes of `state`, a result of `Algorithm.state_dict`, are used.
+    `choose` has verified the checkpoint. GroupError, on this rank alone, if a tensor is missing or
+    has another shape or dtype.
     """
+    from torch.distributed.checkpoint import metadata as md
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_into
 
-    fresh = {
-        key: torch.empty_like(value, device="cpu").contiguous() for key, value in state.items()
-    }
+    fresh = {key: torch.empty_like(x, device="cpu").contiguous() for key, x in state.items()}
     wanted = by_worker(fresh, workers)
     try:
         held = Manifest.read(checkpoint).tensors
     except (DamagedError, ConfigError) as error:
         raise GroupError(f"checkpoint {checkpoint}: {error}") from error
+    tensors: dict[str, Any] = {}
+    places = {}
     for key, tensor in wanted.items():
         if key not in held:
             raise GroupError(f"checkpoint {checkpoint} lacks {key}")
-        found = f"{held[key].shape} {held[key].dtype}"
-        needed = f"{tuple(tensor.shape)} {tensor.dtype}"
+        place = held[key]
+        found, needed = f"{place.shape} {place.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
         if found != needed:
             raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
-    index = _index({key: (tensor, held[key]) for key, tensor in wanted.items()})
+        start = torch.Size([0] * tensor.dim())
+        chunk = md.ChunkStorageMetadata(start, tensor.shape)
+        properties = md.TensorProperties.create_from_tensor(tensor)
+        tensors[key] = md.TensorStorageMetadata(properties, tensor.shape, [chunk])
+        info = storage_info(place.file, place.offset, place.length)
+        places[md.MetadataIndex(key, start)] = info
 
     class Reader(FileSystemReader):
         """torch's reader with the index of the manifest, instead of a pickle."""
 
-        def read_metadata(self, *args: Any, **kwargs: Any) -> "Metadata":
-            return index
+        def read_metadata(self, *args: Any, **kwargs: Any) -> md.Metadata:
+            return md.Metadata(tensors, storage_data=places)
 
     try:
         load_into(wanted, storage_reader=Reader(checkpoint), no_dist=True)
     except CheckpointException as error:
-        raise GroupError(f"checkpoint {checkpoint}: {first_failure(error.failures)[1]}") from error
+        cause, _ = error.failures[0]  # without a process group this is rank 0
+        raise GroupError(f"checkpoint {checkpoint}: {brief(cause)}") from error
     return fresh
-
-
-def _index(wanted: Mapping[str, tuple[Tensor, Place]]) -> "Metadata":
-    """The index of these tensors in the form of torch.distributed.checkpoint."""
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    tensors: dict[str, Any] = {}
-    places = {}
-    for key, (tensor, place) in wanted.items():
-        start = torch.Size([0] * tensor.dim())
-        chunk = ChunkStorageMetadata(start, tensor.shape)
-        properties = TensorProperties.create_from_tensor(tensor)
-        tensors[key] = TensorStorageMetadata(properties, tensor.shape, [chunk])
-        info = storage_info(place.file, place.offset, place.length)
-        places[MetadataIndex(key, start)] = info
-    return Metadata(tensors, storage_data=places)
 
 
 def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
@@ -211,9 +176,3 @@ def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
         else:
             rows[key] = value
     return rows
-
-
-def first_failure(failures: Mapping[int, tuple[BaseException, Any]]) -> tuple[int, str]:
-    """Rank and cause of the first failure in a CheckpointException, which collects all ranks."""
-    rank, (cause, _) = sorted(failures.items())[0]
-    return rank, brief(cause)

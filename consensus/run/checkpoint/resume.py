@@ -37,23 +37,16 @@ _FREE |= {"workers", "stationarity", "data.root", "algorithm.iterations"}
 """Sections and keys that may differ between a run and its continuation."""
 
 
-# ---- before the group opens
-
-
 def find_origin(config: Config, launch: Launch, num_workers: int) -> Origin:
     """The run directory, and the run or checkpoint to continue from.
 
-    Raises:
-        ConfigError: If the directory holds another run or one that may not be continued like this,
-            or `resume` names no checkpoint.
+    ConfigError if the directory holds another run or one that may not be continued like this, or
+    `resume` names no checkpoint.
     """
     run_dir = None if config.output.run_dir is None else Path(config.output.run_dir)
-    require(
-        run_dir is None or not run_dir.exists() or run_dir.is_dir(),
-        "output.run_dir",
-        run_dir,
-        "a directory, or a path where none exists yet",
-    )
+    usable = run_dir is None or not run_dir.exists() or run_dir.is_dir()
+    allowed = "a directory, or a path where none exists yet"
+    require(usable, "output.run_dir", run_dir, allowed)
     again = _restarted(config, launch, run_dir)
     if again is not None or config.resume == "auto":
         own = again or run_dir
@@ -64,23 +57,14 @@ def find_origin(config: Config, launch: Launch, num_workers: int) -> Origin:
         run_dir = own
     if run_dir is not None:
         name = state_of(run_dir)
-        require(
-            name is None,
-            "output.run_dir",
-            run_dir,
-            f"an empty or new directory; this one holds "
-            f"{'a finished' if name == 'summary.json' else 'an unfinished'} run ({name}); "
-            "resume=auto continues it",
-        )
+        run = f"{'a finished' if name == 'summary.json' else 'an unfinished'} run ({name})"
+        allowed = f"an empty or new directory; this one holds {run}; resume=auto continues it"
+        require(name is None, "output.run_dir", run_dir, allowed)
     if config.resume in RESUME:
         return Origin(run_dir)
     source = Path(config.resume)
-    require(
-        bool(candidates(source)),
-        "resume",
-        source,
-        "never, auto, or the path of a checkpoint or of a run that has one",
-    )
+    allowed = "never, auto, or the path of a checkpoint or of a run that has one"
+    require(bool(candidates(source)), "resume", source, allowed)
     _require_fitting(source, config, num_workers)
     return Origin(run_dir, source)
 
@@ -109,20 +93,15 @@ def _restarted(config: Config, launch: Launch, run_dir: Path | None) -> Path | N
 def _require_continuable(run_dir: Path, config: Config, num_workers: int) -> None:
     """Refuse to continue another run, or a finished one without checkpoints."""
     if list_checkpoints(run_dir):
-        return _require_fitting(run_dir, config, num_workers)
-    require(
-        state_of(run_dir) != "summary.json",
-        "resume",
-        "auto",
-        f"never, in a new directory: {run_dir} holds a finished run without checkpoints",
-    )
+        _require_fitting(run_dir, config, num_workers)
+        return
+    allowed = f"never, in a new directory: {run_dir} holds a finished run without checkpoints"
+    require(state_of(run_dir) != "summary.json", "resume", "auto", allowed)
     try:  # there is nothing to load, but only the same run may replace its metrics
         before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     except Exception:  # the run was killed before it wrote the file
-        return None
-    if isinstance(before, dict):
-        _require_same({str(k): v for k, v in before.items()}, config, run_dir)
-    return None
+        return
+    _require_same(before, config, run_dir)
 
 
 def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
@@ -133,23 +112,16 @@ def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
         except DamagedError:
             continue  # `choose` reports it
         _require_same(before, config, checkpoint)
-        require(
-            manifest.num_workers == num_workers,
-            "workers",
-            num_workers,
-            f"{manifest.num_workers}, as in {checkpoint} (on any number of processes dividing it)",
-        )
+        workers, done = manifest.num_workers, manifest.iteration
+        allowed = f"{workers}, as in {checkpoint} (on any number of processes dividing it)"
+        require(workers == num_workers, "workers", num_workers, allowed)
         iterations = config.algorithm.iterations
-        require(
-            iterations >= manifest.iteration,
-            "algorithm.iterations",
-            iterations,
-            f"at least {manifest.iteration}, which {checkpoint} has done",
-        )
+        allowed = f"at least {done}, which {checkpoint} has done"
+        require(iterations >= done, "algorithm.iterations", iterations, allowed)
         return
 
 
-def _require_same(before: dict[str, Any], config: Config, where: Path) -> None:
+def _require_same(before: Any, config: Config, where: Path) -> None:
     """Refuse a key that differs from the start of the run; a key that is new here is free."""
     old = _flat(before)
     new = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
@@ -170,28 +142,17 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-# ---- after it has opened
-
-
 @dataclass(frozen=True)
 class Resumed:
-    """The history of a run before its first iteration here.
+    """The history of a run before its first iteration here."""
 
-    Attributes:
-        iteration: The iterations done.
-        rows: The evaluations up to there.
-        best: Iteration and test error of the evaluation with the lowest; None without one.
-        seconds: The training time so far.
-    """
-
-    iteration: int = 0
-    rows: list[Row] = field(default_factory=list)
-    best: dict[str, float] | None = None
-    seconds: float = 0.0
+    iteration: int = 0  # iterations done
+    rows: list[Row] = field(default_factory=list)  # the evaluations up to there
+    best: dict[str, float] | None = None  # iteration and test error of the best evaluation
+    seconds: float = 0.0  # of training so far
 
 
 def resume(
-    origin: Origin,
     directory: RunDirectory,
     algorithm: Algorithm,
     workers: range,
@@ -200,19 +161,11 @@ def resume(
 ) -> Resumed:
     """Load the newest intact checkpoint of the origin into the algorithm. A collective.
 
-    Args:
-        origin: The start of the run.
-        directory: The run directory. Checkpoints beyond the loaded one are set aside in it.
-        algorithm: Receives the state.
-        workers: The numbers j of the workers of this process.
-        iterations: The length of the run. A run that grew is no longer finished.
-        say: Receives lines for the user.
-
-    Raises:
-        GroupError: On every rank, if there are checkpoints and none of them is intact, or the files
-            cannot be changed.
+    Checkpoints beyond it are set aside in the run directory. A run that grew to `iterations` is no
+    longer finished. GroupError on every rank, if there are checkpoints and none of them is intact,
+    or the files cannot be changed.
     """
-    source, group = origin.source, directory.group
+    origin, group, source = directory.origin, directory.group, directory.origin.source
     if source is None:
         return Resumed()
     paths = candidates(source) if group.rank == 0 else []
@@ -225,7 +178,7 @@ def resume(
         say(f"no checkpoint in {source} yet: begins again at iteration 0")
         resumed = Resumed()
     else:
-        manifest = _restore(path, algorithm, workers, directory.group)
+        manifest = _restore(path, algorithm, workers, group)
         resumed = Resumed(manifest.iteration, [], manifest.best, manifest.wall_s)
         say(f"continues {path} at iteration {resumed.iteration:,}")
     t, rows = resumed.iteration, []
@@ -237,7 +190,7 @@ def resume(
                 set_aside(directory.path, t)
                 if t < iterations:
                     (directory.path / "summary.json").unlink(missing_ok=True)
-    directory.agree()
+    group.raise_together(directory.problem)
     return replace(resumed, rows=group.share(rows))
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,7 @@ from torch import Tensor
 from consensus.atomic_files import sync, write_whole
 from consensus.comm import Group, GroupError, ProcessGroup
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, as_hex, brief
-from consensus.run.checkpoint.reader import (
-    FOLDER,
-    by_worker,
-    file_digest,
-    first_failure,
-    list_checkpoints,
-)
+from consensus.run.checkpoint.reader import FOLDER, by_worker, file_digest, list_checkpoints
 from consensus.run.config import Config
 
 
@@ -48,20 +43,9 @@ class Facts:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, in a thread of its own on every rank.
 
-    Args:
-        run_dir: The run directory.
-        config: Saved in each checkpoint.
-        side: A group that the training thread does not use.
-        workers: The numbers j of the workers of this process, and M.
-        keep: The number of checkpoints to keep.
-        before_publish: Called on rank 0 before a checkpoint appears, to flush files that it relies
-            on. May raise OSError.
-
-    Attributes:
-        problem: The error of the last write, None if it succeeded.
-        written: The number of checkpoints written.
-        wait_s: Total seconds for which `write` has delayed the training.
-        write_s: Total seconds of work of the second thread.
+    `side` is a group that the training thread does not use. `workers` are the numbers j of this
+    process, and M. Rank 0 calls `before_publish` before a checkpoint appears, to flush files that
+    it relies on; it may raise OSError.
     """
 
     def __init__(
@@ -79,17 +63,16 @@ class CheckpointWriter:
         self.workers, self.num_workers = workers
         self.keep = keep
         self.before_publish = before_publish
-        self.problem: str | None = None
-        self.written = 0
-        self.wait_s = self.write_s = 0.0
+        self.problem: str | None = None  # the error of the last write
+        self.written = 0  # checkpoints
+        self.wait_s = self.write_s = 0.0  # delay of the training, and work of the second thread
         self._copy: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
 
     def write(self, state: dict[str, Tensor], facts: Facts) -> None:
         """Copy the state and write it in the background.
 
-        Waits until the copy is made. Before that it waits for the previous checkpoint, because only
-        one copy exists at a time.
+        Waits for the copy, and before it for the previous checkpoint: only one copy exists.
         """
         started = time.perf_counter()
         self.wait()
@@ -127,6 +110,7 @@ class CheckpointWriter:
         final = self.folder / f"{facts.iteration:08d}"
         aside = final.with_name(f".{final.name}.tmp")
         first = side.rank == 0
+        known = facts.iteration, self.num_workers, as_hex(facts.digest), facts.wall_s, facts.best
         digests = side.gather(torch.tensor(facts.digest)).tolist()
         if len(set(digests)) > 1:
             wrong = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -138,20 +122,16 @@ class CheckpointWriter:
                     aside.mkdir(parents=True)
                     (aside / CONFIG).write_bytes(self.config)
             tensors = self._save(aside, final)
-            files = self._hash(aside, final)
+            names = side.share(sorted(path.name for path in aside.iterdir()))
+            mine: dict[str, tuple[int, str]] = {}
+            with self._together(final):  # the files are divided between the ranks
+                mine = {name: file_digest(aside / name) for name in names[side.rank :: side.size]}
+            parts = side.gather_objects(mine)
+            files = {name: found for part in parts for name, found in part.items()}
             with self._together(final):
                 if first:
                     self.before_publish()
-                    manifest = Manifest(
-                        facts.iteration,
-                        self.num_workers,
-                        as_hex(facts.digest),
-                        facts.wall_s,
-                        facts.best,
-                        torch.__version__,
-                        files,
-                        tensors,
-                    )
+                    manifest = Manifest(*known, torch.__version__, files, tensors)
                     write_whole(aside / MANIFEST, manifest.to_json())
                     self._publish(aside, final)
         except GroupError:
@@ -165,8 +145,6 @@ class CheckpointWriter:
         problem = None
         try:
             yield
-        except GroupError:
-            raise
         except OSError as error:
             problem = brief(error)
         self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
@@ -191,41 +169,21 @@ class CheckpointWriter:
                     raise cause if isinstance(cause, OSError) else error from error
 
             def finish(self, metadata: Any, results: Any) -> None:
-                for written in (item for of_rank in results for item in of_rank):
-                    tensor = metadata.state_dict_metadata[written.index.fqn]
-                    where = written.storage_data
-                    places[written.index.fqn] = Place(
-                        str(tensor.properties.dtype),
-                        tuple(tensor.size),
-                        where.relative_path,
-                        where.offset,
-                        where.length,
-                    )
+                for written in chain.from_iterable(results):
+                    key, where = written.index.fqn, written.storage_data
+                    tensor = metadata.state_dict_metadata[key]
+                    kind = str(tensor.properties.dtype), tuple(tensor.size)
+                    places[key] = Place(*kind, where.relative_path, where.offset, where.length)
 
-        side = self.side
+        rows, writer = by_worker(self._copy, self.workers), Writer(aside, sync_files=True)
+        handle = self.side.handle if isinstance(self.side, ProcessGroup) else None
         try:
-            save(
-                by_worker(self._copy, self.workers),
-                storage_writer=Writer(aside, sync_files=True),
-                process_group=side.handle if isinstance(side, ProcessGroup) else None,
-                no_dist=not isinstance(side, ProcessGroup),
-            )
+            save(rows, storage_writer=writer, process_group=handle, no_dist=handle is None)
         except CheckpointException as error:  # a BaseException, on all ranks alike
-            rank, why = first_failure(error.failures)
-            raise GroupError(f"rank {rank}: cannot write checkpoint {final}: {why}") from error
+            rank, (cause, _) = sorted(error.failures.items())[0]
+            why = f"cannot write checkpoint {final}: {brief(cause)}"
+            raise GroupError(f"rank {rank}: {why}") from error
         return places
-
-    def _hash(self, aside: Path, final: Path) -> dict[str, tuple[int, str]]:
-        """Bytes and SHA-256 of every file, divided between the ranks."""
-        side = self.side
-        names = side.share(sorted(path.name for path in aside.iterdir()))
-        mine: dict[str, tuple[int, str]] = {}
-        with self._together(final):
-            mine = {name: file_digest(aside / name) for name in names[side.rank :: side.size]}
-        files: dict[str, tuple[int, str]] = {}
-        for part in side.gather_objects(mine):
-            files |= part
-        return files
 
     def _publish(self, aside: Path, final: Path) -> None:
         """Publish the checkpoint and remove old ones, on rank 0."""
