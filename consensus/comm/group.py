@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +23,18 @@ class PeerLostError(GroupError):
     """
 
 
+@dataclass
 class Pending:
-    """A running sum. Its input must not be touched before `wait`.
+    """A running sum. Its input must not be touched before `wait`, which returns the total."""
 
-    Attributes:
-        wait: Returns the sum over all ranks.
-    """
-
-    def __init__(self, wait: Callable[[], Tensor]) -> None:
-        self.wait = wait
+    wait: Callable[[], Tensor]
 
 
 class RepeatedSum(ABC):
-    """A sum of tensors of one shape that is computed many times, in memory allocated once.
+    """A sum of tensors of one shape that is computed many times, in memory allocated once."""
 
-    Attributes:
-        message: Buffer for the summand of this rank, to be written from `wait` to `start`. (numel,)
-        in_shared_memory: Whether the ranks add up in shared memory and send nothing.
-    """
-
-    message: Tensor
-    in_shared_memory = False
+    message: Tensor  # (numel,), the summand of this rank, to be written from `wait` to `start`
+    in_shared_memory = False  # True: the ranks add up in shared memory and send nothing
 
     @property
     def num_bytes(self) -> int:
@@ -53,8 +45,7 @@ class RepeatedSum(ABC):
     def start(self) -> Pending:
         """Begin the sum of all messages.
 
-        The result of `wait` is read-only and valid until the next `start`: it may lie in memory of
-        all ranks, or in `message`. (numel,)
+        The result is read-only and valid until the next `start`: it may be shared, or in `message`.
         """
 
 
@@ -73,20 +64,15 @@ class Group(ABC):
     """Collectives over the processes of a run. All ranks call them in the same order.
 
     Methods that end in an underscore work in place and return their argument.
-
-    Attributes:
-        rank: Rank of this process in the group.
-        size: Number of processes in the group.
-        device: Device of the tensors in collectives.
     """
 
     rank: int
     size: int
-    device: torch.device
+    device: torch.device  # of the tensors in collectives
 
-    @abstractmethod
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
+        return self.start_sum(tensor).wait()
 
     @abstractmethod
     def min_(self, tensor: Tensor) -> Tensor:
@@ -137,19 +123,15 @@ class Group(ABC):
         yield
 
     def raise_together(self, problem: str | None) -> None:
-        """Raise on all ranks if any rank has a problem; every rank must call this.
+        """Raise GroupError on all ranks if any has a problem: that of the lowest. A collective.
 
         A rank that raised alone would leave the others waiting in their next collective.
-
-        Raises:
-            GroupError: On every rank, with the problem of the lowest rank that has one.
         """
         flag = self.min_(torch.tensor([0 if problem else 1], device=self.device))
         if int(flag) == 1:
             return
         problems = self.gather_objects(problem)
-        rank = next(rank for rank, text in enumerate(problems) if text)
-        text = str(problems[rank])
+        rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
         raise GroupError(text if text.startswith("rank ") else f"rank {rank}: {text}")
 
 
@@ -159,11 +141,15 @@ class Solo(Group):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rank, self.size, self.device = 0, 1, torch.device(device)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def min_(self, tensor: Tensor) -> Tensor:
         """The argument."""
         return tensor
 
-    min_ = broadcast_ = sum_
+    broadcast_ = min_
+
+    def share(self, value: Any) -> Any:
+        """The argument."""
+        return value
 
     def start_sum(self, tensor: Tensor) -> Pending:
         """The argument, at once."""
@@ -173,10 +159,6 @@ class Solo(Group):
         """(...) -> (1, ...)."""
         return tensor.unsqueeze(0)
 
-    def share(self, value: Any) -> Any:
-        """The argument."""
-        return value
-
     def gather_objects(self, value: Any) -> list[Any]:
         """A list of the argument."""
         return [value]
@@ -184,9 +166,8 @@ class Solo(Group):
     def barrier(self) -> None:
         """Return at once."""
 
+    close = barrier
+
     def side(self) -> "Solo":
         """Another group of one process."""
         return Solo("cpu")
-
-    def close(self) -> None:
-        """Do nothing."""

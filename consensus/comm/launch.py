@@ -2,7 +2,9 @@
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class LaunchError(ValueError):
@@ -11,55 +13,37 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class Launch:
-    """Position of this process among those that torchrun started; one of one without torchrun.
-
-    Attributes:
-        rank: Rank of this process.
-        size: Number of processes.
-        local_rank: Rank of this process on its node.
-        local_size: Number of processes on this node.
-        restart: Number of restarts by torchrun so far (--max-restarts).
-        name: Identifier of the launch, the same after a restart; "" without torchrun.
-    """
+    """Position of this process among those that torchrun started; one of one without torchrun."""
 
     rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    size: int = 1  # number of processes
+    local_rank: int = 0  # on this node, as is `local_size`
     local_size: int = 1
-    restart: int = 0
-    name: str = ""
+    restart: int = 0  # number of restarts by torchrun so far (--max-restarts)
+    name: str = ""  # of the launch, the same after a restart; "" without torchrun
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read the variables that torchrun sets.
-
-        Raises:
-            LaunchError: If a variable is no whole number, a rank is not below its size, or there is
-                more than one process and no rendezvous address.
-        """
-        size, local_size = _number("WORLD_SIZE", "1"), _number("LOCAL_WORLD_SIZE", "1")
-        launch = cls(
-            _number("RANK"),
-            size,
-            _number("LOCAL_RANK"),
-            local_size,
-            _number("TORCHELASTIC_RESTART_COUNT"),
-            _launch_name(),
-        )
-        if launch.rank >= size:
-            raise LaunchError(f"`RANK` is {launch.rank}; allowed: below WORLD_SIZE = {size}")
-        if (local := launch.local_rank) >= local_size:
-            allowed = f"below LOCAL_WORLD_SIZE = {local_size}"
-            raise LaunchError(f"`LOCAL_RANK` is {local}; allowed: {allowed}")
-        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if size > 1 and absent:
-            raise LaunchError(f"`{absent[0]}` is not set; with WORLD_SIZE > 1 start with torchrun")
-        return launch
+        """Read the variables that torchrun sets; LaunchError if they contradict each other."""
+        rank, size = _place("")
+        local_rank, local_size = _place("LOCAL_")
+        restart = _number("TORCHELASTIC_RESTART_COUNT")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if size > 1 and name not in os.environ:
+                raise LaunchError(f"`{name}` is not set; with WORLD_SIZE > 1 start with torchrun")
+        return cls(rank, size, local_rank, local_size, restart, _launch_name())
 
     def block(self, num_workers: int) -> range:
         """Indices j of the workers of this process, for M = num_workers, a multiple of `size`."""
         each = num_workers // self.size
         return range(self.rank * each, (self.rank + 1) * each)
+
+
+def _place(prefix: str) -> tuple[int, int]:
+    rank, size = _number(f"{prefix}RANK"), _number(f"{prefix}WORLD_SIZE", "1")
+    if rank >= size:
+        raise LaunchError(f"`{prefix}RANK` is {rank}; allowed: below {prefix}WORLD_SIZE = {size}")
+    return rank, size
 
 
 def _number(name: str, default: str = "0") -> int:
@@ -74,13 +58,8 @@ def _launch_name() -> str:
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if name != "none":
         return name
-    return f"{socket.gethostname()}:{os.getppid()}:{_start_time(os.getppid())}"
-
-
-def _start_time(pid: int) -> str:
-    """Start time of a process in clock ticks since boot; "" where there is no /proc."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    parent, started = os.getppid(), ""  # in clock ticks since boot; "" where there is no /proc
+    with suppress(OSError, IndexError):
+        stat = Path(f"/proc/{parent}/stat").read_text("utf-8", "replace")
+        started = stat.rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()}:{parent}:{started}"

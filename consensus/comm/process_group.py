@@ -33,21 +33,13 @@ class ProcessGroup(Group):
     they belong to their creator. See `open_group` for a group that is created and destroyed here.
 
     Args:
-        handle: The process group. This process must be a member.
+        handle: The process group. ValueError if this process is not a member.
         device: Device of the tensors that will be reduced.
         timeout_s: Longest wait for a peer in shared memory and while `side` connects, and in
             collectives of `side`, in seconds. Collectives on `handle` keep the timeout it has.
-        shared_memory: Whether repeated sums of CPU tensors may use shared memory; they do so if all
-            ranks are on one host.
-        compress: "bf16" sends repeated sums in bfloat16; None sends them as they are. Sums in
-            shared memory are not compressed.
+        shared_memory: Whether repeated sums of CPU tensors on one host may use shared memory.
+        compress: "bf16" sends repeated sums in bfloat16, except those in shared memory.
         heartbeat: Source of the names of lost peers in error messages; None: the backend's message.
-
-    Attributes:
-        handle: As passed.
-
-    Raises:
-        ValueError: If this process is not a member of `handle`.
     """
 
     def __init__(
@@ -92,9 +84,6 @@ class ProcessGroup(Group):
         torch counts the groups that a process creates and names groups by that count. If only some
         ranks of the default group open a side, the counts differ and a later `dist.new_group` of
         all ranks hangs. Open sides on all ranks, each for its own group, or not at all.
-
-        Raises:
-            PeerLostError: If the ranks are not connected within the timeout.
         """
         ranks = dist.get_process_group_ranks(self.handle)
         connect = partial(
@@ -118,10 +107,6 @@ class ProcessGroup(Group):
         side._owned.callback(_destroy, handle)
         self._owned.callback(side.close)
         return side
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce with SUM."""
-        return self.start_sum(tensor).wait()
 
     def min_(self, tensor: Tensor) -> Tensor:
         """All-reduce with MIN."""
@@ -149,11 +134,7 @@ class ProcessGroup(Group):
         return Pending(wait)
 
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
-        """In shared memory if the tensors are on the CPU and all ranks on one host; else sent.
-
-        Raises:
-            PeerLostError: If a peer does not answer.
-        """
+        """In shared memory if the tensors are on the CPU and all ranks on one host; else sent."""
         if numel == 0:
             return sent_sum(Solo(), numel, like)  # nothing to send
         shared = None
@@ -203,12 +184,9 @@ class ProcessGroup(Group):
 
 @contextmanager
 def _reporting(operation: str, rank: int, heartbeat: Heartbeat | None) -> Iterator[None]:
-    """Turn a lost peer into one line that names the rank and the collective.
+    """PeerLostError, one line that names rank and collective, in place of a backend's errors.
 
     Other errors, such as two ranks that disagree on a shape, are bugs and keep their traceback.
-
-    Raises:
-        PeerLostError: If a peer is gone or late.
     """
     try:
         yield
@@ -229,8 +207,7 @@ def _destroy(handle: dist.ProcessGroup | None = None) -> None:
 
 def backends() -> list[str]:
     """Backends that this build of torch has."""
-    present = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
-    return [name for name, available in present.items() if available]
+    return [name for name in ("gloo", "nccl") if dist.is_backend_available(name)]
 
 
 def choose_backend(name: str, device: torch.device, launch: Launch) -> str:
@@ -261,19 +238,9 @@ def open_group(
 ) -> Group:
     """Open the group of a run: `Solo` for one process, else torch's default group. A collective.
 
-    `close` destroys it.
-
-    Args:
-        launch: Rank and size.
-        backend: "gloo" or "nccl".
-        device: Device of the tensors that will be reduced.
-        timeout_s: Timeout of the connection and of each collective, in seconds.
-        shared_memory: See `ProcessGroup`.
-        compress: See `ProcessGroup`.
-        init_method: Rendezvous: "env://" for the address that torchrun sets.
-
-    Raises:
-        PeerLostError: If the processes do not connect in time.
+    `close` destroys it. `timeout_s` holds for the connection (then PeerLostError) and for each
+    collective. `backend` is "gloo" or "nccl", the other arguments are those of `ProcessGroup`, and
+    `init_method` is the rendezvous: "env://" for the address that torchrun sets.
     """
     if launch.size == 1:
         return Solo(device)

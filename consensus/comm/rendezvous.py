@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,26 +17,22 @@ T = TypeVar("T")
 def in_time(work: Callable[[], T], timeout_s: float, problem: str) -> T:
     """Result of a call that may block for ever, such as a connection to an unreachable peer.
 
-    Raises:
-        TimeoutError: With `problem` as its text, after `timeout_s`; the call goes on in its thread.
+    After `timeout_s` seconds it raises TimeoutError(problem), and the call goes on in its thread.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(work())
+            result.set_result(work())
         except BaseException as error:
-            errors.append(error)
+            result.set_exception(error)
 
     thread = threading.Thread(target=run, name="in-time", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    if errors:
-        raise errors[0]
-    if not results:
+    if not result.done():
         raise TimeoutError(problem)
-    return results[0]
+    return result.result()
 
 
 def first_line(error: BaseException) -> str:
@@ -48,15 +45,8 @@ def open_store(
 ) -> dist.PrefixStore:
     """Key-value store of the ranks of one start, after all of them have come. A collective.
 
-    Args:
-        rank: Rank of this process.
-        size: Number of processes.
-        timeout_s: Timeout of the rendezvous, and of each operation of the store, in seconds.
-        init_method: "env://" for the address that torchrun sets.
-
-    Raises:
-        TimeoutError: If a rank does not come in time; names it.
-        RuntimeError: If the store cannot be reached.
+    `timeout_s` holds for the rendezvous, and for each operation of the store. Raises TimeoutError,
+    which names a rank that does not come, or RuntimeError if the store cannot be reached.
     """
     timeout = timedelta(seconds=timeout_s)
     store, _, _ = next(iter(dist.rendezvous(init_method, rank, size, timeout=timeout)))
@@ -70,10 +60,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
     torchrun keeps one store over all its restarts. It may hold keys of ranks that are dead, among
     them addresses for Gloo, and no environment variable tells one start from another on all nodes.
     So each rank draws a random number. Rank 0 publishes the list of all numbers again and again,
-    until every rank has found its own on the list.
-
-    Raises:
-        TimeoutError: If a rank has not come after `timeout_s`; names the absent ranks.
+    until every rank has found its own on the list. TimeoutError names the ranks that are absent.
     """
     mine = uuid.uuid4().hex
     store.set(f"rank/{rank}", mine)
@@ -96,9 +83,8 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
             if read(f"{met}/all"):
                 return met
         if time.monotonic() > deadline:
-            absent = [r for r in range(size) if not read(f"{met}/{r}")]
-            ranks = ", ".join(map(str, absent))
-            raise TimeoutError(f"rank {ranks} did not come within {timeout_s:g} s")
+            absent = ", ".join(str(r) for r in range(size) if not read(f"{met}/{r}"))
+            raise TimeoutError(f"rank {absent} did not come within {timeout_s:g} s")
         time.sleep(0.05)
 
 
@@ -111,8 +97,7 @@ class Heartbeat:
     """
 
     PERIOD_S = 0.5
-    ANSWER_S = 10.0
-    """Timeout of the store: a cut connection gives no error."""
+    ANSWER_S = 10.0  # timeout of the store: a cut connection gives no error
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -138,10 +123,7 @@ class Heartbeat:
         self._in_time(lambda: self._set("words", text))
 
     def describe_lost_ranks(self) -> str:
-        """Failures that ranks have published, and ranks without a heartbeat; "" if there is none.
-
-        Takes 3 periods.
-        """
+        """Failures that ranks have published, and silent ranks; or "". Takes 3 periods."""
         return self._in_time(self._describe)
 
     def _in_time(self, work: Callable[[], T]) -> T | str:
@@ -159,17 +141,14 @@ class Heartbeat:
         time.sleep(3 * self.PERIOD_S)
         after, words, waited = (self._read(kind) for kind in ("count", "words", "waited"))
         lines = [f"rank {rank} failed: {text}" for rank, text in sorted(words.items())]
-        silent = [
-            rank
-            for rank in range(self._size)
-            if rank != self._rank and rank not in words and before.get(rank) == after.get(rank)
-        ]
+        others = [rank for rank in range(self._size) if rank != self._rank and rank not in words]
+        silent = [str(rank) for rank in others if before.get(rank) == after.get(rank)]
         if silent:
-            ranks = ", ".join(map(str, silent))
+            ranks = ", ".join(silent)
             lines.append(f"no sign of life from rank {ranks} (killed, stopped or cut off)")
-        late = [rank for rank in range(self._size) if rank not in waited]
+        late = [str(rank) for rank in range(self._size) if rank not in waited]
         if not lines and late:  # the other ranks have timed out as this one has
-            lines.append(f"rank {', '.join(map(str, late))} lives but did not come in time")
+            lines.append(f"rank {', '.join(late)} lives but did not come in time")
         return "; ".join(lines)
 
     def _set(self, kind: str, text: str) -> None:

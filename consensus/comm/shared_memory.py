@@ -76,20 +76,10 @@ def identity() -> str:
 
 
 class SharedSum:
-    """A sum of n numbers that is computed many times.
+    """A sum of n = numel numbers over P = size ranks, at least 2, that is computed many times.
 
-    One rank calls `reserve`. Each rank opens the file, then calls `start` and `wait` in turn.
-
-    Args:
-        path: File that `reserve` returned.
-        rank: Rank of this process, among `size` on this host.
-        size: P, at least 2.
-        numel: n.
-        dtype: Type of the numbers.
-        timeout_s: Longest `wait`, in seconds.
-
-    Raises:
-        OSError: If the file cannot be opened here.
+    One rank calls `reserve`. Each rank opens the file at `path`, which raises OSError if it cannot
+    be opened here, then calls `start` and `wait` in turn. `timeout_s` is the longest `wait`.
     """
 
     def __init__(
@@ -97,7 +87,7 @@ class SharedSum:
     ) -> None:
         self._rank, self._size, self._timeout = rank, size, timeout_s
         self._t = 0
-        slot, slots = _layout(size, numel, dtype)
+        head, slot, slots = _layout(size, numel, dtype)
         self._file = os.open(path, os.O_RDWR)  # `from_file` would create an absent file
         try:
             length = num_bytes(size, numel, dtype)
@@ -109,10 +99,10 @@ class SharedSum:
             os.close(self._file)
             raise OSError(f"{path}: {error}") from error
 
-        head: Any = memory[: 2 * size * LINE * 8].numpy()
-        counters = memoryview(head).cast("q")
+        array: Any = memory[: 2 * size * LINE * 8].numpy()
+        counters = memoryview(array).cast("q")
         self._posted, self._added = counters[: size * LINE], counters[size * LINE :]
-        body = memory[_head(size) :].view(slots, slot)[:, : numel * dtype.itemsize].view(dtype)
+        body = memory[head:].view(slots, slot)[:, : numel * dtype.itemsize].view(dtype)
         self._two = slots == 2 * size
         self._slots = body[: slots if self._two else size]
         self._total = body[-1]  # of large sums
@@ -121,11 +111,10 @@ class SharedSum:
 
     @staticmethod
     def reserve(size: int, numel: int, dtype: torch.dtype) -> str:
-        """Create the file, for all ranks to open; the caller removes it by `forget`.
+        """Create the file, for all ranks to open; the caller unlinks it once they have.
 
-        Raises:
-            OSError: If there is not enough room. (Without this check, the process that touches
-                memory which is not there would be ended by a signal.)
+        The memory stays until the last process that has it open ends. Raises OSError without room:
+        a process that touched memory which is not there would be ended by a signal.
         """
         handle, path = tempfile.mkstemp(prefix="consensus-", dir=FOLDER)
         try:
@@ -137,18 +126,11 @@ class SharedSum:
             os.close(handle)
         return path
 
-    @staticmethod
-    def forget(path: str) -> None:
-        """Remove the name; the memory stays until the last process that has it open ends."""
-        os.unlink(path)
-
     @property
     def message(self) -> Tensor:
         """Slot for the next summand, to be written from `wait` to `start`. (n,)."""
-        return self._slots[self._own(self._t + 1)]
-
-    def _own(self, t: int) -> int:
-        return self._rank + self._size * (t % 2 if self._two else 0)
+        turn = (self._t + 1) % 2 if self._two else 0
+        return self._slots[self._rank + self._size * turn]
 
     def start(self) -> None:
         """Publish `message`."""
@@ -156,11 +138,7 @@ class SharedSum:
         self._posted[self._rank * LINE] = self._t
 
     def wait(self) -> Tensor:
-        """The sum, read-only and valid until the next `start`. (n,).
-
-        Raises:
-            PeersGoneError: If a rank is gone, or late.
-        """
+        """The sum, read-only and valid until the next `start`; PeersGoneError if late. (n,)."""
         self._await(self._posted)
         if self._two:
             first = self._size * (self._t % 2)
@@ -193,9 +171,7 @@ class SharedSum:
                     raise PeersGoneError(f"timed out after {self._timeout:g} s")
 
     def _is_alive(self, rank: int) -> bool:
-        """Whether a rank holds its lock."""
-        if rank == self._rank:
-            return True
+        """Whether another rank holds its lock."""
         try:  # a shared lock, so that ranks that check at the same time do not see each other's
             fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, rank)
         except OSError:
@@ -209,20 +185,17 @@ class SharedSum:
             self._file = -1
 
 
-def _layout(size: int, numel: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a slot, and the number of slots (the last one is the total of a large sum)."""
+def _layout(size: int, numel: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of all counters and of a slot; number of slots (the last: total of a large sum)."""
+    head = -(-2 * size * LINE * 8 // PAGE) * PAGE
     slot = -(-numel * dtype.itemsize // PAGE) * PAGE
-    return slot, 2 * size if size * numel * dtype.itemsize <= SMALL else size + 1
-
-
-def _head(size: int) -> int:
-    return -(-2 * size * LINE * 8 // PAGE) * PAGE
+    return head, slot, 2 * size if size * numel * dtype.itemsize <= SMALL else size + 1
 
 
 def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
     """Bytes that a sum of n = numel numbers over P = size ranks takes in FOLDER."""
-    slot, slots = _layout(size, numel, dtype)
-    return _head(size) + slot * slots
+    head, slot, slots = _layout(size, numel, dtype)
+    return head + slot * slots
 
 
 def _add_up(summands: Tensor, out: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Repeated sums: compressed to bfloat16, or in shared memory."""
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -42,12 +43,7 @@ def sent_sum(group: Group, numel: int, like: Tensor, compress: str | None = None
 
 
 class SumInSharedMemory(RepeatedSum):
-    """A repeated sum in memory of all ranks.
-
-    Args:
-        shared: The memory.
-        reporting: Context manager that turns `PeersGoneError` into `PeerLostError`.
-    """
+    """A repeated sum in memory of all ranks; `reporting` turns its errors into `PeerLostError`."""
 
     in_shared_memory = True
 
@@ -73,15 +69,7 @@ def open_shared_sum(
 ) -> SharedSum | None:
     """A sum in memory of all ranks; None on all of them if one cannot take part. A collective.
 
-    Args:
-        group: The ranks, possibly on several hosts.
-        numel: Length of the vectors.
-        dtype: Type of their numbers.
-        timeout_s: Longest wait for a peer, in seconds.
-        enabled: Whether this rank may use shared memory.
-
-    Raises:
-        PeerLostError: If a peer does not answer.
+    The ranks may be on several hosts; `enabled`: this one may use shared memory.
     """
     memories = group.gather_objects(shared_memory.identity() if enabled else "")
     if "" in memories or len(set(memories)) > 1:
@@ -101,7 +89,7 @@ def open_shared_sum(
         complete = all(group.gather_objects(shared is not None))
     finally:
         if path:  # either all ranks have opened it, or none will use it
-            SharedSum.forget(path)
+            os.unlink(path)
     if problem:
         line = f"rank {group.rank}: no shared memory, sums go through Gloo: {problem}"
         warnings.warn(line, stacklevel=3)
