@@ -13,7 +13,6 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
 
@@ -22,7 +21,6 @@ from consensus.doctor.examination import Nodes, end, examine_nodes, examine_rank
 from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
-from consensus.run.config import Config
 
 
 def main() -> None:
@@ -34,7 +32,12 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        config = read(sys.argv[1:])
+        for text in sys.argv[1:]:
+            if text.startswith("-"):
+                raise ConfigError(f"`{text}` is no KEY=VALUE, and the doctor takes nothing else")
+        register_schema()
+        with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
+            config = to_config(compose("train", overrides=sys.argv[1:]))
         launch, nodes = Launch.from_environment(), Nodes.from_environment()
     except (*REFUSALS, LaunchError) as error:
         print(f"consensus.doctor: {explain(error)}", file=sys.stderr)
@@ -52,20 +55,6 @@ def main() -> None:
     except Exception as error:
         print_report([here()], [[unexpected("doctor", error)]])
     end(code)
-
-
-def read(arguments: Sequence[str]) -> Config:
-    """The config of the run.
-
-    Raises:
-        ConfigError, HydraException, OmegaConfBaseException: If it is refused.
-    """
-    for text in arguments:
-        if text.startswith("-"):
-            raise ConfigError(f"`{text}` is no KEY=VALUE, and the doctor takes nothing else")
-    register_schema()
-    with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
-        return to_config(compose("train", overrides=list(arguments)))
 
 
 if __name__ == "__main__":

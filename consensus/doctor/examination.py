@@ -1,6 +1,6 @@
 """The preflight check of the nodes of a job, and of the processes of a launch.
 
-Data flow: every member checks its own machine (software.py, machine.py). Through a store, before a
+Data flow: every member checks its own machine (machine.py). Through a store (exchange.py), before a
 group exists, members compare versions and clocks, connect to each other (network.py) and use one
 folder (folder.py). One member collects the findings and prints them (finding.py). Only then the
 group is opened, which may hang, and sums and iterations are measured (speed.py).
@@ -27,26 +27,24 @@ from consensus.comm import (
     choose_backend,
     open_group,
 )
-from consensus.doctor import folder, machine, network, software, speed
-from consensus.doctor.exchange import Exchange
+from consensus.comm.rendezvous import first_line, in_time, open_store
+from consensus.doctor import folder, machine, network, speed
+from consensus.doctor.exchange import SILENT, Exchange
 from consensus.doctor.finding import (
     FaultError,
     Finding,
-    Level,
     count,
     fault,
+    faults,
     print_report,
     print_verdict,
-    run_check,
     unexpected,
-    worst,
 )
 from consensus.run.config import Config
-from consensus.run.plan import Plan, choose_device, set_determinism
+from consensus.run.plan import Plan, choose_device
 
 SHORTEST_S, LONGEST_S = 20.0, 60.0
-MEASURE_S = 300.0
-"""Longest measurement: a collective that hangs may never return."""
+MEASURE_S = 300.0  # longest measurement: a collective that hangs may never return
 HOPELESS = ("network", "rendezvous", "devices", "device", "group", "workers")
 """Topics whose faults keep a group from opening."""
 LOST = (TimeoutError, ConnectionError)
@@ -68,27 +66,16 @@ def patience(config: Config) -> float:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Nodes of a job, as launch/node.sh describes them.
-
-    Attributes:
-        size: Number of nodes.
-        host: Address of their rendezvous.
-        port: Port of their rendezvous.
-        name: Name of this start.
-    """
+    """Nodes of a job, as launch/node.sh describes them: how many, and where they meet."""
 
     size: int
     host: str
     port: int
-    name: str
+    name: str  # of this start
 
     @classmethod
     def from_environment(cls) -> "Nodes | None":
-        """Read NNODES, RENDEZVOUS and RUN_ID if CONSENSUS_DOCTOR is `nodes`; else None.
-
-        Raises:
-            LaunchError: If one of them is invalid.
-        """
+        """Read NNODES, RENDEZVOUS and RUN_ID if CONSENSUS_DOCTOR is `nodes`; else None."""
         if os.environ.get("CONSENSUS_DOCTOR") != "nodes":
             return None
         size = os.environ.get("NNODES", "1")
@@ -107,26 +94,21 @@ def examine_nodes(config: Config, nodes: Nodes) -> int:
     Every node calls it. The node that hosts the store prints the report.
     """
     address, findings = network.check_interface()
-    keep = network.owns(nodes.host, nodes.port)
+    keep = network.own_address(nodes.host, nodes.port) is not None
     if keep:
-        say(f"{nodes.size} nodes meet at {nodes.host}:{nodes.port}")
+        print(f"consensus.doctor: {nodes.size} nodes meet at {nodes.host}:{nodes.port}", flush=True)
     name = f"{here()} ({address or 'no address'})"
-    meet = partial(meet_nodes, nodes, name, config, keep=keep)
-    return examine(config, meet, findings, address, speak=keep)
+    return examine(config, partial(meet_nodes, config, nodes, name, keep), findings, address)
 
 
-def meet_nodes(nodes: Nodes, name: str, config: Config, *, keep: bool) -> Exchange:
-    """Rendezvous of all nodes, at a store that one of them hosts.
-
-    Raises:
-        FaultError: If it fails.
-    """
+def meet_nodes(config: Config, nodes: Nodes, name: str, keep: bool) -> Exchange:
+    """Rendezvous of all nodes, at a store that one of them hosts. FaultError if it fails."""
     place, timeout_s = f"{nodes.host}:{nodes.port}", config.group.timeout_s
     if not keep:
         network.reach(nodes.host, nodes.port, timeout_s, "the rendezvous")
     try:
         exchange = Exchange.of_nodes(
-            nodes.host, nodes.port, nodes.name, nodes.size, timeout_s, keep=keep
+            nodes.host, nodes.port, nodes.name, nodes.size, timeout_s, keep
         )
     except ConnectionError as error:
         text = f"{place} answers, but not as the store of this job ({error})"
@@ -149,71 +131,36 @@ def examine_ranks(config: Config, launch: Launch) -> int:
     Every rank calls it. Rank 0 prints the report.
     """
     if launch.rank == 0:
-        say(count(launch.size, "process"))
-    plan, findings = check_machine(config, launch)
+        print(f"consensus.doctor: {count(launch.size, 'process')}", flush=True)
+    plan, findings = machine.check_machine(config, launch)
     address = None
     if launch.size > 1:
         own, seen = network.check_interface()
         findings += seen
         if launch.size > launch.local_size and launch.local_rank == 0:
             address = own
-    return examine(
-        config,
-        partial(meet_ranks, launch, config),
-        findings,
-        address,
-        speak=launch.rank == 0,
-        alone=launch.local_rank == 0,
-        then=lambda exchange: measure(exchange, config, plan, launch),
-    )
+    meet, then = partial(meet_ranks, config, launch), partial(measure, config, launch, plan)
+    return examine(config, meet, findings, address, alone=launch.local_rank == 0, then=then)
 
 
-def check_machine(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
-    """The plan of this process, and findings that need no other; of a node by its first rank."""
-    set_determinism(config)
-    findings = run_check("versions", software.check_software)
-    findings += run_check("devices", lambda: machine.check_devices(config, launch))
-    if launch.local_rank == 0:
-        findings += run_check("cores", lambda: machine.check_cores(launch))
-        findings += run_check("limits", lambda: machine.check_files(launch))
-    if launch.rank == 0:
-        findings += run_check("disk", lambda: machine.check_in_use(config))
-    plan: Plan | None = None
-
-    def check_plan() -> list[Finding]:
-        nonlocal plan
-        plan, seen = machine.check_plan(config, launch)
-        return seen
-
-    findings += run_check("config", check_plan)
-    if launch.local_rank == 0:
-        if plan is not None:
-            findings += run_check("memory", partial(machine.check_memory, plan))
-        findings += run_check("disk", lambda: machine.check_disk(config, plan))
-    return plan, findings
-
-
-def meet_ranks(launch: Launch, config: Config) -> Exchange:
-    """Rendezvous of all ranks, at the store of the launch.
-
-    Raises:
-        FaultError: If it fails.
-    """
-    exchange, timeout_s = Exchange.alone(), config.group.timeout_s
+def meet_ranks(config: Config, launch: Launch) -> Exchange:
+    """Rendezvous of all ranks, at the store of the launch. FaultError if it fails."""
+    exchange, rank, timeout_s = Exchange.alone(), launch.rank, config.group.timeout_s
     if launch.size > 1:
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if not port.isdecimal():
             raise FaultError("rendezvous", f"MASTER_PORT is {port}", "a port, as torchrun sets it")
-        if launch.rank > 0:  # rank 0 may have to open it first
+        if rank > 0:  # rank 0 may have to open it first
             network.reach(host, int(port), timeout_s, "MASTER_ADDR:MASTER_PORT")
-        try:
-            exchange = Exchange.of_ranks(launch.rank, launch.size, timeout_s)
-        except LOST as error:
-            text = f"the ranks do not meet at {host}:{port} ({error})"
+        try:  # twice the timeout: for the connection, and for all ranks to come
+            connect = partial(open_store, rank, launch.size, timeout_s)
+            store = in_time(connect, 2 * timeout_s, SILENT)
+        except (RuntimeError, *LOST) as error:
+            text = f"the ranks do not meet at {host}:{port} ({first_line(error)})"
             remedy = "the same command on every node; MODULE=consensus.doctor launch/node.sh says"
             remedy = f"{remedy} which node is not reached"
             raise FaultError("rendezvous", text, remedy) from error
-        exchange.timeout_s = patience(config)
+        exchange = Exchange(store, rank, launch.size, patience(config), keeps=rank == 0)
     exchange.names = exchange.gather(here())
     return exchange
 
@@ -224,60 +171,54 @@ def examine(
     findings: list[Finding],
     address: str | None,
     *,
-    speak: bool,
     alone: bool = True,
     then: Callable[[Exchange], list[Finding]] | None = None,
 ) -> int:
     """Meet, compare, report; measure and report again. A collective. Returns the exit code.
 
-    Args:
-        config: The config of the run.
-        meet: Rendezvous of all members.
-        findings: Findings of this member so far.
-        address: Address of this member for connections; None: none is tried.
-        speak: Whether this member prints the report of all.
-        alone: Whether it prints its own faults if the others are lost.
-        then: Checks in a process group.
+    `findings` are those of this member so far. Members that have an `address` connect to each
+    other. If the others are lost, a member prints its own faults where it is `alone`. `then` are
+    checks in a process group.
     """
     try:
         exchange = meet()
         if exchange.size > 1:
-            found = exchange.gather(software.versions())
-            findings += software.compare_versions(found, exchange.index)
+            found = exchange.gather(machine.versions())
+            findings += machine.compare_versions(found, exchange.index)
         if any(exchange.gather(address is not None)):
             findings += network.check_clocks(exchange, exchange.index == 0 or address is not None)
             findings += network.check_pairs(exchange, address)
         output = Path(config.output.run_dir or config.output.root)
         findings += folder.check_folder(exchange, output)
-        told = conclude(exchange, findings, speak=speak)
+        told = conclude(exchange, findings)
         if then is not None:
-            hopeless = any(f.level == Level.FAULT and f.topic in HOPELESS for f in told)
-            told += conclude(exchange, [] if hopeless else then(exchange), speak=speak)
-        if speak:
+            hopeless = any(finding.topic in HOPELESS for finding in faults(told))
+            told += conclude(exchange, [] if hopeless else then(exchange))
+        if exchange.index == 0:
             print_verdict(told)
         exchange.close()
-        return int(worst(told) == Level.FAULT)
+        return int(bool(faults(told)))
     except FaultError as error:
         findings.append(error.finding)
     except LOST as error:
         remedy = "the messages of the lost member, above or in its own log"
         findings.append(fault("network", str(error), remedy))
     if alone:
-        print_report([here()], [[finding for finding in findings if finding.level == Level.FAULT]])
+        print_report([here()], [faults(findings)])
     return 1
 
 
-def conclude(exchange: Exchange, findings: Sequence[Finding], *, speak: bool) -> list[Finding]:
-    """Collect the findings of all members; one prints them. A collective."""
+def conclude(exchange: Exchange, findings: Sequence[Finding]) -> list[Finding]:
+    """Collect the findings of all members; the first prints them. A collective."""
     told = exchange.gather([asdict(finding) for finding in findings])
-    found = [[Finding.from_json(value) for value in values] for values in told]
-    if speak:
+    found = [[Finding(**value) for value in values] for values in told]
+    if exchange.index == 0:
         print_report(exchange.names, found)
     exchange.gather("read")  # a member that exits with a failure ends the others
     return [finding for findings in found for finding in findings]
 
 
-def measure(exchange: Exchange, config: Config, plan: Plan | None, launch: Launch) -> list[Finding]:
+def measure(config: Config, launch: Launch, plan: Plan | None, exchange: Exchange) -> list[Finding]:
     """Open the group and measure it. A collective.
 
     If a rank has no plan, no rank sums vectors of its model: all have to form the same sums.
@@ -298,12 +239,12 @@ def measure(exchange: Exchange, config: Config, plan: Plan | None, launch: Launc
     shared_memory, compress = config.group.shared_memory, config.group.compress
     findings: list[Finding] = []
     try:
-        group = open_group(launch, backend, device, patience(config), shared_memory, compress)
+        group = open_group(launch, backend, device, exchange.timeout_s, shared_memory, compress)
         with group.publish_failure():
-            sum_s, dtype = 0.0, getattr(torch, config.dtype)
+            sum_s = 0.0
             if launch.size > 1:
-                findings, sum_s = speed.check_sums(group, own, dtype, compress, backend)
-            if plan is not None and own is not None and worst(findings) < Level.FAULT:
+                findings, sum_s = speed.check_sums(group, own, config, backend)
+            if plan is not None and own is not None and not faults(findings):
                 findings += speed.check_iterations(group, plan, sum_s)
         group.close()
     except PeerLostError as error:
@@ -324,11 +265,6 @@ def give_up(backend: str) -> None:
     text = f"measuring over {backend} has not ended within {MEASURE_S:g} s"
     print_report([here()], [[fault("sums", text, remedy)]])
     end(1)
-
-
-def say(text: str) -> None:
-    """Print a line before the report."""
-    print(f"consensus.doctor: {text}", flush=True)
 
 
 def end(code: int) -> NoReturn:

@@ -17,39 +17,27 @@ class Level(IntEnum):
     """Severity of a finding."""
 
     FINE = 0
-    WARNING = 1
-    FAULT = 2
+    WARNING = 1  # a run would be slower or less safe
+    FAULT = 2  # it would fail or compute something else
 
 
-STYLES = {Level.FINE: "green", Level.WARNING: "yellow", Level.FAULT: "bold red"}
+LABELS = (("fine   ", "green"), ("warning", "yellow"), ("FAULT  ", "bold red"))  # by level
 MOST_PLACES = 4
 FIRST = ("versions", "cores", "devices", "limits")
+LAST = ("memory", "disk", "rendezvous", "network", "clock", "folder", "sums", "speed")
+ORDER = (*FIRST, "", *LAST)  # of topics; "" stands for the parts of the config
 OF_NODES = ("cores", "limits", "memory", "disk", "network", "clock", "folder")
 """Topics of a whole node, checked by one of its ranks."""
-LAST = ("memory", "disk", "rendezvous", "network", "clock", "folder", "sums", "speed")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check.
-
-    Attributes:
-        topic: Subject, in one word.
-        text: Observation. The first line is a sentence; a table may follow.
-        remedy: Advice; "" if there is none.
-        level: FAULT: a run would fail or compute something else. WARNING: it would be slower or
-            less safe.
-    """
+    """Result of one check. `topic` is one word; a table may follow the first line of `text`."""
 
     topic: str
     text: str
     remedy: str = ""
     level: Level = Level.FINE
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Finding":
-        """The finding whose `dataclasses.asdict` was sent as JSON."""
-        return cls(**value | {"level": Level(value["level"])})
 
 
 fault = partial(Finding, level=Level.FAULT)
@@ -57,24 +45,18 @@ warning = partial(Finding, level=Level.WARNING)
 
 
 class FaultError(Exception):
-    """A fault that makes further checks impossible.
-
-    Attributes:
-        finding: The fault.
-    """
+    """A fault that makes further checks impossible, in `finding`."""
 
     def __init__(self, topic: str, text: str, remedy: str) -> None:
         super().__init__(text)
         self.finding = fault(topic, text, remedy)
 
 
-def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Findings of a check. An unexpected exception becomes a finding."""
+def run_check(topic: str, check: Callable[..., Iterable[Finding]], *args: Any) -> list[Finding]:
+    """Findings of check(*args). An unexpected exception becomes the last one."""
     findings: list[Finding] = []
     try:
-        findings += check()
-    except FaultError as error:
-        findings.append(error.finding)
+        findings.extend(check(*args))
     except Exception as error:
         findings.append(unexpected(topic, error))
     return findings
@@ -86,9 +68,9 @@ def unexpected(topic: str, error: Exception) -> Finding:
     return fault(topic, f"{type(error).__name__}: {text}", "as it says; a run would fail alike")
 
 
-def worst(findings: Iterable[Finding]) -> Level:
-    """Highest level among findings."""
-    return max((finding.level for finding in findings), default=Level.FINE)
+def faults(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that are faults."""
+    return [finding for finding in findings if finding.level == Level.FAULT]
 
 
 def print_report(places: Sequence[str], found: Sequence[Sequence[Finding]]) -> None:
@@ -106,31 +88,26 @@ def print_report(places: Sequence[str], found: Sequence[Sequence[Finding]]) -> N
                 finding = shapes.setdefault((finding.topic, shape), finding)
             where.setdefault(finding, []).append(place)
     width = max((len(finding.topic) for finding in where), default=0)
-    indent = " " * (width + 11)
-    for finding, at in sorted(where.items(), key=lambda item: _order(item[0].topic)):
+    for finding, at in sorted(where.items(), key=lambda item: _order(item[0])):
         prefix = "" if finding.level == Level.FINE else _named(finding.topic, at, places)
         first, *others = f"{prefix}{finding.text}".splitlines()
-        level = finding.level.name
-        level = level if finding.level == Level.FAULT else level.lower()
-        styled = (f"{level:<7}", STYLES[finding.level])
-        console.print(Text.assemble(f"{finding.topic:<{width}}  ", styled, f"  {first}"))
+        label = LABELS[finding.level]
+        console.print(Text.assemble(f"{finding.topic:<{width}}  ", label, f"  {first}"))
         if finding.remedy:
             others.append(f"remedy: {finding.remedy}")
         for line in others:
-            console.print(Text(indent + line))
+            console.print(Text(" " * (width + 11) + line))
 
 
 def print_verdict(findings: Iterable[Finding]) -> None:
     """Print the number of distinct faults and warnings."""
     levels = [finding.level for finding in set(findings)]
-    faults, warnings = levels.count(Level.FAULT), levels.count(Level.WARNING)
-    print(f"{count(faults, 'fault')}, {count(warnings, 'warning')}", flush=True)
+    number, warnings = levels.count(Level.FAULT), levels.count(Level.WARNING)
+    print(f"{count(number, 'fault')}, {count(warnings, 'warning')}", flush=True)
 
 
-def _order(topic: str) -> tuple[int, str]:
-    """Sort key of a topic. Topics that are not listed are parts of the config, in the middle."""
-    order = FIRST.index(topic) if topic in FIRST else len(FIRST)
-    return order + (1 + LAST.index(topic) if topic in LAST else 0), topic
+def _order(finding: Finding) -> tuple[int, str]:
+    return ORDER.index(finding.topic if finding.topic in ORDER else ""), finding.topic
 
 
 def _named(topic: str, at: Sequence[str], places: Sequence[str]) -> str:
@@ -141,12 +118,13 @@ def _named(topic: str, at: Sequence[str], places: Sequence[str]) -> str:
         return ""
     names = []
     for node, ranks in here.items():
-        some = not whole and ranks != everyone[node]
-        which = f"rank {', '.join(ranks)}" if some else ""
-        names.append(" ".join(filter(None, (node if len(everyone) > 1 else "", which))))
-    more = len(names) - MOST_PLACES
-    shown = "; ".join(names[: MOST_PLACES if more > 0 else None])
-    return f"{shown}; and {more} more: " if more > 0 else f"{shown}: "
+        words = [node] if len(everyone) > 1 else []
+        if not whole and ranks != everyone[node]:
+            words.append(f"rank {', '.join(ranks)}")
+        names.append(" ".join(words))
+    if len(names) > MOST_PLACES:
+        names[MOST_PLACES:] = [f"and {len(names) - MOST_PLACES} more"]
+    return f"{'; '.join(names)}: "
 
 
 def _by_node(places: Sequence[str]) -> dict[str, list[str]]:
@@ -155,6 +133,15 @@ def _by_node(places: Sequence[str]) -> dict[str, list[str]]:
         node, _, rank = place.partition(" rank ")
         nodes.setdefault(node, []).append(rank)
     return nodes
+
+
+def amount(num_bytes: float) -> str:
+    """A number of bytes, with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.2g} {unit}" if num_bytes < 99.5 else f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
 
 
 def count(number: int, noun: str) -> str:

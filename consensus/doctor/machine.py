@@ -1,37 +1,123 @@
-"""Checks of one machine: cores, limits, devices, data and model, memory, disk."""
+"""Checks of one machine: versions, cores, limits, devices, data and model, memory."""
 
-import fcntl
+import hashlib
 import math
 import os
+import platform
 import resource
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module, metadata
 from pathlib import Path
 
 import torch
 
 from consensus.comm import Launch, backends, choose_backend
 from consensus.comm.shared_memory import FOLDER, available, num_bytes
-from consensus.doctor.finding import Finding, count, fault, warning
-from consensus.run.checkpoint.directory import LOCK
+from consensus.doctor.finding import Finding, amount, count, fault, run_check, unexpected, warning
+from consensus.doctor.folder import check_disk, check_in_use
 from consensus.run.checks import ConfigError
+from consensus.run.compose import config_dir
 from consensus.run.config import Config
-from consensus.run.plan import Plan, bytes_of_measurement, bytes_of_worker, make_plan
+from consensus.run.plan import (
+    Plan,
+    bytes_of_measurement,
+    bytes_of_worker,
+    make_plan,
+    set_determinism,
+)
 
+PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn")
+MUST_AGREE = ("python", "torch", "cuda", "nccl", "consensus")
+"""Versions that must be equal on all ranks: others may hang or give different bits of u."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_cores(launch: Launch) -> Iterator[Finding]:
+def check_machine(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
+    """The plan of this process, and findings that need no other; of a node by its first rank."""
+    set_determinism(config)
+    findings = run_check("versions", check_software)
+    findings += run_check("devices", check_devices, config, launch)
+    if launch.local_rank == 0:
+        findings += run_check("cores", check_cores, launch)
+        findings += run_check("limits", check_files, launch)
+    if launch.rank == 0:
+        findings += run_check("disk", check_in_use, config)
+    plan, seen = check_plan(config, launch)
+    findings += seen
+    if launch.local_rank == 0:
+        if plan is not None:
+            findings += run_check("memory", check_memory, plan)
+        findings += run_check("disk", check_disk, config, plan)
+    return plan, findings
+
+
+def versions() -> dict[str, str]:
+    """Versions by name; of consensus a digest of its code."""
+    code = hashlib.sha256()
+    for folder, pattern in ((Path(__file__).parents[1], "*.py"), (Path(config_dir()), "*.yaml")):
+        for path in sorted(folder.rglob(pattern)):
+            code.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    found = {"python": platform.python_version(), "consensus": code.hexdigest()[:12]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    found["torch"] = torch.__version__  # with the build, such as +cu132 or +cpu
+    found["cuda"] = str(torch.version.cuda or torch.version.hip or "none")
+    found["nccl"] = "none"
+    if "nccl" in backends():  # also where no GPU is visible; `check_devices` reports that
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def check_software() -> Iterator[Finding]:
+    """Versions, and whether torchvision fits torch."""
+    found = versions()
+    shown = [f"{name} {found[name]}" for name in ("python", "torch", "torchvision", "hydra-core")]
+    yield Finding("versions", f"{', '.join(shown)}, consensus {found['consensus']}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module("torchvision")
+    except Exception as error:  # builds that do not fit raise errors of any type
+        text = f"torchvision {found['torchvision']} does not work with torch {found['torch']}"
+        remedy = "install both at once: scripts/setup, or `uv pip install torch torchvision`"
+        yield fault("versions", f"{text} ({error})", remedy)
+
+
+def compare_versions(found: Sequence[dict[str, str]], index: int) -> Iterator[Finding]:
+    """Differences between a member and the first, of the `versions` of all."""
+    if all(other == found[0] for other in found):
+        yield Finding("versions", "the same everywhere")
+    how = "scripts/setup makes it from requirements.lock"
+    remedy = f"the same checkout and the same environment on every node ({how}), best on a folder"
+    remedy += " that all of them see; CONSENSUS_VENV names one"
+    for name in sorted(found[index].keys() | found[0].keys()):
+        here, there = (found[i].get(name, "absent") for i in (index, 0))
+        if here == there:
+            continue
+        text = f"{name} is {here} here and {there} on the first"
+        if name == "consensus":
+            text = f"the code of consensus is not that of the first ({here}, {there})"
+        patch = name == "python" and here.split(".")[:2] == there.split(".")[:2]
+        kind = fault if name in MUST_AGREE and not patch else warning
+        yield kind("versions", text, remedy)
+
+
+def check_cores(launch: Launch) -> list[Finding]:
     """Threads of all processes on this machine, against its cores."""
     cores, threads, processes = num_cores(), torch.get_num_threads(), launch.local_size
     text = f"{count(processes, 'process')} of {count(threads, 'thread')} on {count(cores, 'core')}"
     if processes * threads <= cores:
-        yield Finding("cores", text)
-        return
+        return [Finding("cores", text)]
     remedy = f"OMP_NUM_THREADS={max(1, cores // processes)}"
     if processes > cores:
         remedy = f"NPROC={cores}, with the workers dealt out over fewer processes"
-    yield warning("cores", f"{text}: they take each other's time", remedy)
+    return [warning("cores", f"{text}: they take each other's time", remedy)]
 
 
 def num_cores() -> int:
@@ -93,12 +179,12 @@ def _without_gpu(config: Config) -> Finding:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     driver = Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
     if config.device != "cpu" and driver and not hidden:
-        return fault(
-            "devices",
-            f"this machine has a driver of NVIDIA, but torch {torch.__version__} finds no GPU",
-            "a torch built for CUDA, and a driver as new as it asks for (nvidia-smi shows which); "
-            "in a container, NVIDIA's runtime (docker run --gpus all)",
+        text = f"this machine has a driver of NVIDIA, but torch {torch.__version__} finds no GPU"
+        remedy = (
+            "a torch built for CUDA, and a driver as new as it asks for (nvidia-smi shows which)"
         )
+        remedy += "; in a container, NVIDIA's runtime (docker run --gpus all)"
+        return fault("devices", text, remedy)
     if config.device == "cuda":
         return fault("devices", "device=cuda, but there is no GPU here", "device=cpu, or auto")
     return Finding("devices", f"no GPU; torch has {', '.join(backends())}")
@@ -129,12 +215,12 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
     except ConfigError as error:
         topic = str(error).split("`")[1].partition(".")[0] if "`" in str(error) else "config"
         return None, [fault(topic, str(error), "")]
+    except Exception as error:
+        return None, [unexpected("config", error)]
     data, layout = plan.dataset, plan.risk.layout
-    text = (
-        f"{config.data.name}, {len(data.train_labels):,} images to train and "
-        f"{len(data.test_labels):,} to test; {count(plan.num_workers, 'worker')}, the smallest "
-        f"shard {min(plan.shard_sizes):,}"
-    )
+    text = f"{len(data.train_labels):,} images to train and {len(data.test_labels):,} to test"
+    text = f"{config.data.name}, {text}; {count(plan.num_workers, 'worker')}"
+    text += f", the smallest shard {min(plan.shard_sizes):,}"
     model = f"{config.model.name}, n = {layout.size:,}, L = {len(layout.layers)}"
     return plan, [Finding("data", text), Finding("model", model)]
 
@@ -151,20 +237,31 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
     if left is None:
         return
     need = bytes_of_worker(plan.model) * len(plan.local_workers) * processes
-    text = f"{_bytes(left)} left; z, v and gradients of the workers of {where}: {_bytes(need)}"
+    text = f"{amount(left)} left; z, v and gradients of the workers of {where}: {amount(need)}"
     remedy = "fewer workers on a node, or nodes with more memory"
     if beside := bytes_of_measurement(plan.config, plan.model):
         beside *= 1 if plan.config.data.partition == "full" else processes
-        text += f"; to measure the stationarity: {_bytes(beside)}"
+        text += f"; to measure the stationarity: {amount(beside)}"
         remedy += ", or stationarity.every=null"
     yield fault("memory", text, remedy) if need + beside > left else Finding("memory", text)
-    if plan.device.type == "cpu" and plan.launch.size == plan.launch.local_size > 1:
-        yield from _check_shared_memory(plan)
+    together = plan.launch.size == plan.launch.local_size > 1
+    if plan.device.type != "cpu" or not together or not plan.config.group.shared_memory:
+        return
+    if not available():
+        yield Finding("memory", "sums go through Gloo: this machine cannot form them in memory")
+        return
+    need = num_bytes(plan.launch.size, plan.risk.layout.size, plan.start.dtype)
+    free = shutil.disk_usage(FOLDER).free
+    text = f"{FOLDER} has {amount(free)} free, the sum of line 3 takes {amount(need)}"
+    if free >= need:
+        yield Finding("memory", text)
+        return
+    remedy = "docker run --shm-size=1g; in Kubernetes an emptyDir of medium Memory at that place"
+    yield warning("memory", f"{text}: it will go through Gloo, which is slower", remedy)
 
 
 def memory_left() -> int | None:
     """Bytes that this machine, or the container, has left; None if unknown."""
-    left = None
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
@@ -183,100 +280,11 @@ def memory_left() -> int | None:
     return left
 
 
-def _cgroups() -> Iterator[Path]:
+def _cgroups() -> list[Path]:
     """Control groups (version 2) of this process, from its own upwards."""
     own = ""
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next(line[3:] for line in lines if line.startswith("0::")).strip("/")
-    except (OSError, StopIteration):
-        pass
     path = CGROUP / own
-    while path != CGROUP and CGROUP in path.parents:
-        yield path
-        path = path.parent
-    yield CGROUP
-
-
-def _check_shared_memory(plan: Plan) -> Iterator[Finding]:
-    if not plan.config.group.shared_memory:
-        return
-    if not available():
-        yield Finding("memory", "sums go through Gloo: this machine cannot form them in memory")
-        return
-    need = num_bytes(plan.launch.size, plan.risk.layout.size, plan.start.dtype)
-    free = shutil.disk_usage(FOLDER).free
-    text = f"{FOLDER} has {_bytes(free)} free, the sum of line 3 takes {_bytes(need)}"
-    if free >= need:
-        yield Finding("memory", text)
-        return
-    remedy = "docker run --shm-size=1g; in Kubernetes an emptyDir of medium Memory at that place"
-    yield warning("memory", f"{text}: it will go through Gloo, which is slower", remedy)
-
-
-def check_disk(config: Config, plan: Plan | None) -> Iterator[Finding]:
-    """Room and permission for the files of a run."""
-    folder, elsewhere = _output(config), "output.root=... or output.run_dir=..."
-    remedy = f"{elsewhere} on a disk with room, or delete what is there"
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        yield fault("disk", f"{there} is not a folder", elsewhere)
-        return
-    try:
-        status = os.statvfs(there)
-    except OSError as error:
-        yield fault("disk", f"{there}: {error.strerror}", elsewhere)
-        return
-    free, need = status.f_bavail * status.f_frsize, room_for_run(config, plan)
-    text = f"{there} has {_bytes(free)} free"
-    if need:
-        text += f", the checkpoints of this run take {_bytes(need)}"
-    if not status.f_blocks:  # some file systems do not tell; the check of the folder writes there
-        yield Finding("disk", f"the file system of {there} does not tell its free space")
-    elif free < max(need, 1):
-        yield fault("disk", f"{text}: the disk is full", f"{remedy}; or output.keep_checkpoints=1")
-    elif status.f_files and not status.f_favail:
-        yield fault("disk", f"{there} has room, but for no more files (inodes)", remedy)
-    elif not os.access(there, os.W_OK | os.X_OK):
-        user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
-        yield fault("disk", f"{there} may not be written to by {user}", remedy)
-    elif need and free < 10 * need:
-        yield warning("disk", f"{text}: room for few runs", remedy)
-    else:
-        yield Finding("disk", text)
-
-
-def check_in_use(config: Config) -> Iterator[Finding]:
-    """Whether another run has locked the run directory."""
-    if config.output.run_dir is None:
-        return
-    lock = _output(config) / LOCK
-    try:
-        with lock.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        text = f"{lock.parent} is in use by a run that goes on"
-        yield fault("disk", text, "another output.run_dir, or wait for its end")
-    except OSError:  # no run has been there, or there are no locks
-        pass
-
-
-def _output(config: Config) -> Path:
-    return Path(config.output.run_dir or config.output.root)
-
-
-def room_for_run(config: Config, plan: Plan | None) -> int:
-    """Largest size of the checkpoints in bytes: those kept, and one that is being written."""
-    if plan is None or config.output.checkpoint_every is None:
-        return 0
-    vectors = 1 + 2 * plan.num_workers  # u, and z and v of each worker
-    each = vectors * plan.risk.layout.size * plan.start.element_size()
-    return (config.output.keep_checkpoints + 1) * each
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.2g} {unit}" if number < 99.5 else f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
+    return [folder for folder in (path, *path.parents) if folder.is_relative_to(CGROUP)]

@@ -19,23 +19,25 @@ from pathlib import Path
 from consensus.doctor.exchange import Exchange
 from consensus.doctor.finding import FaultError, Finding, fault, warning
 
-NET = Path("/sys/class/net")
 SIOCGIFADDR = 0x8915
 CONNECT_S = 3.0
 PRINT_EVERY_S = 10.0
 ROUNDS = 5
-WORST_CLOCK_S, BAD_CLOCK_S = 15.0, 1.0
-"""torchrun takes a node whose clock is 15 s behind for dead."""
+WORST_CLOCK_S, BAD_CLOCK_S = 15.0, 1.0  # torchrun takes a node that is 15 s behind for dead
 
-INTERFACE = (
-    "INTERFACE=NAME for launch/node.sh, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, of the "
-    "network that all nodes are on"
-)
+INTERFACE = "INTERFACE=NAME for launch/node.sh, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, "
+INTERFACE += "of the network that all nodes are on"
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Addresses by network interface, IPv4 first; {} if unknown."""
-    found = {name: _ipv4(name) for _, name in socket.if_nameindex()}
+    """Addresses by network interface, IPv4 first."""
+    found: dict[str, list[str]] = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            found[name] = []
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found[name].append(socket.inet_ntoa(answer[20:24]))
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             digits, _, _, scope, _, name = line.split()
@@ -45,20 +47,10 @@ def interfaces() -> dict[str, list[str]]:
     return found
 
 
-def _ipv4(interface: str) -> list[str]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:  # it has none
-            return []
-    return [socket.inet_ntoa(answer[20:24])]
-
-
 def check_interface() -> tuple[str | None, list[Finding]]:
     """Address at which Gloo will listen; None and a fault if it is unusable.
 
-    Gloo takes the interface in GLOO_SOCKET_IFNAME, else the address of the host's name, else the
-    loopback.
+    It is that of GLOO_SOCKET_IFNAME, else that of the host's name, else the loopback.
     """
     present = interfaces()
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -69,10 +61,10 @@ def check_interface() -> tuple[str | None, list[Finding]]:
             return None, [fault("network", text, INTERFACE)]
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if not name:
-        return _bind(socket.gethostname(), 0) or "127.0.0.1", []
+        return own_address(socket.gethostname(), 0) or "127.0.0.1", []
     down = False
     with suppress(OSError, ValueError):
-        down = not int((NET / name / "flags").read_text(), 16) & 1
+        down = not int(Path(f"/sys/class/net/{name}/flags").read_text(), 16) & 1
     if not present[name] or down:
         problem = "is down" if down else "has no address"
         text = f"the interface {name} (GLOO_SOCKET_IFNAME) {problem}"
@@ -90,29 +82,17 @@ def _fits(variable: str, value: str, present: dict[str, list[str]]) -> bool:
     return any(own == name if exact else own.startswith(name) for name in names for own in present)
 
 
-def _bind(host: str, port: int) -> str | None:
+def own_address(host: str, port: int) -> str | None:
     """First address of a host that this machine has, with the port unused; None if none is."""
     with suppress(OSError, UnicodeError):
-        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe, suppress(OSError):
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(place)
-                probe.listen()
+        for family, _, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.create_server(place, family=family):
                 return str(place[0])
     return None
 
 
-def owns(host: str, port: int) -> bool:
-    """Whether this machine has that address, and the port is unused."""
-    return _bind(host, port) is not None
-
-
 def reach(host: str, port: int, patience_s: float, name: str) -> None:
-    """Wait until a server answers; `name` is its name in messages.
-
-    Raises:
-        FaultError: If none answers within `patience_s`, with the cause.
-    """
+    """Wait until a server, called `name`, answers; FaultError with the cause if none does."""
     deadline, speak = time.monotonic() + patience_s, time.monotonic() + PRINT_EVERY_S
     while True:
         try:
@@ -151,14 +131,13 @@ def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
     """Connect all members that have an address, at ports that the system chooses. A collective."""
     with ExitStack() as stack:
         place = None if address is None else _listen(address, exchange, stack)
-        others = dict(enumerate(exchange.gather(place)))
+        places = exchange.gather(place)
 
         def connect(index: int) -> str:
-            there = others[index]
-            if place is None or there is None or index == exchange.index:
+            if place is None or places[index] is None or index == exchange.index:
                 return ""
             try:
-                with socket.create_connection(there, timeout=CONNECT_S) as connection:
+                with socket.create_connection(places[index], timeout=CONNECT_S) as connection:
                     connection.settimeout(CONNECT_S)
                     found = connection.makefile().readline().strip()
                     return "" if found == str(index) else "something else answers there"
@@ -166,20 +145,19 @@ def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
                 return reason(error)
 
         with ThreadPoolExecutor(min(32, exchange.size)) as pool:
-            problems = list(pool.map(connect, others))
+            problems = list(pool.map(connect, range(exchange.size)))
         wrong = exchange.gather(any(problems))
     if not any(wrong):
-        reached = [there[0] for there in others.values() if there is not None]
+        reached = [there[0] for there in places if there is not None]
         shown = ", ".join(reached[:4]) + (", ..." if len(reached) > 4 else "")
         return [Finding("network", f"{len(reached)} nodes reach each other ({shown})")]
     findings = []
-    for index, problem in enumerate(problems):
+    why = "since ranks connect at ports that the system chooses"
+    remedy = f"{INTERFACE}; no firewall between the nodes, {why}"
+    for name, there, problem in zip(exchange.names, places, problems, strict=True):
         if problem:
-            node, there = exchange.names[index].partition(" rank ")[0], others[index][0]
-            loopback = ", its loopback" if ip_address(there).is_loopback else ""
-            text = f"cannot reach {node} at {there}{loopback} ({problem})"
-            reason_why = "since ranks connect at ports that the system chooses"
-            remedy = f"{INTERFACE}; no firewall between the nodes, {reason_why}"
+            loopback = ", its loopback" if ip_address(there[0]).is_loopback else ""
+            text = f"cannot reach {name.partition(' rank ')[0]} at {there[0]}{loopback} ({problem})"
             findings.append(fault("network", text, remedy))
     return findings
 
@@ -187,9 +165,8 @@ def check_pairs(exchange: Exchange, address: str | None) -> list[Finding]:
 def _listen(address: str, exchange: Exchange, stack: ExitStack) -> tuple[str, int]:
     """Answer every connection with the index of this member, in a thread, until the stack ends."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-    listener.bind((address, 0))
-    listener.listen(exchange.size)
+    listener = socket.create_server((address, 0), family=family, backlog=exchange.size)
+    stack.enter_context(listener)
 
     def answer() -> None:
         with suppress(OSError):
@@ -201,10 +178,10 @@ def _listen(address: str, exchange: Exchange, stack: ExitStack) -> tuple[str, in
     def stop() -> None:
         with suppress(OSError):  # not supported on all platforms
             listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        thread.join(CONNECT_S)
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
-    stack.callback(thread.join, CONNECT_S)
     stack.callback(stop)
     host, port = listener.getsockname()[:2]
     return host, port
@@ -219,7 +196,7 @@ def check_clocks(
     and its answer, so the error is at most half of that delay, for the quickest of five.
     """
     parts = exchange.gather(takes_part)
-    off, within = 0.0, float("inf")
+    measured = []
     for index in (index for index in range(1, exchange.size) if parts[index]):
         for turn in range(ROUNDS):
             key = f"clock {index} {turn}"
@@ -230,10 +207,10 @@ def check_clocks(
                 asked, began = clock(), time.monotonic()
                 exchange.publish(f"{key} asks", True)
                 answer = exchange.receive(key)
-                took = time.monotonic() - began
-                if took / 2 < within:
-                    off, within = asked + took / 2 - answer, took / 2
-    known = exchange.gather([off, within if within < float("inf") else 0.0])
+                half = (time.monotonic() - began) / 2
+                measured.append((half, asked + half - answer))
+    within, off = min(measured, default=(0.0, 0.0))
+    known = exchange.gather([off, within])
     if sum(parts) < 2:
         return []
     if all(abs(there) - doubt <= BAD_CLOCK_S for there, doubt in known):
@@ -243,8 +220,6 @@ def check_clocks(
         return []
     kind = fault if abs(off) > WORST_CLOCK_S else warning
     text = f"{abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the first clock"
-    remedy = (
-        "NTP on every node (chrony, systemd-timesyncd): torchrun takes a node that is 15 s off for "
-        "dead, and dates of files and logs mislead"
-    )
+    why = "torchrun takes a node that is 15 s off for dead, and dates of files and logs mislead"
+    remedy = f"NTP on every node (chrony, systemd-timesyncd): {why}"
     return [kind("clock", text, remedy)]

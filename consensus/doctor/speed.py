@@ -14,6 +14,7 @@ from consensus.comm import Group, RepeatedSum
 from consensus.comm.shared_memory import FOLDER, num_bytes
 from consensus.doctor.finding import Finding, fault, warning
 from consensus.run.build import build_algorithm
+from consensus.run.config import Config
 from consensus.run.plan import Plan
 from consensus.server import digest
 
@@ -25,60 +26,47 @@ SHORT_S = 1e-3  # a gradient too short to overlap with a sum
 
 
 def check_sums(
-    group: Group, own: int | None, dtype: torch.dtype, compress: str | None, backend: str
+    group: Group, own: int | None, config: Config, backend: str
 ) -> tuple[list[Finding], float]:
-    """Time and value of repeated sums of several sizes. A collective.
+    """Time and value of repeated sums of several sizes; seconds of a sum of `own`. A collective.
 
-    Args:
-        group: The processes.
-        own: n of this model; None: unknown. Equal on all ranks, as are the other arguments.
-        dtype: Type of the numbers.
-        compress: `group.compress`.
-        backend: Name of the backend.
-
-    Returns:
-        The findings, and the seconds of a sum of n numbers.
+    `own` is n of this model; None: unknown. All arguments are equal on all ranks.
     """
+    dtype = getattr(torch, config.dtype)
     like = torch.zeros(1, device=group.device, dtype=dtype)
     rows: list[tuple[str, str, str, str]] = [("n", "", "ms", "MB/s")]
     last_s, last_n, own_s = 0.0, 1, 0.0
     way = backend
     for numel in sorted({*SIZES, *(() if own is None else (own,))}):
-        if numel != own and (last_s * numel / last_n > LONGEST_S or not _fits(group, numel, dtype)):
+        room = shutil.disk_usage(FOLDER).free if FOLDER.exists() else math.inf
+        fits = num_bytes(group.size, numel, dtype) < 0.1 * room  # others need some of it as well
+        if numel != own and (last_s * numel / last_n > LONGEST_S or not _on_all(group, fits)):
             break
         total = group.repeated_sum(numel, like)
         way = "shared memory" if total.in_shared_memory else backend
-        total.message.fill_(1.0)
-        # Every partial sum of so many ones is exact; bfloat16 rounds from 257 on.
-        rounds = compress is not None and way == backend and group.size > 2**8
-        allowed = group.size**2 / 2**8 if rounds else 0.0
-        right = bool(((total.start().wait() - group.size).abs() <= allowed).all())
-        if not _on_all(group, right):
-            text = f"the sum of {numel:,} numbers of all ranks is wrong, over {way}"
-            remedy = "group=gloo and group.shared_memory=false, to see which way is at fault"
-            return [fault("sums", text, remedy)], 0.0
 
         def once(total: RepeatedSum = total) -> Tensor:
             total.message.fill_(1.0)
             return total.start().wait()
 
-        seconds = _median(group, once)
-        name = "u of this model" if numel == own else ""
-        rate = numel * like.element_size() / seconds / 1e6
-        rows.append((f"{numel:,}", name, f"{1e3 * seconds:.3g}", f"{rate:.3g}"))
-        last_s, last_n = seconds, numel
+        # Every partial sum of so many ones is exact; bfloat16 rounds from 257 on.
+        rounds = config.group.compress is not None and way == backend and group.size > 2**8
+        allowed = group.size**2 / 2**8 if rounds else 0.0
+        right = bool(((once() - group.size).abs() <= allowed).all())
+        if not _on_all(group, right):
+            text = f"the sum of {numel:,} numbers of all ranks is wrong, over {way}"
+            remedy = "group=gloo and group.shared_memory=false, to see which way is at fault"
+            return [fault("sums", text, remedy)], 0.0
+        last_s, last_n = _median(group, once), numel
         if numel == own:
-            own_s = seconds
+            own_s = last_s
+        name = "u of this model" if numel == own else ""
+        rate = numel * like.element_size() / last_s / 1e6
+        rows.append((f"{numel:,}", name, f"{1e3 * last_s:.3g}", f"{rate:.3g}"))
     text = f"all-reduce over {way}, the slowest rank, median:"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     return [Finding("sums", "\n".join([text, *aligned]))], own_s
-
-
-def _fits(group: Group, numel: int, dtype: torch.dtype) -> bool:
-    """Whether a size other than that of the model leaves enough shared memory to other programs."""
-    room = shutil.disk_usage(FOLDER).free if FOLDER.exists() else math.inf
-    return _on_all(group, num_bytes(group.size, numel, dtype) < 0.1 * room)
 
 
 def _on_all(group: Group, here: bool) -> bool:
@@ -100,14 +88,11 @@ def check_iterations(group: Group, plan: Plan, sum_s: float) -> list[Finding]:
     text = f"a gradient takes {1e3 * gradient_s:.3g} ms"
     if group.size == 1 or not isinstance(algorithm, Consensus):
         return [Finding("speed", text)]
-    text += (
-        f", the sum of line 3, which travels meanwhile, {1e3 * sum_s:.3g} ms; "
-        "after 3 iterations all ranks hold the same bits of u"
-    )
-    found = advice(gradient_s, sum_s, plan.config.algorithm.period)
-    if found is None:
-        return [Finding("speed", text)]
-    return [warning("speed", f"{text}. {found[0]}", found[1])]
+    text += f", the sum of line 3, which travels meanwhile, {1e3 * sum_s:.3g} ms; "
+    text += "after 3 iterations all ranks hold the same bits of u"
+    if found := advice(gradient_s, sum_s, plan.config.algorithm.period):
+        return [warning("speed", f"{text}. {found[0]}", found[1])]
+    return [Finding("speed", text)]
 
 
 def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | None:
@@ -129,21 +114,18 @@ def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | No
 
 def _median(group: Group, work: Callable[[], Tensor]) -> float:
     """Largest over ranks of the median time of a call, in seconds. A collective."""
-    took = []
 
-    def once() -> None:
+    def once() -> float:
         began = time.perf_counter()
         result = work()
         if result.is_cuda:
             torch.cuda.synchronize(result.device)
-        took.append(time.perf_counter() - began)
+        return time.perf_counter() - began
 
     once()
-    once()
-    most = _slowest(group, took[-1])
-    for _ in range(int(min(MOST, max(FEWEST, EACH_S / max(most, 1e-6))))):
-        once()
-    return _slowest(group, statistics.median(took[2:]))
+    most = _slowest(group, once())
+    repeats = int(min(MOST, max(FEWEST, EACH_S / max(most, 1e-6))))
+    return _slowest(group, statistics.median(once() for _ in range(repeats)))
 
 
 def _slowest(group: Group, seconds: float) -> float:

@@ -63,4 +63,4 @@ def test_a_verdict_counts_each_finding_once(capsys):
 
 def test_findings_are_sent_as_json():
     for finding in (Finding("a", "b"), fault("a", "b", "c"), warning("a", "b", "c")):
-        assert Finding.from_json(json.loads(json.dumps(asdict(finding)))) == finding
+        assert Finding(**json.loads(json.dumps(asdict(finding)))) == finding

@@ -74,14 +74,14 @@ def test_an_unreachable_rendezvous(host, expected):
     assert failure.value.finding.topic == "rendezvous"
 
 
-def test_owns_is_true_for_a_free_port_of_this_machine():
+def test_an_address_is_our_own_for_a_free_port_of_this_machine():
     port = free_port()
-    assert network.owns("127.0.0.1", port)
-    assert not network.owns("192.0.2.1", port)  # reserved for documentation
+    assert network.own_address("127.0.0.1", port) == "127.0.0.1"
+    assert network.own_address("192.0.2.1", port) is None  # reserved for documentation
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", port))
         busy.listen()
-        assert not network.owns("127.0.0.1", port)
+        assert network.own_address("127.0.0.1", port) is None
 
 
 def test_members_that_reach_each_other(together):
