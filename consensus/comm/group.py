@@ -17,9 +17,8 @@ class GroupError(RuntimeError):
 class PeerLostError(GroupError):
     """A collective failed because a peer is gone or late; every rank detects it on its own.
 
-    The message names the peer if the group has a heartbeat. Gloo reports a lost peer where the
-    collective is waited for. NCCL's `wait` only orders the device's stream: there torch's watchdog
-    ends the process after the timeout, with a report of its own.
+    With a heartbeat it names the peer. Gloo reports it where the collective is waited for. NCCL's
+    `wait` only orders the device's stream: there torch's watchdog ends the process, and reports.
     """
 
 
@@ -108,10 +107,7 @@ class Group(ABC):
 
     @abstractmethod
     def side(self) -> "Group":
-        """A second group of the same ranks, for CPU tensors. A collective.
-
-        A thread may use it while another thread uses this one.
-        """
+        """A second group of the same ranks, for CPU tensors of another thread. A collective."""
 
     @abstractmethod
     def close(self) -> None:

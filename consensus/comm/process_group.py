@@ -139,8 +139,7 @@ class ProcessGroup(Group):
             return sent_sum(Solo(), numel, like)  # nothing to send
         shared = None
         if like.device.type == "cpu":
-            enabled = self._shared_memory
-            shared = open_shared_sum(self, numel, like.dtype, self.timeout_s, enabled=enabled)
+            shared = open_shared_sum(self, numel, like.dtype, self.timeout_s, self._shared_memory)
         if shared is None:
             return sent_sum(self, numel, like, self._compress)
         self._owned.callback(shared.close)

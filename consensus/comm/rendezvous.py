@@ -65,35 +65,34 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
     mine = uuid.uuid4().hex
     store.set(f"rank/{rank}", mine)
     deadline = time.monotonic() + timeout_s
-
-    def read(key: str) -> str:
-        return store.get(key).decode() if store.check([key]) else ""
-
     while True:
         if rank == 0:
-            seen = ",".join(read(f"rank/{r}") for r in range(size))
+            seen = ",".join(_read(store, f"rank/{r}") for r in range(size))
             store.set("seen", seen)
         else:
-            seen = read("seen")
+            seen = _read(store, "seen")
         met = hashlib.sha256(seen.encode()).hexdigest()
         if seen.split(",")[rank:][:1] == [mine]:
             store.set(f"{met}/{rank}", "here")
-            if rank == 0 and all(read(f"{met}/{r}") for r in range(size)):
+            if rank == 0 and all(_read(store, f"{met}/{r}") for r in range(size)):
                 store.set(f"{met}/all", "here")
-            if read(f"{met}/all"):
+            if _read(store, f"{met}/all"):
                 return met
         if time.monotonic() > deadline:
-            absent = ", ".join(str(r) for r in range(size) if not read(f"{met}/{r}"))
+            absent = ", ".join(str(r) for r in range(size) if not _read(store, f"{met}/{r}"))
             raise TimeoutError(f"rank {absent} did not come within {timeout_s:g} s")
         time.sleep(0.05)
+
+
+def _read(store: dist.Store, key: str) -> str:
+    return store.get(key).decode(errors="replace") if store.check([key]) else ""
 
 
 class Heartbeat:
     """Heartbeat of this rank, and the failures that ranks have published, in a store.
 
-    A thread increments a counter in the store while the process runs. The counter stands still if
-    the rank is killed or stopped, or its host is cut off. Counters are read after a collective has
-    failed, never before: no collective waits for them.
+    A thread increments a counter there, until the rank is killed or stopped or its host is cut off.
+    Counters are read after a collective has failed, never before: no collective waits for them.
     """
 
     PERIOD_S = 0.5
@@ -137,16 +136,16 @@ class Heartbeat:
 
     def _describe(self) -> str:
         self._set("waited", "1")
-        before = self._read("count")
+        before = self._texts("count")
         time.sleep(3 * self.PERIOD_S)
-        after, words, waited = (self._read(kind) for kind in ("count", "words", "waited"))
-        lines = [f"rank {rank} failed: {text}" for rank, text in sorted(words.items())]
-        others = [rank for rank in range(self._size) if rank != self._rank and rank not in words]
-        silent = [str(rank) for rank in others if before.get(rank) == after.get(rank)]
+        after, words, waited = (self._texts(kind) for kind in ("count", "words", "waited"))
+        lines = [f"rank {rank} failed: {text}" for rank, text in enumerate(words) if text]
+        others = [rank for rank, text in enumerate(words) if rank != self._rank and not text]
+        silent = [str(rank) for rank in others if before[rank] == after[rank]]
         if silent:
             ranks = ", ".join(silent)
             lines.append(f"no sign of life from rank {ranks} (killed, stopped or cut off)")
-        late = [str(rank) for rank in range(self._size) if rank not in waited]
+        late = [str(rank) for rank, text in enumerate(waited) if not text]
         if not lines and late:  # the other ranks have timed out as this one has
             lines.append(f"rank {', '.join(late)} lives but did not come in time")
         return "; ".join(lines)
@@ -155,13 +154,9 @@ class Heartbeat:
         with self._lock:
             self._store.set(f"{kind}/{self._rank}", text)
 
-    def _read(self, kind: str) -> dict[int, str]:
-        found = {}
+    def _texts(self, kind: str) -> list[str]:
         with self._lock:
-            for rank in range(self._size):
-                if self._store.check([f"{kind}/{rank}"]):
-                    found[rank] = self._store.get(f"{kind}/{rank}").decode(errors="replace")
-        return found
+            return [_read(self._store, f"{kind}/{rank}") for rank in range(self._size)]
 
     def stop(self) -> None:
         """Join the heartbeat thread, which must end before interpreter shutdown."""

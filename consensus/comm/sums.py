@@ -65,7 +65,7 @@ class SumInSharedMemory(RepeatedSum):
 
 
 def open_shared_sum(
-    group: Group, numel: int, dtype: torch.dtype, timeout_s: float, *, enabled: bool
+    group: Group, numel: int, dtype: torch.dtype, timeout_s: float, enabled: bool
 ) -> SharedSum | None:
     """A sum in memory of all ranks; None on all of them if one cannot take part. A collective.
 

@@ -17,7 +17,8 @@ import sys
 from hydra import compose, initialize_config_dir
 
 from consensus.comm import Launch, LaunchError
-from consensus.doctor.examination import Nodes, end, examine_nodes, examine_ranks, here
+from consensus.doctor.examination import end, examine, here
+from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
@@ -38,14 +39,14 @@ def main() -> None:
         register_schema()
         with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
             config = to_config(compose("train", overrides=sys.argv[1:]))
-        launch, nodes = Launch.from_environment(), Nodes.from_environment()
+        job = Nodes.from_environment() or Launch.from_environment()
     except (*REFUSALS, LaunchError) as error:
         print(f"consensus.doctor: {explain(error)}", file=sys.stderr)
         sys.exit(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are removed
     code = 1
     try:
-        code = examine_ranks(config, launch) if nodes is None else examine_nodes(config, nodes)
+        code = examine(config, job)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:

@@ -1,31 +1,64 @@
-"""Exchange: small values between members of a job through a key-value store, without a group.
-
-The checks of the network use it, since they run before a process group can be opened.
-"""
+"""Exchange: small values between members of a job, before a process group can be opened."""
 
 import json
+import os
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
+from consensus.comm import LaunchError
 from consensus.comm.rendezvous import first_line, in_time
+from consensus.doctor.finding import fault
 
 KEEPER_S = 10.0  # within it the member that hosts a store publishes the name of the job there
 GONE = "the store is gone, and the process that kept it"
 SILENT = "what answers there does not speak as a store"
 
 
+class RendezvousError(Exception):
+    """Members cannot meet, because of the fault in `finding`."""
+
+    def __init__(self, text: str, remedy: str) -> None:
+        super().__init__(text)
+        self.finding = fault("rendezvous", text, remedy)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes of a job, as launch/node.sh describes them: how many, and where they meet."""
+
+    size: int
+    host: str
+    port: int
+    name: str  # of this start
+
+    @classmethod
+    def from_environment(cls) -> "Nodes | None":
+        """Read NNODES, RENDEZVOUS and RUN_ID if CONSENSUS_DOCTOR is `nodes`; else None."""
+        if os.environ.get("CONSENSUS_DOCTOR") != "nodes":
+            return None
+        size = os.environ.get("NNODES", "1")
+        if not size.isdecimal() or int(size) < 1:
+            raise LaunchError(f"`NNODES` is {size}; allowed: a whole number from 1")
+        place = os.environ.get("RENDEZVOUS", "")
+        host, _, port = place.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise LaunchError(f"`RENDEZVOUS` is {place}; allowed: host:port where the nodes meet")
+        return cls(int(size), host.strip("[]"), int(port), os.environ.get("RUN_ID", "consensus"))
+
+
 class Exchange:
     """Values that JSON can represent, between `size` members; this one has number `index`.
 
-    Every member calls `gather` and `close` in the same order; `publish` and `receive` are for two
-    of them. Waiting is polling, so that signals are handled; it lasts at most `timeout_s`, which
-    may be changed, alike by all. The member that `keeps` the store leaves last. Errors mention
-    `names`, to be set once they are known. All methods raise ConnectionError if the store is gone.
+    Every member calls `gather` and `close` in the same order; `publish` and `receive` are for two.
+    A wait polls, so that signals are handled, for at most `timeout_s`, then raises TimeoutError;
+    ConnectionError if the store is gone. Errors mention `names`, to be set once they are known.
     """
 
     def __init__(
@@ -33,8 +66,7 @@ class Exchange:
     ) -> None:
         self.index, self.size, self._keeps = index, size, keeps
         self.names = [f"member {i}" for i in range(size)]
-        self._store, self.timeout_s = store, timeout_s
-        self._rounds = 0
+        self._store, self.timeout_s, self._rounds = store, timeout_s, 0
 
     @classmethod
     def alone(cls) -> "Exchange":
@@ -45,18 +77,14 @@ class Exchange:
     def of_nodes(
         cls, host: str, port: int, name: str, size: int, timeout_s: float, keep: bool
     ) -> "Exchange":
-        """The nodes of a job, before it has processes. The node that hosts the store has index 0.
+        """The nodes of a job, before it has processes. The one to `keep` the store has index 0.
 
-        `name` is that of this start, the same on all nodes. Raises ConnectionError if the store
-        cannot be opened or reached, or belongs to another job.
+        ConnectionError if the store cannot be opened or reached, or is not of the job `name`.
         """
         keeper, timeout = f"nodes/{name}/keeper", timedelta(seconds=timeout_s)
-
-        def connect() -> dist.TCPStore:
-            return dist.TCPStore(
-                host, port, is_master=keep, timeout=timeout, wait_for_workers=False
-            )
-
+        connect = partial(
+            dist.TCPStore, host, port, is_master=keep, timeout=timeout, wait_for_workers=False
+        )
         try:
             tcp = in_time(connect, timeout_s, SILENT)
             if keep:  # a random prefix: the server may be that of a job that is still running
@@ -79,7 +107,7 @@ class Exchange:
             raise ConnectionError(GONE) from error
 
     def receive(self, key: str, problem: str = "") -> Any:
-        """Wait for the value that another member publishes under a key; TimeoutError if late."""
+        """Wait for the value that another member publishes under a key."""
         try:
             if not _appears(self._store, f"told/{key}", self.timeout_s):
                 problem = problem or f"no value of {key}"

@@ -44,14 +44,6 @@ fault = partial(Finding, level=Level.FAULT)
 warning = partial(Finding, level=Level.WARNING)
 
 
-class FaultError(Exception):
-    """A fault that makes further checks impossible, in `finding`."""
-
-    def __init__(self, topic: str, text: str, remedy: str) -> None:
-        super().__init__(text)
-        self.finding = fault(topic, text, remedy)
-
-
 def run_check(topic: str, check: Callable[..., Iterable[Finding]], *args: Any) -> list[Finding]:
     """Findings of check(*args). An unexpected exception becomes the last one."""
     findings: list[Finding] = []

@@ -37,6 +37,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def check_machine(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
     """The plan of this process, and findings that need no other; of a node by its first rank."""
+    if launch.rank == 0:
+        print(f"consensus.doctor: {count(launch.size, 'process')}", flush=True)
     set_determinism(config)
     findings = run_check("versions", check_software)
     findings += run_check("devices", check_devices, config, launch)
@@ -62,10 +64,9 @@ def versions() -> dict[str, str]:
             code.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     found = {"python": platform.python_version(), "consensus": code.hexdigest()[:12]}
     for name in PACKAGES:
-        try:
+        found[name] = "absent"
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
     found["torch"] = torch.__version__  # with the build, such as +cu132 or +cpu
     found["cuda"] = str(torch.version.cuda or torch.version.hip or "none")
     found["nccl"] = "none"
@@ -94,8 +95,8 @@ def compare_versions(found: Sequence[dict[str, str]], index: int) -> Iterator[Fi
     if all(other == found[0] for other in found):
         yield Finding("versions", "the same everywhere")
     how = "scripts/setup makes it from requirements.lock"
-    remedy = f"the same checkout and the same environment on every node ({how}), best on a folder"
-    remedy += " that all of them see; CONSENSUS_VENV names one"
+    remedy = f"the same checkout and the same environment on every node ({how}), best on a folder "
+    remedy += "that all of them see; CONSENSUS_VENV names one"
     for name in sorted(found[index].keys() | found[0].keys()):
         here, there = (found[i].get(name, "absent") for i in (index, 0))
         if here == there:
@@ -125,11 +126,9 @@ def num_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     for folder in _cgroups():
-        try:
+        with suppress(OSError, ValueError):  # no file, or "max"
             quota, period = (folder / "cpu.max").read_text().split()
             cores = min(cores, math.ceil(int(quota) / int(period)))
-        except (OSError, ValueError):  # no file, or "max"
-            continue
     return max(1, cores)
 
 
@@ -142,11 +141,10 @@ def check_files(launch: Launch) -> Iterator[Finding]:
         yield warning("limits", text, f"ulimit -n {need} before the start")
 
 
-def check_devices(config: Config, launch: Launch) -> Iterator[Finding]:
+def check_devices(config: Config, launch: Launch) -> list[Finding]:
     """GPU of this process, and the backend that follows from it."""
     if not torch.cuda.is_available():
-        yield _without_gpu(config)
-        return
+        return [_without_gpu(config)]
     num_gpus = torch.cuda.device_count()
     index = launch.local_rank % num_gpus
     gpu = torch.cuda.get_device_properties(index)
@@ -154,25 +152,24 @@ def check_devices(config: Config, launch: Launch) -> Iterator[Finding]:
     room = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB"
     text = f"{num_gpus} x {gpu.name}, {room} free"
     if config.device == "cpu":
-        yield Finding("devices", f"{text}, unused: device=cpu")
-        return
+        return [Finding("devices", f"{text}, unused: device=cpu")]
     known = torch.cuda.get_arch_list()
     if torch.version.hip is None and not runs_on(known, gpu.major, gpu.minor):
         build = f"torch {torch.__version__} is built for {', '.join(known)}"
         remedy = "another build of torch: an older one for an older GPU, a newer one for a newer"
-        yield fault("devices", f"{build}, not for sm_{gpu.major}{gpu.minor}", remedy)
-        return
+        return [fault("devices", f"{build}, not for sm_{gpu.major}{gpu.minor}", remedy)]
+    findings = []
     if total - free > max(0.1 * total, 2 << 30):
         remedy = "nvidia-smi names the processes that hold the rest"
-        yield warning("devices", f"GPU {index} has {room} left before the run", remedy)
+        findings.append(warning("devices", f"GPU {index} has {room} left before the run", remedy))
     backend = choose_backend(config.group.name, torch.device("cuda", index), launch)
     if launch.size > 1 and backend == "gloo":
         processes, gpus = count(launch.local_size, "process"), count(num_gpus, "GPU")
         text = f"{processes} of this node see {gpus}: sums go through the host, over Gloo"
         remedy = "a process for each GPU (NPROC); group=nccl if each process sees one of its own"
-        yield warning("devices", text, remedy)
-    else:
-        yield Finding("devices", f"{text}; {backend if launch.size > 1 else 'one process'}")
+        return [*findings, warning("devices", text, remedy)]
+    where = backend if launch.size > 1 else "one process"
+    return [*findings, Finding("devices", f"{text}; {where}")]
 
 
 def _without_gpu(config: Config) -> Finding:
@@ -180,10 +177,10 @@ def _without_gpu(config: Config) -> Finding:
     driver = Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
     if config.device != "cpu" and driver and not hidden:
         text = f"this machine has a driver of NVIDIA, but torch {torch.__version__} finds no GPU"
-        remedy = (
-            "a torch built for CUDA, and a driver as new as it asks for (nvidia-smi shows which)"
+        remedy = "a torch built for CUDA, and a driver as new as it asks for "
+        remedy += (
+            "(nvidia-smi shows which); in a container, NVIDIA's runtime (docker run --gpus all)"
         )
-        remedy += "; in a container, NVIDIA's runtime (docker run --gpus all)"
         return fault("devices", text, remedy)
     if config.device == "cuda":
         return fault("devices", "device=cuda, but there is no GPU here", "device=cpu, or auto")
@@ -193,8 +190,7 @@ def _without_gpu(config: Config) -> Finding:
 def runs_on(known: Sequence[str], major: int, minor: int) -> bool:
     """Whether code built for these architectures runs on a GPU of this compute capability.
 
-    sm_80 runs on 8.0 and later 8.x, sm_90a on 9.0 alone. compute_90 is compiled when it is loaded,
-    and runs on 9.0 and later.
+    sm_80 runs on 8.0 and later 8.x, sm_90a on 9.0 alone, compute_90 (compiled here) from 9.0 on.
     """
     for architecture in known:
         kind, _, text = architecture.partition("_")
@@ -253,11 +249,9 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
     need = num_bytes(plan.launch.size, plan.risk.layout.size, plan.start.dtype)
     free = shutil.disk_usage(FOLDER).free
     text = f"{FOLDER} has {amount(free)} free, the sum of line 3 takes {amount(need)}"
-    if free >= need:
-        yield Finding("memory", text)
-        return
+    slower = f"{text}: it will go through Gloo, which is slower"
     remedy = "docker run --shm-size=1g; in Kubernetes an emptyDir of medium Memory at that place"
-    yield warning("memory", f"{text}: it will go through Gloo, which is slower", remedy)
+    yield Finding("memory", text) if free >= need else warning("memory", slower, remedy)
 
 
 def memory_left() -> int | None:
@@ -268,15 +262,13 @@ def memory_left() -> int | None:
     except (OSError, ValueError, StopIteration):  # not Linux
         return None
     for folder in _cgroups():
-        try:
+        with suppress(OSError, ValueError):  # no limit there
             limit = int((folder / "memory.max").read_text())
             used = int((folder / "memory.current").read_text())
             lines = (folder / "memory.stat").read_text().splitlines()
             # The page cache is released when memory is needed.
             used -= sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        except (OSError, ValueError):  # no limit there
-            continue
-        left = min(left, max(0, limit - used))
+            left = min(left, max(0, limit - used))
     return left
 
 

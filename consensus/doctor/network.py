@@ -16,8 +16,8 @@ from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
-from consensus.doctor.exchange import Exchange
-from consensus.doctor.finding import FaultError, Finding, fault, warning
+from consensus.doctor.exchange import Exchange, RendezvousError
+from consensus.doctor.finding import Finding, fault, warning
 
 SIOCGIFADDR = 0x8915
 CONNECT_S = 3.0
@@ -92,30 +92,29 @@ def own_address(host: str, port: int) -> str | None:
 
 
 def reach(host: str, port: int, patience_s: float, name: str) -> None:
-    """Wait until a server, called `name`, answers; FaultError with the cause if none does."""
+    """Wait until a server, called `name`, answers; RendezvousError with the cause if none does."""
     deadline, speak = time.monotonic() + patience_s, time.monotonic() + PRINT_EVERY_S
     while True:
         try:
             socket.create_connection((host, port), timeout=CONNECT_S).close()
             return
         except (OSError, UnicodeError) as error:
-            problem = error
+            problem, cause = error, reason(error)
         if time.monotonic() > deadline:
             break
         if time.monotonic() > speak:
             speak += PRINT_EVERY_S
-            line = f"{host}:{port} does not answer yet ({reason(problem)}); tries for"
-            print(f"consensus.doctor: {line} {patience_s:g} s", flush=True)
+            line = f"{host}:{port} does not answer yet ({cause}); tries for {patience_s:g} s"
+            print(f"consensus.doctor: {line}", flush=True)
         time.sleep(0.5)
-    text = f"{name} is {host}:{port}, which cannot be reached in {patience_s:g} s"
-    text = f"{text} ({reason(problem)})"
+    text = f"{name} is {host}:{port}, which cannot be reached in {patience_s:g} s ({cause})"
     remedy = "an address in a network that all nodes are on, and a port that no firewall closes"
     if isinstance(problem, socket.gaierror | UnicodeError):
         text = f"{name} is {host}:{port}, but the name {host} cannot be resolved here"
         remedy = f"an address in place of the name, or {INTERFACE}"
     elif problem.errno == errno.ECONNREFUSED:
         remedy = "start the node that has this address: the others meet there"
-    raise FaultError("rendezvous", text, remedy) from problem
+    raise RendezvousError(text, remedy) from problem
 
 
 def reason(error: OSError | UnicodeError) -> str:
@@ -183,8 +182,7 @@ def _listen(address: str, exchange: Exchange, stack: ExitStack) -> tuple[str, in
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     stack.callback(stop)
-    host, port = listener.getsockname()[:2]
-    return host, port
+    return address, listener.getsockname()[1]
 
 
 def check_clocks(

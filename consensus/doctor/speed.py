@@ -105,11 +105,9 @@ def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | No
     if gradient_s < SHORT_S:
         remedy = "a larger algorithm.batch_size, or several workers on fewer processes"
         return f"{text}; gradients this short hide nothing", remedy
-    enough = math.ceil(9.0 * over / gradient_s)
-    return text, (
-        f"algorithm.period={enough} would wait a tenth of it (a longer period is another "
-        "algorithm: look at the error), or group.compress=bf16, or a larger algorithm.batch_size"
-    )
+    remedy = f"algorithm.period={math.ceil(9.0 * over / gradient_s)} would wait a tenth of it "
+    remedy += "(a longer period is another algorithm: look at the error), or group.compress=bf16, "
+    return text, f"{remedy}or a larger algorithm.batch_size"
 
 
 def _median(group: Group, work: Callable[[], Tensor]) -> float:

@@ -14,7 +14,7 @@ def examine(make_config, tmp_path, capsys):
 
     def run(*overrides):
         own = [f"output.root={tmp_path}/runs", "model=logistic", *overrides]
-        code = examination.examine_ranks(make_config(*own), Launch())
+        code = examination.examine(make_config(*own), Launch())
         return code, capsys.readouterr().out
 
     return run

@@ -52,14 +52,14 @@ def test_a_port_of_another_program(make_config, capsys):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         nodes = examination.Nodes(2, "127.0.0.1", busy.getsockname()[1], "mine")
-        assert examination.examine_nodes(make_config("group.timeout_s=1"), nodes) == 1
+        assert examination.examine(make_config("group.timeout_s=1"), nodes) == 1
     assert "answers, but not as the store of this job" in capsys.readouterr().out
 
 
 def test_a_node_that_does_not_come(make_config, capsys):
     port = free_port()
     nodes = examination.Nodes(3, "127.0.0.1", port, "mine")
-    assert examination.examine_nodes(make_config("group.timeout_s=1"), nodes) == 1
+    assert examination.examine(make_config("group.timeout_s=1"), nodes) == 1
     expected = f"1 of 3 nodes came to 127.0.0.1:{port} within 1 s: {socket.gethostname()} ("
     assert expected in capsys.readouterr().out
 

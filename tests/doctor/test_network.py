@@ -7,12 +7,8 @@ import time
 import pytest
 
 from consensus.doctor import network
-from consensus.doctor.exchange import Exchange
-from consensus.doctor.finding import (
-    FaultError,
-    Finding,
-    Level,
-)
+from consensus.doctor.exchange import Exchange, RendezvousError
+from consensus.doctor.finding import Finding, Level
 
 
 @pytest.mark.parametrize("value", ["eth77", "lo,eth77"])
@@ -68,7 +64,7 @@ def free_port():
     ],
 )
 def test_an_unreachable_rendezvous(host, expected):
-    with pytest.raises(FaultError) as failure:
+    with pytest.raises(RendezvousError) as failure:
         network.reach(host, free_port(), 0.1, "the rendezvous")
     assert expected in failure.value.finding.text
     assert failure.value.finding.topic == "rendezvous"
