@@ -82,13 +82,11 @@ class SharedSum:
     def __init__(
         self, path: str, rank: int, size: int, numel: int, dtype: torch.dtype, timeout_s: float
     ) -> None:
-        self._rank, self._size, self._timeout = rank, size, timeout_s
-        self._t = 0
+        self._rank, self._size, self._timeout, self._t = rank, size, timeout_s, 0
         head, slot, slots = _layout(size, numel, dtype)
         self._file = os.open(path, os.O_RDWR)  # `from_file` would create an absent file
         try:
-            length = num_bytes(size, numel, dtype)
-            memory = torch.from_file(path, shared=True, size=length, dtype=torch.uint8)
+            memory = torch.from_file(path, shared=True, size=head + slot * slots, dtype=torch.uint8)
             # A lock on byte r marks rank r as alive: the kernel releases it when the process ends.
             # After the mapping: a process that closes any handle of a file loses its locks on it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)

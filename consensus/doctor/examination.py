@@ -26,7 +26,6 @@ from consensus.doctor.finding import Finding, fault, faults, print_report, print
 from consensus.run.config import Config
 from consensus.run.plan import Plan, choose_device
 
-SHORTEST_S, LONGEST_S = 20.0, 60.0
 MEASURE_S = 300.0  # longest measurement: a collective that hangs may never return
 HOPELESS = ("network", "rendezvous", "devices", "device", "group", "workers")
 """Topics whose faults keep a group from opening."""
@@ -59,7 +58,7 @@ def examine(config: Config, job: Nodes | Launch) -> int:
         else:
             exchange = meet_ranks(config, job)
         # Members may start minutes apart, but once they have met they answer soon.
-        exchange.timeout_s = max(SHORTEST_S, min(LONGEST_S, config.group.timeout_s))
+        exchange.timeout_s = max(20.0, min(60.0, config.group.timeout_s))
         if isinstance(job, Launch):
             exchange.names = exchange.gather(here())
         if exchange.size > 1:

@@ -25,8 +25,10 @@ PRINT_EVERY_S = 10.0
 ROUNDS = 5
 WORST_CLOCK_S, BAD_CLOCK_S = 15.0, 1.0  # torchrun takes a node that is 15 s behind for dead
 
-INTERFACE = "INTERFACE=NAME for launch/node.sh, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, "
-INTERFACE += "of the network that all nodes are on"
+INTERFACE = (
+    "INTERFACE=NAME for launch/node.sh, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, of the "
+    "network that all nodes are on"
+)
 
 
 def interfaces() -> dict[str, list[str]]:
