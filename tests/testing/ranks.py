@@ -118,6 +118,7 @@ def _serve(pipe: Connection) -> None:
             launch, method = Launch(rank, size, rank, size), f"file://{store}"
             group = open_group(launch, "gloo", torch.device("cpu"), timeout, init_method=method)
             try:
+                group.raise_together(None)  # none may close the group while another still connects
                 answer = function(group, *args)
             finally:
                 group.close()
