@@ -80,8 +80,7 @@ class Block:
 
             c(x+) <= c(x) + <grad c(x), d> + (0.95 / 2 step) |d|^2,   d = x+ - x.
 
-        x+ minimizes the model with 1 in place of 0.95, so that F falls by (0.05 / 2 step) |d|^2 or
-        more.
+        x+ minimizes the model with 1 in place of 0.95: F falls by (0.05 / 2 step) |d|^2 or more.
         """
         prox, x = self.function.prox, self.x
         value, grad, size, _ = self._smooth_part(coupling, x)
@@ -125,16 +124,11 @@ class Block:
         return float(value + own_value), grad + own, float(value + own_value.abs()), own
 
     def minimize(self, coupling: Coupling, reduction: float, enough: float, budget: int) -> bool:
-        """Solve (14a) or (14b). Returns whether x has moved.
+        """Solve (14a) or (14b) in at most `budget` steps. Returns whether x has moved.
 
         The solver is the closed form if there is one, else L-BFGS for a smooth function, else
-        proximal gradient steps.
-
-        Args:
-            coupling: The rest of the subproblem.
-            reduction: The fraction of the first residual that is the tolerance ...
-            enough: ... unless this residual is larger.
-            budget: The largest number of steps.
+        proximal gradient steps. The tolerance of the residual is `reduction` times the first one,
+        or `enough` if that is larger.
         """
         function, start = self.function, self.x
         if function.coupled is not None and coupling.weight == 0.0:
@@ -156,13 +150,10 @@ class Block:
             def max_step(flat: Tensor, d: Tensor) -> Tensor:
                 return d.new_tensor(coupling.max_step(flat.view_as(start), d.view_as(start)))
 
-            found = descend(
-                total,
-                start.flatten(),
-                lambda _, first: (reduction * first).clamp(min=enough),
-                max_step=max_step,
-                budget=budget,
-            )
+            def tolerance(_: Tensor, first: Tensor) -> Tensor:
+                return (reduction * first).clamp(min=enough)
+
+            found = descend(total, start.flatten(), tolerance, max_step=max_step, budget=budget)
             self.x = found.point.view_as(start)
             self.subgradient = gradient(self.x)[1]
         else:

@@ -21,17 +21,13 @@ from consensus.core.potentials import Potential
 class Function:
     """A function g or f, smooth or not, convex or not, given by its oracles.
 
-    Attributes:
-        value: x -> the number g(x), which may be inf.
-        gradient: x -> value and gradient, for a smooth function.
-        prox: (x, step) -> a global minimizer y of g(y) + |y - x|^2 / (2 step).
-        coupled: other -> the minimizer of the function plus the coupling, in closed form: (14a) as
-            a function of z for g, (14b) as a function of A u for f.
+    `coupled` is the minimizer of the function plus the coupling, in closed form: (14a) as a
+    function of z for g, (14b) as a function of A u for f.
     """
 
-    value: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    prox: Callable[[Tensor, float], Tensor] | None = None
+    value: Callable[[Tensor], Tensor]  # x -> the number g(x), which may be inf
+    gradient: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # x -> value and gradient
+    prox: Callable[[Tensor, float], Tensor] | None = None  # argmin of g(y) + |y - x|^2 / (2 step)
     coupled: Callable[[Tensor], Tensor] | None = None
 
     @staticmethod
@@ -97,24 +93,13 @@ def noise(like: Tensor, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """Model (4): F(u, z) = g(u) + f(z) + (1 / lam) phi(A u - z).
-
-    Attributes:
-        g: The function of u.
-        f: The function of z.
-        phi: The potential.
-        lam: Coupling parameter.
-        linear: A.
-
-    Raises:
-        ValueError: If lam is not positive and finite.
-    """
+    """Model (4), F(u, z) = g(u) + f(z) + (1 / lam) phi(A u - z), for a finite lam > 0."""
 
     g: Function
     f: Function
     phi: Potential
     lam: float
-    linear: LinearMap = field(default_factory=LinearMap.identity)
+    linear: LinearMap = field(default_factory=LinearMap.identity)  # A
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lam < math.inf:

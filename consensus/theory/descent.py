@@ -3,7 +3,8 @@
 Each row of a block is a problem with its own step size. All rows are evaluated together.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,31 +15,25 @@ from consensus.core.flat import column
 Smooth = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points (..., n) -> values (...) and gradients (..., n)."""
 
+Pair = tuple[Tensor, Tensor, Tensor]
+"""A step s, the change y of the gradient, and 1 / s^T y, or 0 if s^T y <= 0 up to rounding."""
+
 MEMORY = 10
 ARMIJO = 1e-4
 SHORTEST = 1e-12  # the line search of a row fails below this fraction of its first step
 TO_BOUNDARY = 0.9  # the largest step, as a fraction of the distance to the boundary
-VECTORS = 2 * MEMORY + 16
-"""An upper bound on the number of tensors (..., n) that a descent holds at once."""
+VECTORS = 2 * MEMORY + 16  # a descent holds at most as many tensors (..., n) at once
 
 
 @dataclass(frozen=True)
 class Descent:
-    """The result of `descend`.
+    """The result of `descend`."""
 
-    Attributes:
-        point: The last iterate. (..., n)
-        value: The function there: at most its value at the start, up to rounding. (...)
-        residual: |gradient|. (...)
-        converged: Whether the residual is within the tolerance. bool (...)
-        evaluations: The number of function calls, each for all rows.
-    """
-
-    point: Tensor
-    value: Tensor
-    residual: Tensor
-    converged: Tensor
-    evaluations: int
+    point: Tensor  # the last iterate (..., n)
+    value: Tensor  # there: at most the value at the start, up to rounding (...)
+    residual: Tensor  # |gradient| (...)
+    converged: Tensor  # whether the residual is within the tolerance; bool (...)
+    evaluations: int  # function calls, each for all rows
 
 
 def descend(
@@ -51,29 +46,26 @@ def descend(
 ) -> Descent:
     """Minimize a smooth function in each row by L-BFGS with Armijo line searches.
 
-    Args:
-        function: Finite inside the set.
-        start: A point inside the set. (..., n)
-        enough: (points, residuals at the start) -> tolerances of the residuals. (...)
-        max_step: (point inside, direction) -> the step to the boundary. (...)
-        budget: The largest number of function calls.
+    The function is finite inside the set, where the start (..., n) lies. `enough` makes the
+    tolerances (...) of the residuals from the points and the residuals at the start; `max_step` the
+    steps (...) to the boundary from points inside and directions. `budget` limits function calls.
     """
     z = start.clone()
     value, gradient = function(z)
     evaluations = 1
-    history = _History(MEMORY)
+    pairs: deque[Pair] = deque(maxlen=MEMORY)
     residual = first_residual = gradient.norm(dim=-1)
     stuck = torch.zeros_like(residual, dtype=torch.bool)
     while evaluations < budget:
         going = (residual > enough(z, first_residual)) & ~stuck
         if not bool(going.any()):
             break
-        d = -history.apply(gradient)
+        d = -_times_inverse_hessian(pairs, gradient)
         slope = (d * gradient).sum(-1)
         downhill = slope < 0
         d = torch.where(column(downhill), d, -gradient)
         slope = torch.where(downhill, slope, -gradient.square().sum(-1))
-        first = 1.0 if len(history) else (1.0 / residual.clamp(min=1.0))
+        first = 1.0 if pairs else (1.0 / residual.clamp(min=1.0))
         step = torch.minimum(torch.ones_like(residual) * first, TO_BOUNDARY * max_step(z, d))
         step = torch.where(going, step, 0.0)
         shortest = SHORTEST * step
@@ -96,7 +88,7 @@ def descend(
             step = torch.where(seeking, shorter, step)
             stuck = stuck | (seeking & (step <= shortest))
             seeking = seeking & ~stuck
-        history.add(new_z - z, new_gradient - gradient)
+        pairs.append(_pair(new_z - z, new_gradient - gradient))
         z, value, gradient = new_z, new_value, new_gradient
         residual = gradient.norm(dim=-1)
     converged = residual <= enough(z, first_residual)
@@ -104,45 +96,31 @@ def descend(
 
 
 def _minimum_of_parabola(step: Tensor, rise: Tensor, slope: Tensor) -> Tensor:
-    """A shorter step: the minimizer of the parabola through both values with `slope` at 0.
-
-    It is clamped to 0.1 to 0.5 of the step, and is 0.1 of it where the trial was not finite.
-    """
+    """A shorter step, 0.1 to 0.5 of it, by the parabola through both values with `slope` at 0."""
     shorter = -0.5 * slope * step.square() / (rise - slope * step)
     return torch.where(rise.isfinite(), shorter.clamp(0.1 * step, 0.5 * step), 0.1 * step)
 
 
-class _History:
-    """The inverse Hessian of L-BFGS: the last steps and gradient differences of each row."""
+def _pair(s: Tensor, y: Tensor) -> Pair:
+    sy = (s * y).sum(-1)
+    eps = torch.finfo(s.dtype).eps
+    good = sy > eps * y.square().sum(-1).clamp(min=eps)
+    return s, y, torch.where(good, 1.0 / sy, 0.0)
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # s, y, 1 / s y or 0
 
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def add(self, s: Tensor, y: Tensor) -> None:
-        """Append a pair (s, y). It is ignored in rows with s^T y <= 0 up to rounding."""
-        sy = (s * y).sum(-1)
-        eps = torch.finfo(s.dtype).eps
-        good = sy > eps * y.square().sum(-1).clamp(min=eps)
-        self._pairs.append((s, y, torch.where(good, 1.0 / sy, 0.0)))
-        del self._pairs[: -self._most]
-
-    def apply(self, g: Tensor) -> Tensor:
-        """The two-loop recursion. (..., n) -> (..., n)."""
-        alphas = []
-        for s, y, rho in reversed(self._pairs):
-            alpha = rho * (s * g).sum(-1)
-            alphas.append(alpha)
-            g = g - column(alpha) * y
-        scale = torch.ones_like(g[..., 0])
-        for _, y, rho in self._pairs:  # the newest pair of each row that has one
-            yy = y.square().sum(-1)
-            scale = torch.where(rho > 0, 1.0 / (rho * yy), scale)
-        g = column(scale) * g
-        for (s, y, rho), alpha in zip(self._pairs, reversed(alphas), strict=True):
-            beta = rho * (y * g).sum(-1)
-            g = g + column(alpha - beta) * s
-        return g
+def _times_inverse_hessian(pairs: Sequence[Pair], g: Tensor) -> Tensor:
+    """The two-loop recursion of L-BFGS, oldest pair first. (..., n) -> (..., n)."""
+    alphas = []
+    for s, y, rho in reversed(pairs):
+        alpha = rho * (s * g).sum(-1)
+        alphas.append(alpha)
+        g = g - column(alpha) * y
+    scale = torch.ones_like(g[..., 0])
+    for _, y, rho in pairs:  # the newest pair of each row that has one
+        yy = y.square().sum(-1)
+        scale = torch.where(rho > 0, 1.0 / (rho * yy), scale)
+    g = column(scale) * g
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+        beta = rho * (y * g).sum(-1)
+        g = g + column(alpha - beta) * s
+    return g

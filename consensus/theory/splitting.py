@@ -1,7 +1,4 @@
-"""Splitting methods for the composite model: alternating minimization and PALM.
-
-    min over u     g(u) + e_lam f (A u)                                                          (1)
-    min over u, z  F(u, z) = g(u) + f(z) + (1 / lam) phi(A u - z)                                (4)
+"""Splitting methods for the composite models (1) and (4): alternating minimization and PALM.
 
 Both are for small problems (composite.py) in float64, on any device:
 
@@ -50,27 +47,16 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a splitting method.
+    """The result of a splitting method."""
 
-    Attributes:
-        u: The minimizer of (1).
-        z: The other block of (4).
-        dg: The element of dg(u) in (5a); nan before the first update.
-        df: The element of df(z) in (5b); likewise.
-        objective: F at the start and after each iteration.
-        residuals: (5a) and (5b) after each iteration.
-        status: The reason why the method stopped.
-        evaluations: The number of calls of g and f: values, gradients and proximal steps.
-    """
-
-    u: Tensor
-    z: Tensor
-    dg: Tensor
-    df: Tensor
-    objective: list[float]
-    residuals: list[tuple[float, float]]
+    u: Tensor  # the minimizer of (1)
+    z: Tensor  # the other block of (4)
+    dg: Tensor  # the element of dg(u) in (5a); nan before the first update
+    df: Tensor  # the element of df(z) in (5b); likewise
+    objective: list[float]  # F at the start and after each iteration
+    residuals: list[tuple[float, float]]  # (5a) and (5b) after each iteration
     status: Status
-    evaluations: int
+    evaluations: int  # calls of g and f: values, gradients and proximal steps
 
     @property
     def iterations(self) -> int:
@@ -111,9 +97,8 @@ def alternating_minimization(
         callback: Called with (u, z) after every iteration.
 
     Raises:
-        ValueError: If the start is not feasible, shapes, dtypes or tolerances are wrong, `adjoint`
-            does not belong to `apply`, a function lacks the oracles of the method, or F rises: then
-            a `gradient`, `prox` or `coupled` does not belong to its `value`.
+        ValueError: If an argument is wrong, the start is not feasible, a function lacks the oracles
+            of the method, or F rises: then the oracles of g or f do not belong together.
     """
     if not 0.0 <= prox_weight < math.inf:
         raise ValueError(f"`prox_weight` is {prox_weight}; allowed: a finite number >= 0")
@@ -140,8 +125,7 @@ def palm(
 ) -> Result:
     """PALM: proximal gradient steps for u and for z in turn.
 
-    A function with a gradient and no prox is linearized together with the coupling. The step sizes
-    start from an estimate of the local Lipschitz constant of the coupling's gradient. Backtracking
+    A function with a gradient and no prox is linearized together with the coupling. Backtracking
     keeps the coupling below its quadratic model and A u - z inside dom phi. See
     `alternating_minimization` for arguments and errors.
     """
@@ -179,11 +163,8 @@ class Iteration:
         self.enough = absolute
         self.u = Block(self.model.g, u, torch.full_like(u, math.nan), 1.0)
         self.z = Block(self.model.f, z, torch.full_like(z, math.nan), 1.0)
-        for block, coupling, norm in (
-            (self.u, self._coupling_of_u(), self.norm),
-            (self.z, self._coupling_of_z(), 1.0),
-        ):
-            curvature = coupling.curvature(block.x, norm)
+        for block, norm in ((self.u, self.norm), (self.z, 1.0)):
+            curvature = self._coupling(block).curvature(block.x, norm)
             block.step = TRIED / curvature if curvature > 0.0 else 1.0
 
     def iterate(self, update: Callable[[Block, Coupling], bool], budget: int) -> Result:
@@ -193,8 +174,8 @@ class Iteration:
         objective, residuals = [sum(terms)], []
         status, idle, lowest = Status.BUDGET, 0, [math.inf, math.inf]
         for _ in range(budget):
-            moved = update(u, self._coupling_of_u())
-            moved = update(z, self._coupling_of_z()) or moved
+            moved = update(u, self._coupling(u))
+            moved = update(z, self._coupling(z)) or moved
             terms = model.terms(u.x, z.x)
             objective.append(sum(terms))
             rounding = ROUNDING * sum(abs(term) for term in terms)
@@ -224,14 +205,12 @@ class Iteration:
             u.x, z.x, u.subgradient, z.subgradient, objective, residuals, status, self.evaluations
         )
 
-    def _coupling_of_u(self) -> Coupling:
-        model, u, z = self.model, self.u.x, self.z.x
-        return Coupling(model.phi, model.lam, model.linear, -z, z, u, self.weight)
-
-    def _coupling_of_z(self) -> Coupling:
-        model, z = self.model, self.z.x
-        target = model.linear.apply(self.u.x)
-        return Coupling(model.phi, model.lam, MINUS, target, target, z, self.weight)
+    def _coupling(self, block: Block) -> Coupling:
+        phi, lam, linear, u, z = self.model.phi, self.model.lam, self.model.linear, self.u, self.z
+        if block is u:
+            return Coupling(phi, lam, linear, -z.x, z.x, u.x, self.weight)
+        target = linear.apply(u.x)
+        return Coupling(phi, lam, MINUS, target, target, z.x, self.weight)
 
     def _counted(self, function: Function) -> Function:
         def counted(call: Any) -> Any:

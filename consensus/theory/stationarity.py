@@ -7,10 +7,8 @@
 f is any smooth function of blocks of points, whose rows are independent problems. L-BFGS
 (descent.py) starts at z = u, where the coupling is 0, and keeps u - z inside dom phi. It finds a
 stationary point near u. If f is weakly convex and lam is below the threshold of Theorem 4.3, that
-point is the minimizer.
-
-At the exact p the gradients of f and of the coupling cancel. The returned accuracy is what remains,
-|grad f(p) - (13)|: the error of (13) as a gradient of f.
+point is the minimizer. At the exact p the gradients of f and of the coupling cancel; what remains,
+|grad f(p) - (13)|, is returned as the accuracy.
 """
 
 from dataclasses import dataclass
@@ -23,23 +21,14 @@ from consensus.theory.descent import Smooth, descend
 
 @dataclass(frozen=True)
 class Prox:
-    """The result of `prox` for each point u.
+    """The result of `prox` for each point u."""
 
-    Attributes:
-        point: p. (..., n)
-        value: f(p) + (1 / lam) phi(u - p), an upper bound on the envelope. (...)
-        gradient: (1 / lam) grad phi(u - p), equation (13). (..., n)
-        accuracy: |grad f(p) - gradient|. (...)
-        converged: Whether the accuracy is within the tolerance. bool (...)
-        evaluations: The number of calls of f, each for all rows.
-    """
-
-    point: Tensor
-    value: Tensor
-    gradient: Tensor
-    accuracy: Tensor
-    converged: Tensor
-    evaluations: int
+    point: Tensor  # p (..., n)
+    value: Tensor  # f(p) + (1 / lam) phi(u - p), an upper bound on the envelope (...)
+    gradient: Tensor  # (1 / lam) grad phi(u - p), equation (13) (..., n)
+    accuracy: Tensor  # |grad f(p) - gradient| (...)
+    converged: Tensor  # whether the accuracy is within the tolerance; bool (...)
+    evaluations: int  # calls of f, each for all rows
 
 
 def prox(
@@ -60,13 +49,10 @@ def prox(
         phi: The potential.
         u: The points. (..., n)
         lam: Coupling parameter.
-        start: The start of the descent, with u - start inside dom phi; None: u.
+        start: The start of the descent; None: u. A ValueError unless u - start is inside dom phi.
         tolerance: A row has converged when its accuracy is below this fraction of |(13)| ...
         absolute: ... or below this number.
         budget: The largest number of calls of f.
-
-    Raises:
-        ValueError: If u - start is not inside dom phi.
     """
     z = u if start is None else start
     if not bool(phi.contains(u - z).all()):
@@ -82,44 +68,19 @@ def prox(
         return (tolerance * force).clamp(min=absolute)
 
     found = descend(total, z, enough, budget=budget, max_step=lambda z, d: phi.max_step(u - z, -d))
+    gradient = phi.grad(u - found.point) / lam
     return Prox(
-        found.point,
-        found.value,
-        phi.grad(u - found.point) / lam,
-        found.residual,
-        found.converged,
-        found.evaluations,
+        found.point, found.value, gradient, found.residual, found.converged, found.evaluations
     )
 
 
 def consensus_residual(phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor) -> Tensor:
-    """(1 / lam) sum_j grad phi(u - z_j): the residual of (5a).
-
-    Args:
-        phi: The potential.
-        u: The consensus variable. (..., n)
-        z: The workers. (..., M, n)
-        lam: Coupling parameter.
-
-    Returns:
-        (..., n); for a subset of the workers, their part of the sum.
-    """
+    """(1 / lam) sum_j grad phi(u - z_j) of (5a), for u (..., n) and any workers z (..., K, n)."""
     return phi.grad(u.unsqueeze(-2) - z).sum(-2) / lam
 
 
 def worker_residual(
     gradient: Tensor, phi: Potential, u: Tensor, z: Tensor, lam: float | Tensor
 ) -> Tensor:
-    """Grad f_j(z_j) - (1 / lam) grad phi(u - z_j): the residual of (5b) for each worker.
-
-    Args:
-        gradient: grad f_j(z_j). (..., M, n)
-        phi: The potential.
-        u: The consensus variable. (..., n)
-        z: The workers. (..., M, n)
-        lam: Coupling parameter.
-
-    Returns:
-        (..., M, n)
-    """
+    """Grad f_j(z_j) - (1 / lam) grad phi(u - z_j) of (5b), for `gradient` and z (..., M, n)."""
     return gradient - phi.grad(u.unsqueeze(-2) - z) / lam
