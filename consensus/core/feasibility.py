@@ -13,18 +13,11 @@ from consensus.core.sizes import Separable, Size
 
 
 class Domain:
-    """The open set {w : |scale w|^2 < bound, for each group}, on blocks (..., n).
+    """The open set {w : |scale w|^2 < bound, for each group}, on blocks (..., n)."""
 
-    Args:
-        bound: Of the squared size s; inf: the whole space.
-        size: The groups of coordinates.
-        scale: Multiplies w: a number, or a tensor that broadcasts against (..., n).
-    """
-
-    def __init__(self, bound: float, size: Size, scale: float | Tensor = 1.0) -> None:
-        self.bound = bound
-        self.size = size
-        self.scale = scale
+    bound: float  # of the squared size s; inf: the whole space
+    size: Size
+    scale: float | Tensor
 
     @property
     def bounded(self) -> bool:
@@ -50,26 +43,17 @@ class Domain:
     def feasible_step(self, w: Tensor, d: Tensor, u: Tensor, reach: Tensor | None = None) -> Tensor:
         """The line search of section 6: the largest of 1, 1/2, 1/4, ... that keeps w + t d inside.
 
-        The paper halves until the point is inside. The domain is convex, so the answer is the
-        largest power of two below `max_step`. The stored quantities are u and z, and w = u - z is
-        rounded. The boundary is therefore moved inwards by a bound on those rounding errors (a few
-        units in the last place of |u| and of the radius). The stored point is then inside, also
-        for every smaller step, which another rank may require. Only a boundary step within that
-        rounding of a power of two gives half the step that a trial would have found.
+        That is the largest power of two below `max_step`, since the domain is convex. u and z are
+        stored, and w = u - z, inside the domain, is rounded. The boundary is therefore moved
+        inwards by a bound on those errors (a few units in the last place of |u| and of the radius).
+        The stored point is then inside, also for every smaller step, which another rank may
+        require. Only a boundary step within that rounding of a power of two gives half the step
+        that a trial would have found. `u` broadcasts against w; `reach` is that of w, if known.
 
-        The step is 0 where w is within rounding of the boundary and d points outwards. The caller
-        then stays at w, which is feasible. A radial w nearer to the boundary than the rounding of
-        u, which no step of this method leaves, has no guarantee inwards: rounding may keep the
-        outward part of d alone.
-
-        Args:
-            w: The point, inside the domain. (..., n)
-            d: The direction. (..., n)
-            u: The minuend of w = u - z; its magnitude decides the rounding. Broadcasts against w.
-            reach: Of w, where it is known. (..., G or 1)
-
-        Returns:
-            The step. (...)
+        The step is 0 where w is within rounding of the boundary and d points outwards. A radial w
+        nearer to the boundary than the rounding of u, which no step of this method leaves, has no
+        guarantee inwards: rounding may keep the outward part of d alone.
+        (..., n), (..., n), (..., n) -> (...).
         """
         if not self.bounded:
             return torch.ones_like((w * d)[..., 0])
@@ -90,15 +74,8 @@ class Domain:
     def surely_feasible(self, reach: Tensor, d: Tensor, u: Tensor) -> bool:
         """Whether `feasible_step` is 1 by the triangle inequality alone, |x| + |d| < radius.
 
-        Cheaper than the boundary step, and true for nearly every step of a run. The largest reach
-        of all workers decides for all of them. An eighth of the radius is kept as a margin, so that
-        rounding cannot make the boundary step disagree. Brings one number to the host: for tensors
-        on the CPU.
-
-        Args:
-            reach: Of the point or points w. (..., G or 1)
-            d: The direction, which broadcasts against w. (..., n)
-            u: As in `feasible_step`.
+        Cheaper than the boundary step, and true for nearly every step of a run. `reach` is that of
+        w, or the largest of several points. Brings one number to the host: for the CPU.
         """
         of_d, of_u = (self.size.length(self._scaled(x)) for x in (d, u))
         if self.far_inside(reach, of_d, of_u):
@@ -107,14 +84,11 @@ class Domain:
 
     def far_inside(self, reach: Tensor, reach_of_d: Tensor, reach_of_u: Tensor) -> bool:
         """`surely_feasible` from the reaches of w, d and u. Each (..., G or 1)."""
-        safe = self._safe_radius(reach_of_u)
-        return bool((reach + reach_of_d <= 0.875 * safe).all())
+        # An eighth of the radius as a margin: rounding cannot make the boundary step disagree.
+        return bool((reach + reach_of_d <= 0.875 * self._safe_radius(reach_of_u)).all())
 
     def surely_inside(self, s: Tensor) -> bool:
-        """Whether all sizes s are below the bound, tested only where the test is cheap.
-
-        Brings one number to the host: for tensors on the CPU.
-        """
+        """Whether all sizes s are below the bound, tested only where that is cheap: on a CPU."""
         return s.device.type == "cpu" and bool((s.amax() < self.bound).all())
 
     def _safe_radius(self, reach_of_u: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Models as flat vectors, and blocks of such vectors.
 
-# n = 33,580 parameters, L = 3 layers for LeNet-5; K workers to a process
-
 Everything in the framework that is not a model sees one contiguous vector of n coordinates, or a
 block of shape (..., n) whose leading axes are workers (or, later, runs). A *layer* is one module
 with its weight and bias together, equation (18); it is a slice of the vector.
@@ -48,51 +46,42 @@ def part_of(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """The places of the parameters and layers of a module in its flat vector.
+    """The places of the parameters and layers of a module in its flat vector."""
 
-    Attributes:
-        parameter_names: Qualified names, in the order of `module.named_parameters()`.
-        shapes: Their shapes.
-        layer_names: Names of the modules that own parameters, in the same order.
-        layers: The (start, stop) slices of those modules; they partition [0, n).
-    """
-
-    parameter_names: tuple[str, ...]
+    parameter_names: tuple[str, ...]  # qualified, in the order of `module.named_parameters()`
     shapes: tuple[torch.Size, ...]
-    layer_names: tuple[str, ...]
-    layers: tuple[tuple[int, int], ...]
+    layer_names: tuple[str, ...]  # of the modules that own parameters, in the same order
+    layers: tuple[tuple[int, int], ...]  # the slices of those modules; they partition [0, n)
 
     @classmethod
     def of(cls, module: nn.Module) -> "FlatLayout":
         """The layout of a module's parameters.
 
-        Raises:
-            ValueError: If the module has no parameters, or one of them stands in two places, by
-                itself or with its module: a tied parameter belongs to no single layer of (18).
+        A ValueError if there are none, or one stands in two places, by itself or with its module: a
+        tied parameter belongs to no single layer of (18).
         """
-        names: list[str] = []
-        shapes: list[torch.Size] = []
+        parameters: dict[str, nn.Parameter] = {}
         layer_names: list[str] = []
         lengths: list[int] = []
         seen: dict[int, str] = {}
         for path, owner in module.named_modules(remove_duplicate=False):
-            own = list(owner.named_parameters(path, recurse=False, remove_duplicate=False))
-            for name, parameter in own:
+            own = dict(owner.named_parameters(path, recurse=False, remove_duplicate=False))
+            for name, parameter in own.items():
                 if id(parameter) in seen:
                     raise ValueError(
                         f"parameter `{name}` is tied to `{seen[id(parameter)]}`; equation (18) "
                         "needs each parameter in exactly one layer"
                     )
                 seen[id(parameter)] = name
-                names.append(name)
-                shapes.append(parameter.shape)
+            parameters |= own
             if own:
                 layer_names.append(path or type(owner).__name__.lower())
-                lengths.append(sum(parameter.numel() for _, parameter in own))
-        if not names:
+                lengths.append(sum(parameter.numel() for parameter in own.values()))
+        if not parameters:
             raise ValueError(f"{type(module).__name__} has no parameters to train")
-        ends = list(accumulate(lengths, initial=0))
-        return cls(tuple(names), tuple(shapes), tuple(layer_names), tuple(pairwise(ends)))
+        shapes = tuple(parameter.shape for parameter in parameters.values())
+        layers = tuple(pairwise(accumulate(lengths, initial=0)))
+        return cls(tuple(parameters), shapes, tuple(layer_names), layers)
 
     @property
     def size(self) -> int:
@@ -105,11 +94,9 @@ class FlatLayout:
         return torch.cat([parameters[name].detach().reshape(-1) for name in self.parameter_names])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parameters (..., shape) as views of a vector (n,), or of a block (..., n).
-
-        One split, so that the backward pass through it is a single concatenation and not one
-        zero-padded n-vector per parameter.
-        """
+        """The parameters (..., shape) as views of a vector (n,), or of a block (..., n)."""
+        # One split: its backward pass is a single concatenation, and not one zero-padded n-vector
+        # per parameter.
         pieces = torch.split(vector, [shape.numel() for shape in self.shapes], dim=-1)
         return {
             name: piece.view(*piece.shape[:-1], *shape)

@@ -1,10 +1,8 @@
-"""The layer-wise potential phi(w) = sum_l p(w_l / eta), equation (18).
-
-# n = 33,580 parameters, L = 3 layers; K workers to a block
-"""
+"""The layer-wise potential phi(w) = sum_l p(w_l / eta), equation (18)."""
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,24 +28,18 @@ class Layerwise(Potential):
     """
 
     def __init__(
-        self,
-        potential: Potential,
-        layers: Sequence[tuple[int, int]],
-        eta: float | Tensor = 1.0,
+        self, potential: Potential, layers: Sequence[tuple[int, int]], eta: float | Tensor = 1.0
     ) -> None:
         self.layers = tuple((int(start), int(stop)) for start, stop in layers)
         ends = [0, *(stop for _, stop in self.layers)]
-        if not self.layers or any(
-            start != end or stop <= start
-            for (start, stop), end in zip(self.layers, ends[:-1], strict=True)
-        ):
+        partition = tuple(pairwise(ends)) == self.layers and ends == sorted(set(ends))
+        if not self.layers or not partition:
             raise ValueError(
                 f"`layers` is {list(self.layers)}; allowed: slices (start, stop) from 0, "
                 "each starting where the one before it stops"
             )
-        if not bool((torch.as_tensor(eta) > 0).all()) or not bool(
-            torch.isfinite(torch.as_tensor(eta)).all()
-        ):
+        widths = torch.as_tensor(eta)
+        if not bool(((widths > 0) & widths.isfinite()).all()):
             raise ValueError(f"`eta` is {eta}; allowed: a finite number > 0")
         self.eta = eta
         scale: float | Tensor = _over_layers(potential.scale, self.layers)
@@ -59,10 +51,7 @@ class Layerwise(Potential):
         self._by_layer = Radial(self.layers)
 
     def to(self, like: Tensor) -> "Layerwise":
-        """The same potential with its tensors on the device and in the dtype of `like`.
-
-        Not required, but a tensor in another place is copied at every call.
-        """
+        """The same potential with its tensors in the place and dtype of `like`, to save copies."""
         moved = copy(self)
         moved.scale = self._scale_for(like)
         return moved
@@ -80,9 +69,8 @@ def _over_layers(scale: float | Tensor, layers: tuple[tuple[int, int], ...]) -> 
     if scale.shape == (size,):
         return scale
     if scale.shape == (len(layers),):
-        return torch.cat(
-            [q.expand(stop - start) for q, (start, stop) in zip(scale, layers, strict=True)]
-        )
+        lengths = torch.tensor([stop - start for start, stop in layers], device=scale.device)
+        return scale.repeat_interleave(lengths)
     raise ValueError(
         f"`weight` has {scale.numel()} entries; allowed: 1, {len(layers)} (one a layer) "
         f"or {size} (one a coordinate)"

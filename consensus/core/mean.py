@@ -3,9 +3,6 @@
 For `quad` it is the mean; for `pseudo_huber` with a small eta it is nearly the median of each
 coordinate. Newton's method from a feasible u, with steps that stay inside dom phi and decrease the
 sum, which is convex: so it converges from anywhere.
-
-The points may be distributed over ranks: every sum over j is formed by `total`, and all ranks
-branch on the same totals.
 """
 
 from collections.abc import Callable
@@ -17,8 +14,7 @@ from torch import Tensor
 from consensus.core.layerwise import Layerwise
 from consensus.core.sizes import Separable
 
-Reduce = Callable[[Tensor], Tensor]
-"""A sum, or a minimum, over ranks of one tensor of each; may work in place."""
+Reduce = Callable[[Tensor], Tensor]  # a sum or minimum over ranks; may work in place
 
 MOST_NEWTON, MOST_CG, MOST_HALVINGS = 50, 30, 40
 ARMIJO = 1e-4
@@ -26,17 +22,11 @@ ARMIJO = 1e-4
 
 @dataclass(frozen=True)
 class Mean:
-    """The phi-mean.
-
-    Attributes:
-        u: The point. (n,)
-        residual: |sum_j grad phi(u - z_j)| over the sum of the |grad phi(u - z_j)|.
-        iterations: Newton iterations.
-    """
+    """The phi-mean u (n,)."""
 
     u: Tensor
-    residual: float
-    iterations: int
+    residual: float  # |sum_j grad phi(u - z_j)| over the sum of the |grad phi(u - z_j)|
+    iterations: int  # of Newton's method
 
 
 def phi_mean(
@@ -48,15 +38,11 @@ def phi_mean(
     smallest: Reduce = lambda x: x,
     tolerance: float = 1e-6,
 ) -> Mean:
-    """The minimizer over u of sum_j phi(u - z_j).
+    """The minimizer over u of sum_j phi(u - z_j), for the points z (K, n) of each rank.
 
-    Args:
-        phi: The potential.
-        z: The points of this rank. (K, n)
-        u: The start; every u - z_j is inside dom phi. The same on all ranks. (n,)
-        total: The sum over ranks.
-        smallest: The minimum over ranks.
-        tolerance: Of the residual; at least a few units of rounding of the dtype.
+    The start u (n,) is the same on all ranks, with every u - z_j inside dom phi. `total` and
+    `smallest` are the sum and the minimum over ranks, which branch on the same totals. `tolerance`
+    is that of the residual, and at least a few units of rounding of the dtype.
     """
     if phi.profile.slope is not None:  # weights, the same for all points, cancel
         summed = total(torch.cat([z.sum(0), z.new_tensor([float(len(z))])]))

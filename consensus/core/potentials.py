@@ -23,23 +23,15 @@ To add a potential, register a function that makes it; its keyword arguments bec
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from consensus.core import sizes
+from consensus.core import profiles, sizes
 from consensus.core.feasibility import Domain
 from consensus.core.flat import Scalar, column
-from consensus.core.profiles import (
-    LOG,
-    LOG_COSH,
-    PSEUDO_HUBER,
-    QUAD,
-    TAN,
-    Profile,
-    power_profile,
-)
+from consensus.core.profiles import Elementwise, Profile, power_profile
 from consensus.core.sizes import Radial, Separable, Size
 from consensus.registry import Registry
 
@@ -58,8 +50,10 @@ class Potential(Domain):
     """
 
     def __init__(self, profile: Profile, size: Size, scale: float | Tensor = 1.0) -> None:
-        super().__init__(profile.bound, size, scale)
         self.profile = profile
+        self.bound = profile.bound
+        self.size = size
+        self.scale = scale
 
     @property
     def assumptions(self) -> frozenset[str]:
@@ -76,23 +70,26 @@ class Potential(Domain):
         x = self._scaled(w)
         if self.profile.slope is not None:
             return self._scaled(2.0 * self.profile.slope * x)
-        s = self._sizes(x)
-        factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
+        factor = self._factor(self._sizes(x), self.profile.dpsi)
         return self._scaled(self.size.scale(factor, x))
 
-    def grad_(self, w: Tensor) -> Tensor:
-        """`grad` in place of w, on a CPU without another vector of n. (..., n) -> (..., n)."""
+    def grad_(self, w: Tensor, reach: Tensor | None = None) -> Tensor:
+        """`grad` in place of w, on a CPU without another vector of n; `reach`: of w, if known."""
+        dpsi = self.profile.dpsi if self.profile.slope is None else self.profile.slope
         if isinstance(self.size, Separable) and w.device.type == "cpu":
             if w.shape[-1] > sizes.CHUNK:
                 return self._grad_by_chunks_(w)
             if self.profile.near_zero:
-                return self._grad_within_(w, self.reach(w))
+                # All of w is near 0 in the usual case: that saves an elementary function.
+                dpsi = self.dpsi_within(self.reach(w) if reach is None else reach)
         x = self._scaled_(w)
-        if self.profile.slope is not None:
-            return self._scaled_(x.mul_(2.0 * self.profile.slope))
-        s = self._sizes(x)
-        factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
-        return self._scaled_(self.size.scale_(factor, x))
+        if not callable(dpsi):
+            return self._scaled_(x.mul_(2.0 * dpsi))
+        return self._scaled_(self.size.scale_(self._factor(self._sizes(x), dpsi), x))
+
+    def _factor(self, s: Tensor, dpsi: Elementwise) -> Tensor:
+        """2 psi'(s), nan outside the domain."""
+        return self._inside(s, 2.0 * dpsi(s), math.nan)
 
     def _grad_by_chunks_(self, w: Tensor) -> Tensor:
         scale = self._scale_for(w)
@@ -104,35 +101,21 @@ class Potential(Domain):
             part.grad_(w[..., start : start + sizes.CHUNK])
         return w
 
-    def _grad_within_(self, w: Tensor, reach: Tensor) -> Tensor:
-        """`grad_` of a separable phi on a CPU, by the cheapest form of psi' for the reach of w.
-
-        Where all of w is near 0, which is the usual case, that saves an elementary function.
-        """
-        dpsi = self.dpsi_within(reach)
-        x = self._scaled_(w)
-        if isinstance(dpsi, float):
-            return self._scaled_(x.mul_(2.0 * dpsi))
-        s = x * x
-        return self._scaled_(x.mul_(self._inside(s, 2.0 * dpsi(s), math.nan)))
-
     def grad_and_reach_(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """`grad_` and `reach`, with shared computations. (..., n) -> (..., n), (..., G or 1)."""
         if isinstance(self.size, Separable) or self.profile.slope is not None:
             reach = self.reach(w)
-            if w.device.type == "cpu" and w.shape[-1] <= sizes.CHUNK and self.profile.near_zero:
-                return self._grad_within_(w, reach), reach
-            return self.grad_(w), reach
+            return self.grad_(w, reach), reach
         x = self._scaled_(w)
         s = self._sizes(x)
-        factor = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
+        factor = self._factor(s, self.profile.dpsi)
         return self._scaled_(self.size.scale_(factor, x)), s.sqrt()
 
     def hvp(self, w: Tensor, v: Tensor) -> Tensor:
         """The Hessian of phi at w times v. (..., n), (..., n) -> (..., n)."""
         x, v = self._scaled(w), self._scaled(v)
         s = self._sizes(x)
-        isotropic = self._inside(s, 2.0 * self.profile.dpsi(s), math.nan)
+        isotropic = self._factor(s, self.profile.dpsi)
         along_x = 4.0 * self.profile.d2psi(s) * self.size.inner(x, v)
         return self._scaled(self.size.scale(isotropic, v) + self.size.scale(along_x, x))
 
@@ -152,14 +135,10 @@ class Potential(Domain):
         Any b is allowed, and the result is inside dom phi. Each group moves along its own ray, so
         there is one scalar equation per group.
 
-        Args:
-            b: The point.
-            step: A number > 0, or a tensor that broadcasts over the leading axes.
-            u: Given where z = u - w will be stored: w is kept as far inside as by `feasible_step`,
-                so that rounding does not move u - z outside. Broadcasts against b.
-
-        Raises:
-            ValueError: If phi is radial, not quadratic, and has a weight for each coordinate.
+        `step` > 0 may be a tensor over the leading axes. `u`, which broadcasts against b, is given
+        where z = u - w will be stored: w is kept as far inside as by `feasible_step`, so that
+        rounding does not move u - z outside. A ValueError if phi is radial, not quadratic, and has
+        a weight for each coordinate.
         """
         scale = self._scale_for(b)
         c = column(step) * scale * scale  # in units of x: x + 2 c psi'(s) x = scale b
@@ -173,11 +152,8 @@ class Potential(Domain):
             rho = torch.minimum(rho, self._safe_radius(self.reach(u)).clamp(min=0.0))
         return self.size.scale(torch.where(r > 0, rho / r, 0.0), b)
 
-    def dpsi_within(self, reach: Tensor) -> Callable[[Tensor], Tensor] | float:
-        """The cheapest form of psi' for all s <= reach^2.
-
-        Brings one number to the host: for tensors on the CPU.
-        """
+    def dpsi_within(self, reach: Tensor) -> Elementwise | float:
+        """The cheapest form of psi' for all s <= reach^2. Brings one number to the host."""
         return self.profile.dpsi_up_to(float(reach.amax()) ** 2, reach.dtype)
 
     def __repr__(self) -> str:
@@ -191,7 +167,7 @@ POTENTIALS: Registry[Potential] = Registry("potential")
 @POTENTIALS.register("quad")
 def quad() -> Potential:
     """phi(x) = |x|^2: synchronous EASGD."""
-    return Potential(QUAD, Radial())
+    return Potential(profiles.QUAD, Radial())
 
 
 @POTENTIALS.register("cubic")
@@ -203,54 +179,51 @@ def cubic(eps: float = 0.0) -> Potential:
 @POTENTIALS.register("tan")
 def tan() -> Potential:
     """phi(x) = tan |x|^2 on |x|^2 < pi/2."""
-    return Potential(TAN, Radial())
+    return Potential(profiles.TAN, Radial())
 
 
 @POTENTIALS.register("tan_sep")
 def tan_sep() -> Potential:
     """phi(x) = sum_i tan x_i^2 on x_i^2 < pi/2."""
-    return Potential(TAN, Separable())
+    return Potential(profiles.TAN, Separable())
 
 
 @POTENTIALS.register("log")
 def log() -> Potential:
     """phi(x) = -log(1 - |x|^2) on |x| < 1."""
-    return Potential(LOG, Radial())
+    return Potential(profiles.LOG, Radial())
 
 
 @POTENTIALS.register("log_sep")
 def log_sep() -> Potential:
     """phi(x) = -sum_i log(1 - x_i^2) on |x_i| < 1."""
-    return Potential(LOG, Separable())
+    return Potential(profiles.LOG, Separable())
 
 
 @POTENTIALS.register("scaled_quad")
 def scaled_quad(weight: float | Sequence[float] | Tensor = 1.0) -> Potential:
     """phi(x) = x^T Q x, Q diagonal and positive.
 
-    Args:
-        weight: The diagonal of Q: one number, or one for each coordinate, or, inside `Layerwise`,
-            one for each layer.
-
-    Raises:
-        ValueError: If a weight is not positive and finite.
+    `weight` is the diagonal of Q: one number, or one for each coordinate, or, inside `Layerwise`,
+    one for each layer; a ValueError unless all are positive and finite.
     """
     q = torch.as_tensor(weight, dtype=torch.float64)
     if not bool(((q > 0) & (q < math.inf)).all()):
         raise ValueError(f"`weight` is {weight}; allowed: finite numbers > 0")
-    return Potential(QUAD, Radial(), scale=math.sqrt(q.item()) if q.numel() == 1 else q.sqrt())
+    scale = math.sqrt(q.item()) if q.numel() == 1 else q.sqrt()
+    return Potential(profiles.QUAD, Radial(), scale)
 
 
 @POTENTIALS.register("pseudo_huber")
 def pseudo_huber(separable: bool = True) -> Potential:
     """phi(x) = sum_i sqrt(1 + x_i^2) - 1, a smooth |x|_1: its consensus is nearly the median."""
-    return Potential(PSEUDO_HUBER, Separable() if separable else Radial())
+    return Potential(profiles.PSEUDO_HUBER, Separable() if separable else Radial())
 
 
 @POTENTIALS.register("log_cosh")
 def log_cosh(separable: bool = True) -> Potential:
     """phi(x) = sum_i log cosh x_i, another smooth |x|_1."""
-    return Potential(LOG_COSH, Separable() if separable else Radial())
+    return Potential(profiles.LOG_COSH, Separable() if separable else Radial())
 
 
 @POTENTIALS.register("power")

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Elementwise = Callable[[Tensor], Tensor]
+
 ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
 """Assumptions of the theory on phi (the paper, section 3):
 
@@ -24,42 +26,59 @@ inside its domain, with a gradient that blows up at the boundary, so that with (
 
 @dataclass(frozen=True)
 class Profile:
-    """A scalar profile psi on [0, bound), as a function of the *squared* size s.
+    """A scalar profile psi on [0, bound), as an elementwise function of the *squared* size s.
 
-    Attributes:
-        psi: s -> psi(s), elementwise; psi(0) = 0.
-        dpsi: s -> psi'(s); where psi' is infinite at 0 this returns 0 there, since grad phi(0) = 0.
-        d2psi: s -> psi''(s); likewise 0 at 0 where it is infinite.
-        bound: The domain is s < bound.
-        radius: r >= 0 -> the rho >= 0 with 2 psi'(rho^2) rho = r, nan where there is none; None:
-            found by a safeguarded Newton iteration.
-        slope: psi' where it is a constant, so that the size need not be computed.
-        near_zero: Cheaper forms of psi', cheapest first: up to which s, and the function of s, or
-            the number, that is psi' up to there within a unit in the last place of float32.
-        assumptions: Which of (A1) to (A5) hold; see ALL_ASSUMPTIONS.
-        kernel: Its name in kernels/triton_kernels.py, which repeats psi' for a GPU; None: there the
-            operations of torch are used as well.
+    `near_zero` has cheaper forms of psi', cheapest first: up to which s, and the function of s, or
+    the number, that is psi' up to there within a unit in the last place of float32. `kernel` is a
+    name in kernels/triton_kernels.py, which repeats psi' for a GPU; None: the operations of torch.
     """
 
-    psi: Callable[[Tensor], Tensor]
-    dpsi: Callable[[Tensor], Tensor]
-    d2psi: Callable[[Tensor], Tensor]
-    bound: float = math.inf
-    radius: Callable[[Tensor], Tensor] | None = None
-    slope: float | None = None
-    near_zero: tuple[tuple[float, Callable[[Tensor], Tensor] | float], ...] = ()
-    assumptions: frozenset[str] = ALL_ASSUMPTIONS
+    psi: Elementwise  # psi(0) = 0
+    dpsi: Elementwise  # psi'; 0 at s = 0 where psi' is infinite, since grad phi(0) = 0
+    d2psi: Elementwise  # psi''; likewise 0 at 0 where it is infinite
+    bound: float = math.inf  # the domain is s < bound
+    radius: Elementwise | None = None  # `invert` in closed form; None: by Newton's method
+    slope: float | None = None  # psi' where it is a constant: the size need not be computed
+    near_zero: tuple[tuple[float, Elementwise | float], ...] = ()
+    assumptions: frozenset[str] = ALL_ASSUMPTIONS  # those of (A1) to (A5) that hold
     kernel: Literal["quad", "cube", "tan", "log"] | None = None
 
     def invert(self, r: Tensor) -> Tensor:
         """The rho >= 0 with 2 psi'(rho^2) rho = r, elementwise; nan where there is none."""
-        return solve_radius(self, r) if self.radius is None else self.radius(r)
+        if self.radius is not None:
+            return self.radius(r)
+        if math.isfinite(self.bound):
+            high = torch.full_like(r, math.sqrt(self.bound))
+        else:
+            high = torch.ones_like(r)
+            for _ in range(math.ceil(math.log2(torch.finfo(r.dtype).max)) // 2):
+                short = self._d_rho(high) < r
+                if not bool(short.any()):
+                    break
+                high = torch.where(short, 2.0 * high, high)
+        reachable = (r < math.inf) & ((self.bound < math.inf) | (self._d_rho(high) >= r))
+        return _solve_increasing(self._d_rho, self._d2_rho, r, high, reachable)
 
     def shrink(self, r: Tensor, c: float | Tensor) -> Tensor:
-        """The rho >= 0 with rho + 2 c psi'(rho^2) rho = r, elementwise, inside the domain."""
-        return shrink_radius(self, r, c)
+        """The rho >= 0 with rho + 2 c psi'(rho^2) rho = r; always one, inside the domain."""
+        high = r if math.isinf(self.bound) else r.clamp(max=math.sqrt(self.bound))
+        return _solve_increasing(
+            lambda rho: rho + c * self._d_rho(rho),
+            lambda rho: 1.0 + c * self._d2_rho(rho),
+            r,
+            high,
+            r < math.inf,
+        )
 
-    def dpsi_up_to(self, largest: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | float:
+    def _d_rho(self, rho: Tensor) -> Tensor:
+        """The derivative of psi(rho^2) by rho."""
+        return 2.0 * self.dpsi(rho * rho) * rho
+
+    def _d2_rho(self, rho: Tensor) -> Tensor:
+        s = rho * rho
+        return 2.0 * self.dpsi(s) + 4.0 * self.d2psi(s) * s
+
+    def dpsi_up_to(self, largest: float, dtype: torch.dtype) -> Elementwise | float:
         """The cheapest form of psi' for sizes s <= `largest` of this type."""
         if dtype == torch.float32:
             for end, form in self.near_zero:
@@ -68,61 +87,14 @@ class Profile:
         return self.dpsi
 
 
-def solve_radius(profile: Profile, r: Tensor) -> Tensor:
-    """Solve g(rho) = 2 psi'(rho^2) rho = r for rho >= 0 by Newton's method inside a bracket.
-
-    nan where r exceeds the range of g. Not for hot paths: the stopping test looks at the values.
-    """
-    g, dg = _slope_of(profile)
-    if math.isfinite(profile.bound):
-        high = torch.full_like(r, math.sqrt(profile.bound))
-    else:
-        high = torch.ones_like(r)
-        for _ in range(math.ceil(math.log2(torch.finfo(r.dtype).max)) // 2):
-            short = g(high) < r
-            if not bool(short.any()):
-                break
-            high = torch.where(short, 2.0 * high, high)
-    reachable = (r < math.inf) & ((profile.bound < math.inf) | (g(high) >= r))
-    return _solve_increasing(g, dg, r, high, reachable)
-
-
-def shrink_radius(profile: Profile, r: Tensor, c: float | Tensor) -> Tensor:
-    """Solve rho + 2 c psi'(rho^2) rho = r for rho >= 0: the proximal step of c psi(rho^2).
-
-    There is always one solution, at most r and inside the domain. Not for hot paths, see above.
-    """
-    g, dg = _slope_of(profile)
-    high = r if math.isinf(profile.bound) else r.clamp(max=math.sqrt(profile.bound))
-    return _solve_increasing(
-        lambda rho: rho + c * g(rho), lambda rho: 1.0 + c * dg(rho), r, high, r < math.inf
-    )
-
-
-def _slope_of(profile: Profile) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """The derivative of psi(rho^2) by rho, and its own."""
-
-    def g(rho: Tensor) -> Tensor:
-        return 2.0 * profile.dpsi(rho * rho) * rho
-
-    def dg(rho: Tensor) -> Tensor:
-        s = rho * rho
-        return 2.0 * profile.dpsi(s) + 4.0 * profile.d2psi(s) * s
-
-    return g, dg
-
-
 def _solve_increasing(
-    g: Callable[[Tensor], Tensor],
-    dg: Callable[[Tensor], Tensor],
-    r: Tensor,
-    high: Tensor,
-    reachable: Tensor,
+    g: Elementwise, dg: Elementwise, r: Tensor, high: Tensor, reachable: Tensor
 ) -> Tensor:
     """Solve g(rho) = r for 0 <= rho <= high where that is possible; nan elsewhere.
 
     Newton acts on log g = log r as an equation in log rho, nearly linear near 0, and converges fast
-    next to a pole; a step that leaves the bracket is replaced by bisection.
+    next to a pole; a step that leaves the bracket is replaced by bisection. Not for hot paths: the
+    stopping test looks at the values.
     """
     low = torch.zeros_like(r)
     rho = 0.5 * high
@@ -192,27 +164,23 @@ def _power_of(s: Tensor, exponent: float) -> Tensor:
     return power if exponent >= 0 else torch.where(s > 0, power, 0.0)
 
 
-def power_profile(p: float, eps: float = 0.0) -> Profile:
-    """psi(s) = s^(p/2) + eps s, p > 1. (A3) fails at 0 unless p = 2, or p > 2 and eps > 0.
+def _power_radius(p: float, eps: float) -> Elementwise | None:
+    if eps == 0.0:
+        return lambda r: (r / p) ** (1.0 / (p - 1.0))
+    if p == 3.0:  # 3 rho^2 + 2 eps rho = r
+        return lambda r: r / (eps + torch.sqrt(eps * eps + 3.0 * r))
+    return None
 
-    Raises:
-        ValueError: If p <= 1 (not differentiable at 0) or eps < 0 (not convex).
+
+def power_profile(p: float, eps: float = 0.0) -> Profile:
+    """psi(s) = s^(p/2) + eps s. (A3) fails at 0 unless p = 2, or p > 2 and eps > 0.
+
+    A ValueError if p <= 1 (not differentiable at 0) or eps < 0 (not convex).
     """
     if not (1.0 < p < math.inf):
         raise ValueError(f"`p` is {p}; |x|^p is a smooth convex potential for finite p > 1")
     if not (0.0 <= eps < math.inf):
         raise ValueError(f"`eps` is {eps}; allowed: a finite number >= 0")
-    radius: Callable[[Tensor], Tensor] | None = None
-    if eps == 0.0:
-
-        def radius(r: Tensor) -> Tensor:
-            return (r / p) ** (1.0 / (p - 1.0))
-
-    elif p == 3.0:  # 3 rho^2 + 2 eps rho = r
-
-        def radius(r: Tensor) -> Tensor:
-            return r / (eps + torch.sqrt(eps * eps + 3.0 * r))
-
     smooth = p == 2.0 or (p > 2.0 and eps > 0.0)
     return Profile(
         psi=lambda s: s ** (0.5 * p) + eps * s,
@@ -222,15 +190,13 @@ def power_profile(p: float, eps: float = 0.0) -> Profile:
             if p == 2.0
             else lambda s: (0.5 * p) * (0.5 * p - 1.0) * _power_of(s, 0.5 * p - 2.0)
         ),
-        radius=radius,
+        radius=_power_radius(p, eps),
         assumptions=ALL_ASSUMPTIONS if smooth else ALL_ASSUMPTIONS - {"A3"},
         kernel="cube" if p == 3.0 and eps == 0.0 else None,
     )
 
 
-def _log_cosh_slope(
-    s: Tensor, series: Sequence[float], direct: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _log_cosh_slope(s: Tensor, series: Sequence[float], direct: Elementwise) -> Tensor:
     """A function of s = rho^2: its power series near 0, where the direct formula cancels."""
     near = s < (1e-3 if s.dtype == torch.float64 else 5e-2)
     polynomial = torch.zeros_like(s)
@@ -240,29 +206,30 @@ def _log_cosh_slope(
     return torch.where(near, polynomial, direct(rho))
 
 
-# tanh(rho) / rho = 1 - s/3 + 2 s^2/15 - 17 s^3/315 + 62 s^4/2835 - 1382 s^5/155925 + ...
-_TANHC = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925)
-
-LOG_COSH = Profile(  # psi = log cosh sqrt(s), linear growth: (A4) fails
-    psi=lambda s: _log_cosh(s.sqrt()),
-    dpsi=lambda s: 0.5 * _log_cosh_slope(s, _TANHC, lambda rho: torch.tanh(rho) / rho),
-    d2psi=lambda s: (
-        0.5
-        * _log_cosh_slope(
-            s,
-            [k * c for k, c in enumerate(_TANHC)][1:],
-            lambda rho: (
-                (1.0 - torch.tanh(rho).square() - torch.tanh(rho) / rho) / (2.0 * rho * rho)
-            ),
-        )
-    ),
-    radius=lambda r: torch.where(r < 1.0, torch.atanh(r), math.nan),
-    assumptions=ALL_ASSUMPTIONS - {"A4"},
-)
-
-
 def _log_cosh(rho: Tensor) -> Tensor:
     """Log cosh rho for rho >= 0 without overflow for large and cancellation for small rho."""
     small = torch.log1p(2.0 * torch.sinh(0.5 * rho.clamp(max=1.0)).square())
     large = rho + torch.log1p(torch.exp(-2.0 * rho)) - math.log(2.0)
     return torch.where(rho < 1.0, small, large)
+
+
+# tanh(rho) / rho = 1 - s/3 + 2 s^2/15 - 17 s^3/315 + 62 s^4/2835 - 1382 s^5/155925 + ...
+_TANHC = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925)
+_TANHC_SLOPE = [k * c for k, c in enumerate(_TANHC)][1:]
+
+
+def _log_cosh_d2psi(s: Tensor) -> Tensor:
+    def direct(rho: Tensor) -> Tensor:
+        tanh = torch.tanh(rho)
+        return (1.0 - tanh.square() - tanh / rho) / (2.0 * rho * rho)
+
+    return 0.5 * _log_cosh_slope(s, _TANHC_SLOPE, direct)
+
+
+LOG_COSH = Profile(  # psi = log cosh sqrt(s), linear growth: (A4) fails
+    psi=lambda s: _log_cosh(s.sqrt()),
+    dpsi=lambda s: 0.5 * _log_cosh_slope(s, _TANHC, lambda rho: torch.tanh(rho) / rho),
+    d2psi=_log_cosh_d2psi,
+    radius=lambda r: torch.where(r < 1.0, torch.atanh(r), math.nan),
+    assumptions=ALL_ASSUMPTIONS - {"A4"},
+)

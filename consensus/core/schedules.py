@@ -34,11 +34,7 @@ def cosine(final: float = 0.0, warmup: int = 0) -> Schedule:
 
 @SCHEDULES.register("step")
 def step(every: int = 10_000, factor: float = 0.1) -> Schedule:
-    """Multiplied by `factor` after each `every` iterations.
-
-    Raises:
-        ValueError: If every < 1 or factor <= 0.
-    """
+    """Multiplied by `factor` > 0 after each `every` >= 1 iterations."""
     if every < 1:
         raise ValueError(f"`every` is {every}; allowed: a whole number >= 1")
     if not 0.0 < factor < math.inf:

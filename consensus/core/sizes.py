@@ -1,58 +1,28 @@
 """Notions of size: groups of coordinates that share one s = |x|^2 (Table 2).
 
-`Radial` groups are layers, or the whole vector; `Separable` groups are single coordinates. Blocks
-are (..., n) and have sizes (..., G), G groups.
+`Radial` groups are layers, or the whole vector; `Separable` groups are single coordinates. On
+blocks (..., n), with G groups, both have
+
+    inner(x, y)        the inner product of each group                              -> (..., G)
+    scale(factor, x)   each coordinate times the factor (..., G) of its group       -> (..., n)
+    scale_(factor, x)  the same in place of x
+    norm(x)            the length of each group                                     -> (..., G)
+    largest(x)         a cheap upper bound of `norm(x)`                             -> (..., G or 1)
+    length(x)          a coarser and cheaper one                                    -> (..., 1)
+    exit(x, d, bound)  the larger root t of |x + t d|^2 = bound, inf where d = 0    -> (..., G)
+    over(layers)       the same notion of size, layer by layer
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17
-"""Coordinates processed at once on a CPU. Temporaries of this size stay in the cache, and no
-n-vector has to be allocated for them."""
+CHUNK = 1 << 17  # coordinates processed at once on a CPU, so that temporaries stay in the cache
 
 
-class Size(ABC):
-    """Inner products and lengths of the groups of a block (..., n)."""
-
-    @abstractmethod
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inner product of each group. (..., n), (..., n) -> (..., G)."""
-
-    @abstractmethod
-    def scale(self, factor: Tensor, x: Tensor) -> Tensor:
-        """Each coordinate times the factor of its group. (..., G), (..., n) -> (..., n)."""
-
-    @abstractmethod
-    def scale_(self, factor: Tensor, x: Tensor) -> Tensor:
-        """`scale` in place of x."""
-
-    @abstractmethod
-    def norm(self, x: Tensor) -> Tensor:
-        """Length of each group. (..., n) -> (..., G)."""
-
-    @abstractmethod
-    def largest(self, x: Tensor) -> Tensor:
-        """A cheap upper bound of `norm(x)` that broadcasts against (..., G)."""
-
-    @abstractmethod
-    def length(self, x: Tensor) -> Tensor:
-        """A coarser and cheaper upper bound of `norm(x)`. (..., n) -> (..., 1)."""
-
-    @abstractmethod
-    def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
-        """The larger root t of |x + t d|^2 = bound, inf where d = 0. (..., n) -> (..., G)."""
-
-    @abstractmethod
-    def over(self, layers: Sequence[tuple[int, int]]) -> "Size":
-        """The same notion of size, layer by layer."""
-
-
-class Separable(Size):
+class Separable:
     """Every coordinate is a group of its own, G = n."""
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
@@ -76,9 +46,7 @@ class Separable(Size):
         # No vector of the |x_i|; torch.aminmax along an axis is ten times as slow.
         return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
 
-    def length(self, x: Tensor) -> Tensor:
-        """max_i |x_i|."""
-        return self.largest(x)
+    length = largest
 
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """(R - x_i sign d_i) / |d_i|, R = sqrt(bound): a linear equation for each coordinate."""
@@ -94,12 +62,8 @@ class Separable(Size):
         return "Separable()"
 
 
-class Radial(Size):
-    """One group: the whole last axis, or each of the given layers, G = L.
-
-    Args:
-        layers: (start, stop) slices that partition the last axis; None: one layer.
-    """
+class Radial:
+    """One group, the whole last axis, or G = L: (start, stop) slices `layers` that partition it."""
 
     def __init__(self, layers: Sequence[tuple[int, int]] | None = None) -> None:
         self.layers = None if layers is None else tuple(layers)
@@ -112,9 +76,7 @@ class Radial(Size):
         if x.device.type != "cpu" or x.shape[-1] <= CHUNK:
             products = torch.split(x * y, self._lengths, -1)
             return torch.stack([product.sum(-1) for product in products], -1)
-        pieces = zip(
-            torch.split(x, self._lengths, -1), torch.split(y, self._lengths, -1), strict=True
-        )
+        pieces = zip(x.split(self._lengths, -1), y.split(self._lengths, -1), strict=True)
         return torch.stack([_inner(a, b) for a, b in pieces], -1)
 
     def scale(self, factor: Tensor, x: Tensor) -> Tensor:
@@ -137,9 +99,7 @@ class Radial(Size):
         """|x_l|."""
         return self.inner(x, x).sqrt()
 
-    def largest(self, x: Tensor) -> Tensor:
-        """|x_l| itself."""
-        return self.norm(x)
+    largest = norm
 
     def length(self, x: Tensor) -> Tensor:
         """|x|, of all layers together."""
@@ -159,6 +119,9 @@ class Radial(Size):
 
     def __repr__(self) -> str:
         return f"Radial(layers={self.layers})"
+
+
+Size = Radial | Separable
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:

@@ -30,14 +30,5 @@ def coupling(phi: Layerwise, u: Tensor, z: Tensor, lam: Scalar) -> Tensor:
 def objective(
     losses: Tensor, phi: Layerwise, u: Tensor, z: Tensor, lam: Scalar, nu: Scalar
 ) -> Tensor:
-    """F(u, z) of (15): the sum over workers of loss + R + coupling.
-
-    Args:
-        losses: The data loss of each worker at its z_j. (..., M)
-        phi: The layer-wise potential.
-        u: The consensus variable. (..., 1, n) or (n,)
-        z: The workers. (..., M, n)
-        lam: The coupling parameter.
-        nu: The weight of R.
-    """
+    """F(u, z) of (15), from the data losses (..., M) at z (..., M, n); u (..., 1, n) or (n,)."""
     return (losses + regularizer(z, nu) + coupling(phi, u, z, lam)).sum(-1)
