@@ -1,15 +1,13 @@
 """Implementations of lines 3 and 6 of Algorithm 1 behind one protocol, chosen at construction.
 
-    plain.py      the formulas, one operation of torch after another; any potential, any device
+    plain.py      the formulas, one operation of torch after another; any potential, any device;
+                  also the minimizer (14a) in place of line 3, and the proximal step of line 6
     tiled.py      on a CPU, for large vectors: tile by tile, with temporaries that stay in the cache
     triton.py     on a GPU: kernels that read each vector as seldom as possible
-    exact.py      the minimizer (14a) in place of line 3
-    implicit.py   the proximal step in place of line 6
 
-The first three agree up to rounding. Plain and Triton kernels also take S configurations in one
-block (population.py), each with M workers and hyperparameters of its own.
-
-# n parameters, K workers in a block, G groups of a size, S configurations
+They agree up to rounding. Plain and Triton kernels also take S configurations in one
+block (population.py), each with M workers and hyperparameters of its own. n parameters, K workers
+in a block, G groups of a size.
 """
 
 import importlib.util
@@ -29,92 +27,54 @@ COUPLINGS = ("explicit", "implicit")
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Numbers of line 6: a number each, a tensor (), or with configurations a tensor (S,).
+    """Numbers of line 6: a number each, a tensor (), or with configurations a tensor (S,)."""
 
-    Attributes:
-        kappa: Momentum.
-        sigma: Step size.
-        nu: Weight of R.
-        pull: sigma / lam; None in an iteration without coupling.
-        through: Whether the coupling passes through the velocity.
-    """
-
-    kappa: Scalar
-    sigma: Scalar
-    nu: Scalar
-    pull: Scalar | None
-    through: bool = False
+    kappa: Scalar  # momentum
+    sigma: Scalar  # step size
+    nu: Scalar  # weight of R
+    pull: Scalar | None  # sigma / lam; None in an iteration without coupling
+    through: bool = False  # whether the coupling passes through the velocity
 
 
 @dataclass(frozen=True)
 class LineSearch:
-    """Results of a line search, and the agreement of the ranks on a step.
+    """Results of a line search, and the agreement of the ranks on a step."""
 
-    Attributes:
-        step: Gets the smallest step of all workers. (), with configurations (S,)
-        cuts: Incremented where a step is below 1. int64, like the steps of the line.
-        agree: The minimum over ranks of a step, in place.
-    """
-
-    step: Tensor
-    cuts: Tensor
-    agree: Callable[[Tensor], Tensor] = lambda step: step
+    step: Tensor  # gets the smallest step of all workers; (), with configurations (S,)
+    cuts: Tensor  # incremented where a step is below 1; int64, like the steps of the line
+    agree: Callable[[Tensor], Tensor] = lambda step: step  # the minimum over ranks, in place
 
 
 @dataclass(frozen=True)
 class TotalForce:
-    """sum_j grad phi(u - z_j) over all ranks.
+    """sum_j grad phi(u - z_j) over all ranks."""
 
-    Attributes:
-        force: (n,)
-        reach: The largest `phi.reach(u - z_j)` over all workers, (G,), where it is known.
-    """
-
-    force: Tensor
-    reach: Tensor | None = None
+    force: Tensor  # (n,)
+    reach: Tensor | None = None  # the largest `phi.reach(u - z_j)` where it is known; (G,)
 
 
 @dataclass(frozen=True)
 class Block:
-    """K workers of a process.
-
-    Attributes:
-        z: (K, n)
-        v: The velocities. (K, n)
-        delta: The minibatch gradients, overwritten by line 6. (K, n)
-        scratch: Memory that line 6 may overwrite; may be `delta`. (K, n)
-    """
+    """K workers of a process. Each tensor is (K, n)."""
 
     z: Tensor
-    v: Tensor
-    delta: Tensor
-    scratch: Tensor | None = None
+    v: Tensor  # the velocities
+    delta: Tensor  # the minibatch gradients, overwritten by line 6
+    scratch: Tensor | None = None  # memory that line 6 may overwrite; may be `delta`
 
 
 class ConsensusKernel(Protocol):
-    """Line 3 in place, for u (n,) and z (K, n); with configurations each has a leading axis S.
+    """Line 3 in place, for u (n,) and z (K, n); with configurations each has a leading axis S."""
 
-    Attributes:
-        force_size: Numbers of the sum over ranks: n, or 0 where `move_consensus` forms its own.
-        reach_size: Numbers that describe the reach of a rank, 0 where the line search needs none.
-        closed_form: Whether no equation is solved by iterations that the host controls.
-    """
-
-    force_size: int
-    reach_size: int
-    closed_form: bool
+    force_size: int  # numbers of the sum over ranks: n; 0 where `move_consensus` forms its own
+    reach_size: int  # numbers of the reach of a rank; 0 where the line search needs none
+    closed_form: bool  # no equation is solved by iterations that the host controls
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor | None:
         """sum_k grad phi(u - z_k) of this rank, to `out`, like u.
 
-        Args:
-            u: The consensus variable.
-            z: The workers.
-            out: Gets the sum.
-            scratch: Memory like z that may be overwritten.
-
-        Returns:
-            `phi.reach(u - z)`, (K, reach_size), where reach_size > 0.
+        `scratch` is memory like z that may be overwritten. Returns `phi.reach(u - z)`,
+        (K, reach_size), where reach_size > 0.
         """
 
     def move_consensus(
@@ -122,36 +82,23 @@ class ConsensusKernel(Protocol):
     ) -> None:
         """U -= s_u t_u force in place, with the largest s_u that is feasible for all workers.
 
-        Args:
-            u: The consensus variable.
-            z: The workers of this rank.
-            total: The sum over ranks; not written to unless it is `out`.
-            t_u: Step size.
-            search: The line search, with a step () and cuts ().
-            out: Memory like u for the direction; may be `total.force`.
+        `search` has a step () and cuts (). `out` is memory like u for the direction and may be
+        `total.force`, which is not written to otherwise.
         """
 
 
 class WorkerKernel(Protocol):
-    """Line 6 in place, for blocks (K, n) and u (n,); with configurations with a leading axis S.
+    """Line 6 in place, for blocks (K, n) and u (n,); with configurations with a leading axis S."""
 
-    Attributes:
-        closed_form: As in `ConsensusKernel`.
-    """
-
-    closed_form: bool
+    closed_form: bool  # as in `ConsensusKernel`
 
     def move_workers(
         self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
     ) -> None:
         """Line 6 of every worker, with its line search where phi is bounded.
 
-        Args:
-            block: The workers.
-            u: u+, against which every u - z_j stays feasible.
-            anchor: The center of the coupling: u+ (Gauss-Seidel) or u (Jacobi).
-            numbers: The hyperparameters.
-            search: The line search, with a step () and cuts (K,).
+        Every u - z_j stays feasible for this u, which is u+. The coupling is centered at `anchor`:
+        u+ (Gauss-Seidel) or u (Jacobi). `search` has a step () and cuts (K,).
         """
 
 
@@ -160,12 +107,9 @@ class Kernel(ConsensusKernel, WorkerKernel, Protocol):
 
 
 def choose_kernel(phi: Layerwise, like: Tensor, configurations: int | None = None) -> Kernel:
-    """The fastest implementation for vectors of this kind.
+    """The fastest implementation for vectors (..., n) of the device and dtype of `like`.
 
-    Args:
-        phi: The potential.
-        like: A tensor (..., n) of the device and dtype of the vectors.
-        configurations: S, where the block holds several, each with an eta of its own in phi.
+    `configurations` is S, where the block holds several, each with an eta of its own in phi.
     """
     from consensus.core.kernels.plain import Plain
 
@@ -188,34 +132,19 @@ def choose_kernel(phi: Layerwise, like: Tensor, configurations: int | None = Non
 def consensus_kernel(
     update: str, phi: Layerwise, like: Tensor, total: Callable[[Tensor], Tensor]
 ) -> ConsensusKernel:
-    """Line 3 by name.
-
-    Args:
-        update: "gradient": line 3; "exact": the minimizer (14a), which needs several sums over
-            ranks that nothing hides, and no tau.
-        phi: The potential.
-        like: As in `choose_kernel`.
-        total: The sum over ranks of a tensor; may work in place.
-    """
+    """Line 3 by name: "gradient", or "exact", the minimizer (14a); `total` sums over ranks."""
     if update == "exact":
-        from consensus.core.kernels.exact import ExactUpdate
+        from consensus.core.kernels.plain import ExactUpdate
 
         return ExactUpdate(phi, total)
     return choose_kernel(phi, like)
 
 
 def worker_kernel(coupling: str, phi: Layerwise, like: Tensor) -> WorkerKernel:
-    """Line 6 by name.
-
-    Args:
-        coupling: "explicit": the force at z_j; "implicit": the proximal step, with the force at
-            z_j+, feasible and stable for any lam.
-        phi: The potential.
-        like: As in `choose_kernel`.
-    """
+    """Line 6 by name: "explicit", the force at z_j, or "implicit", at z_j+: the proximal step."""
     explicit = choose_kernel(phi, like)
     if coupling == "implicit":
-        from consensus.core.kernels.implicit import ProximalStep
+        from consensus.core.kernels.plain import ProximalStep
 
         return ProximalStep(phi, explicit)
     return explicit

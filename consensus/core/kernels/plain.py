@@ -6,23 +6,23 @@
 
 The steps s_u and s_j are `Potential.feasible_step`. Vectors are written in place, since a model may
 be as large as the memory. Hyperparameters are numbers, or tensors over the leading axes of a block.
+`ExactUpdate` and `ProximalStep` solve an equation in place of a step of line 3 or 6.
 """
 
 import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, add_scaled, column, scaled
-from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce, WorkerKernel
 from consensus.core.layerwise import Layerwise
+from consensus.core.mean import Reduce, phi_mean
 from consensus.core.sizes import Separable
 
 
 class Plain:
     """`Kernel` for any potential on any device.
 
-    Args:
-        phi: The potential; with S configurations its scale broadcasts over (S, K, n).
-        like: A tensor (..., n) of the device and dtype of the vectors.
+    With S configurations the scale of phi broadcasts over (S, K, n).
     """
 
     closed_form = True
@@ -108,3 +108,68 @@ def velocity(
     """
     gradient = add_scaled(delta, nu, z, None if out is None else delta)
     return add_scaled(scaled(kappa, v, out), -sigma, gradient, out)
+
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the sum of forces, relative
+
+
+class ExactUpdate:
+    """`ConsensusKernel` that moves u to the phi-mean of the z_j. It needs no tau.
+
+    Its sums over ranks, `total`, are formed one after another and hidden by nothing.
+    """
+
+    force_size = 0
+    reach_size = 0
+    closed_form = False
+
+    def __init__(self, phi: Layerwise, total: Reduce) -> None:
+        self.phi = phi
+        self.total = total
+
+    def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> None:
+        """Nothing to sum in advance."""
+        del u, z, out, scratch
+
+    def move_consensus(
+        self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
+    ) -> None:
+        """As in `ConsensusKernel`, with the phi-mean in place of the step."""
+        del total, t_u, out
+        found = phi_mean(
+            self.phi, z, u, total=self.total, smallest=search.agree, tolerance=_TOLERANCE[u.dtype]
+        )
+        u.copy_(found.u)
+        search.step.fill_(1.0)
+
+
+class ProximalStep:
+    """`WorkerKernel` with the coupling force at z_j+ in place of z_j.
+
+        z_j+ minimizes |z - y|^2 / (2 sigma) + (1 / lam) phi(u - z),   y = z_j + v_j+
+
+    The minimizer is inside the domain for every y, so no step is cut. Stable for any lam.
+    `uncoupled` serves the iterations without coupling.
+    """
+
+    closed_form = False
+
+    def __init__(self, phi: Layerwise, uncoupled: WorkerKernel) -> None:
+        self.phi = phi
+        self.uncoupled = uncoupled
+
+    def move_workers(
+        self, block: Block, u: Tensor, anchor: Tensor, numbers: Hyperparameters, search: LineSearch
+    ) -> None:
+        """As in `WorkerKernel`; the coupling is centered at `anchor`."""
+        if numbers.pull is None:
+            return self.uncoupled.move_workers(block, u, anchor, numbers, search)
+        z, v, delta = block.z, block.v, block.delta
+        velocity(v, delta, z, numbers.kappa, numbers.sigma, numbers.nu, out=v)
+        b = torch.sub(anchor, z, out=block.scratch).sub_(v)
+        moved = anchor - self.phi.prox(b, numbers.pull, anchor)
+        if numbers.through:
+            torch.sub(moved, z, out=v)
+        z.copy_(moved)
+        search.step.fill_(1.0)
+        return None

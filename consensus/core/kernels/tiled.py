@@ -12,12 +12,12 @@ plain.py:
     line 6   quad       u, z, v, delta -> v, z                           6          19
              bounded    u, z; u, z, v, delta -> v, d; d, z -> z         11          30
 
-The first u, z is for the norms of a radial potential. The line search tests by the triangle
-inequality whether |x| + |d| stays far inside the domain, as `Potential.surely_feasible` does. Only
-if it does not, the boundary step is computed by the formulas.
+The first u, z is for the norms of a radial potential. The line search first asks as
+`Potential.surely_feasible` does; only if that fails, the formulas give the boundary step.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,70 +26,55 @@ from consensus.core.flat import Scalar, column
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
-from consensus.core.potentials import Potential
 from consensus.core.sizes import CHUNK, Separable
 
-TILE = CHUNK
-"""Coordinates of a tile. Half a dozen tiles fit into the last cache. Smaller ones fit into nearer
-caches, but take as long in Python as in arithmetic."""
+Pulls = list[list[float]] | float | None  # per layer and worker if radial
 
 
 class Tiled(Plain):
-    """`Kernel` for large vectors on a CPU and one configuration.
+    """`Kernel` for large vectors on a CPU, one configuration and one scale for all coordinates.
 
-    Args:
-        phi: A potential with one scale for all coordinates.
-        like: A tensor with the n coordinates of a vector last.
-        tile: The largest number of coordinates to a tile.
+    A tile has `tile` coordinates at most. Half a dozen tiles of CHUNK fit into the last cache;
+    smaller ones fit into nearer caches, but take as long in Python as in arithmetic.
     """
 
-    def __init__(self, phi: Layerwise, like: Tensor, tile: int = TILE) -> None:
+    def __init__(self, phi: Layerwise, like: Tensor, tile: int = CHUNK) -> None:
         super().__init__(phi, like)
         assert isinstance(phi.scale, float)
         self._scale = phi.scale
         self._separable = isinstance(phi.size, Separable)
         layers = [(0, like.shape[-1])] if self._separable else phi.layers
-        pieces = [
-            (min(tile, stop - start), layer)
-            for layer, (begin, stop) in enumerate(layers)
-            for start in range(begin, stop, tile)
-        ]
-        self._lengths = [length for length, _ in pieces]
-        self._layers = [layer for _, layer in pieces]
+        self._lengths, self._layers = [], []
+        for layer, (begin, stop) in enumerate(layers):
+            for start in range(begin, stop, tile):
+                self._lengths.append(min(tile, stop - start))
+                self._layers.append(layer)
         self._layer_of = torch.tensor(self._layers)
         self._num_layers = len(layers)
-        self._pointwise = Potential(phi.profile, phi.size, phi.scale)
-        self._slope = phi.profile.slope
 
     def forces(
         self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None = None
     ) -> Tensor | None:
         """As in `ConsensusKernel`."""
         del scratch
-        memory = self._memory(z)
+        memory, tiles = self._memory(z), zip(*self._tiles(u, z, out), strict=True)
         if self._separable:
-            return self._separable_forces(u, z, out, memory)
-        reach = None if self._slope is not None else self._reach_of_difference(u, z, memory)
-        factors = self._factors(reach, len(z))
-        for layer, own, own_z, total in zip(self._layers, *self._tiles(u, z, out), strict=True):
+            found = self._table(z)
+            for i, (own, own_z, total) in enumerate(tiles):
+                w = torch.sub(own, own_z, out=memory[own.numel()])
+                if self.phi.bounded:
+                    force, found[i] = self.phi.grad_and_reach_(w)
+                else:
+                    force = self.phi.grad_(w)
+                torch.sum(force, 0, out=total)
+            return found.amax(0) if self.phi.bounded else None
+        reach, factors = self._reach_and_factors(u, z, memory)
+        for layer, (own, own_z, total) in zip(self._layers, tiles, strict=True):
             w = torch.sub(own, own_z, out=memory[own.numel()])
             torch.mul(w[0], factors[layer][0], out=total)
             for row, factor in zip(w[1:], factors[layer][1:], strict=True):
                 total.add_(row, alpha=factor)
         return reach if self.phi.bounded else None
-
-    def _separable_forces(
-        self, u: Tensor, z: Tensor, out: Tensor, memory: dict[int, Tensor]
-    ) -> Tensor | None:
-        found = self._table(z)
-        for i, (own, own_z, total) in enumerate(zip(*self._tiles(u, z, out), strict=True)):
-            w = torch.sub(own, own_z, out=memory[own.numel()])
-            if self.phi.bounded:
-                force, found[i] = self._pointwise.grad_and_reach_(w)
-            else:
-                force = self._pointwise.grad_(w)
-            torch.sum(force, 0, out=total)
-        return found.amax(0) if self.phi.bounded else None
 
     def move_consensus(
         self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
@@ -99,7 +84,7 @@ class Tiled(Plain):
         force, t_u = total.force, float(t_u)
         if self.phi.bounded:
             assert total.reach is not None
-            of_force, of_u = self._reach_of(force), self._reach_of(u)
+            of_force, of_u = (self._reach_of(x, self._tiles(x)[0]) for x in (force, u))
             if self.phi.far_inside(total.reach, abs(t_u) * of_force, of_u):
                 search.step.fill_(1.0)
             else:
@@ -119,7 +104,12 @@ class Tiled(Plain):
         kappa, sigma, nu = float(numbers.kappa), float(numbers.sigma), float(numbers.nu)
         memory, bounded = self._memory(z), self.phi.bounded
         through = numbers.through and numbers.pull is not None
-        reach, pulls = self._pulls(anchor, z, numbers.pull, memory)
+        pull = None if numbers.pull is None else float(numbers.pull)
+        reach: Tensor | None = None
+        pulls: Pulls = pull
+        if pull is not None and not self._separable:
+            reach, factors = self._reach_and_factors(anchor, z, memory)
+            pulls = [[pull * factor for factor in row] for row in factors]
         of_w, of_d, of_u = self._table(z), self._table(z), self._table(u)
         for i, (layer, own, own_z, new, own_delta) in enumerate(
             zip(self._layers, *self._tiles(anchor, z, v, delta), strict=True)
@@ -153,63 +143,41 @@ class Tiled(Plain):
         z += delta
         return None
 
-    def _pulls(
-        self, u: Tensor, z: Tensor, pull: Scalar | None, memory: dict[int, Tensor]
-    ) -> tuple[Tensor | None, list[list[float]] | float | None]:
-        """The reach of u - z where it is computed, and the pull, per layer and worker if radial."""
-        if pull is None or self._separable:
-            return None, None if pull is None else float(pull)
-        reach = None if self._slope is not None else self._reach_of_difference(u, z, memory)
-        return reach, [[float(pull) * c for c in row] for row in self._factors(reach, len(z))]
-
-    def _direction(
-        self,
-        w: Tensor,
-        v: Tensor,
-        layer: int,
-        pulls: list[list[float]] | float | None,
-        out: Tensor,
-    ) -> Tensor:
+    def _direction(self, w: Tensor, v: Tensor, layer: int, pulls: Pulls, out: Tensor) -> Tensor:
         """Line 6: v+ + (sigma / lam) grad phi(w) of a tile; w is overwritten. (K, tile)."""
         if pulls is None:
             return out.copy_(v)
         if isinstance(pulls, float):
-            return torch.add(v, self._pointwise.grad_(w), alpha=pulls, out=out)
+            return torch.add(v, self.phi.grad_(w), alpha=pulls, out=out)
         for k, factor in enumerate(pulls[layer]):
             torch.add(v[k], w[k], alpha=factor, out=out[k])
         return out
 
-    def _factors(self, reach: Tensor | None, num_workers: int) -> list[list[float]]:
-        """The force over w, 2 psi'(s) scale^2, of each layer and worker, for a radial potential."""
+    def _reach_and_factors(
+        self, u: Tensor, z: Tensor, memory: dict[int, Tensor]
+    ) -> tuple[Tensor | None, list[list[float]]]:
+        """The reach of w = u - z (K, L), if computed, and 2 psi'(s) scale^2 by layer and worker."""
         profile, scale2 = self.phi.profile, self._scale * self._scale
-        if reach is None:
-            assert self._slope is not None
-            return [[2.0 * self._slope * scale2] * num_workers] * self._num_layers
+        if profile.slope is not None:
+            return None, [[2.0 * profile.slope * scale2] * len(z)] * self._num_layers
+        tiles = zip(*self._tiles(u, z), strict=True)
+        w = (torch.sub(own, own_z, out=memory[own.numel()]) for own, own_z in tiles)
+        reach = self._reach_of(z, w)
         s = reach.square()
         inside = 2.0 * profile.dpsi(s) * scale2
-        factors: list[list[float]] = torch.where(s < profile.bound, inside, math.nan).T.tolist()
-        return factors
+        return reach, torch.where(s < profile.bound, inside, math.nan).T.tolist()
 
-    def _reach_of_difference(self, u: Tensor, z: Tensor, memory: dict[int, Tensor]) -> Tensor:
-        """|x_l| of x = scale (u - z), each layer and worker. (K, L)."""
-        of_w = self._table(z)
-        for i, (own, own_z) in enumerate(zip(*self._tiles(u, z), strict=True)):
-            of_w[i] = self._length(torch.sub(own, own_z, out=memory[own.numel()]))
-        return self._reach(of_w)
-
-    def _reach_of(self, x: Tensor) -> Tensor:
-        """`Potential.reach` of a block (..., n). (..., L or 1)."""
-        table = self._table(x)
-        for i, (part,) in enumerate(zip(*self._tiles(x), strict=True)):
+    def _reach_of(self, like: Tensor, tiles: Iterable[Tensor]) -> Tensor:
+        """`Potential.reach` of a block (..., n) from its tiles. (..., L or 1)."""
+        table = self._table(like)
+        for i, part in enumerate(tiles):
             table[i] = self._length(part)
         return self._reach(table)
 
     def _table(self, x: Tensor) -> Tensor:
-        """Memory for a `_length` of each tile of x (..., n); (T, ...) or (T, ..., 1).
-
-        Tensors of that size, allocated between the temporaries of the tiles, would keep the
-        allocator from reusing their memory: the process would grow by several n-vectors.
-        """
+        """Memory for a `_length` of each tile of x (..., n); (T, ...) or (T, ..., 1)."""
+        # Allocated one by one between the temporaries of the tiles, the lengths would keep the
+        # allocator from reusing their memory: the process would grow by several n-vectors.
         return x.new_empty((len(self._lengths), *x.shape[:-1], *([1] if self._separable else [])))
 
     def _length(self, part: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Lines 3 and 6 of Algorithm 1 on a GPU, with each vector read as seldom as possible.
 
-`Layerwise` and plain.py define the computation, one operation of torch after another, and each of
-them reads and writes n-vectors. The kernels of triton_kernels.py do the same in fewer passes.
+The kernels of triton_kernels.py do the same as plain.py in fewer passes.
 
 Bytes, in n-vectors, with K workers and the message of the all-reduce in memory:
 
@@ -17,19 +16,18 @@ and 10.
 
 The step of line 6 needs no second pass. With d = v+ + c_l w in layer l, c_l known from |w_l|, the
 quadratic of the line search follows from <w,w>, <w,v+> and <v+,v+>, which are taken at once. Where
-the two parts of d cancel, their remaining rounding is bounded and the boundary moved inwards by it,
-as `Potential.feasible_step` does for the rounding of u - z.
+the two parts of d cancel, the boundary is moved inwards by a bound on their rounding, as in
+`Potential.feasible_step`.
 """
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar
-from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce, triton_kernels
 from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
 from consensus.core.sizes import Separable
@@ -38,21 +36,17 @@ from consensus.core.sizes import Separable
 class Triton(Plain):
     """`Kernel` on a GPU: the Triton kernels with their tables and memory.
 
-    Args:
-        phi: A potential that has a kernel, with one scale, or one for each of S configurations.
-        like: A tensor with the n coordinates of a vector last, on the device, of the dtype.
-        block: Coordinates to a tile, a power of two; None: chosen by n.
+    phi has a kernel, and one scale, or one for each of S configurations. A tile has `block`
+    coordinates, a power of two; None: chosen by n.
     """
 
     def __init__(self, phi: Layerwise, like: Tensor, block: int | None = None) -> None:
-        from consensus.core.kernels import triton_kernels
-
         super().__init__(phi, like)
         self.reach_size = 0  # the reach stays on the device
-        self._kernels: ModuleType = triton_kernels
         n, device = like.shape[-1], like.device
         block = block or (4096 if n >= 1 << 22 else 1024)
-        layers = [(0, n)] if isinstance(phi.size, Separable) else list(phi.layers)
+        separable = isinstance(phi.size, Separable)
+        layers = [(0, n)] if separable else list(phi.layers)
         starts = torch.tensor([start for start, _ in layers] + [n])
         begins = torch.arange(0, n, block)
         ends = (begins + block).clamp(max=n)
@@ -61,21 +55,18 @@ class Triton(Plain):
         spans = [(a // block + i, (b - 1) // block + i + 1) for i, (a, b) in enumerate(layers)]
         self._n, self._num_layers, self._tiles = n, len(layers), len(begins)
         self._num_slots = spans[-1][1]
-        self._first, self._last = (x.to(device, torch.int32) for x in (first, last))
-        self._starts = starts.to(device)
         self._spans = torch.tensor(spans, device=device, dtype=torch.int32)
         self._configurations = phi.scale.numel() if isinstance(phi.scale, Tensor) else 1
         self._numbers = torch.zeros(self._configurations, 8, dtype=torch.float64, device=device)
+        first, last = (x.to(device, torch.int32) for x in (first, last))
+        self._tables = first, last, starts.to(device), self._numbers
         self._known: dict[int, float] = {}
         eps = torch.finfo(like.dtype).eps
         radius = math.sqrt(phi.bound) if phi.bounded else 0.0
         self._set({0: phi.scale * phi.scale, 1: radius, 2: eps})
-        self._how: dict[str, Any] = {
-            "KIND": phi.profile.kernel,
-            "SEPARABLE": isinstance(phi.size, Separable),
-        }
+        self._how: dict[str, Any] = {"KIND": phi.profile.kernel, "SEPARABLE": separable}
         self._block = block
-        self._needs_norms = not self._how["SEPARABLE"] and phi.profile.slope is None
+        self._needs_norms = not separable and phi.profile.slope is None
         self._memory: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def forces(
@@ -83,8 +74,10 @@ class Triton(Plain):
     ) -> Tensor | None:
         """As in `ConsensusKernel`."""
         del scratch
-        factors = self._factors(u, z)
-        self._kernels.forces[(self._tiles, self._configurations)](
+        if self._needs_norms:
+            self._norms_and_exits(1, u, z, z, z, True)
+        _, factors, _, _ = self._memory_for(z)
+        triton_kernels.forces[(self._tiles, self._configurations)](
             out, u, z, factors, *self._tables, self._n, self._workers_of_one(z), self._num_layers,
             **self._how, BLOCK=self._block,
         )  # fmt: skip
@@ -99,7 +92,7 @@ class Triton(Plain):
         if self.phi.bounded:
             self._search(3, u, z, z, total.force, True, search)
             search.agree(search.step)
-        self._kernels.move_u[(self._tiles, self._configurations)](
+        triton_kernels.move_u[(self._tiles, self._configurations)](
             u, total.force, search.step, search.cuts, self._numbers, self._n,
             BOUNDED=self.phi.bounded, BLOCK=self._block,
         )  # fmt: skip
@@ -118,51 +111,41 @@ class Triton(Plain):
         _, factors, _, own_steps = self._memory_for(z)
         if self.phi.bounded:
             self._search(6, anchor, z, v, delta, coupled, search)
-        elif coupled:
-            self._factors(anchor, z)
-        self._kernels.move_z[(self._tiles, self._num_workers(z))](
+        elif coupled and self._needs_norms:
+            self._norms_and_exits(1, anchor, z, z, z, True)
+        triton_kernels.move_z[(self._tiles, self._num_workers(z))](
             z, v, anchor, delta, factors, own_steps, *self._tables, self._n,
             self._workers_of_one(z), self._num_layers, **self._how, BOUNDED=self.phi.bounded,
             COUPLED=coupled, THROUGH=numbers.through and coupled, BLOCK=self._block,
         )  # fmt: skip
         return None
 
-    def _factors(self, u: Tensor, z: Tensor) -> Tensor:
-        """2 psi'(s_l) scale^2 of every worker and layer, float64 (K, L), for a radial potential."""
-        factors = self._memory_for(z)[1]
-        if self._needs_norms:
-            self._sums_and_exits(1, u, z, z, z, True)
-        return factors
-
     def _search(
         self, line: int, u: Tensor, z: Tensor, v: Tensor, d: Tensor, coupled: bool, to: LineSearch
     ) -> None:
         """The line search: writes the smallest step, in line 6 also the s_k and the cuts."""
-        self._sums_and_exits(line, u, z, v, d, coupled)
+        self._norms_and_exits(line, u, z, v, d, coupled)
         _, _, exits, own = self._memory_for(z)
         groups = self._num_layers
-        self._kernels.steps[(self._configurations,)](
+        triton_kernels.steps[(self._configurations,)](
             own, to.step, to.cuts, exits, self._workers_of_one(z), groups, LINE=line,
             WIDTH=min(1024, 1 << (groups - 1).bit_length()),
         )  # fmt: skip
 
-    def _sums_and_exits(
+    def _norms_and_exits(
         self, line: int, u: Tensor, z: Tensor, v: Tensor, direction: Tensor, coupled: bool
     ) -> None:
+        """The factors and, but for line 1, the exits."""
         slots, factors, exits, _ = self._memory_for(z)
-        self._kernels.sums[(self._tiles, self._num_workers(z))](
+        triton_kernels.sums[(self._tiles, self._num_workers(z))](
             slots, u, z, v, direction, *self._tables, self._n, self._workers_of_one(z),
             self._num_slots, LINE=line, COUPLED=coupled, **self._how, BLOCK=self._block,
         )  # fmt: skip
-        self._kernels.finish[(self._num_layers, self._num_workers(z))](
+        triton_kernels.finish[(self._num_layers, self._num_workers(z))](
             factors, exits, slots, self._spans, self._numbers, self._num_layers,
             self._workers_of_one(z), self._num_slots, LINE=line, COUPLED=coupled,
             BOUNDED=self.phi.bounded, **self._how, WIDTH=1024,
         )  # fmt: skip
-
-    @property
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self._first, self._last, self._starts, self._numbers
 
     def _num_workers(self, z: Tensor) -> int:
         return z.numel() // self._n
@@ -171,7 +154,10 @@ class Triton(Plain):
         return self._num_workers(z) // self._configurations
 
     def _memory_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Slots (K, 4, slots of one), factors and exits (K, L), steps (K,), for the K of z."""
+        """Slots (K, 4, slots of one), factors and exits (K, L), steps (K,), for the K of z.
+
+        The factors are 2 psi'(s_l) scale^2, for a radial potential.
+        """
         k = self._num_workers(z)
         if k not in self._memory:
             table = torch.zeros(2, k, self._num_layers, dtype=torch.float64, device=z.device)

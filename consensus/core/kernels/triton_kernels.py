@@ -62,27 +62,41 @@ def _factor(s, numbers, KIND: tl.constexpr):
 
 
 @triton.jit
-def _factor_at(at, row, first, last, starts, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """The entry of `row` (L,) that belongs to the layer of each coordinate."""
-    factor = tl.zeros((BLOCK,), dtype)
-    for layer in range(first, last + 1):
-        own = tl.load(row + layer).to(dtype)
-        factor = tl.where(at >= tl.load(starts + layer), own, factor)
+def _load(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _factor_of_tile(
+    w, at, row, first, last, starts, numbers, KIND: tl.constexpr, SEPARABLE: tl.constexpr,
+):  # fmt: skip
+    """The force over w of each coordinate; if radial, the entry of `row` (L,) of its layer."""
+    scale2 = tl.load(numbers).to(w.dtype)
+    if SEPARABLE:
+        factor = _factor(scale2 * w * w, numbers, KIND)
+    elif KIND == "quad":
+        factor = 2.0 * scale2
+    else:
+        factor = tl.zeros_like(w)
+        for layer in range(tl.load(first), tl.load(last) + 1):
+            own = tl.load(row + layer).to(w.dtype)
+            factor = tl.where(at >= tl.load(starts + layer), own, factor)
     return factor
 
 
 @triton.jit
-def _velocity(v, delta, z, numbers, dtype: tl.constexpr):
+def _velocity(v, delta, z, numbers):
     """Line 6: kappa v - sigma (delta + nu z)."""
-    sigma, kappa = tl.load(numbers + 4).to(dtype), tl.load(numbers + 6).to(dtype)
-    nu = tl.load(numbers + 7).to(dtype)
+    sigma, kappa = tl.load(numbers + 4).to(z.dtype), tl.load(numbers + 6).to(z.dtype)
+    nu = tl.load(numbers + 7).to(z.dtype)
     return kappa * v - sigma * (delta + nu * z)
 
 
 @triton.jit
-def _safe_radius(size_of_u, numbers, dtype: tl.constexpr):
+def _safe_radius(size_of_u, numbers):
     """`Potential._safe_radius`: the radius less what the rounding of u - z may hide."""
-    radius, eps = tl.load(numbers + 1).to(dtype), tl.load(numbers + 2).to(dtype)
+    radius = tl.load(numbers + 1).to(size_of_u.dtype)
+    eps = tl.load(numbers + 2).to(size_of_u.dtype)
     return tl.maximum(radius - eps * (32.0 * radius + 4.0 * size_of_u), 0.0)
 
 
@@ -102,44 +116,41 @@ def sums(
     LINE: tl.constexpr, KIND: tl.constexpr, SEPARABLE: tl.constexpr, COUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Inner products and exits for the forces and the line search, tile by tile.
+    """Inner products and exits for the forces and the line search, tile by tile. Grid (tiles, K).
 
-    Grid (tiles, K). LINE 1: the norms alone; reads u, z_k. LINE 3: reads u, z_k and the total force
-    `direction` (S, n). LINE 6: reads u, z_k, v_k and the gradient `direction` (K, n).
+    LINE 1: the norms alone; reads u, z_k. LINE 3: reads u, z_k and the total force `direction`
+    (S, n). LINE 6: reads u, z_k, v_k and the gradient `direction` (K, n).
 
     Radial: <w,w>, and for a line search <w,x>, <x,x>, <u,u>, with x the force or the new velocity,
     to slots (K, 1 or 4, slots_of_one). Separable: the steps at which the coordinates leave the
     domain, to slots (K, slots_of_one).
     """
-    dtype: tl.constexpr = u.dtype.element_ty
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     s = k // M
     numbers += s * 8
-    center = tl.load(u + s * n + at, mask=inside, other=0.0)
-    own = tl.load(z + k * n + at, mask=inside, other=0.0)
+    center = _load(u + s * n + at, inside)
+    own = _load(z + k * n + at, inside)
     w = center - own
     x = w
     if LINE == 3:
-        x = tl.load(direction + s * n + at, mask=inside, other=0.0)
+        x = _load(direction + s * n + at, inside)
     elif LINE == 6:
-        old = tl.load(v + k * n + at, mask=inside, other=0.0)
-        x = _velocity(
-            old, tl.load(direction + k * n + at, mask=inside, other=0.0), own, numbers, dtype
-        )
+        old, delta = _load(v + k * n + at, inside), _load(direction + k * n + at, inside)
+        x = _velocity(old, delta, own, numbers)
     if SEPARABLE:
-        scale2 = tl.load(numbers).to(dtype)
+        scale2 = tl.load(numbers).to(w.dtype)
         scale = tl.sqrt(scale2)
         if LINE == 3:
-            d = -tl.load(numbers + 3).to(dtype) * x
+            d = -tl.load(numbers + 3).to(w.dtype) * x
         else:
             d = x
             if COUPLED:
-                pull = tl.load(numbers + 5).to(dtype)
+                pull = tl.load(numbers + 5).to(w.dtype)
                 d += pull * _factor(scale2 * w * w, numbers, KIND) * w
             d = -d  # z moves by d, so w moves by -d
-        radius = _safe_radius(scale * tl.abs(center), numbers, dtype)
+        radius = _safe_radius(scale * tl.abs(center), numbers)
         towards = tl.where(d > 0, w, -w) * scale
         t = (radius - towards) / (scale * tl.abs(d))
         t = tl.where(d == 0, float("inf"), tl.where(t > 0, t, 0.0))
@@ -161,7 +172,7 @@ def _total(slots, begin, end, WIDTH: tl.constexpr):
     total = tl.zeros((WIDTH,), tl.float64)
     for i in range(begin, end, WIDTH):
         at = i + tl.arange(0, WIDTH)
-        total += tl.load(slots + at, mask=at < end, other=0.0).to(tl.float64)
+        total += _load(slots + at, at < end).to(tl.float64)
     return tl.sum(total)
 
 
@@ -196,7 +207,7 @@ def finish(
             wx = _total(row + slots_of_one, begin, end, WIDTH)
             xx = _total(row + 2 * slots_of_one, begin, end, WIDTH)
             uu = _total(row + 3 * slots_of_one, begin, end, WIDTH)
-            radius = _safe_radius(tl.sqrt(scale2 * uu), numbers, tl.float64)
+            radius = _safe_radius(tl.sqrt(scale2 * uu), numbers)
             limit = radius * radius
             if LINE == 3:  # d = -t_u x
                 t_u = tl.load(numbers + 3)
@@ -249,32 +260,19 @@ def forces(
     SEPARABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Line 3: sum_k grad phi(w_k) to out (S, n). Grid (tiles, S). Reads u and the z_k."""
-    dtype: tl.constexpr = u.dtype.element_ty
     tile, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     numbers += s * 8
     factors += s * M * L
-    center = tl.load(u + s * n + at, mask=inside, other=0.0)
-    total = tl.zeros((BLOCK,), dtype)
-    scale2 = tl.load(numbers).to(dtype)
+    center = _load(u + s * n + at, inside)
+    total = tl.zeros_like(center)
     row = z + s * M * n
     for k in range(M):
-        w = center - tl.load(row + at, mask=inside, other=0.0)
-        if SEPARABLE:
-            total += _factor(scale2 * w * w, numbers, KIND) * w
-        elif KIND == "quad":
-            total += 2.0 * scale2 * w
-        else:
-            total += w * _factor_at(
-                at,
-                factors + k * L,
-                tl.load(first + tile),
-                tl.load(last + tile),
-                starts,
-                dtype,
-                BLOCK,
-            )
+        w = center - _load(row + at, inside)
+        total += w * _factor_of_tile(
+            w, at, factors + k * L, first + tile, last + tile, starts, numbers, KIND, SEPARABLE
+        )
         row += n
     tl.store(out + s * n + at, total, mask=inside)
 
@@ -293,10 +291,7 @@ def move_u(u, force, step, cuts, numbers, n, BOUNDED: tl.constexpr, BLOCK: tl.co
         if tile == 0:
             tl.store(cuts + which, tl.load(cuts + which) + (s < 1.0).to(tl.int64))
     at += which * n
-    moved = tl.load(u + at, mask=inside, other=0.0) - t * tl.load(
-        force + at, mask=inside, other=0.0
-    )
-    tl.store(u + at, moved, mask=inside)
+    tl.store(u + at, _load(u + at, inside) - t * _load(force + at, inside), mask=inside)
 
 
 @triton.jit
@@ -305,41 +300,21 @@ def move_z(
     SEPARABLE: tl.constexpr, BOUNDED: tl.constexpr, COUPLED: tl.constexpr, THROUGH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Line 6. Grid (tiles, K). Reads u, z_k, v_k and delta_k, writes z_k and v_k.
-
-    THROUGH: the coupling passes through the velocity.
-    """
-    dtype: tl.constexpr = z.dtype.element_ty
+    """Line 6 to z_k and v_k. Grid (tiles, K). THROUGH: the coupling passes through the velocity."""
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     numbers += (k // M) * 8
     row = k * n + at
-    own = tl.load(z + row, mask=inside, other=0.0)
-    old = tl.load(v + row, mask=inside, other=0.0)
-    new = _velocity(old, tl.load(delta + row, mask=inside, other=0.0), own, numbers, dtype)
+    own = _load(z + row, inside)
+    new = _velocity(_load(v + row, inside), _load(delta + row, inside), own, numbers)
     d = new
     if COUPLED:
-        scale2, pull = tl.load(numbers).to(dtype), tl.load(numbers + 5).to(dtype)
-        w = tl.load(u + (k // M) * n + at, mask=inside, other=0.0) - own
-        if SEPARABLE:
-            d += pull * _factor(scale2 * w * w, numbers, KIND) * w
-        elif KIND == "quad":
-            d += pull * (2.0 * scale2) * w
-        else:
-            d += (
-                pull
-                * _factor_at(
-                    at,
-                    factors + k * L,
-                    tl.load(first + tile),
-                    tl.load(last + tile),
-                    starts,
-                    dtype,
-                    BLOCK,
-                )
-                * w
-            )
+        w = _load(u + (k // M) * n + at, inside) - own
+        factor = _factor_of_tile(
+            w, at, factors + k * L, first + tile, last + tile, starts, numbers, KIND, SEPARABLE
+        )
+        d += tl.load(numbers + 5).to(w.dtype) * factor * w
     if THROUGH:
         new = d
     if BOUNDED:

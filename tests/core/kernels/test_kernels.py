@@ -5,9 +5,7 @@ import torch
 
 from consensus import POTENTIALS, Layerwise
 from consensus.core.kernels import choose_kernel, consensus_kernel, worker_kernel
-from consensus.core.kernels.exact import ExactUpdate
-from consensus.core.kernels.implicit import ProximalStep
-from consensus.core.kernels.plain import Plain
+from consensus.core.kernels.plain import ExactUpdate, Plain, ProximalStep
 from consensus.core.kernels.tiled import Tiled
 
 SMALL, LARGE = 100, 200_000

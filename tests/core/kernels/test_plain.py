@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
-from consensus.core.kernels.plain import Plain, velocity
+from consensus.core.kernels.plain import ExactUpdate, Plain, ProximalStep, velocity
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
 from consensus.core.updates import look_ahead, objective
@@ -148,3 +148,101 @@ def test_uncoupled_worker_is_sgd_with_nesterov_momentum():
         optimizer.step()
         delta = (at - target) * t(1.0, 3.0, 10.0)
         z, v, _, _ = line_6(phi, torch.zeros(3, dtype=F64), z, v, delta, **numbers)
+
+
+# -------- the exact u-update against closed forms of (14a)
+
+
+def exact(phi, u, z, total=lambda x: x, agree=lambda x: x):
+    kernel, u = ExactUpdate(phi, total), u.clone()
+    assert (kernel.force_size, kernel.reach_size, kernel.closed_form) == (0, 0, False)
+    empty, step = u.new_empty(0), u.new_full((), 0.5)
+    assert kernel.forces(u, z, empty, None) is None
+    search = LineSearch(step, torch.zeros((), dtype=torch.int64), agree)
+    kernel.move_consensus(u, z, TotalForce(empty), 0.1, search, empty)
+    assert float(step) == 1.0
+    return u
+
+
+def test_quad_is_the_mean():
+    z = torch.randn(4, 6, dtype=F64, generator=torch.Generator().manual_seed(0))
+    phi = Layerwise(POTENTIALS["quad"], [(0, 2), (2, 6)])
+    torch.testing.assert_close(exact(phi, torch.zeros(6, dtype=F64), z), z.mean(0))
+
+
+@pytest.mark.parametrize("name", ["cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber"])
+def test_two_workers_meet_half_way(name):
+    """phi is even and strictly convex: the minimizer for two points is their midpoint."""
+    z = torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=F64)
+    phi = Layerwise(POTENTIALS[name], [(0, 1), (1, 3)])
+    u = torch.tensor([0.2, 0.0, 0.1], dtype=F64)
+    torch.testing.assert_close(exact(phi, u, z), z.mean(0), rtol=0, atol=1e-7)
+
+
+def test_the_sums_are_over_all_ranks():
+    """Another rank with the same workers: every sum doubles, and the minimizer stays."""
+    z = torch.tensor([[0.3, -0.2], [-0.1, 0.4]], dtype=F64)
+    phi, calls = Layerwise(POTENTIALS["log"], [(0, 2)]), []
+
+    def total(x):
+        calls.append(x)
+        return 2 * x
+
+    u = torch.zeros(2, dtype=F64)
+    torch.testing.assert_close(exact(phi, u, z, total), exact(phi, u, z), rtol=0, atol=1e-12)
+    assert calls
+
+
+# -------- the proximal step of line 6 against closed forms and its optimality condition
+
+NUMBERS = {"kappa": 0.5, "sigma": 0.1, "nu": 0.3}
+
+
+def start(seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, dtype=F64, generator=random) for shape in [(5,), *[(3, 5)] * 3]]
+
+
+def implicit(phi, u, z, v, delta, **numbers):
+    z, v, step, cuts = z.clone(), v.clone(), u.new_full((), 0.5), torch.zeros(3, dtype=torch.int64)
+    kernel = ProximalStep(phi, Plain(phi, u))
+    block, search = Block(z, v, delta.clone()), LineSearch(step, cuts)
+    kernel.move_workers(block, u, u, Hyperparameters(**NUMBERS, **numbers), search)
+    return z, v, float(step), cuts.tolist()
+
+
+@pytest.mark.parametrize("pull", [0.1, 1e3])
+def test_quad_by_hand(pull):
+    """z+ = (y + c u) / (1 + c), c = 2 sigma / (lam eta^2), y = z + v+."""
+    eta = 0.5
+    phi = Layerwise(POTENTIALS["quad"], [(0, 2), (2, 5)], eta)
+    u, z, v, delta = start()
+    new = 0.5 * v - 0.1 * (delta + 0.3 * z)
+    c = 2 * pull / eta**2
+    found, velocity, step, cuts = implicit(phi, u, z, v, delta, pull=pull)
+    torch.testing.assert_close(found, (z + new + c * u) / (1 + c))
+    torch.testing.assert_close(velocity, new)
+    assert (step, cuts) == (1.0, [0, 0, 0])
+    found, velocity, _, _ = implicit(phi, u, z, v, delta, pull=pull, through=True)
+    torch.testing.assert_close(velocity, found - z)
+
+
+@pytest.mark.parametrize("name", ["cubic", "tan", "tan_sep", "log", "log_sep", "log_cosh"])
+@pytest.mark.parametrize("pull", [0.05, 50.0])
+def test_the_force_is_taken_at_the_new_point(name, pull):
+    """Optimality: z+ = y + pull grad phi(u - z+), inside the domain for any y."""
+    phi = Layerwise(POTENTIALS[name], [(0, 2), (2, 5)])
+    u, z, v, delta = start(1)
+    y = z + 0.5 * v - 0.1 * (delta + 0.3 * z)
+    found, _, _, _ = implicit(phi, u, z, v, delta, pull=pull)
+    assert bool(phi.contains(u - found).all())
+    torch.testing.assert_close(found, y + pull * phi.grad(u - found), rtol=1e-8, atol=1e-8)
+
+
+def test_an_iteration_without_coupling_is_the_explicit_one():
+    phi = Layerwise(POTENTIALS["quad"], [(0, 5)])
+    u, z, v, delta = start(2)
+    new = 0.5 * v - 0.1 * (delta + 0.3 * z)
+    found, velocity, _, _ = implicit(phi, u, z, v, delta, pull=None)
+    torch.testing.assert_close(found, z + new)
+    torch.testing.assert_close(velocity, new)
