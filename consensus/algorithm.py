@@ -29,22 +29,29 @@ class Algorithm(ABC):
 
     Attributes:
         worker: The K workers of this process.
+        server: The replica of u; None where the one worker is u.
         phi: The layer-wise potential.
+        sigma: The step size of the z_j.
         lam: The coupling parameter of (15).
     """
 
     worker: Worker
+    server: Server | None = None
     phi: Layerwise
+    sigma: StepSize
     lam: StepSize
 
     @abstractmethod
     def step(self, t: int) -> None:
         """Iteration t = 0, 1, ... on every rank."""
 
-    @property
-    def closed_form(self) -> bool:
-        """Whether no line solves an equation by iterations that the host controls."""
-        return self.worker.kernel.closed_form
+    def step_alone(self, t: int) -> None:
+        """Lines 4 to 6 without the coupling, as between two communications.
+
+        The line search keeps every z_j inside the domain around the unchanged u.
+        """
+        delta = self.worker.gradient(self.worker.draw())
+        self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
 
     @property
     @abstractmethod
@@ -52,22 +59,39 @@ class Algorithm(ABC):
         """The consensus variable. (n,)."""
 
     @property
+    def parts(self) -> dict[str, Worker | Server]:
+        """The worker and the server, by the owner in the keys of `state_dict`."""
+        server = {} if self.server is None else {"server": self.server}
+        return {"worker": self.worker, **server}
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether no line solves an equation by iterations that the host controls."""
+        return all(part.kernel.closed_form for part in self.parts.values())
+
+    @property
     def cuts(self) -> Tensor:
         """The numbers of cuts of s_u and of the s_j of this process. -> int64 (2,)."""
-        cuts = self.worker.cuts.sum()
-        return torch.stack([torch.zeros_like(cuts), cuts])
+        of_z = self.worker.cuts.sum()
+        return torch.stack([self.server.cuts if self.server else torch.zeros_like(of_z), of_z])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that survives an iteration; all else is a function of t, seed and config.
 
-        Keys `worker/...` have a row for each worker of this process, (K, ...); all others are equal
-        on all ranks. The tensors are not copies: the next step may change them.
+        Keys `worker/...` have a row for each worker of this process, (K, ...); those of the server,
+        `server/...`, are equal on all ranks. The tensors are not copies: the next step may change
+        them.
         """
-        return {f"worker/{key}": rows for key, rows in self.worker.state_dict().items()}
+        return {
+            f"{owner}/{key}": value
+            for owner, part in self.parts.items()
+            for key, value in part.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`, on any device."""
-        self.worker.load_state_dict(part_of(state, "worker"))
+        for owner, part in self.parts.items():
+            part.load_state_dict(part_of(state, owner))
 
     @abstractmethod
     def verify(self) -> int:
@@ -100,6 +124,8 @@ class Consensus(Algorithm):
         GroupError: If a u - z_j is not strictly inside dom phi at the start, on every rank.
     """
 
+    server: Server
+
     def __init__(
         self,
         server: Server,
@@ -127,29 +153,15 @@ class Consensus(Algorithm):
         """Iteration t of Algorithm 1."""
         if t % self.period:
             return self.step_alone(t)
-        t_u, sigma, pull = self.step_sizes(t)  # line 2
+        tau, sigma, lam = (value_at(size, t) for size in (self.tau, self.sigma, self.lam))  # line 2
+        t_u = tau / lam if self.u_step_on == "objective" else tau
         before = self.server.u.clone() if self.order == "jacobi" else None
         pending = self.server.start(self.worker.z, self.worker.scratch)  # line 3, the sum begins
         delta = self.worker.gradient(self.worker.draw())  # lines 4 and 5, meanwhile
         u = self.server.finish(pending, t_u)  # line 3
         anchor = u if before is None else before
-        self.worker.update(delta, sigma, pull, u, anchor)  # line 6
+        self.worker.update(delta, sigma, sigma / lam, u, anchor)  # line 6
         return None
-
-    def step_alone(self, t: int) -> None:
-        """An iteration between two communications: lines 4 to 6 without the coupling.
-
-        The line search keeps every z_j inside the domain around the unchanged u.
-        """
-        sigma = value_at(self.sigma, t)
-        delta = self.worker.gradient(self.worker.draw())
-        self.worker.update(delta, sigma, None, self.u, self.u)
-
-    def step_sizes(self, t: int) -> tuple[Scalar, Scalar, Scalar]:
-        """Line 2: t_u, sigma and sigma / lam at iteration t."""
-        tau, sigma, lam = (value_at(size, t) for size in (self.tau, self.sigma, self.lam))
-        t_u = tau / lam if self.u_step_on == "objective" else tau
-        return t_u, sigma, sigma / lam
 
     def lam_at_rest(self, t: int) -> Scalar:
         """The lam for which (15) is stationary where the z_j and u no longer move.
@@ -163,29 +175,9 @@ class Consensus(Algorithm):
         return lam / (1.0 - self.worker.kappa) if self.worker.momentum_on == "loss" else lam
 
     @property
-    def closed_form(self) -> bool:
-        """Whether no line solves an equation by iterations that the host controls."""
-        return super().closed_form and self.server.kernel.closed_form
-
-    @property
     def u(self) -> Tensor:
         """The consensus variable. (n,)."""
         return self.server.u
-
-    @property
-    def cuts(self) -> Tensor:
-        """The numbers of cuts of s_u and of the s_j of this process. -> int64 (2,)."""
-        return torch.stack([self.server.cuts, self.worker.cuts.sum()])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state that survives an iteration: the workers, and `server/...`."""
-        server = {f"server/{key}": value for key, value in self.server.state_dict().items()}
-        return super().state_dict() | server
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from copies of a `state_dict`, on any device."""
-        super().load_state_dict(state)
-        self.server.load_state_dict(part_of(state, "server"))
 
     def verify(self) -> int:
         """Check that replicas of u agree bit for bit and that every u - z_j is feasible."""
@@ -200,14 +192,10 @@ class Consensus(Algorithm):
         if not self.phi.bounded:
             return
         w = torch.sub(self.u, self.worker.z, out=self.worker.scratch)
-        inside = self.phi.contains(w).tolist()
-        first = self.server.group.rank * len(inside)
-        outside = [first + k for k, ok in enumerate(inside) if not ok]
-        self.server.group.raise_together(
-            f"u - z_j is outside the domain of the potential for worker {outside}"
-            if outside
-            else None
-        )
+        inside, rank = self.phi.contains(w).tolist(), self.server.group.rank
+        outside = [j for j, ok in enumerate(inside, start=rank * len(inside)) if not ok]
+        problem = f"u - z_j is outside the domain of the potential for worker {outside}"
+        self.server.group.raise_together(problem if outside else None)
 
 
 class Msgd(Algorithm):
@@ -222,10 +210,7 @@ class Msgd(Algorithm):
         self.sigma = sigma
         self.lam = float("inf")
 
-    def step(self, t: int) -> None:
-        """Lines 4 to 6 without the coupling."""
-        delta = self.worker.gradient(self.worker.draw())
-        self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
+    step = Algorithm.step_alone
 
     @property
     def u(self) -> Tensor:

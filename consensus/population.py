@@ -8,7 +8,7 @@ are along the axis of workers.
 
 Data flow of an iteration: the host selects the next samples and, where they follow a schedule, the
 step sizes. Everything else happens on the device: one gradient call for all S M look-ahead points,
-with the minibatches that separate runs would draw, then lines 3 and 6 on the block, in place, by
+with the minibatches that separate runs would draw, and lines 3 and 6 on the block, in place, by
 the kernel of core/kernels. That part can be recorded as a CUDA graph. A configuration that becomes
 non-finite is frozen: its rows leave the block, and nothing is computed for it.
 
@@ -97,54 +97,43 @@ class Population:
         assert order in ORDERS, order
         assert u_step_on in U_STEP_ON, u_step_on
         assert momentum_on in MOMENTUM_ON, momentum_on
-        assert {len(eta), len(tau), len(sigma), len(lam), len(kappa), len(nu)} == {len(u)}
         self.oracle = oracle
         self.order, self.u_step_on, self.momentum_on = order, u_step_on, momentum_on
         self.period = period
         self._phi_of = phi
-        self._schedules = {"tau": list(tau), "sigma": list(sigma), "lam": list(lam)}
-        self._numbers = {
-            name: torch.tensor(list(values), dtype=torch.float64, device=u.device)
-            for name, values in (("eta", eta), ("kappa", kappa), ("nu", nu))
-        }
+        given = dict(eta=eta, tau=tau, sigma=sigma, lam=lam, kappa=kappa, nu=nu)
+        self._given: dict[str, Sequence[StepSize]] = given
+        assert {len(sizes) for sizes in self._given.values()} == {len(u)}
         self.active = torch.arange(len(u))
         self.u = u.clone()
         self.z = u.unsqueeze(1).repeat(1, workers, 1)
         self.v = torch.zeros_like(self.z)
         self.cuts_u = torch.zeros(len(u), dtype=torch.int64, device=u.device)
         self.cuts_z = torch.zeros(len(u), workers, dtype=torch.int64, device=u.device)
-        self._record, self._refused = record, refused
+        self._calls = RecordedCalls(record, refused)
         self._select()
 
     def _select(self) -> None:
         """Set the numbers (A,), the memory and the kernel of the active configurations."""
-        place = self.active.to(self.u.device)
-        chosen = {name: values[place] for name, values in self._numbers.items()}
-        self.phi = self._phi_of(chosen["eta"].unsqueeze(-1).to(self.u.dtype))
-        self._kappa, self._nu = chosen["kappa"], chosen["nu"]
-        schedules = {
-            name: [sizes[i] for i in self.active.tolist()]
-            for name, sizes in self._schedules.items()
+        given = {
+            name: [sizes[i] for i in self.active.tolist()] for name, sizes in self._given.items()
         }
         self._sizes = {
-            name: self._on_host(sizes, 0).to(self.u.device) for name, sizes in schedules.items()
+            name: self._on_host(sizes, 0).to(self.u.device) for name, sizes in given.items()
         }
         self._scheduled = {
-            name: sizes for name, sizes in schedules.items() if any(map(callable, sizes))
+            name: sizes for name, sizes in given.items() if any(map(callable, sizes))
         }
+        self.phi = self._phi_of(self._sizes["eta"].unsqueeze(-1).to(self.u.dtype))
         self.oracle.select(self.active)
         self._points = torch.empty_like(self.z)
         self._force = torch.empty_like(self.u)
         self._step = self.u.new_ones(len(self.u))
         self._kernel = choose_kernel(self.phi, self.u, len(self.u))
-        self._calls = RecordedCalls(self._record, self._refuse)
-
-    def _refuse(self, line: str) -> None:
-        self._record = None  # not tried again when configurations leave
-        self._refused(line)
+        self._calls.forget()
 
     def _on_host(self, sizes: Sequence[StepSize], t: int) -> Tensor:
-        """Line 2: tau, sigma or lam at iteration t, on the host. (A,) float64."""
+        """Line 2: numbers such as tau at iteration t, on the host. (A,) float64."""
         values = [float(value_at(size, t)) for size in sizes]
         pinned = self.u.device.type == "cuda"  # a copy from there does not wait for the device
         return torch.tensor(values, dtype=torch.float64, pin_memory=pinned)
@@ -162,36 +151,26 @@ class Population:
             self._sizes[name].copy_(self._on_host(sizes, t), non_blocking=True)
         self.oracle.draw()
         coupled = t % self.period == 0
-        self._calls(coupled, self._coupled if coupled else self._uncoupled)
+        self._calls(coupled, lambda: self._iterate(coupled))
 
-    def _coupled(self) -> None:
-        tau, sigma, lam = (self._sizes[name] for name in ("tau", "sigma", "lam"))
-        before = self.u.clone() if self.order == "jacobi" else self.u
-        reach = self._kernel.forces(self.u, self.z, self._force, self._points)  # line 3
-        delta = self._gradient()
-        total = TotalForce(self._force, None if reach is None else reach.amax(1))
-        t_u = tau / lam if self.u_step_on == "objective" else tau
-        search = LineSearch(self._step, self.cuts_u)
-        self._kernel.move_consensus(self.u, self.z, total, t_u, search, self._force)  # line 3
-        self._move_workers(delta, sigma, sigma / lam, before)
-
-    def _uncoupled(self) -> None:
-        self._move_workers(self._gradient(), self._sizes["sigma"], None, self.u)
-
-    def _gradient(self) -> Tensor:
-        """Line 5. (A, M, n), in the memory of the points unless the oracle has its own."""
-        points = look_ahead(self.z, self.v, column(self._kappa), out=self._points)
-        return self.oracle.gradient(points.flatten(0, 1)).view_as(self.z)
-
-    def _move_workers(
-        self, delta: Tensor, sigma: Tensor, pull: Tensor | None, anchor: Tensor
-    ) -> None:
-        """Line 6. Overwrites delta (A, M, n)."""
+    def _iterate(self, coupled: bool) -> None:
+        """Lines 3, 5 and 6 on the device; without line 3 and the coupling if not `coupled`."""
+        sizes, anchor, pull = self._sizes, self.u, None
+        if coupled:
+            anchor = self.u.clone() if self.order == "jacobi" else self.u
+            reach = self._kernel.forces(self.u, self.z, self._force, self._points)
+            total = TotalForce(self._force, None if reach is None else reach.amax(1))
+            t_u = sizes["tau"] / sizes["lam"] if self.u_step_on == "objective" else sizes["tau"]
+            search = LineSearch(self._step, self.cuts_u)
+            self._kernel.move_consensus(self.u, self.z, total, t_u, search, self._force)  # line 3
+            pull = sizes["sigma"] / sizes["lam"]
+        points = look_ahead(self.z, self.v, column(sizes["kappa"]), out=self._points)
+        delta = self.oracle.gradient(points.flatten(0, 1)).view_as(self.z)  # line 5
         through = self.momentum_on == "objective"
-        numbers = Hyperparameters(self._kappa, sigma, self._nu, pull, through)
+        numbers = Hyperparameters(sizes["kappa"], sizes["sigma"], sizes["nu"], pull, through)
         block = Block(self.z, self.v, delta, self._points)
         search = LineSearch(self._step, self.cuts_z)
-        self._kernel.move_workers(block, self.u, anchor, numbers, search)
+        self._kernel.move_workers(block, self.u, anchor, numbers, search)  # line 6
 
     def diverged(self) -> Tensor:
         """Whether an active configuration holds a non-finite number. -> bool (A,), CPU."""
@@ -199,21 +178,13 @@ class Population:
         return ~finite.cpu()
 
     def freeze(self, rows: Tensor) -> Tensor:
-        """Remove rows from the block.
-
-        Args:
-            rows: Of the active configurations. bool (A,)
-
-        Returns:
-            The removed configurations. int64
-        """
+        """Remove rows, bool (A,), of the block; return their configurations. -> int64 (...)."""
         frozen = self.active[rows]
         if len(frozen):
-            keep = ~rows
-            here = keep.to(self.u.device)
-            self.active = self.active[keep]
+            self.active = self.active[~rows]
+            keep = ~rows.to(self.u.device)
             for name in _ROWS:
-                setattr(self, name, getattr(self, name)[here])
+                setattr(self, name, getattr(self, name)[keep])
             self._select()
         return frozen
 
@@ -229,5 +200,4 @@ class Population:
         self._select()
 
 
-_ROWS = ("u", "z", "v", "cuts_u", "cuts_z")
-"""Attributes of the state, with a row for each active configuration."""
+_ROWS = ("u", "z", "v", "cuts_u", "cuts_z")  # of the state, with a row for each configuration

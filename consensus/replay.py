@@ -14,22 +14,20 @@ the same operations, each worker's in the same order.
 
 import gc
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 from consensus.algorithm import Algorithm, Consensus
-from consensus.problem import Batch, MinibatchRisk
+from consensus.problem import MinibatchRisk
 
 Call = Callable[[], object]
 Record = Callable[[Call], Call]
 """Records a function without running it; returns a function that replays it on the same memory."""
 
-WARM_UP = 3
-"""Eager calls of each kind before its recording."""
+WARM_UP = 3  # eager calls of each kind before its recording
 
 
 def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
@@ -49,10 +47,9 @@ def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
 
 
 def cuda_graph(step: Call) -> Call:
-    """Record a step as a CUDA graph; the step must read no device number on the host.
+    """Record a step as a CUDA graph; RuntimeError if it holds what cannot be recorded.
 
-    Raises:
-        RuntimeError: If the step contains an operation that cannot be recorded.
+    The step must read no device number on the host.
     """
     gc.collect()  # a tensor that is freed while recording could end the recording
     graph = torch.cuda.CUDAGraph()
@@ -66,37 +63,31 @@ class RecordedCalls:
 
     Args:
         record: Records a call; None: nothing is recorded.
-        refused: Receives a line if a call cannot be recorded; all calls then run eagerly.
-
-    Attributes:
-        eager: Whether nothing is recorded.
+        refused: Receives a line if a call cannot be recorded; then `record` becomes None.
     """
 
     def __init__(self, record: Record | None, refused: Callable[[str], None]) -> None:
-        self._record = record
-        self._refused = refused
-        self.eager = record is None
-        self._done: dict[Hashable, int] = {}
+        self.record, self._refused = record, refused
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew with each kind, since its memory has changed."""
+        self._done: Counter[Hashable] = Counter()
         self._replays: dict[Hashable, Call] = {}
 
     def __call__(self, kind: Hashable, run: Call) -> None:
         """Run a call, or its replay."""
-        if kind not in self._replays and not self.eager:
-            done = self._done.setdefault(kind, 0)
+        if kind not in self._replays and self.record is not None:
+            if self._done[kind] == WARM_UP:
+                try:
+                    self._replays[kind] = self.record(run)
+                except RuntimeError as error:
+                    cause = str(error).partition("\n")[0]
+                    self._refused(f"CUDA graph capture failed ({cause}); running without it")
+                    self.record = None
+                    self._replays.clear()
             self._done[kind] += 1
-            if done == WARM_UP:
-                self._keep(kind, run)
         self._replays.get(kind, run)()
-
-    def _keep(self, kind: Hashable, run: Call) -> None:
-        assert self._record is not None
-        try:
-            self._replays[kind] = self._record(run)
-        except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
-            self._refused(f"CUDA graph capture failed ({first_line}); running without it")
-            self.eager = True
-            self._replays.clear()
 
 
 class Replay:
@@ -117,7 +108,7 @@ class Replay:
     def __init__(
         self,
         algorithm: Algorithm,
-        after: Callable[[int | Tensor], None] | None = None,
+        after: Callable[[int | Tensor], None] = lambda t: None,
         record: Record = cuda_graph,
         *,
         refused: Callable[[str], None] = warnings.warn,
@@ -126,20 +117,15 @@ class Replay:
         oracle = algorithm.worker.oracle
         assert isinstance(oracle, MinibatchRisk), obstacle_to_replay(algorithm, 1)
         device = algorithm.u.device
-        self.algorithm = algorithm
-        self.oracle = oracle
-        self.after = after
-        self.record = record
+        self.algorithm, self.oracle = algorithm, oracle
+        self.after, self.record = after, record
         self.period = algorithm.period if isinstance(algorithm, Consensus) else 1
         oracle.risk.side_by_side = side_by_side and device.type == "cuda"
         size = len(oracle.minibatches) * oracle.batch_size
         self._index = torch.zeros(size, dtype=torch.int64, device=device)
         self._t = torch.zeros((), dtype=torch.int64, device=device)
-        self._schedules: dict[str, Callable[[int], Any]] = {}
-        for name in ("tau", "sigma", "lam"):
-            size_of_step = getattr(algorithm, name, None)
-            if callable(size_of_step):
-                self._schedules[name] = size_of_step
+        sizes = {name: getattr(algorithm, name, None) for name in ("tau", "sigma", "lam")}
+        self._schedules = {name: size for name, size in sizes.items() if callable(size)}
         self._sizes = {
             name: torch.zeros((), dtype=torch.float64, device=device) for name in self._schedules
         }
@@ -147,12 +133,11 @@ class Replay:
 
     def step(self, t: int) -> None:
         """Iteration t."""
-        if self._calls.eager:
+        if self._calls.record is None:
             self.algorithm.step(t)
-            if self.after is not None:
-                self.after(t)
+            self.after(t)
             return
-        torch.cat([source.draw() for source in self.oracle.minibatches], out=self._index)
+        self.oracle.draw_indices(out=self._index)
         self._t.fill_(t)
         for name, schedule in self._schedules.items():
             self._sizes[name].fill_(schedule(t))
@@ -169,48 +154,18 @@ class Replay:
         return replay
 
     def _run(self, t: int) -> None:
-        with self._from_memory():
-            self.algorithm.step(t)
-            if self.after is not None:
-                self.after(self._t)
-
-    @contextmanager
-    def _from_memory(self) -> Iterator[None]:
-        """Let the algorithm read its minibatches and scheduled sizes from the memory of `step`."""
-        worker = self.algorithm.worker
-        worker.oracle = _Resident(self.oracle, self._index)
-        for name, size in self._sizes.items():
-            setattr(self.algorithm, name, size)
+        """Iteration t, with the minibatches and the scheduled sizes in the memory of `step`."""
+        self.oracle.drawn = self._index
+        vars(self.algorithm).update(self._sizes)
         try:
-            yield
+            self.algorithm.step(t)
+            self.after(self._t)
         finally:
-            worker.oracle = self.oracle
-            for name, schedule in self._schedules.items():
-                setattr(self.algorithm, name, schedule)
+            self.oracle.drawn = None
+            vars(self.algorithm).update(self._schedules)
 
     def _addresses(self) -> dict[str, int]:
+        """The memory of the state, without that of the draws, which is made anew at each call."""
         state = self.algorithm.state_dict() | {"losses": self.oracle.losses}
-        return {key: value.data_ptr() for key, value in state.items() if not key.startswith(_DRAWN)}
-
-
-_DRAWN = "worker/oracle"
-"""Prefix of the state of an oracle's draws, which is made anew at each call."""
-
-
-class _Resident:
-    """Oracle whose minibatches are given by an index buffer."""
-
-    def __init__(self, oracle: MinibatchRisk, index: Tensor) -> None:
-        self._oracle, self._index = oracle, index
-
-    def draw(self) -> Batch:
-        return self._oracle.gather(self._index)
-
-    def gradient(self, points: Tensor, batch: Batch) -> Tensor:
-        return self._oracle.gradient(points, batch)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._oracle.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._oracle.load_state_dict(state)
+        kept = {key: value for key, value in state.items() if not key.startswith("worker/oracle")}
+        return {key: value.data_ptr() for key, value in kept.items()}

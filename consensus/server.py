@@ -10,8 +10,6 @@ carries the reach of each rank's u - z_j, which decides nearly every step. A sec
 left for steps near the boundary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,18 +18,8 @@ from consensus.core.flat import Scalar
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
 from consensus.core.layerwise import Layerwise
 
-
-@dataclass
-class PendingForce:
-    """sum_j grad phi(u - z_j), on its way.
-
-    Attributes:
-        force: The handle of the sum: a tensor (n,), followed by the reach of each rank on the CPU.
-        z: The z_j of this rank. (K, n)
-    """
-
-    force: Pending
-    z: Tensor
+PendingForce = tuple[Pending, Tensor]
+"""The sum of line 3 on its way, (n,) with the reach of each rank on the CPU; and z (K, n)."""
 
 
 class Server:
@@ -73,7 +61,7 @@ class Server:
         if reach is not None:
             # A sum of one rank's numbers and the others' zeros: every rank gets every reach.
             reaches.zero_().view(self.group.size, -1)[self.group.rank] = reach.amax(0)
-        return PendingForce(self._sum.start(), z)
+        return self._sum.start(), z
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
         """Line 3, second half: wait, then u -= s_u t_u force in place. Returns u+ (n,).
@@ -82,12 +70,12 @@ class Server:
             pending: The result of `start`; neither u nor z has changed since.
             t_u: tau or tau / lam.
         """
-        n = self.kernel.force_size
-        force, reaches = pending.force.wait().tensor_split([n])
+        n, (total, z) = self.kernel.force_size, pending
+        force, reaches = total.wait().tensor_split([n])
         reach = reaches.view(self.group.size, -1).amax(0) if len(reaches) else None
         search = LineSearch(self.step, self.cuts, self.group.min_)
-        out, total = self._sum.message[:n], TotalForce(force, reach)
-        self.kernel.move_consensus(self.u, pending.z, total, t_u, search, out)
+        out = self._sum.message[:n]
+        self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, search, out)
         return self.u
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -96,9 +84,8 @@ class Server:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`, on any device."""
-        self.u.copy_(state["u"])
-        self.step.copy_(state["step"])
-        self.cuts.copy_(state["cuts"])
+        for key, own in self.state_dict().items():
+            own.copy_(state[key])
 
     def verify_replicas(self) -> int:
         """Check that all ranks hold the same bits of u; return their digest.
@@ -125,20 +112,14 @@ def digest(u: Tensor) -> Tensor:
     for start in range(0, bits.numel(), _CHUNK):  # 64-bit temporaries must not outweigh u
         x = bits[start : start + _CHUNK].to(torch.int64)
         index = torch.arange(start, start + x.numel(), dtype=torch.int64, device=u.device)
-        total += _mix(x ^ (index * _GOLDEN)).sum()
+        x = x ^ (index * _GOLDEN)
+        for shift, factor in _MIX:
+            shifted = (x >> shift) & ((1 << (64 - shift)) - 1)  # >> alone would copy the sign bit
+            x = (x ^ shifted) * factor
+        total += x.sum()
     return total
 
 
 _CHUNK = 1 << 22
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as int64
-_FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
-
-
-def _mix(x: Tensor) -> Tensor:
-    for shift, factor in zip((30, 27), _FACTORS, strict=True):
-        x = (x ^ _shift_right(x, shift)) * factor
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # >> alone would copy the sign bit
+_MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from consensus.core.flat import Scalar, part_of
-from consensus.core.kernels import (
-    Block,
-    Hyperparameters,
-    LineSearch,
-    WorkerKernel,
-    choose_kernel,
-)
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, WorkerKernel, choose_kernel
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead
 
@@ -78,10 +72,8 @@ class Worker:
         self.z = z.clone()
         self.v = torch.zeros_like(z)
         self.scratch = torch.empty_like(z)
-        self.oracle = oracle
-        self.phi = phi
-        self.kappa = kappa
-        self.nu = nu
+        self.oracle, self.phi = oracle, phi
+        self.kappa, self.nu = kappa, nu
         self.momentum_on = momentum_on
         self.kernel = choose_kernel(phi, z) if kernel is None else kernel
         self.step = z.new_ones(())

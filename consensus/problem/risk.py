@@ -221,7 +221,10 @@ class MinibatchRisk:
 
     Attributes:
         model_draws: Whether the model draws random numbers in a forward pass.
+        drawn: The samples that `draw` returns in place of new ones, if set. (K B,) int64
     """
+
+    drawn: Tensor | None = None
 
     def __init__(self, risk: Risk, dataset: Dataset, minibatches: Sequence[Minibatches]) -> None:
         sizes = {source.batch_size for source in minibatches}
@@ -246,9 +249,13 @@ class MinibatchRisk:
         for source, position in zip(self.minibatches, state["position"].tolist(), strict=True):
             source.position = position
 
+    def draw_indices(self, out: Tensor | None = None) -> Tensor:
+        """The samples in the next minibatch of every worker. (K B,) int64."""
+        return torch.cat([source.draw() for source in self.minibatches], out=out)
+
     def draw(self) -> Batch:
         """The next minibatch of every worker: images (K, B, 1, 28, 28), labels (K, B)."""
-        return self.gather(torch.cat([source.draw() for source in self.minibatches]))
+        return self.gather(self.draw_indices() if self.drawn is None else self.drawn)
 
     def gather(self, index: Tensor) -> Batch:
         """The samples `index` (K B,) of all workers, in the shapes of `draw`."""
