@@ -3,12 +3,10 @@
 It does not depend on servers, workers, processes or configs.
 """
 
-from consensus.problem.batched import BatchedRisk
-from consensus.problem.data import DATASETS, Dataset
+from consensus.problem.data import DATASETS, Dataset, DataUnavailableError
 from consensus.problem.minibatches import PARTITIONS, Minibatches, partition
-from consensus.problem.mnist import DataUnavailableError
 from consensus.problem.models import MODELS, build_model
-from consensus.problem.population_risk import WAYS, PopulationRisk, Way
+from consensus.problem.population_risk import WAYS, BatchedRisk, PopulationRisk, Way
 from consensus.problem.risk import Batch, MinibatchRisk, Risk
 from consensus.problem.streams import stream, stream_seed
 

@@ -14,13 +14,11 @@ from consensus.problem.streams import stream, stream_seed
 
 def _full(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
     """All indices for every worker, as in the experiments of the paper."""
-    del seed, alpha
     return [torch.arange(len(labels))] * num_workers
 
 
 def _sharded(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
     """Disjoint random shards of floor(N / M) indices each."""
-    del alpha
     size = len(labels) // num_workers
     if size == 0:
         raise ValueError(
@@ -60,18 +58,10 @@ PARTITIONS: dict[str, Callable[[Tensor, int, int, float], list[Tensor]]] = {
 
 
 def partition(labels: Tensor, kind: str, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
-    """The training samples of each worker: one int64 index tensor per worker, on the CPU.
+    """The training samples of each of M workers: int64 indices of the labels (N,), on the CPU.
 
-    Args:
-        labels: The labels of the training set. (N,)
-        kind: A name in PARTITIONS.
-        num_workers: M, over all processes.
-        seed: The seed of the run.
-        alpha: The concentration of "label_skew"; ignored by the other kinds.
-
-    Raises:
-        ValueError: If the kind is unknown, there are fewer samples than shards, or alpha is out of
-            range.
+    The kind is a name in PARTITIONS; alpha is the concentration of "label_skew". ValueError if the
+    kind is unknown, there are fewer samples than shards, or alpha is out of range.
     """
     if kind not in PARTITIONS:
         raise ValueError(f"`data.partition` is {kind!r}; allowed: {', '.join(PARTITIONS)}")
@@ -81,20 +71,9 @@ def partition(labels: Tensor, kind: str, num_workers: int, seed: int, alpha: flo
 class Minibatches:
     """The minibatches of one worker: indices as a function of (seed, worker, position).
 
-    An epoch is a new permutation of the worker's samples, cut into floor(size / B) minibatches. An
-    incomplete last minibatch is dropped.
-
-    Args:
-        indices: The samples of the worker, on the device of the data. (size,) int64
-        batch_size: B.
-        seed: The seed of the run.
-        worker: j, the index of the worker over all processes.
-
-    Attributes:
-        position: The number of draws so far. It is the complete state and may be set.
-
-    Raises:
-        ValueError: If the worker has fewer than B samples.
+    An epoch is a new permutation of the worker's samples, `indices` (size,) on the device of the
+    data, cut into floor(size / B) minibatches. An incomplete last minibatch is dropped. `position`,
+    the number of draws so far, is the complete state and may be set.
     """
 
     def __init__(self, indices: Tensor, batch_size: int, seed: int, worker: int) -> None:
@@ -103,10 +82,8 @@ class Minibatches:
                 f"`algorithm.batch_size` is {batch_size}, and worker {worker} has {len(indices)}"
                 " samples; allowed: at least 1 and at most the samples of each worker"
             )
-        self.indices = indices
-        self.batch_size = batch_size
-        self.seed = seed
-        self.worker = worker
+        self.indices, self.batch_size = indices, batch_size
+        self.seed, self.worker = seed, worker
         self.batches_per_epoch = len(indices) // batch_size
         self.position = 0
         self._epoch = -1
@@ -122,3 +99,8 @@ class Minibatches:
             self._epoch = epoch
         self.position += 1
         return self._shuffled[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    @property
+    def model_seed(self) -> int:
+        """The seed of the model's random numbers in the last draw: in every layout, on resume."""
+        return stream_seed(self.seed, "model", self.worker, self.position)

@@ -25,6 +25,7 @@ MODELS: Registry[nn.Module] = Registry("model")
 PIXELS = 28 * 28
 
 
+@MODELS.register("lenet5")
 class LeNet5(nn.Module):
     """LeNet-5 of section 6 of the paper: n = 33,580 parameters in L = 3 layers.
 
@@ -50,12 +51,6 @@ class LeNet5(nn.Module):
         x = relu(max_pool2d(self.conv2(x), 2))  # (B, 50, 4, 4)
         logits: Tensor = self.fc(x.flatten(1))
         return logits
-
-
-@MODELS.register("lenet5")
-def lenet5(num_classes: int = 10) -> nn.Module:
-    """LeNet-5 of the paper."""
-    return LeNet5(num_classes)
 
 
 @MODELS.register("mlp")
@@ -86,27 +81,14 @@ def build_model(name: str, seed: int, dtype: torch.dtype, **options: Any) -> nn.
     """The model `name` on the CPU, with torch's default initialization drawn from `seed`.
 
     The weights are drawn in float32 and then cast, so that runs in float32 and in float64 start at
-    the same point. The global random state is restored.
-
-    Args:
-        name: A name in MODELS.
-        seed: The seed of the run.
-        dtype: Of the parameters.
-        **options: Options of the model, see `MODELS.options(name)`.
-
-    Raises:
-        ValueError: If the name or an option is unknown or wrong, or the model has buffers, frozen
-            parameters or no parameters: the state of a worker is one vector of trained parameters.
+    the same point. The global random state is restored. ValueError if the name or an option is
+    wrong, or the model has buffers, frozen parameters or no parameters: the state of a worker is
+    one vector of trained parameters.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
         torch.default_generator.manual_seed(stream_seed(seed, "init"))
         model = MODELS.make(name, **options)
-    _check(name, model)
-    return model.to(dtype=dtype)
-
-
-def _check(name: str, model: nn.Module) -> None:
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if buffers:
         raise ValueError(
@@ -123,3 +105,4 @@ def _check(name: str, model: nn.Module) -> None:
             f"model `{name}` has the frozen parameter `{frozen[0]}`; all parameters must be"
             " trainable: leave constants out of the parameters, as plain attributes"
         )
+    return model.to(dtype=dtype)

@@ -1,24 +1,37 @@
-"""The stochastic gradients of many configurations at once.
+"""The gradients of many configurations: one forward and backward pass for many models.
 
-Data flow: `draw` copies the indices of the next minibatches to static memory on the device.
-`gradient` gathers the samples by these indices and evaluates `Way.at_once` models per pass. A CUDA
-graph can therefore record `gradient`; `draw` stays outside.
+Batching is faster where the operations of one model are too small to fill the device, or shorter
+than the time that Python takes to launch them. `torch.vmap` batches the operations. It changes the
+order of summation: results agree with `Risk` up to rounding, and their last bits depend on the
+number of models in a pass.
 
-# S configurations, A of them active, M workers each, B samples in a minibatch, n parameters
+Every model has convolution filters of its own. A batched convolution is either a grouped
+convolution, as `vmap` generates it, or one matrix product per model, whose rows are the windows of
+the images. Which of the two is faster depends on the library. With torch's defaults on a GPU,
+convolutions may round their factors to TF32 and matrix products do not.
+
+`PopulationRisk.draw` copies the indices of the next minibatches to static memory on the device, and
+`gradient` gathers the samples by them. A CUDA graph can therefore record `gradient`.
+
+# n parameters, K models, B samples in a minibatch; S configurations, A active, M workers each
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.functional import cross_entropy, pad
+from torch.overrides import TorchFunctionMode
 
-from consensus.problem.batched import BatchedRisk, Convolutions
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
 from consensus.problem.risk import MinibatchRisk, Risk
-from consensus.problem.streams import stream_seed
 
 WAYS = ("one_by_one", "grouped", "products")
 """One model per pass; or many, with grouped convolutions or with convolutions as matrix products.
@@ -26,29 +39,119 @@ WAYS = ("one_by_one", "grouped", "products")
 Checkpoints hold the index of a name: append new names.
 """
 
-SIZES = (8, 32, 128, 512)
-"""The numbers of models per pass that `fastest_way` measures."""
+IMAGES_AT_ONCE = 16_000  # in one evaluation pass, over all models; it bounds the memory
+SIZES = (8, 32, 128, 512)  # the numbers of models per pass that `fastest_way` measures
+LARGEST = 1 << 26  # coordinates in one pass; larger passes are no faster
 
 Call = Callable[[], object]
 
-LARGEST = 1 << 26
-"""The number of coordinates in one pass at most. Larger passes are no faster."""
+
+class BatchedRisk(Risk):
+    """`Risk` of a model without random numbers, with the gradients of all workers in one pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reduction: Literal["sum", "mean"],
+        convolutions: Literal["grouped", "products"],
+    ) -> None:
+        super().__init__(model, reduction)
+        self.convolutions = convolutions
+
+    def gradient(
+        self,
+        points: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `Risk.gradient`: (K, n), (K, B, 1, 28, 28), (K, B) -> (K, n)."""
+        assert seeds is None, "a batched pass cannot seed the models one by one"
+        gradients = self._allocate(points, out)
+        losses, parts = self._differentiate(
+            points, lambda views: self._batched(self._loss, (0, 0, 0), views, images, labels)
+        )
+        torch.cat([part.flatten(1) for part in parts], 1, out=gradients)
+        self.losses.copy_(losses)
+        return gradients
+
+    @torch.no_grad()
+    def evaluate_each(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """As `Risk.evaluate_each`, with one pass for all points. (K, n) -> float64 (K, 2)."""
+        chunk = min(1000, max(1, IMAGES_AT_ONCE // len(points)))
+        views = self.layout.unflatten(points)
+        total = torch.zeros(len(points), 2, dtype=torch.float64, device=points.device)
+        with self.in_evaluation_mode():
+            for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
+                logits = self._batched(self._logits, (0, None), views, x)  # (K, chunk, classes)
+                every = y.expand(len(points), -1)
+                losses = cross_entropy(logits.double().mT, every, reduction="none")
+                wrong = (logits.argmax(-1) != every).sum(1)
+                total += torch.stack([losses.sum(1), wrong.double()], 1)
+        return total
+
+    def _batched(
+        self, function: Callable[..., Tensor], axes: tuple[int | None, ...], *arguments: Any
+    ) -> Tensor:
+        """`vmap` of a function of one model, called with arguments that are stacked along axes."""
+        products = self.convolutions == "products"
+        with ConvolutionsAsProducts() if products else nullcontext():
+            return vmap(function, in_dims=axes)(*arguments)
+
+
+class ConvolutionsAsProducts(TorchFunctionMode):
+    """Context that replaces `torch.conv2d` by `convolve`, which is equal up to rounding."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, or `convolve` in place of `torch.conv2d`."""
+        kwargs = kwargs or {}
+        return (convolve if func is torch.conv2d else func)(*args, **kwargs)
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.conv2d` by one matrix product. (B, C, H, W) -> (B, O, H', W').
+
+    The rows (B H' W') are the windows of the images, the columns (O) the filters. Dilated, grouped
+    and "same"-padded convolutions are passed on to torch.
+    """
+    if isinstance(padding, str) or groups != 1 or input.ndim != 4 or _pair(dilation) != (1, 1):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    (down, across), (above, beside) = _pair(stride), _pair(padding)
+    if above or beside:
+        input = pad(input, (beside, beside, above, above))
+    filters, _, height, width = weight.shape
+    windows = input.unfold(2, height, down).unfold(3, width, across)  # (B, C, H', W', h, w)
+    batch, _, rows, columns = windows.shape[:4]
+    matrix = windows.permute(0, 2, 3, 1, 4, 5).reshape(batch * rows * columns, -1)
+    product = matrix @ weight.reshape(filters, -1).t()
+    if bias is not None:
+        product = product + bias
+    return product.view(batch, rows, columns, filters).permute(0, 3, 1, 2)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
 @dataclass(frozen=True)
 class Way:
-    """A method of computing the gradients of many models.
+    """A method of computing the gradients of many models."""
 
-    Attributes:
-        name: An entry of WAYS.
-        at_once: The number of models per pass.
-    """
-
-    name: str = "one_by_one"
-    at_once: int = 1
+    name: str = "one_by_one"  # an entry of WAYS
+    at_once: int = 1  # the number of models per pass
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         if self.name not in WAYS or self.at_once < 1:
             raise ValueError(
                 f"`name` is {self.name} and `at_once` is {self.at_once}; allowed: "
@@ -62,18 +165,10 @@ class Way:
 class PopulationRisk:
     """The gradients of the workers of many configurations: lines 4 and 5.
 
-    Configurations with the same seed share their minibatches, which equal those of separate runs.
-
-    Args:
-        risk: The loss.
-        dataset: Contains the training images.
-        seeds: The seed of each configuration. (S,)
-        minibatches: For each seed, the sources of the M workers; one batch size for all.
-        way: The method; may be changed until `gradient` is recorded. Models that draw random
-            numbers are always evaluated one by one.
-
-    Attributes:
-        model_draws: Whether the model draws random numbers in a forward pass.
+    Configurations with the same seed share their minibatches, which equal those of separate runs:
+    `seeds` has a seed of each configuration, `minibatches` the sources of the M workers of a seed.
+    `way` may be changed until `gradient` is recorded. Models that draw random numbers are always
+    evaluated one by one.
     """
 
     def __init__(
@@ -82,7 +177,7 @@ class PopulationRisk:
         dataset: Dataset,
         seeds: Sequence[int],
         minibatches: Mapping[int, Sequence[Minibatches]],
-        way: Way | None = None,
+        way: Way = Way(),
     ) -> None:
         self.seeds = tuple(seeds)
         self.sources = {seed: tuple(minibatches[seed]) for seed in dict.fromkeys(seeds)}
@@ -90,8 +185,12 @@ class PopulationRisk:
         self._all = MinibatchRisk(risk, dataset, every)
         self.model_draws = self._all.model_draws
         self.risk = risk
-        self.way = Way() if way is None else way
-        self._risks: dict[str, Risk] = {"one_by_one": risk}
+        self.way = way
+        self._risks = {
+            "one_by_one": risk,
+            "grouped": BatchedRisk(risk.model, risk.reduction, "grouped"),
+            "products": BatchedRisk(risk.model, risk.reduction, "products"),
+        }
         self.select(torch.arange(len(self.seeds)))
 
     def select(self, active: Tensor) -> None:
@@ -112,38 +211,25 @@ class PopulationRisk:
             return
         torch.cat([source.draw() for source in sources], out=self._index)
         if self.model_draws:
-            self._random = [
-                stream_seed(source.seed, "model", source.worker, source.position)
-                for seed in self._own
-                for source in self.sources[seed]
-            ]
+            own = [source for seed in self._own for source in self.sources[seed]]
+            self._random = [source.model_seed for source in own]
 
     def gradient(self, points: Tensor) -> Tensor:
         """Line 5, (16): the gradients (A M, n) at the points (A M, n), which they overwrite."""
         index = self._index.view(len(self._drawing), -1).index_select(0, self._rows)  # (A, M B)
         images, labels = self._all.gather(index.view(-1))
-        if self.model_draws:
+        if self.model_draws or self.way.name == "one_by_one":
             return self.risk.gradient(points, images, labels, seeds=self._random, out=points)
-        risk = self.risk_for(self.way.name)
-        if self.way.name == "one_by_one":
-            return risk.gradient(points, images, labels, out=points)
         parts = (torch.split(x, self.way.at_once) for x in (points, images, labels))
         for some, x, y in zip(*parts, strict=True):
-            risk.gradient(some, x, y, out=some)
+            self._risks[self.way.name].gradient(some, x, y, out=some)
         return points
 
     def evaluate(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """`Risk.evaluate` at several points. (A, n) -> float64 (A, 2)."""
-        risk = self.risk_for("one_by_one" if self.model_draws else self.way.name)
+        risk = self.risk if self.model_draws else self._risks[self.way.name]
         parts = torch.split(points, self.way.at_once)
         return torch.cat([risk.evaluate_each(some, images, labels) for some in parts])
-
-    def risk_for(self, name: str) -> Risk:
-        """The risk that implements the method of that name."""
-        if name not in self._risks:
-            convolutions: Convolutions = "products" if name == "products" else "grouped"
-            self._risks[name] = BatchedRisk(self.risk.model, self.risk.reduction, convolutions)
-        return self._risks[name]
 
     def fastest_way(
         self,
@@ -151,18 +237,11 @@ class PopulationRisk:
         names: Sequence[str] = WAYS,
         record: Callable[[Call], Call] | None = None,
     ) -> Way:
-        """Measure the methods on samples of the data, and return the fastest per model.
+        """Measure the methods `names` on samples of the data; return the fastest per model.
 
-        Repeated measurements may differ. No minibatch is drawn.
-
-        Args:
-            points: The points of all workers. (K, n)
-            names: The candidates.
-            record: The function that will record `gradient`, if any.
-
-        Raises:
-            ValueError: If all candidates fail, with the error of the first: `vmap` may not support
-                the model, or the memory may be too small.
+        At the points (K, n) of all workers, called as `record` will record `gradient`, if at all.
+        Repeated measurements may differ. No minibatch is drawn. ValueError if all candidates fail:
+        `vmap` may not support the model, or the memory may be too small.
         """
         if self.model_draws or set(names) == {"one_by_one"}:
             return Way()
@@ -173,10 +252,10 @@ class PopulationRisk:
             some = points[: max(way.at_once, min(number, SIZES[0]))]
             index = torch.arange(len(some) * self._all.batch_size, device=points.device)
             batch = self._all.gather(index.remainder_(len(data.train_labels)))
-            risk = self.risk_for(way.name)
             try:
                 limit = 3.0 * min(seconds.values(), default=float("inf")) * len(some)
-                seconds[way] = _seconds_of(risk, some, *batch, limit, record) / len(some)
+                one = _seconds_of(self._risks[way.name], some, *batch, limit, record)
+                seconds[way] = one / len(some)
             except RuntimeError as error:  # includes out of memory
                 errors.append(str(error).strip().partition("\n")[0])
             if errors and points.device.type == "cuda":
@@ -219,27 +298,21 @@ def _seconds_of(
     labels: Tensor,
     limit: float,
     record: Callable[[Call], Call] | None,
-    times: int = 3,
 ) -> float:
-    """The least time of several calls after a warm-up; of one call, if it exceeds the limit."""
-    out = torch.empty_like(points)
+    """The least time of three calls after a warm-up; of one call, if it exceeds the limit."""
+    out = torch.empty_like(points)  # outlives the recorded call
+    call: Call = partial(risk.gradient, points, images, labels, out=out)
 
-    def call() -> None:
-        risk.gradient(points, images, labels, out=out)
-
-    def timed(call: Call) -> float:
+    def seconds() -> float:
         began = time.perf_counter()
         call()
         if points.device.type == "cuda":
             torch.cuda.synchronize(points.device)
         return time.perf_counter() - began
 
-    timed(call)
-    measured: Call = call
+    seconds()
     if record is not None:
-        timed(call)
-        measured = record(call)
-    least = timed(measured)
-    if least > limit:
-        return least
-    return min(least, *(timed(measured) for _ in range(times - 1)))
+        seconds()
+        call = record(call)
+    least = seconds()
+    return least if least > limit else min(least, seconds(), seconds())

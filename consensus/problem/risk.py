@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from consensus.core.flat import FlatLayout
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
-from consensus.problem.streams import draws_random_numbers, stream_seed
+from consensus.problem.streams import draws_random_numbers
 
 Batch = tuple[Tensor, Tensor]
 """Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
@@ -24,31 +24,23 @@ Batch = tuple[Tensor, Tensor]
 Views = dict[str, Tensor]
 """The parameters of a model by name, as views of a flat vector."""
 
-MAX_STREAMS = 32
-"""The number of CUDA streams used at most. A GPU runs no more kernels concurrently."""
+MAX_STREAMS = 32  # CUDA streams; a GPU runs no more kernels concurrently
 
 
 class Risk:
     """The cross-entropy of a model, as a function of its flattened parameters.
 
-    The model serves as a function: its own parameters are neither read nor written.
-
-    Args:
-        model: Maps images (B, 1, 28, 28) to logits (B, classes). Random layers, such as dropout,
-            draw from torch's global generators; see `gradient`.
-        reduction: "sum" or "mean" over the samples of a minibatch. The step sizes of the paper
-            belong to the sum.
+    The model serves as a function of images (B, 1, 28, 28) with logits (B, classes): its own
+    parameters are neither read nor written. Random layers, such as dropout, draw from torch's
+    global generators. The reduction, "sum" or "mean", is over the samples of a minibatch; the step
+    sizes of the paper belong to the sum.
 
     Attributes:
-        model: As given.
         layout: The positions of the parameters in the flat vectors.
         losses: The minibatch losses of the last `gradient`, detached and on the device. The next
             call overwrites them. (K,)
         side_by_side: Whether `gradient` runs the workers on CUDA streams of their own, which become
             parallel branches in a CUDA graph. Requires a GPU.
-
-    Raises:
-        ValueError: If the reduction is unknown, or the model cannot be flattened.
     """
 
     def __init__(self, model: nn.Module, reduction: Literal["sum", "mean"]) -> None:
@@ -71,32 +63,21 @@ class Risk:
     ) -> Tensor:
         """The gradient of each worker's minibatch loss at its own point: delta_j of line 5, (16).
 
-        The workers are evaluated one by one and not by vmap. The bits of a worker's gradient then
-        do not depend on the number of workers in its process.
-
-        Args:
-            points: (K, n)
-            images: (K, B, 1, 28, 28)
-            labels: (K, B) int64
-            seeds: Seeds of torch's global generators, one for each worker, for a model that draws
-                random numbers. None leaves the generators alone.
-            out: Receives the gradients if given; may be `points`. (K, n)
-
-        Returns:
-            (K, n)
+        At points (K, n), for images (K, B, 1, 28, 28) and labels (K, B), in `out` (K, n), which may
+        be `points`. The seeds are those of torch's global generators, one for each worker; None
+        leaves them alone. The workers are evaluated one by one and not by vmap. The bits of a
+        worker's gradient then do not depend on the number of workers in its process.
         """
         gradients = self._allocate(points, out)
         rows = zip(points, images, labels, gradients, self.losses, strict=True)
         passes = [partial(self._backward, *row) for row in rows]
-        if seeds is not None:
-            for seed, run in zip(seeds, passes, strict=True):
-                torch.manual_seed(seed)
-                run()
-        elif self.side_by_side:
+        if self.side_by_side and seeds is None:
             self._run_on_streams(passes)
-        else:
-            for run in passes:
-                run()
+            return gradients
+        for k, run in enumerate(passes):
+            if seeds is not None:
+                torch.manual_seed(seeds[k])
+            run()
         return gradients
 
     def _allocate(self, points: Tensor, out: Tensor | None) -> Tensor:
@@ -108,15 +89,15 @@ class Risk:
     def _run_on_streams(self, passes: Sequence[Callable[[], None]]) -> None:
         """Launch the passes after the work of the current stream, which then waits for them."""
         current = torch.cuda.current_stream()
-        number = min(len(passes), MAX_STREAMS)
-        new: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
-        self._streams += [new() for _ in range(number - len(self._streams))]
-        for i, stream in enumerate(self._streams[:number]):
+        while len(self._streams) < min(len(passes), MAX_STREAMS):
+            self._streams.append(torch.cuda.Stream())
+        streams = self._streams[: len(passes)]
+        for i, stream in enumerate(streams):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                for run in passes[i::number]:
+                for run in passes[i :: len(streams)]:
                     run()
-        for stream in self._streams[:number]:
+        for stream in streams:
             current.wait_stream(stream)
 
     def _backward(
@@ -148,18 +129,10 @@ class Risk:
 
     @torch.no_grad()
     def evaluate(self, point: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000) -> Tensor:
-        """The loss summed over all images, and the number of wrong predictions.
+        """The loss summed over all images, and the number of wrong predictions. -> float64 (2,).
 
-        The model is in evaluation mode (no dropout). The call does not synchronize with the device.
-
-        Args:
-            point: (n,)
-            images: (N, 1, 28, 28)
-            labels: (N,) int64
-            chunk: The number of images in one pass, which bounds the memory.
-
-        Returns:
-            (2,) float64
+        At a point (n,) for images (N, 1, 28, 28), `chunk` of them in one pass, in evaluation mode
+        (no dropout). The call does not synchronize with the device.
         """
         total = torch.zeros(2, dtype=torch.float64, device=point.device)
         views = self.layout.unflatten(point)
@@ -172,27 +145,18 @@ class Risk:
                 total += torch.stack([loss, (logits.argmax(1) != y).sum().double()])
         return total
 
-    def evaluate_each(
-        self, points: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000
-    ) -> Tensor:
+    def evaluate_each(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """`evaluate` at several points. (K, n) -> float64 (K, 2)."""
-        return torch.stack([self.evaluate(point, images, labels, chunk) for point in points])
+        return torch.stack([self.evaluate(point, images, labels) for point in points])
 
     def total(self, point: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss summed over all images and its gradient, in evaluation mode and in one pass.
+        """The loss (), float64, summed over all images and its gradient (n,), in evaluation mode.
 
-        Args:
-            point: (n,)
-            images: (N, 1, 28, 28)
-            labels: (N,) int64
-
-        Returns:
-            () float64, (n,)
+        In float64 from the logits on, as in `evaluate`: the gradient of a well-fitted image is the
+        small difference between a probability and 1.
         """
 
         def value(views: Views) -> Tensor:
-            # float64 as in `evaluate`: the gradient of a well-fitted image is the small difference
-            # between a probability and 1.
             return cross_entropy(self._logits(views, images).double(), labels, reduction="sum")
 
         with self.in_evaluation_mode():
@@ -213,11 +177,8 @@ class Risk:
 class MinibatchRisk:
     """The stochastic gradients of the workers of one process: lines 4 and 5.
 
-    Args:
-        risk: The loss.
-        dataset: Contains the training images.
-        minibatches: One source for each of the K workers of this process, all with one batch size
-            and with indices on the device of the data.
+    There is a source of minibatches for each of the K workers, all with one batch size and with
+    indices on the device of the data.
 
     Attributes:
         model_draws: Whether the model draws random numbers in a forward pass.
@@ -265,11 +226,7 @@ class MinibatchRisk:
         return images.view(*shape, *images.shape[1:]), labels.view(shape)
 
     def total(self, point: Tensor, index: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """The loss summed over the samples `index` (N,), and its gradient, in evaluation mode.
-
-        Returns:
-            () float64, (n,)
-        """
+        """`Risk.total` over the samples `index` (N,), `chunk` of them at once."""
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
         gradient = torch.zeros_like(point)
         for part in torch.split(index, chunk) if len(index) else ():
@@ -284,8 +241,5 @@ class MinibatchRisk:
 
         The gradients overwrite the points, which saves the memory of one block.
         """
-        seeds = None
-        if self.model_draws:  # a function of (seed, worker, draw), in every layout and on resume
-            sources = self.minibatches
-            seeds = [stream_seed(s.seed, "model", s.worker, s.position) for s in sources]
+        seeds = [s.model_seed for s in self.minibatches] if self.model_draws else None
         return self.risk.gradient(points, *batch, seeds=seeds, out=points)

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 def stream_seed(seed: int, purpose: str, *keys: int) -> int:
     """The 63-bit seed of a stream: a hash, so that neighbouring seeds give unrelated streams.
 
-    Args:
-        seed: The seed of the run.
-        purpose: The use of the stream: "init", "partition", "minibatch", ...
-        *keys: Numbers that distinguish streams of one purpose, such as worker and epoch.
+    The purpose is "init", "partition", "minibatch", ...; the keys distinguish streams of one
+    purpose, such as worker and epoch.
     """
     # repr keeps (1, 23) and (12, 3) apart; int() because numpy integers print differently
     name = repr((int(seed), purpose, tuple(int(key) for key in keys)))
@@ -37,28 +35,18 @@ def stream(seed: int, purpose: str, *keys: int) -> torch.Generator:
 
 @torch.no_grad()
 def draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
-    """Whether a forward pass advances one of torch's global generators.
+    """Whether a forward pass for a minibatch (B, ...) advances one of torch's global generators.
 
-    The probe runs the model once, in its current mode, and compares generator states. The class of
-    a module would not tell: `torch.nn.functional.dropout`, stochastic depth and attention with
-    dropout contain no dropout module. The generators of the CPU and of the device of `inputs` are
-    restored.
-
-    Args:
-        model: On the device of `inputs`.
-        inputs: A minibatch. (B, ...)
+    The probe runs the model once, in its current mode, and restores the generators of the CPU and
+    of the device of `inputs`. The class of a module would not tell: `torch.nn.functional.dropout`,
+    stochastic depth and attention with dropout contain no dropout module.
     """
-    device = inputs.device
-    devices = [device] if device.type == "cuda" else []
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
     with torch.random.fork_rng(devices=devices):
-        before = _generator_states(device)
+        before = states()
         model(inputs)
-        after = _generator_states(device)
-    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+        return not all(map(torch.equal, before, states()))
