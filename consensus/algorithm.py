@@ -144,9 +144,7 @@ class Consensus(Algorithm):
         self.worker = worker
         self.phi = server.phi
         self.tau, self.sigma, self.lam = tau, sigma, lam
-        self.order = order
-        self.u_step_on = u_step_on
-        self.period = period
+        self.order, self.u_step_on, self.period = order, u_step_on, period
         self.require_feasible()
 
     def step(self, t: int) -> None:

@@ -1,9 +1,8 @@
 """Private names of Hydra, OmegaConf, torch and Python, in one place.
 
-Nothing outside this module reads a name that its owner marks as private. Each function states the
-contract that the rest of the package relies on; tests/test_private_api.py checks it, so an upgrade
-that breaks a contract fails there. Hydra and torch are imported by the functions, because a caller
-need not load both.
+Nothing outside this module reads a name that its owner marks as private. Each function states a
+contract, and tests/test_private_api.py checks it, so an upgrade that breaks it fails there. Hydra
+and torch are imported by the functions, because a caller need not load both.
 """
 
 import argparse
@@ -49,13 +48,7 @@ def has_content(node: "DictConfig") -> bool:
 
 
 def storage_info(file: str, offset: int, length: int) -> "_StorageInfo":
-    """The place of a tensor in a checkpoint, as `FileSystemReader` expects in `storage_data`.
-
-    Args:
-        file: Path relative to the checkpoint.
-        offset: Of the first byte.
-        length: In bytes.
-    """
+    """The place of a tensor, in bytes, in a file relative to the checkpoint: of `storage_data`."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     return _StorageInfo(file, offset, length)

@@ -21,60 +21,31 @@ Measurement = dict[str, Any]
 
 
 class Row(TypedDict, total=False):
-    """One evaluation of u. A new key must be optional: runs written before must stay readable.
+    """One evaluation of u. A new key must be optional: runs written before must stay readable."""
 
-    Attributes:
-        iteration: The iterations done.
-        epoch: Passes of one worker over its training data.
-        objective: train_loss + R(u) + coupling: F of (15) over M, not multiplied by M.
-        train_loss: Data loss of u, summed over the training set.
-        train_error: Percent of the training set that u classifies wrongly.
-        test_loss: Data loss of u, summed over the test set.
-        test_error: Percent of the test set that u classifies wrongly.
-        regularizer: R(u).
-        coupling: (1 / lam) phi(u - z_j), mean over the M workers.
-        distance: |u - z_j| of each layer, mean over the workers. (L,)
-        cuts_u: Step-size cuts of line 3 so far.
-        cuts_z: Step-size cuts of line 6 so far, summed over the workers.
-        wall_s: Seconds since the start, those before a resume included.
-        samples_per_s: Training throughput of all workers since the previous evaluation.
-        digest: Hash of the bits of u, in hexadecimal.
-        stationarity: The measurement of `run/stationarity.py`, at the evaluations that have one.
-    """
-
-    iteration: Required[int]
-    epoch: Required[float]
-    objective: Required[float]
-    train_loss: Required[float]
-    train_error: Required[float]
-    test_loss: Required[float]
-    test_error: Required[float]
-    regularizer: float
-    coupling: float
-    distance: list[float]
-    cuts_u: int
-    cuts_z: int
-    wall_s: float
-    samples_per_s: float
-    digest: str
-    stationarity: Measurement
+    iteration: Required[int]  # the iterations done
+    epoch: Required[float]  # passes of one worker over its training data
+    objective: Required[float]  # train_loss + R(u) + coupling: F of (15), divided by M
+    train_loss: Required[float]  # data loss of u, summed over the training set
+    train_error: Required[float]  # percent of the training set that u classifies wrongly
+    test_loss: Required[float]  # data loss of u, summed over the test set
+    test_error: Required[float]  # percent of the test set that u classifies wrongly
+    regularizer: float  # R(u)
+    coupling: float  # (1 / lam) phi(u - z_j), mean over the M workers
+    distance: list[float]  # |u - z_j| of each layer, mean over the workers, (L,)
+    cuts_u: int  # step-size cuts of line 3 so far
+    cuts_z: int  # step-size cuts of line 6 so far, summed over the workers
+    wall_s: float  # seconds since the start, those before a resume included
+    samples_per_s: float  # training throughput of all workers since the previous evaluation
+    digest: str  # hash of the bits of u, in hexadecimal
+    stationarity: Measurement  # of run/stationarity.py, at the evaluations that have one
 
 
 REQUIRED = tuple(key for key in Row.__annotations__ if key in Row.__required_keys__)
 """The keys without which `read_rows` refuses a row."""
 
-COLUMNS = (
-    "iteration",
-    "epoch",
-    "objective",
-    "train_loss",
-    "train_error",
-    "test_loss",
-    "test_error",
-)
+COLUMNS = REQUIRED
 """The keys that tables of evaluations show; a row may lack one that is not required."""
-
-_FORMATS = {"epoch": ".2f", "train_error": ".2f", "test_error": ".2f"}
 
 
 # ---- reading
@@ -85,11 +56,9 @@ class NoEvaluationError(ValueError):
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """All rows of a run; strict.
+    """All rows of a run; NoEvaluationError if there is none.
 
-    Raises:
-        NoEvaluationError: If metrics.jsonl is empty.
-        ValueError: If metrics.jsonl is missing, or a line is damaged or lacks a required key.
+    ValueError if metrics.jsonl is missing, or a line is damaged or lacks a required key.
     """
     path = run_dir / METRICS
     try:
@@ -197,7 +166,7 @@ def format_cell(column: str, value: Any) -> str:
         return "overflow"
     if column == "iteration" or not isinstance(value, int | float):
         return str(value)
-    return format(value, _FORMATS.get(column, ".5g"))
+    return format(value, ".2f" if column in ("epoch", "train_error", "test_error") else ".5g")
 
 
 def evaluation_lines(row: Row) -> list[str]:
@@ -232,12 +201,8 @@ def text_table(
 ) -> Table:
     """A table for the terminal; too long a text is folded, so that no name is cut off.
 
-    Args:
-        title: The title.
-        rows: The cells of each row; the first row holds the headings.
-        left: Headings of the columns that are aligned to the left.
-        first_width: Least width of the first column, in characters.
-        width: Least width of the others.
+    The first row holds the headings; `left` are those of the columns that are aligned to the left.
+    The widths are the least of the first column and of the others, in characters.
     """
     table = Table(title=title)
     for i, heading in enumerate(rows[0]):

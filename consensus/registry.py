@@ -22,8 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping from names to entries. The registered factory makes a new entry at each access.
 
-    Args:
-        kind: The kind of its entries, for messages: "potential", "model", ...
+    The kind of its entries, such as "potential", is for messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -35,12 +34,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
         Raises:
             ValueError: If another factory has the name; a silent replacement would change the
-                meaning of old configs.
+                meaning of old configs. A module that is imported twice may register again.
         """
 
         def add(factory: F) -> F:
-            known = self._factories.get(name)
-            if known is not None and _origin(known) != _origin(factory):
+            known = self._factories.get(name, factory)
+            if (known.__module__, known.__qualname__) != (factory.__module__, factory.__qualname__):
                 raise ValueError(f"{self.kind} `{name}` is already registered by {known!r}")
             self._factories[name] = factory
             return factory
@@ -49,8 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def options(self, name: str) -> dict[str, Any]:
         """The option names of an entry with their default values."""
-        parameters = inspect.signature(self._factory(name)).parameters.values()
-        return {parameter.name: parameter.default for parameter in parameters}
+        return {key: option.default for key, option in self._signature(name).items()}
 
     def make(self, name: str, **options: Any) -> T:
         """The entry `name` with the given options.
@@ -59,19 +57,19 @@ class Registry(Mapping[str, T], Generic[T]):
             ValueError: If the name or an option is unknown, or an option has another type than its
                 annotation; the message lists what is allowed.
         """
-        allowed = inspect.signature(self._factory(name)).parameters
-        for option in options:
+        allowed = self._signature(name)
+        for option, value in options.items():
             if option not in allowed:
                 known = ", ".join(allowed) or "none"
                 raise ValueError(
                     f"{self.kind} `{name}` has no option `{option}`; its options: {known}"
                 )
-            options[option] = _typed(option, options[option], allowed[option].annotation)
-        return self._factory(name)(**options)
+            options[option] = _typed(option, value, allowed[option].annotation)
+        return self._factories[name](**options)
 
-    def _factory(self, name: str) -> Callable[..., T]:
+    def _signature(self, name: str) -> Mapping[str, inspect.Parameter]:
         try:
-            return self._factories[name]
+            return inspect.signature(self._factories[name]).parameters
         except KeyError:
             known = ", ".join(sorted(self._factories))
             raise ValueError(f"unknown {self.kind} `{name}`; known: {known}") from None
@@ -101,8 +99,7 @@ _TYPES: dict[str, tuple[type, str]] = {
 def _typed(option: str, value: Any, annotation: Any) -> Any:
     """The value, checked against an annotation as bool, int or float; a float is converted.
 
-    Raises:
-        ValueError: If the value has another type. An int is a float, but a bool is no int.
+    An int is a float, but a bool is no int.
     """
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     if name not in _TYPES:
@@ -113,8 +110,3 @@ def _typed(option: str, value: Any, annotation: Any) -> Any:
         with suppress(OverflowError):
             return float(value) if kind is Real else value
     raise ValueError(f"`{option}` is {value}; allowed: {allowed}")
-
-
-def _origin(factory: Callable[..., Any]) -> tuple[str, str]:
-    """The module and name of a factory: equal if a module is imported twice."""
-    return factory.__module__, factory.__qualname__

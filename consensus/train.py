@@ -42,7 +42,6 @@ from consensus.run.trainer import Trainer
 
 register_schema()
 
-REFUSED = (*REFUSALS, LaunchError)
 PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 
 
@@ -58,15 +57,9 @@ def train(cfg: DictConfig) -> None:
         plan = make_plan(config, launch)
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)
-        options = config.group
-        group = open_group(
-            launch,
-            plan.backend,
-            plan.device,
-            options.timeout_s,
-            options.shared_memory,
-            options.compress,
-        )
+        how = config.group
+        where = launch, plan.backend, plan.device
+        group = open_group(*where, how.timeout_s, how.shared_memory, how.compress)
         with group.publish_failure():
             Trainer(plan, group).run()
         group.close()  # not after a failure: peers may hang in the group
@@ -100,7 +93,7 @@ def failures_in_one_line() -> Iterator[None]:
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     try:
         yield
-    except REFUSED as error:
+    except (*REFUSALS, LaunchError) as error:
         leave(explain(error), 2, speak=local_rank == "0")
     except PeerLostError as error:
         leave(str(error), 1, speak=True)
@@ -116,28 +109,20 @@ def failures_in_one_line() -> Iterator[None]:
         leave("interrupted" if rank == "0" else None, 130)
     except Exception as error:
         # Hydra passes a few errors on, as for `algorithm=3` or a YAML file that it cannot parse.
-        if package_that_raised(error) in ("hydra", "yaml") or full_key(error):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in ("hydra", "yaml") or full_key(error):
             leave(explain(error), 2, speak=local_rank == "0")
         traceback.print_exc()
         leave(f"rank {rank}: this is a bug, see the traceback", 1, speak=True)
 
 
-def package_that_raised(error: BaseException) -> str:
-    """The top-level package of the innermost frame of an error."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
 def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
-    """Exit this rank. An error known to all ranks is printed by one; pass None to print nothing.
+    """Exit this rank, with a line on stderr unless the message is None.
 
-    torchrun ends all ranks as soon as one has failed. The ranks that do not print therefore wait
-    until torchrun ends them. A rank that survives the wait failed alone, and prints.
-
-    Args:
-        message: The line for stderr.
-        code: The exit code.
-        speak: Whether this rank is the one that prints.
+    An error known to all ranks is printed by one, the rank that may `speak`. torchrun ends all
+    ranks as soon as one has failed, so the others wait until it ends them. A rank that survives
+    the wait failed alone, and prints.
     """
     if not speak:
         time.sleep(PATIENCE_S)
