@@ -14,7 +14,7 @@ LAYERS = [(0, 3), (3, 4), (4, 9)]
 NAMES = sorted(
     name
     for name in POTENTIALS
-    if POTENTIALS._factory(name).__module__ == "consensus.core.potentials"
+    if POTENTIALS._factories[name].__module__ == "consensus.core.potentials"
 )
 every = pytest.mark.parametrize("name", NAMES)
 

@@ -43,7 +43,7 @@ def test_every_potential_of_the_package_is_in_the_table():
     own = {
         name
         for name in POTENTIALS
-        if POTENTIALS._factory(name).__module__ == "consensus.core.potentials"
+        if POTENTIALS._factories[name].__module__ == "consensus.core.potentials"
     }
     assert own == {case.name for case in TABLE}
 
