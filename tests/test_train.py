@@ -36,6 +36,7 @@ from consensus.run.plan import make_plan
 from consensus.run.sinks import JsonlSink
 from consensus.run.trainer import Trainer
 from consensus.server import digest
+from tests.testing.launch import Ranks
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MARK = "CONSENSUS_TEST_MARK"
@@ -513,16 +514,14 @@ def test_a_refusal_under_torchrun_is_printed_once(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_diverges_ends_on_all_ranks(tmp_path):
     overrides = ["experiment=smoke", "device=cpu", "algorithm.sigma=1e36", "output.run_dir=run"]
-    ended = run(tmp_path, *overrides, processes=2)
-    assert ended.code != 0
-    (line,) = ended.lines
+    with Ranks(2, overrides, tmp_path) as ranks:
+        assert ranks.wait(200) == [1, 1]  # and not after the timeout of the group
+        (line,), (other,) = ranks.lines(0), ranks.lines(1)  # torchrun would have ended rank 1
+        assert "consensus/train.py" not in ranks.err(0) + ranks.err(1)
     pattern = r"consensus\.train: iteration \d: worker ([01]) on rank \1 became non-finite, "
     assert re.match(pattern, line)
     assert "algorithm.sigma" in line
-    assert "exitcode  : 1" in ended.err
-    assert "consensus/train.py" not in ended.err
-    assert ended.left_behind == []
-    assert ended.seconds < 200  # and not the timeout of the group
+    assert other == line.replace("consensus.train: ", "consensus.train: rank 1: ")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left.isdisjoint({"summary.json", "model.pt"}), "no file of a finished run"
 
@@ -536,41 +535,20 @@ def free_port() -> int:
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_the_survivor_of_a_killed_rank_exits_by_itself(tmp_path):
-    # Without torchrun, which would end the survivor. In a job over several nodes nothing does.
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # Without torchrun, which would end the survivor, and whose store would outlive rank 0.
+    meeting = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     endless = ["algorithm.iterations=1000000", "output.eval_every=5", "output.tensorboard=false"]
-    launch = command("model=logistic", "device=cpu", "output.run_dir=run", *endless)
-    processes = []
-    try:
-        for rank in ("0", "1"):
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            processes.append(
-                subprocess.Popen(
-                    launch,
-                    cwd=tmp_path,
-                    env=environment(**meeting, **numbers),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        survivor, victim = processes
-        metrics = tmp_path / "run" / "metrics.jsonl"
+    own = ["model=logistic", "device=cpu", "output.run_dir=run", *endless]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with Ranks(2, own, tmp_path, env=meeting) as ranks:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.read_text()):
-            assert survivor.poll() is None, survivor.stderr.read()
+            assert not ranks.ended, ranks.err(0)
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        victim.kill()
-        _, err = survivor.communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stderr.close()
-    assert survivor.returncode == 1
-    lines = [line for line in err.splitlines() if line.startswith("consensus.train:")]
-    assert len(lines) == 1
-    assert re.match(r"consensus\.train: rank 0: lost a peer in `\w+`: ", lines[0])
-    assert "Traceback" not in err
+        ranks.kill(1)
+        assert ranks.wait(60) == [1, -signal.SIGKILL]
+        (line,) = ranks.lines(0)
+        assert "Traceback" not in ranks.err(0)
+    assert re.match(r"consensus\.train: rank 0: lost a peer in `\w+`: ", line)
     assert not (tmp_path / "run" / "summary.json").exists()

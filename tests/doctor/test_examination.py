@@ -12,6 +12,7 @@ from consensus.doctor import examination, machine
 from tests.doctor.test_network import free_port
 from tests.testing import ROOT
 from tests.testing.hosts import Hosts
+from tests.testing.launch import Ranks
 
 
 def test_a_machine_without_faults(examine, tmp_path):
@@ -81,19 +82,16 @@ def unlucky(root):
 @pytest.mark.slow
 def test_one_rank_whose_data_fail_leaves_the_report_of_the_others_complete(tmp_path):
     (tmp_path / "unlucky.py").write_text(UNLUCKY)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = ["plugins=[unlucky]", "data.name=unlucky", "group.shared_memory=false", "model=logistic"]
-    done = subprocess.run(
-        [*words, "-m", "consensus.doctor", *own], cwd=tmp_path, timeout=200,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    (line,) = [line for line in done.stdout.splitlines() if "FAULT" in line]
+    env, module = {"PYTHONPATH": str(tmp_path)}, "consensus.doctor.__main__"
+    with Ranks(2, own, tmp_path, env, module=module) as ranks:
+        assert ranks.wait(200) == [1, 1]
+        report = ranks.out(0)
+    (line,) = [line for line in report.splitlines() if "FAULT" in line]
     assert "rank 1: RuntimeError: no kernel image is available" in line
-    assert "all-reduce over gloo" in done.stdout  # of what all ranks can sum
-    assert "u of this model" not in done.stdout
-    assert "1 fault, no warnings" in done.stdout
+    assert "all-reduce over gloo" in report  # of what all ranks can sum
+    assert "u of this model" not in report
+    assert "1 fault, no warnings" in report
 
 
 @pytest.fixture(scope="module")

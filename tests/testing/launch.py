@@ -5,6 +5,7 @@ sets the environment of each rank, and kills the processes that are left. Unlike
 not end the others when a rank fails, as in a job over several nodes.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -29,7 +30,7 @@ class RanksError(AssertionError):
 
 
 class Ranks:
-    """`size` processes on this machine, each of them `python -m consensus.train OVERRIDES`.
+    """`size` processes on this machine, by default each `python -m consensus.train OVERRIDES`.
 
     A context manager, which kills all of them at its end.
 
@@ -40,6 +41,7 @@ class Ranks:
         env: Changes to the environment of the ranks; PYTHONPATH is searched first. The checkout is
             on their path, so `plugins=[tests.testing.faults]` works.
         attempt: The number of torchrun's restarts before this start.
+        module: Its function `main` is the command.
 
     Attributes:
         pids: The processes, by rank.
@@ -52,8 +54,9 @@ class Ranks:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         attempt: int = 0,
+        module: str = "consensus.train",
     ) -> None:
-        self.size, self.cwd = size, cwd
+        self.size, self.cwd, self.module = size, cwd, module
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[Any] = []
         kept = {
@@ -79,7 +82,9 @@ class Ranks:
                 environment = kept | {"OMP_NUM_THREADS": "1"} | meeting | place | dict(env or {})
                 files = [self._file(rank, stream) for stream in ("out", "err")]
                 process = context.Process(
-                    target=_be_rank, args=(list(overrides), cwd, environment, files), daemon=True
+                    target=_be_rank,
+                    args=(module, list(overrides), cwd, environment, files),
+                    daemon=True,
                 )
                 process.start()
                 self._processes.append(process)
@@ -134,7 +139,7 @@ class Ranks:
     def lines(self, rank: int) -> list[str]:
         """The lines of the command itself on stderr."""
         lines = self.err(rank).splitlines()
-        return [line for line in lines if line.startswith("consensus.train:")]
+        return [line for line in lines if line.startswith(f"{self.module}:")]
 
     def close(self) -> None:
         """Kill all ranks."""
@@ -163,7 +168,7 @@ class Ranks:
 
 
 def _be_rank(
-    overrides: list[str], cwd: Path, environment: dict[str, str], files: list[Path]
+    module: str, overrides: list[str], cwd: Path, environment: dict[str, str], files: list[Path]
 ) -> None:
     for number, path in enumerate(files, start=1):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
@@ -176,10 +181,8 @@ def _be_rank(
     os.environ |= environment
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(cwd)
-    sys.argv = ["consensus.train", *overrides]
-    from consensus.train import main  # imported by the server; not needed in the tests
-
-    main()
+    sys.argv = [module, *overrides]
+    importlib.import_module(module).main()
 
 
 def _end_with_the_tests() -> None:

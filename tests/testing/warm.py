@@ -1,9 +1,11 @@
 """Imported by the fork server: fills the caches that the first config and the first figure need.
 
 Hydra's parsers, matplotlib's fonts and its grammar of mathematics are prepared at their first use.
-Nothing that a test looks at depends on it.
+Nothing that a test looks at depends on it. The objects are frozen, so that no garbage collection in
+a rank copies the pages of its server.
 """
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -18,3 +20,5 @@ with initialize_config_dir(config_dir(), version_base="1.3"):
     to_config(compose("train", overrides=["potential=tan", "output.run_dir=run"]))
 with tempfile.TemporaryDirectory() as _folder:
     draw_convergence({"run": [row_at(t) for t in (10, 20, 30)]}, Path(_folder) / "figure.png")
+gc.collect()
+gc.freeze()

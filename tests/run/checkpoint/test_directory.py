@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import multiprocessing
 import os
 import socket
 import time
@@ -11,6 +10,7 @@ import pytest
 
 from consensus.comm import Group, GroupError, Launch, Solo
 from consensus.run.checkpoint.directory import LOCK, Origin, RunDirectory
+from tests.testing import fork_server
 from tests.testing.small_runs import SMALL
 
 
@@ -38,7 +38,7 @@ def test_a_second_run_into_a_directory_is_refused_until_the_holder_dies(make_con
     first.close()
 
     # A rank that outlives its launcher and rank 0 holds the lock as well as they did.
-    context = multiprocessing.get_context("spawn")
+    context = fork_server.context()
     started = context.Event()
     orphan = context.Process(target=hold, args=(tmp_path / "a" / LOCK, started), daemon=True)
     orphan.start()
