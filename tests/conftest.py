@@ -27,7 +27,6 @@ SLOWEST = (  # beginnings of paths; with pytest-xdist the longest files must sta
     "tests/run/test_stationarity",
     "tests/test_kill.py",
     "tests/doctor/",
-    "tests/test_doctor",
     "tests/test_any_config.py",
     "tests/run/checkpoint/",
     "tests/launch/test_container.py",
