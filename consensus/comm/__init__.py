@@ -10,6 +10,7 @@ from consensus.comm.process_group import (
     open_group,
 )
 from consensus.comm.sums import sent_sum
+from consensus.comm.user_group import group_of_user, num_ranks
 
 __all__ = [
     "Group",
@@ -23,7 +24,9 @@ __all__ = [
     "Solo",
     "backends",
     "choose_backend",
+    "group_of_user",
     "may_share_memory",
+    "num_ranks",
     "open_group",
     "sent_sum",
 ]

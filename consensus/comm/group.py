@@ -1,7 +1,7 @@
 """Group: the collectives of Algorithm 1, and their implementation for one process."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,14 @@ class Group(ABC):
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
         return self.start_sum(tensor).wait()
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Average over ranks of several tensors, each in place; one sum in float64."""
+        if tensors and self.size > 1:
+            total = self.sum_(torch.cat([tensor.double().reshape(-1) for tensor in tensors]))
+            pieces = total.div_(self.size).split([tensor.numel() for tensor in tensors])
+            for tensor, piece in zip(tensors, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
 
     @abstractmethod
     def min_(self, tensor: Tensor) -> Tensor:

@@ -85,17 +85,8 @@ class ProcessGroup(Group):
         ranks of the default group open a side, the counts differ and a later `dist.new_group` of
         all ranks hangs. Open sides on all ranks, each for its own group, or not at all.
         """
-        ranks = dist.get_process_group_ranks(self.handle)
-        connect = partial(
-            dist.new_group,
-            ranks=ranks,
-            timeout=timedelta(seconds=self.timeout_s),
-            backend="gloo",
-            use_local_synchronization=len(ranks) < dist.get_world_size(),
-        )
         with self.reporting("start"):
-            handle = in_time(connect, self.timeout_s, _LATE)
-        assert isinstance(handle, dist.ProcessGroup)  # this process is one of the ranks
+            handle = _same_ranks(self.handle, self.timeout_s, "gloo")
         side = ProcessGroup(
             handle,
             torch.device("cpu"),
@@ -202,6 +193,37 @@ def _destroy(handle: dist.ProcessGroup | None = None) -> None:
     """Destroy a process group, or all of them, unless their owner has done so."""
     if dist.is_initialized():
         dist.destroy_process_group(handle)
+
+
+def _same_ranks(handle: dist.ProcessGroup, timeout_s: float, backend: str) -> dist.ProcessGroup:
+    """Another process group of the same ranks. A collective."""
+    ranks = dist.get_process_group_ranks(handle)
+    connect = partial(
+        dist.new_group,
+        ranks=ranks,
+        timeout=timedelta(seconds=timeout_s),
+        backend=backend,
+        use_local_synchronization=len(ranks) < dist.get_world_size(),
+    )
+    # Gloo waits for each peer in turn; NCCL needs the thread whose device is set.
+    made = in_time(connect, timeout_s, _LATE) if backend == "gloo" else connect()
+    assert isinstance(made, dist.ProcessGroup)  # this process is one of the ranks
+    return made
+
+
+def open_like(
+    handle: dist.ProcessGroup, device: torch.device, timeout_s: float, shared_memory: bool
+) -> ProcessGroup:
+    """A group of the same ranks with connections of its own, which `close` ends. A collective.
+
+    It is Gloo on the CPU and has the backend of `handle` elsewhere.
+    """
+    backend = "gloo" if device.type == "cpu" else dist.get_backend(handle)
+    with _reporting("start", handle.rank(), None):
+        own = _same_ranks(handle, timeout_s, backend)
+    group = ProcessGroup(own, device, timeout_s, shared_memory=shared_memory)
+    group._owned.callback(_destroy, own)
+    return group
 
 
 def backends() -> list[str]:
