@@ -5,6 +5,7 @@ block of shape (..., n) whose leading axes are workers (or, later, runs). A *lay
 with its weight and bias together, equation (18); it is a slice of the vector.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import overload
@@ -83,6 +84,45 @@ class FlatLayout:
         layers = tuple(pairwise(accumulate(lengths, initial=0)))
         return cls(tuple(parameters), shapes, tuple(layer_names), layers)
 
+    @classmethod
+    def trainable(
+        cls, module: nn.Module, layers: Sequence[Sequence[str]] | None = None
+    ) -> "FlatLayout":
+        """The layout of the parameters that require a gradient and have elements.
+
+        A tied parameter counts once, in its first place. `layers` are lists of parameter names in
+        place of the modules. A ValueError if no parameter is left, or one is not in exactly one
+        layer.
+        """
+        layer_of: dict[str, str] = {}
+        names_of = {}  # all names of a tied parameter -> the first
+        first: dict[int, str] = {}
+        for path, owner in module.named_modules():
+            for name, parameter in owner.named_parameters(path, recurse=False):
+                if not parameter.requires_grad or nn.parameter.is_lazy(parameter):
+                    continue
+                names_of[name] = first.setdefault(id(parameter), name)
+                if names_of[name] == name and parameter.numel():
+                    layer_of[name] = path or type(owner).__name__.lower()
+        if layers is not None:
+            given = [
+                (names_of.get(name, name), i) for i, group in enumerate(layers) for name in group
+            ]
+            if sorted(name for name, _ in given) != sorted(layer_of):
+                raise ValueError(
+                    f"`layers` is {[list(group) for group in layers]}; allowed: lists that have "
+                    f"each of the trainable parameters once: {', '.join(layer_of)}"
+                )
+            layer_of = {name: str(i) for name, i in given}
+        if not layer_of:
+            raise ValueError(f"{type(module).__name__} has no parameters to train")
+        shapes = {name: module.get_parameter(name).shape for name in layer_of}
+        lengths = dict.fromkeys(layer_of.values(), 0)
+        for name, layer in layer_of.items():
+            lengths[layer] += shapes[name].numel()
+        ends = tuple(pairwise(accumulate(lengths.values(), initial=0)))
+        return cls(tuple(layer_of), tuple(shapes.values()), tuple(lengths), ends)
+
     @property
     def size(self) -> int:
         """n, the number of coordinates."""
@@ -106,3 +146,50 @@ class FlatLayout:
     def state_dict(self, vector: Tensor) -> dict[str, Tensor]:
         """A state_dict of independent CPU tensors, as `module.load_state_dict` wants it."""
         return {name: view.detach().clone().cpu() for name, view in self.unflatten(vector).items()}
+
+
+class FlatParameters:
+    """The parameters of a layout, copied to and from flat vectors (n,) by foreach operations.
+
+    Vectors are float32, or float64 as the parameters. Copies and not views: a module may replace
+    the memory of its parameters.
+
+    Attributes:
+        tensors: The parameters, in the order of the layout.
+        dtype: Their type.
+        device: Their device.
+    """
+
+    def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
+        self.layout = layout
+        self.tensors: list[Tensor] = [module.get_parameter(n) for n in layout.parameter_names]
+        self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
+        self.exact = self.dtype in (torch.float32, torch.float64)  # a vector holds the same values
+        self._views: dict[int, list[Tensor]] = {}
+
+    def vector(self) -> Tensor:
+        """A new vector with the values of the parameters."""
+        dtype = self.dtype if self.exact else torch.float32
+        return self.read(torch.empty(self.layout.size, dtype=dtype, device=self.device))
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The pieces of a vector in the shapes of the parameters; kept for the next call."""
+        key = vector.data_ptr()
+        if key not in self._views:
+            self._views[key] = list(self.layout.unflatten(vector).values())
+        return self._views[key]
+
+    @torch.no_grad()
+    def read(self, vector: Tensor) -> Tensor:
+        """Copy the parameters to a vector, which is returned."""
+        torch._foreach_copy_(self.views(vector), self.tensors)
+        return vector
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Copy a vector to the parameters, rounded to their type."""
+        torch._foreach_copy_(self.tensors, self.views(vector))
+
+    def displacement(self, z: Tensor, out: Tensor) -> Tensor:
+        """The parameters less what `write(z)` has written, to `out`, which is returned."""
+        return self.read(out).sub_(z if self.exact else z.to(self.dtype))

@@ -152,6 +152,31 @@ class Potential(Domain):
             rho = torch.minimum(rho, self._safe_radius(self.reach(u)).clamp(min=0.0))
         return self.size.scale(torch.where(r > 0, rho / r, 0.0), b)
 
+    def fraction(self, w: Tensor, step: float) -> Tensor:
+        """1 - |p| / |w| of each group, p = `prox(w, step)`: the part of w that the step removes.
+
+        At w = 0 it is the limit; for step = inf it is 1. Never reads a value on the host unless w
+        is on a CPU. A ValueError as for `prox`, also for quadratic potentials.
+        (..., n) -> (..., G), in the dtype of w.
+        """
+        return self.fraction_of(self.size.norm(self._scaled(w)), step)
+
+    def fraction_of(self, r: Tensor, step: float) -> Tensor:
+        """`fraction` from r = |scale w| of each group. (..., G) -> (..., G)."""
+        if math.isinf(step):
+            return torch.ones_like(r)
+        scale = self._scale_for(r)
+        c = step * scale * scale
+        if isinstance(self.size, Radial) and isinstance(c, Tensor) and c.ndim and c.shape[-1] > 1:
+            raise ValueError("a proximal step of a radial potential with several weights")
+        slope: Elementwise | float | None = self.profile.slope
+        if slope is None and r.device.type == "cpu":
+            slope = self.dpsi_within(r)
+        if slope is not None and not callable(slope):
+            pull = 2.0 * slope * c
+            return torch.ones_like(r) * (pull / (1.0 + pull))
+        return self.profile.fraction(r, c).to(r.dtype)
+
     def dpsi_within(self, reach: Tensor) -> Elementwise | float:
         """The cheapest form of psi' for all s <= reach^2. Brings one number to the host."""
         return self.profile.dpsi_up_to(float(reach.amax()) ** 2, reach.dtype)

@@ -99,6 +99,14 @@ class Radial:
         """|x_l|."""
         return self.inner(x, x).sqrt()
 
+    def apart(self, x: Tensor, y: Tensor) -> Tensor:
+        """|x_l - y_l|, on a CPU without the vector x - y. (..., n), (..., n) -> (..., L)."""
+        if x.device.type != "cpu" or x.shape[-1] <= CHUNK:
+            return self.norm(x - y)
+        lengths = self._lengths or [x.shape[-1]]
+        pieces = zip(x.split(lengths, -1), y.split(lengths, -1), strict=True)
+        return torch.stack([_inner_apart(a, b) for a, b in pieces], -1).sqrt()
+
     largest = norm
 
     def length(self, x: Tensor) -> Tensor:
@@ -130,3 +138,9 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum(-1)
     pairs = zip(torch.split(x, CHUNK, -1), torch.split(y, CHUNK, -1), strict=True)
     return torch.stack([(a * b).sum(-1) for a, b in pairs], -1).sum(-1)
+
+
+def _inner_apart(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|^2 along the last axis, piece by piece. (..., n), (..., n) -> (...)."""
+    pairs = zip(torch.split(x, CHUNK, -1), torch.split(y, CHUNK, -1), strict=True)
+    return torch.stack([(a - b).square_().sum(-1) for a, b in pairs], -1).sum(-1)
