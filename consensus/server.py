@@ -49,6 +49,11 @@ class Server:
         size = self.kernel.force_size + group.size * self.kernel.reach_size
         self._sum = group.repeated_sum(size, u)
 
+    @property
+    def memory(self) -> Tensor:
+        """Memory (n,) that may be overwritten from `finish` to `start`."""
+        return self._sum.message[: self.u.numel()]
+
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).
 

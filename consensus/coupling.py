@@ -1,0 +1,359 @@
+"""Coupling: consensus training of any model with any optimizer, in the user's own loop.
+
+    coupling = Coupling(model, optimizer, potential="tan", period=10)
+    for x, y in loader:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        coupling.step()
+    with coupling.consensus():
+        evaluate(model)
+
+The parameters of each process are a copy z_j, and u is replicated. With d_j, the displacement of
+the parameters by the optimizer, and q(w) = (eta^2 / 2) grad phi(w), a communication is
+
+    explicit   u+   = u - s_u outer mean_j q(u - z_j)              s: the line search of section 6
+               z_j+ = z_j + s_j (d_j + pull q(u+ - z_j))
+    implicit   the weighted proximal steps of core/kernels/weighted.py
+
+Data flow with `overlap`: a call of `step` copies z_j to the parameters and begins the sum over
+processes. Forward, backward and optimizer step run meanwhile. The next call finishes the sum, moves
+u, and moves z_j by d_j and by the pull at the z_j that was summed.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from consensus.comm import Pending, group_of_user, num_ranks
+from consensus.core.flat import FlatLayout, FlatParameters
+from consensus.core.kernels.pulls import choose_pull
+from consensus.core.layerwise import Layerwise
+from consensus.core.potentials import Potential
+from consensus.coupling_checks import (
+    check_model,
+    check_settings,
+    device_of,
+    make_potential,
+    raise_together,
+    require_equal,
+)
+from consensus.server import PendingForce, Server, digest
+
+
+class Coupling:
+    """Couples the copies of a model on several processes through a consensus variable u.
+
+    `step` looks at the parameters only, so it does not matter how they have moved: accumulation of
+    gradients, clipping, closures, and a `GradScaler` that skips a step need nothing else. All
+    processes call `step` equally often.
+
+    Args:
+        model: The model, on its device, with equal weights on all processes. Its trainable
+            parameters are coupled; frozen ones are compared at the start and left alone.
+        optimizer: Their optimizer. Its `momentum_buffer` is scaled where a step of z_j is cut.
+        potential: A name in `POTENTIALS`, or a potential.
+        eta: Width of the potential, in units of the parameters.
+        options: Options of a potential given by name.
+        pull: Strength of the pull towards u in a communication, in [0, 1]; 1 replaces z_j by u if
+            the potential is quadratic or `implicit`.
+        outer: Step of u; 1 for the (weighted) mean of the copies.
+        local_pull: Strength between communications, with u fixed.
+        period: Calls of `step` between two communications.
+        implicit: Proximal steps, stable for any strength; False for the steps of Algorithm 1. None:
+            True unless the potential is quadratic.
+        overlap: Hide the sum over processes behind the next iteration. Otherwise it is formed of
+            the parameters after the optimizer step, and finished in the same call.
+        group: Processes that are coupled: a process group or one-dimensional device mesh of torch;
+            None: the default group, or this process alone if there is none.
+        layers: Lists of parameter names, the layers of (18); None: a layer is a module with its own
+            parameters.
+        buffers: "local", or "mean": the average of float buffers at each communication.
+        timeout_s: Longest wait for another process, in seconds.
+
+    Raises:
+        ValueError: On all processes alike, if an argument is not allowed, if the optimizer has
+            parameters that are not the model's, or if the models differ.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        potential: str | Potential = "quad",
+        *,
+        eta: float = 1.0,
+        options: Mapping[str, Any] | None = None,
+        pull: float = 0.5,
+        outer: float = 1.0,
+        local_pull: float = 0.0,
+        period: int = 1,
+        implicit: bool | None = None,
+        overlap: bool = True,
+        group: Any = None,
+        layers: Sequence[Sequence[str]] | None = None,
+        buffers: str = "local",
+        timeout_s: float = 600.0,
+    ) -> None:
+        settings = {
+            "potential": potential if isinstance(potential, str) else repr(potential),
+            "eta": eta, "options": dict(options or {}), "pull": pull, "outer": outer,
+            "local_pull": local_pull, "period": period, "implicit": implicit, "overlap": overlap,
+            "buffers": buffers,
+        }  # fmt: skip
+        self._model, self._optimizer = model, optimizer
+        self._pull, self._local_pull, self._period = pull, local_pull, period
+        self._overlap = overlap
+        self._waited_s = 0.0
+        self._swapped = self._closed = False
+        self._pending: PendingForce | None = None
+        problem, device = None, device_of(model)
+        try:
+            check_settings(eta, pull, outer, local_pull, period, buffers)
+            check_model(model, optimizer)
+            layout = FlatLayout.trainable(model, layers)
+            self._parameters = FlatParameters(model, layout)
+            phi = Layerwise(make_potential(potential, options), layout.layers, eta)
+            z = self._parameters.vector()
+            self._z = z.unsqueeze(0)  # (1, n): a block of one worker
+            self._phi = phi.to(z)
+            self._puller = choose_pull(self._phi, self._z, pull, implicit)
+            self._moves_between = local_pull > 0 or self._puller.cuts_steps
+        except ValueError as error:
+            problem = str(error)
+        self._group = group_of_user(group, device, timeout_s)
+        try:
+            raise_together(self._group, problem)
+            floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            self._buffers = floats if buffers == "mean" else []
+            require_equal(self._group, settings | self._description())
+            self._t_u = self._puller.t_u(outer, self._group.size)
+            self._server = Server(z, self._phi, self._group, self._puller.kernel)
+            self._restart()
+        except BaseException:
+            self._group.close()
+            raise
+
+    @classmethod
+    def from_paper(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer,
+        potential: str | Potential = "quad",
+        *,
+        lam: float,
+        tau: float,
+        sigma: float,
+        eta: float = 1.0,
+        group: Any = None,
+        **others: Any,
+    ) -> "Coupling":
+        """Algorithm 1 in the letters of the paper, with t_u = tau, for as many workers as ranks.
+
+        pull = 2 sigma / (lam eta^2), outer = 2 M tau / eta^2. The optimizer is SGD with step size
+        sigma. `others` are arguments of `Coupling`.
+        """
+        pull, outer = 2.0 * sigma / (lam * eta**2), 2.0 * num_ranks(group) * tau / eta**2
+        others = {"pull": pull, "outer": outer, "implicit": False} | others
+        return cls(model, optimizer, potential, eta=eta, group=group, **others)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One iteration, after the optimizer step or in its place. A collective."""
+        self._refuse("step")
+        if self._pending is not None:
+            self._communicate(displaced=True)
+        elif self._moves_between:
+            self._move(self._local_pull, displaced=True)
+        self._calls += 1
+        if self._calls % self._period:
+            return
+        if not self._moves_between:
+            self._settle()
+        self._begin()
+        if not self._overlap:
+            self._communicate(displaced=False)
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """Context in which the model's parameters are u; afterwards they are what they were.
+
+        No collective. `step`, `load_state_dict` and another `consensus` are refused inside.
+        """
+        self._refuse("consensus")
+        parameters = self._parameters
+        before = [parameter.detach().clone() for parameter in parameters.tensors]
+        self._swapped = True
+        try:
+            parameters.write(self._server.u)
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters.tensors, before)
+            self._swapped = False
+
+    def consensus_state_dict(self) -> dict[str, Any]:
+        """`model.state_dict()` with u in place of the coupled parameters, as independent tensors.
+
+        No collective. Frozen parameters and buffers are those of this process.
+        """
+        state: dict[str, Any] = self._model.state_dict(keep_vars=True)
+        parameters = self._parameters
+        views = zip(parameters.tensors, parameters.views(self._server.u), strict=True)
+        copies = {id(own): view.to(own.dtype, copy=True) for own, view in views}
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                own = copies.get(id(value))
+                state[name] = value.detach().clone() if own is None else own
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this process beside those of the model and the optimizer: copies.
+
+        Waits for the sum on its way.
+        """
+        self._refuse("state_dict")
+        self._wait()
+        cuts = torch.stack([self._server.cuts, self._puller.search.cuts[0]])
+        return {
+            "u": self._server.u.clone(), "z": self._z[0].clone(), "cuts": cuts,
+            "calls": self._calls, "communications": self._communications,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`. A collective.
+
+        The user loads the states of the model and the optimizer as well, before or after. The run
+        then has the bits of one that was not interrupted.
+        """
+        self._refuse("load_state_dict")
+        shape = tuple(state["u"].shape)
+        if shape != (self._parameters.layout.size,):
+            raise ValueError(f"`u` has shape {shape}; allowed: ({self._parameters.layout.size},)")
+        self._wait()
+        self._pending = None
+        self._server.u.copy_(state["u"])
+        self._z[0].copy_(state["z"])
+        self._server.cuts.copy_(state["cuts"][0])
+        self._puller.search.cuts.fill_(int(state["cuts"][1]))
+        self._calls, self._communications = int(state["calls"]), int(state["communications"])
+        if self._overlap and self._calls % self._period == 0:
+            self._begin()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start anew from the model's parameters, for instance after they were loaded.
+
+        A collective. A ValueError on all processes if the weights differ.
+        """
+        self._refuse("restart")
+        self._wait()
+        self._pending = None
+        self._parameters.read(self._z[0])
+        require_equal(self._group, {"weights": int(digest(self._z[0]))})
+        self._restart()
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of this process, read on the host. No collective.
+
+        `distance`: |u - z_j| by layer, z_j at the last communication; `cuts`: of u and of z_j;
+        `calls` of `step`; `communications`; `waited_s`: seconds spent waiting for sums.
+        """
+        distances = self._phi.distance(self._server.u - self._z[0]).tolist()
+        return {
+            "distance": dict(zip(self._parameters.layout.layer_names, distances, strict=True)),
+            "cuts": {"u": int(self._server.cuts), "z": int(self._puller.search.cuts)},
+            "calls": self._calls,
+            "communications": self._communications,
+            "waited_s": self._waited_s,
+        }
+
+    def close(self) -> None:
+        """Wait for the sum on its way and leave the group; the model stays as it is."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._wait()
+        finally:
+            self._group.close()
+
+    def _description(self) -> dict[str, Any]:
+        """Everything else that is the same on all ranks."""
+        frozen = [p.detach() for p in self._model.parameters() if not p.requires_grad]
+        return {
+            "parameters": (self._parameters.layout, str(self._parameters.dtype)),
+            "shapes of buffers": [tuple(b.shape) for b in self._buffers],
+            "weights": int(digest(self._z[0])),
+            "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
+        }
+
+    def _restart(self) -> None:
+        """Begin at u = z_j."""
+        self._server.u.copy_(self._z[0])
+        self._server.cuts.zero_()
+        self._puller.search.cuts.zero_()
+        self._calls = self._communications = 0
+        if self._overlap:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin the sum at z_j."""
+        self._pending = self._server.start(self._z)
+
+    def _wait(self) -> None:
+        """Wait for the sum on its way, if any; it can still be finished."""
+        if self._pending is not None:
+            pending, z = self._pending
+            started = time.perf_counter()
+            total = pending.wait()
+            self._waited_s += time.perf_counter() - started
+            self._pending = Pending(lambda: total), z
+
+    def _communicate(self, displaced: bool) -> None:
+        """Finish the sum, move u, and pull z_j; `displaced` as in `_move`."""
+        self._wait()
+        assert self._pending is not None
+        self._server.finish(self._pending, self._t_u)
+        self._pending = None
+        self._communications += 1
+        self._move(self._pull, displaced)
+        self._group.mean_(self._buffers)  # a late mean could make a variance negative
+
+    def _settle(self) -> None:
+        """Set z_j to the parameters, which are then z_j rounded to their type."""
+        z = self._z[0]
+        if self._parameters.exact:
+            self._parameters.read(z)
+        else:
+            z += self._parameters.displacement(z, out=self._server.memory)
+            self._parameters.write(z)
+
+    def _move(self, pull: float, displaced: bool) -> None:
+        """Move z_j by its displacement, if it was `displaced`, and by the pull; write it."""
+        u, z, memory = self._server.u, self._z, self._server.memory
+        d = self._parameters.displacement(z[0], memory) if displaced else memory.zero_()
+        self._puller.move(z, d.view_as(z), u, pull)
+        if self._puller.cuts_steps:
+            self._scale_momentum()
+        self._parameters.write(z[0])
+
+    def _scale_momentum(self) -> None:
+        """Scale the velocity of SGD by s_j."""
+        step, states = self._puller.search.step, self._optimizer.state
+        if step.device.type == "cpu" and step == 1:
+            return  # as nearly always; on another device the question would wait for it
+        found = [states[p].get("momentum_buffer") for p in self._parameters.tensors if p in states]
+        if velocities := [velocity for velocity in found if velocity is not None]:
+            torch._foreach_mul_(velocities, step)
+
+    def _refuse(self, name: str) -> None:
+        if self._closed or self._swapped:
+            place = "after `close`" if self._closed else "inside `consensus()`"
+            raise RuntimeError(f"`{name}` of a Coupling {place}")
