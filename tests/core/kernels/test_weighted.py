@@ -1,0 +1,180 @@
+"""The weighted proximal steps against loops with scalar equations solved by scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from consensus import POTENTIALS, Layerwise
+from consensus.core import sizes
+from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
+from consensus.core.kernels import weighted as module
+from consensus.core.kernels.pulls import Explicit, Linear, Proximal, choose_pull
+from consensus.core.kernels.weighted import WeightedProximal
+from tests.testing.proximal import groups, removed
+
+LAYERS = [(0, 3), (3, 7), (7, 8)]
+N, ETA = 8, 0.6
+NAMES = ["quad", "cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber", "power"]
+
+
+def expected_c(name, w, strength):
+    """c of every group, from scalar equations."""
+    return [removed(name, np.linalg.norm(w[a:b]), strength, ETA) for a, b in groups(name, LAYERS)]
+
+
+def points(seed, workers=3, spread=1.0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=N), spread * rng.normal(size=(workers, N))
+
+
+def phi(name, layers=LAYERS):
+    return Layerwise(POTENTIALS[name], layers, ETA)
+
+
+def line_3(kernel, u, z, outer):
+    """u+ for a block of all workers. (n,)."""
+    moved, out = u.clone(), u.new_full((kernel.force_size,), math.nan)
+    assert kernel.forces(u, z, out, torch.empty_like(z)) is None
+    cuts = torch.zeros((), dtype=torch.int64)
+    search = LineSearch(u.new_zeros(()), cuts)
+    kernel.move_consensus(moved, z, TotalForce(out), outer, search, torch.empty_like(out))
+    assert (float(search.step), int(cuts)) == (1.0, 0)
+    return moved
+
+
+@pytest.mark.parametrize("strength", [0.03, 1.0, 20.0, math.inf])
+@pytest.mark.parametrize("spread", [0.05, 3.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_line_3_is_the_weighted_mean(name, spread, strength):
+    u, z = points(1, spread=spread)
+    top, bottom = np.zeros(N), np.zeros(N)
+    for own in z:
+        for (a, b), c in zip(
+            groups(name, LAYERS), expected_c(name, u - own, strength), strict=True
+        ):
+            top[a:b] += c * (u - own)[a:b]
+            bottom[a:b] += c
+    kernel = WeightedProximal(phi(name), torch.from_numpy(u), strength)
+    moved = line_3(kernel, torch.from_numpy(u), torch.from_numpy(z), 0.7)
+    np.testing.assert_allclose(moved.numpy(), u - 0.7 * top / bottom, rtol=1e-12, atol=1e-12)
+    parts = [torch.empty(kernel.force_size, dtype=torch.float64) for _ in z]
+    for own, part in zip(torch.from_numpy(z), parts, strict=True):  # one worker in each block
+        kernel.forces(torch.from_numpy(u), own[None], part, None)
+    np.testing.assert_allclose(sum(parts)[:N].numpy(), top, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("strength", [0.03, 1.0, 20.0, math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_line_6_moves_by_the_fraction_of_the_way(name, strength):
+    u, z = points(2)
+    d = np.linspace(-0.3, 0.4, z.size).reshape(z.shape)
+    wanted = z + d
+    for j, own in enumerate(z):
+        for (a, b), c in zip(
+            groups(name, LAYERS), expected_c(name, u - own, strength), strict=True
+        ):
+            wanted[j, a:b] += c * (u - own)[a:b]
+    kernel = WeightedProximal(phi(name), torch.from_numpy(u), 1.0)
+    moved = torch.from_numpy(z.copy())
+    kernel.pull(moved, torch.from_numpy(d), torch.from_numpy(u), strength)
+    np.testing.assert_allclose(moved.numpy(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_line_6_with_momentum():
+    """kappa v - sigma (delta + nu z), then the pull; the velocity has the pull if `through`."""
+    u, z = (torch.from_numpy(x) for x in points(3))
+    v, delta = torch.full_like(z, 0.2), torch.full_like(z, -1.0)
+    kernel = WeightedProximal(phi("tan"), u, 1.0)
+    for through in (False, True):
+        block = Block(z.clone(), v.clone(), delta.clone())
+        numbers = Hyperparameters(0.9, 0.1, 0.5, 2.0, through)
+        cuts = torch.zeros(3, dtype=torch.int64)
+        kernel.move_workers(block, u, u, numbers, LineSearch(z.new_zeros(()), cuts))
+        free = 0.9 * v - 0.1 * (delta + 0.5 * z)
+        wanted = z + free
+        for j, own in enumerate((u - z).numpy()):
+            for (a, b), c in zip(LAYERS, expected_c("tan", own, 2.0), strict=True):
+                wanted[j, a:b] += c * (u - z)[j, a:b]
+        torch.testing.assert_close(block.z, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(block.v, wanted - z if through else free, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_copies_stay_equal(name, dtype):
+    u = torch.linspace(-1.0, 1.0, N, dtype=dtype)
+    kernel = WeightedProximal(phi(name), u, 0.3)
+    moved, z = line_3(kernel, u, u.repeat(4, 1), 1.0), u.repeat(1, 1)
+    kernel.pull(z, torch.zeros_like(z), u, 0.3)
+    assert torch.equal(moved, u)
+    assert torch.equal(z[0], u)
+
+
+@pytest.mark.parametrize("name", ["tan", "tan_sep"])
+def test_pieces_of_a_large_vector_change_nothing(name, monkeypatch):
+    """float64: the same numbers with pieces of two coordinates."""
+    u, z = (torch.from_numpy(x) for x in points(4))
+    kernel = WeightedProximal(phi(name), u, 0.8)
+    whole, pulled = line_3(kernel, u, z, 1.0), z.clone()
+    kernel.pull(pulled, torch.zeros_like(z), u, 0.8)
+    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(sizes, "CHUNK", 2)
+    again = z.clone()
+    kernel.pull(again, torch.zeros_like(z), u, 0.8)
+    torch.testing.assert_close(line_3(kernel, u, z, 1.0), whole, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(again, pulled, rtol=1e-14, atol=1e-15)
+
+
+FRACTIONS = ["cubic", "tan", "log", "pseudo_huber", "power"]
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_the_fraction_over_many_orders_of_magnitude(name):
+    radius, strength = np.logspace(-6, 4, 41), 0.7
+    layer = Layerwise(POTENTIALS[name], [(0, 1)], ETA)
+    found = layer.fraction(torch.from_numpy(radius)[:, None], strength)[:, 0].numpy()
+    wanted = [removed(name, r, strength, ETA) for r in radius]
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-13)
+    single = layer.fraction(torch.from_numpy(radius)[:, None].float(), strength)[:, 0].numpy()
+    np.testing.assert_allclose(single, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fixed_number_of_steps_is_enough(monkeypatch):
+    """As on a device, where the iteration does not look at its values."""
+    r = torch.logspace(-8, 5, 200, dtype=torch.float64)
+    for name in FRACTIONS:
+        profile = POTENTIALS[name].profile
+        early = {c: profile.fraction(r, c) for c in (1e-3, 0.5, 50.0)}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "any", lambda x: torch.tensor(True))
+            for c, values in early.items():
+                torch.testing.assert_close(profile.fraction(r, c), values, rtol=1e-10, atol=1e-15)
+
+
+def test_the_limit_at_zero():
+    """c(0) = g / (1 + g), g = 2 strength psi'(0) / eta^2."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    g = 2.0 * 0.3 / ETA**2
+    for name, slope in {"tan": 1.0, "log": 1.0, "pseudo_huber": 0.5, "cubic": 0.0}.items():
+        found = float(Layerwise(POTENTIALS[name], [(0, 1)], ETA).fraction(zero, 0.3))
+        assert found == pytest.approx(g * slope / (1.0 + g * slope), rel=1e-12, abs=1e-25)
+
+
+def test_weights_within_a_radial_layer_are_refused():
+    weighted = Layerwise(POTENTIALS.make("scaled_quad", weight=[1.0, 2.0, 3.0]), LAYERS, ETA)
+    with pytest.raises(ValueError, match="several weights"):
+        WeightedProximal(weighted, torch.zeros(N), 1.0)
+
+
+def test_the_choice_of_a_pull():
+    z = torch.zeros(1, N)
+    assert type(choose_pull(phi("tan"), z, 0.5, None)) is Proximal
+    assert type(choose_pull(phi("tan"), z, 0.5, False)) is Explicit
+    assert type(choose_pull(phi("quad"), z, 0.5, None)) is Linear
+    assert type(choose_pull(phi("quad"), z, 0.5, True)) is Proximal
+    scaled = Layerwise(POTENTIALS.make("scaled_quad", weight=2.0), LAYERS, ETA)
+    assert type(choose_pull(scaled, z, 0.5, None)) is Explicit
+    with pytest.raises(ValueError, match="`pull` is 0; allowed: above 0"):
+        choose_pull(phi("tan"), z, 0.0, None)

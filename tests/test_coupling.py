@@ -1,0 +1,750 @@
+"""Coupling against the trainer's Algorithm 1 and against plain loops over the workers.
+
+The loss of worker j at iteration t is a noisy quadratic, so that a loop needs its gradient only.
+Ranks are real processes. Loops are numpy or plain torch, in float64.
+"""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed import all_reduce, new_group
+from torch.distributed.device_mesh import init_device_mesh
+
+from consensus import POTENTIALS, Coupling, Layerwise
+from consensus.algorithm import Consensus
+from consensus.server import Server, digest
+from consensus.worker import Worker
+from tests.testing.proximal import groups, removed
+
+LAYERS, N = [(0, 3), (3, 7)], 7
+F64 = torch.float64
+
+
+class Part(nn.Module):
+    def __init__(self, numel):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(numel, dtype=F64))
+
+
+def start():
+    return np.linspace(-0.2, 0.2, N)
+
+
+def two_layers():
+    """Parameters of two layers with 3 and 4 coordinates."""
+    model = nn.Sequential(Part(3), Part(4))
+    nn.utils.vector_to_parameters(torch.from_numpy(start()), model.parameters())
+    return model
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy().copy()
+
+
+def shift(j, t):
+    return np.cos(np.arange(N) * (j + 2.0)) + 0.3 * np.sin(np.arange(1, N + 1) * (j + 1) + 0.7 * t)
+
+
+def gradient(j, t, z):
+    return z - shift(j, t)
+
+
+def backward(model, j, t, quadratic=True, shift=shift):
+    """The gradients of worker j at iteration t, of a quadratic or a linear loss."""
+    parameters = list(model.parameters())
+    wanted = torch.from_numpy(shift(j, t)).split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, wanted, strict=True):
+        parameter.grad = parameter.detach() - piece if quadratic else -0.2 * piece
+
+
+def trained(j, steps, lr, skipped=(), **options):
+    """u and z_j after every call of `step`, and the coupling. (steps, n), (steps, n)."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    coupling, us, zs = Coupling(model, optimizer, **options), [], []
+    for t in range(steps):
+        backward(model, j, t)
+        if t not in skipped:
+            optimizer.step()
+        coupling.step()
+        zs.append(vector(model))
+        with coupling.consensus():
+            us.append(vector(model))
+    stats = coupling.stats()
+    coupling.close()
+    return np.stack(us), np.stack(zs), stats
+
+
+def on_ranks(ranks, size, steps, lr, **options):
+    """u (steps, n), z (steps, M, n) and the stats of each rank."""
+    answers = ranks(size, train_on_rank, steps, lr, options)
+    assert all(np.array_equal(answers[0][0], answer[0]) for answer in answers), "u differs"
+    return answers[0][0], np.stack([answer[1] for answer in answers], 1), answers[0][2]
+
+
+def train_on_rank(group, steps, lr, options):
+    return trained(group.rank, steps, lr, **options)
+
+
+# ---- 1. Algorithm 1
+
+
+def kicked(j, t):
+    """`shift`, and one large step that is cut, near the end: rounding is amplified after cuts."""
+    return shift(j, t) + (KICK * (-1) ** j if t == KICKED else 0.0)
+
+
+class Oracle:
+    """Gradients of one worker for the trainer's algorithm."""
+
+    def __init__(self, j, quadratic):
+        self.j, self.t, self.quadratic = j, 0, quadratic
+
+    def draw(self):
+        self.t += 1
+        return self.t - 1
+
+    def gradient(self, points, batch):
+        wanted = torch.from_numpy(kicked(self.j, batch))
+        return points - wanted if self.quadratic else -0.2 * wanted.expand_as(points)
+
+    def state_dict(self):
+        return {}
+
+
+KICK, KICKED = 12.0, 94
+PAPER = {"lam": 1.0, "tau": 0.02, "sigma": 0.05}
+CASES = [  # potential, period, eta, kappa; with log at eta = 0.5, 4 workers are too stiff
+    *((name, period, 0.5, 0.0) for name in ("cubic", "tan", "tan_sep") for period in (1, 5)),
+    *(("log", period, eta, 0.0) for period, eta in ((1, 0.5), (5, 0.7))),
+    *(("quad", period, eta, 0.0) for period, eta in ((1, 0.5), (5, 1.0))),
+    ("log", 5, 0.5, 0.7),
+]
+
+
+def beside_the_trainer(group, steps):
+    """The largest difference of u and of z_j over all steps, the cuts, the digest of u; by case."""
+    found = []
+    for name, period, eta, kappa in CASES:
+        quadratic = kappa == 0.0  # else Nesterov's look-ahead point would matter
+        phi = Layerwise(POTENTIALS[name], LAYERS, eta)
+        u = torch.from_numpy(start())
+        worker = Worker(u[None], Oracle(group.rank, quadratic), phi, kappa=kappa)
+        algorithm = Consensus(Server(u, phi, group), worker, period=period, **PAPER)
+        model = two_layers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=PAPER["sigma"], momentum=kappa)
+        coupling = Coupling.from_paper(model, optimizer, name, eta=eta, period=period, **PAPER)
+        apart = 0.0
+        for t in range(steps):
+            algorithm.step(t)
+            backward(model, group.rank, t, quadratic, kicked)
+            optimizer.step()
+            coupling.step()
+            with coupling.consensus():
+                of_u = np.abs(vector(model) - algorithm.u.numpy()).max()
+            of_z = np.abs(vector(model) - algorithm.worker.z[0].numpy()).max()
+            apart = max(apart, of_u, of_z)
+        cuts = coupling.stats()["cuts"]
+        state = coupling.state_dict()
+        coupling.close()
+        found.append((apart, [cuts["u"], cuts["z"]], algorithm.cuts.tolist(), digest(state["u"])))
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+def test_from_paper_is_the_algorithm_of_the_trainer(ranks, size):
+    answers = ranks(size, beside_the_trainer, 100)
+    total = {}
+    for i, case in enumerate(CASES):
+        assert len({int(answer[i][3]) for answer in answers}) == 1, f"u differs: {case}"
+        for apart, cuts, wanted, _ in (answer[i] for answer in answers):
+            assert apart < 1e-12, case
+            assert cuts == wanted, case
+            total[case] = total.get(case, 0) + sum(cuts)
+    assert min(total[case] for case in CASES if case[0] in ("tan", "log", "tan_sep")) > 0
+
+
+# ---- 2. Methods with names, as loops
+
+
+M, LR, H, STEPS = 2, 0.1, 4, 22
+
+
+def sgd(z, t):
+    return z - LR * np.stack([gradient(j, t, own) for j, own in enumerate(z)])
+
+
+def local_sgd(t, z, u):
+    z = sgd(z, t)
+    if (t + 1) % H == 0:
+        z[:] = u = z.mean(0)
+    return z, u
+
+
+def elastic_averaging(t, z, u):
+    z = sgd(z, t)
+    if (t + 1) % H == 0:
+        u = u + 0.6 * (z.mean(0) - u)
+        z = z + 0.3 * (u - z)
+    return z, u
+
+
+def fedprox(t, z, u):
+    z = sgd(z, t) + 0.05 * (u - z)
+    if (t + 1) % H == 0:
+        z[:] = u = z.mean(0)
+    return z, u
+
+
+NAMED = {
+    local_sgd: {"pull": 1.0},
+    elastic_averaging: {"pull": 0.3, "outer": 0.6},
+    fedprox: {"pull": 1.0, "local_pull": 0.05},
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("method", NAMED)
+def test_named_methods_without_overlap(ranks, method):
+    us, zs, stats = on_ranks(ranks, M, STEPS, LR, period=H, overlap=False, **NAMED[method])
+    z, u = np.stack([start()] * M), start()
+    for t in range(STEPS):
+        z, u = method(t, z, u)
+        np.testing.assert_allclose(zs[t], z, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(us[t], u, rtol=0, atol=1e-14)
+    assert stats["communications"] == STEPS // H
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("pull", "outer", "period"), [(1.0, 1.0, H), (0.3, 0.6, H), (0.3, 0.6, 1)])
+def test_with_overlap_the_sum_is_one_displacement_late(ranks, pull, outer, period):
+    us, zs, _ = on_ranks(ranks, M, STEPS, LR, pull=pull, outer=outer, period=period)
+    z, u, mean = np.stack([start()] * M), start(), start()
+    for t in range(STEPS):
+        d = sgd(z, t) - z
+        if mean is not None:
+            u = u + outer * (mean - u)
+            z = z + pull * (u - z)
+        z = z + d
+        mean = z.mean(0) if (t + 1) % period == 0 else None
+        np.testing.assert_allclose(zs[t], z, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(us[t], u, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0])
+def test_one_process_is_lookahead(step):
+    us, zs, _ = trained(0, STEPS, LR, pull=1.0, outer=step, period=H, overlap=False)
+    z = slow = start()
+    for t in range(STEPS):
+        z = z - LR * gradient(0, t, z)
+        if (t + 1) % H == 0:
+            z = slow = slow + step * (z - slow)
+        np.testing.assert_allclose(zs[t], z, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(us[t], slow, rtol=0, atol=1e-14)
+
+
+def test_a_full_pull_of_quad_gives_the_bits_of_u():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=0.1), pull=1.0, outer=0.3)
+    for _ in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        d = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
+        coupling.step()
+        u = coupling.consensus_state_dict().values()
+        for parameter, center, moved in zip(model.parameters(), u, d, strict=True):
+            assert torch.equal(parameter, center + moved)
+
+
+# ---- 3. The implicit, weighted step
+
+
+def weighted_loop(name, eta, pull, local_pull, outer, period, overlap):
+    """u and z by the formulas: scalar equations for each group of coordinates of each worker."""
+
+    def strength(rate):
+        return math.inf if rate == 1.0 else 0.5 * eta**2 * rate / (1.0 - rate)
+
+    def fraction(w, rate):
+        c = np.zeros(N)
+        for a, b in groups(name, LAYERS) if rate else []:
+            c[a:b] = removed(name, np.linalg.norm(w[a:b]), strength(rate), eta)
+        return c
+
+    def means(u, z):
+        c = [fraction(u - own, pull) for own in z]
+        return sum(own * (u - at) for own, at in zip(c, z, strict=True)) / sum(c)
+
+    def pulled(z, u, rate):
+        return z + np.stack([fraction(u - own, rate) * (u - own) for own in z])
+
+    z, u = np.stack([start()] * M), start()
+    late, us, zs = overlap, [], []
+    for t in range(STEPS):
+        d = sgd(z, t) - z
+        if late:
+            u = u - outer * means(u, z)
+        z = pulled(z, u, pull if late else local_pull) + d
+        late = (t + 1) % period == 0
+        if late and not overlap:
+            u = u - outer * means(u, z)
+            z, late = pulled(z, u, pull), False
+        us.append(u)
+        zs.append(z)
+    return np.stack(us), np.stack(zs)
+
+
+IMPLICIT = {"eta": 0.4, "pull": 0.3, "local_pull": 0.05, "outer": 0.9, "period": 3, "overlap": True}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("tan", {}),
+        ("log", {"period": 1, "local_pull": 0.0}),
+        ("tan_sep", {"overlap": False}),
+        ("cubic", {"pull": 1.0}),
+        ("pseudo_huber", {"local_pull": 0.0}),
+    ],
+)
+def test_the_implicit_step(ranks, name, changed):
+    options = IMPLICIT | changed
+    us, zs, stats = on_ranks(ranks, M, STEPS, LR, potential=name, **options)
+    wanted_us, wanted_zs = weighted_loop(name, **options)
+    np.testing.assert_allclose(zs, wanted_zs, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(us, wanted_us, rtol=0, atol=1e-11)
+    assert stats["cuts"] == {"u": 0, "z": 0}
+
+
+# ---- 4. Swaps, states, models
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
+
+
+def sgd_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def adamw_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model, optimizer, coupling, first, last):
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(8, 6, generator=generator)
+        optimizer.zero_grad()
+        out = model(x.to(next(model.parameters()).dtype)).float()
+        (out - x[:, :2] * 3.0).square().mean().backward()
+        optimizer.step()
+        coupling.step()
+
+
+def bits(state):
+    return {key: value.clone() for key, value in state.items()}
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def test_consensus_swaps_u_in_and_the_copy_back():
+    model = network()
+    optimizer = adamw_of(model)
+    coupling = Coupling(model, optimizer, pull=0.3, outer=0.5, period=3)
+    train(model, optimizer, coupling, 0, 8)
+    before, of_u = bits(model.state_dict()), coupling.consensus_state_dict()
+    assert not torch.equal(before["0.weight"], of_u["0.weight"])
+    with coupling.consensus():
+        assert_equal_states(model.state_dict(), of_u)
+        assert_equal_states(coupling.consensus_state_dict(), of_u)
+        for name, call in {
+            "step": coupling.step,
+            "consensus": lambda: coupling.consensus().__enter__(),
+            "state_dict": coupling.state_dict,
+            "load_state_dict": lambda: coupling.load_state_dict({}),
+            "restart": coupling.restart,
+        }.items():
+            with pytest.raises(RuntimeError, match=f"`{name}` .* inside `consensus"):
+                call()
+    assert_equal_states(model.state_dict(), before)
+    with pytest.raises(KeyError), coupling.consensus():
+        raise KeyError
+    assert_equal_states(model.state_dict(), before)
+    train(model, optimizer, coupling, 8, 9)
+    coupling.close()
+    coupling.close()
+    with pytest.raises(RuntimeError, match=r"`step` .* after `close`"):
+        coupling.step()
+
+
+RESUMED = [
+    ("quad", {"period": 3, "pull": 0.3}),
+    ("quad", {"overlap": False, "local_pull": 0.1, "period": 2}),
+    ("tan", {"eta": 0.05, "period": 4}),
+    ("log", {"eta": 0.3, "implicit": False, "outer": 0.2}),
+]
+
+
+def saved_and_loaded(*parts):
+    """The state_dicts of parts, through a file."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("make", [sgd_of, adamw_of])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), RESUMED)
+def test_a_resumed_run_has_the_same_bits(make, dtype, name, options):
+    model = network(dtype)
+    optimizer = make(model)
+    coupling = Coupling(model, optimizer, name, **options)
+    saved = []
+    for t in range(12):
+        if t in (5, 7, 8):
+            saved.append((t, saved_and_loaded(model, optimizer, coupling)))
+        train(model, optimizer, coupling, t, t + 1)
+    for t, states in saved:
+        torch.manual_seed(2)
+        fresh = network(dtype)
+        again = make(fresh)
+        resumed = Coupling(fresh, again, name, **options)
+        train(fresh, again, resumed, 100, 102)
+        for part, state in zip((fresh, again, resumed), states, strict=True):
+            part.load_state_dict(state)
+        train(fresh, again, resumed, t, 12)
+        assert_equal_states(fresh.state_dict(), model.state_dict())
+        assert_equal_states(resumed.consensus_state_dict(), coupling.consensus_state_dict())
+        assert resumed.stats()["cuts"] == coupling.stats()["cuts"]
+
+
+def test_a_state_of_another_size_is_refused():
+    model = network()
+    coupling = Coupling(model, sgd_of(model))
+    with pytest.raises(ValueError, match=r"`u` has shape \(3,\); allowed: \(57,\)"):
+        coupling.load_state_dict({"u": torch.zeros(3)})
+
+
+def test_restart_begins_at_the_loaded_weights():
+    model, loaded = network(), {k: v + 1 for k, v in network().state_dict().items()}
+    optimizer = sgd_of(model)
+    coupling = Coupling(model, optimizer, period=3)
+    train(model, optimizer, coupling, 0, 5)
+    model.load_state_dict(loaded)
+    coupling.restart()
+    assert_equal_states(coupling.consensus_state_dict(), loaded)
+    coupling.step()
+    assert_equal_states(model.state_dict(), loaded)
+    assert coupling.stats()["calls"] == 1
+
+
+class Tied(nn.Module):
+    """A tied output layer, a frozen layer, an empty parameter, and a transposed memory layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Linear(4, 6, bias=False)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.convolution = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        self.out = nn.Linear(4, 6)
+        self.out.weight = self.embedding.weight
+
+
+def test_tied_parameters_count_once_and_frozen_ones_are_left_alone():
+    model = Tied()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    coupling = Coupling(model, optimizer, pull=1.0, outer=0.5)
+    before = bits(model.state_dict())
+    assert list(coupling.stats()["distance"]) == ["embedding", "convolution", "out"]
+    assert coupling.state_dict()["u"].numel() == 24 + 57 + 6
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    coupling.step()
+    coupling.step()  # z = u+ here, half of the way from the start to the summed copy
+    state = coupling.consensus_state_dict()
+    assert list(state) == list(before)
+    assert state["out.weight"] is state["embedding.weight"]
+    assert model.out.weight is model.embedding.weight
+    assert model.convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    for name, old in before.items():
+        moved = 1.0 if "frozen" in name else 0.5
+        torch.testing.assert_close(state[name], old + moved)
+        torch.testing.assert_close(model.state_dict()[name], old + moved)
+
+
+def test_layers_of_the_user():
+    """tan on one layer or two: the distances, and the radial fraction, differ."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = Coupling(model, optimizer, "tan", layers=[["1.weight", "0.weight"]])
+    with torch.no_grad():
+        model[0].weight += torch.tensor([3.0, 0.0, 0.0])
+        model[1].weight += torch.tensor([0.0, 4.0, 0.0, 0.0])
+    one.step()
+    assert one.stats()["distance"] == {"0": pytest.approx(5.0)}
+    for layers in ([["0.weight"]], [["0.weight", "1.weight", "1.weight"]], [["0.weight", "x"]]):
+        with pytest.raises(ValueError, match=r"`layers` is .* once: 0\.weight, 1\.weight"):
+            Coupling(model, optimizer, layers=layers)
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_bfloat16_parameters_carry_a_float32_copy(period):
+    """Displacements far below the rounding of bfloat16 add up in u and z."""
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.constant_(model.weight, 256.0)  # the next value is 258
+    options = {"potential": "quad", "pull": 0.01, "outer": 1.0, "period": period}
+    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    z = u = late = np.float32(256.0)
+    for t in range(20 * period):
+        written = model.weight.item()
+        with torch.no_grad():
+            model.weight += 2.0 if t == 0 else 0.0
+        d = np.float32(model.weight.item() - written)
+        coupling.step()
+        if late is not None:
+            u = u + (late - u)
+            z = z + np.float32(0.01) * (u - z)
+        z = z + d
+        late = z if (t + 1) % period == 0 else None
+        state = coupling.state_dict()
+        assert float(state["u"]) == pytest.approx(u, abs=1e-4)
+        if late is not None:
+            assert float(state["z"]) == pytest.approx(z, abs=1e-4)
+    assert state["u"].dtype == torch.float32
+    assert coupling.consensus_state_dict()["weight"].dtype == torch.bfloat16
+
+
+def skip_on_rank_one(group, options):
+    return trained(group.rank, STEPS, LR, skipped=range(3, 9) if group.rank else (), **options)
+
+
+@pytest.mark.ranks
+def test_a_skipped_step_on_one_rank_leaves_the_ranks_in_step(ranks):
+    """As GradScaler does: local SGD in which worker 1 pauses."""
+    options = {"pull": 1.0, "period": H, "overlap": False}
+    answers = ranks(M, skip_on_rank_one, options)
+    z = np.stack([start()] * M)
+    for t in range(STEPS):
+        moved = sgd(z, t)
+        z = np.stack([moved[0], z[1] if 3 <= t < 9 else moved[1]])
+        if (t + 1) % H == 0:
+            z[:] = z.mean(0)
+        for j, (_, zs, _) in enumerate(answers):
+            np.testing.assert_allclose(zs[t], z[j], rtol=0, atol=1e-14)
+
+
+def average_buffers(group, buffers):
+    model = network()
+    model[1].running_mean.fill_(float(group.rank))
+    coupling = Coupling(model, sgd_of(model), period=2, overlap=False, buffers=buffers)
+    coupling.step()
+    first = model[1].running_mean.tolist()
+    coupling.step()
+    last = model[1].running_mean.tolist()
+    coupling.close()
+    return set(first), set(last)
+
+
+@pytest.mark.ranks
+def test_buffers(ranks):
+    assert ranks(2, average_buffers, "local") == [({0.0}, {0.0}), ({1.0}, {1.0})]
+    assert ranks(2, average_buffers, "mean") == [({0.0}, {0.5}), ({1.0}, {0.5})]
+
+
+def couple_through(group, kind):
+    """u after some steps through a group of the user, whose own sums run in between."""
+    handle = {
+        "default": lambda: None,
+        "group": lambda: new_group([0, 1]),
+        "mesh": lambda: init_device_mesh("cpu", (2,), mesh_dim_names=("worker",)),
+        "dimension": lambda: init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["b"],
+    }[kind]()
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    coupling = Coupling(model, optimizer, group=handle)
+    for t in range(5):
+        backward(model, group.rank, t)
+        mine = torch.ones(1)
+        all_reduce(mine)
+        assert mine.item() == 2.0
+        optimizer.step()
+        coupling.step()
+    u = coupling.state_dict()["u"].numpy()
+    coupling.close()
+    group.barrier()  # the group of the user is still open
+    return u
+
+
+@pytest.mark.ranks
+def test_groups_of_the_user(ranks):
+    first, *others = [
+        ranks(2, couple_through, kind) for kind in ("default", "group", "mesh", "dimension")
+    ]
+    for answer in (first, *others):
+        np.testing.assert_array_equal(answer[0], first[0])
+        np.testing.assert_array_equal(answer[1], first[0])
+
+
+# ---- Refusals
+
+
+def refused(match, model=None, make=sgd_of, **options):
+    model = two_layers() if model is None else model
+    with pytest.raises(ValueError, match=match) as failure:
+        Coupling(model, make(model), **options)
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("`pull` is 1.5; allowed: a number from 0 to 1", {"pull": 1.5}),
+        ("`pull` is nan; allowed", {"pull": math.nan}),
+        ("`pull` is 0; allowed: above 0 if `implicit`", {"potential": "tan", "pull": 0}),
+        ("`local_pull` is -0.1; allowed: a number from 0 to 1", {"local_pull": -0.1}),
+        ("`outer` is inf; allowed: a finite number >= 0", {"outer": math.inf}),
+        ("`period` is 0; allowed: a whole number >= 1", {"period": 0}),
+        ("`period` is 1.5; allowed", {"period": 1.5}),
+        ("`eta` is 0; allowed: a finite number > 0", {"eta": 0}),
+        ("`buffers` is no; allowed: local, mean", {"buffers": "no"}),
+        ("unknown potential `tam`; known: ", {"potential": "tam"}),
+        ("potential `tan` has no option `p`", {"potential": "tan", "options": {"p": 1}}),
+        ("`potential` is 3; allowed: a name or a Potential", {"potential": 3}),
+        ("`options` is .*; allowed: none", {"potential": POTENTIALS["tan"], "options": {"p": 1}}),
+        ("`group` is 3; allowed: None, a process group", {"group": 3}),
+    ],
+)
+def test_arguments_out_of_range(match, options):
+    refused(match, **options)
+
+
+def test_models_that_cannot_be_coupled():
+    other = two_layers()
+    refused("`optimizer` has 2 parameters that are not the model's", make=lambda _: sgd_of(other))
+    refused("no parameters to train", nn.Sequential(Part(1)).requires_grad_(False))
+    refused("`weight` is of type torch.complex64", nn.Linear(2, 2, dtype=torch.complex64))
+    refused("is on the meta device", nn.Linear(2, 2, device="meta"))
+    refused("is not initialized", nn.LazyLinear(2))
+    refused("dtypes torch.float32, torch.float64", nn.Sequential(Part(2), nn.Linear(1, 1)))
+    sparse = nn.Linear(2, 2, bias=False)
+    sparse.weight = nn.Parameter(torch.eye(2).to_sparse())
+    refused("parameter `weight` is sparse", sparse)
+
+
+def messages(group, makers):
+    """What a Coupling of each case says on this rank."""
+    said = []
+    for make in makers:
+        model, options = make(group.rank)
+        try:
+            Coupling(model, sgd_of(model), **options).close()
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def of_rank(model, index, rank):
+    """A parameter changed on rank 1."""
+    with torch.no_grad():
+        list(model.parameters())[index].view(-1)[0] += rank * 1e-7
+    return model
+
+
+def frozen(rank):
+    model = network()
+    model[0].weight.requires_grad_(False)
+    return of_rank(model, 0, rank), {}
+
+
+def wrapped(rank):
+    return nn.parallel.DistributedDataParallel(network()), {}
+
+
+def two_dimensions(rank):
+    return network(), {"group": init_device_mesh("cpu", (2, 1))}
+
+
+def other_shape(rank):
+    return nn.Linear(2, 2 + rank), {}
+
+
+def other_dtype(rank):
+    return nn.Linear(2, 2).to(F64 if rank else torch.float32), {}
+
+
+def other_weights(rank):
+    return of_rank(network(), 3, rank), {}
+
+
+def other_period(rank):
+    return network(), {"period": 1 + rank}
+
+
+def wrong_on_one(rank):
+    return network(), {"pull": 0.5 + rank}
+
+
+def nothing_wrong(rank):
+    return network(), {}
+
+
+@pytest.mark.ranks
+def test_all_ranks_refuse_alike(ranks):
+    cases = {
+        wrong_on_one: "rank 1: `pull` is 1.5; allowed: a number from 0 to 1",
+        other_shape: "`parameters` on rank 1 differs from rank 0; allowed: the same on all",
+        other_dtype: "`parameters` on rank 1 differs from rank 0; allowed: the same on all",
+        other_weights: "`weights` on rank 1 differs from rank 0 (",
+        frozen: "`frozen weights` on rank 1 differs from rank 0; allowed: the same on all",
+        other_period: "`period` on rank 1 differs from rank 0 (2, 1); allowed: the same on all",
+        wrapped: "rank 0: `model` is wrapped in DistributedDataParallel",
+        two_dimensions: "`group` is a mesh of 2 dimensions; allowed: one of them, mesh[NAME]",
+        nothing_wrong: None,
+    }
+    for said in ranks(2, messages, list(cases)):
+        for text, wanted in zip(said, cases.values(), strict=True):
+            assert text is None if wanted is None else text.startswith(wanted)
+
+
+def restart_apart(group):
+    model = network()
+    coupling = Coupling(model, sgd_of(model))
+    of_rank(model, 0, group.rank)
+    with pytest.raises(ValueError, match="`weights` on rank 1 differs"):
+        coupling.restart()
+    coupling.close()
+
+
+@pytest.mark.ranks
+def test_restart_from_different_weights_is_refused(ranks):
+    ranks(2, restart_apart)
+
+
+def test_a_deep_copy_of_the_model_is_not_coupled():
+    model = network()
+    other = copy.deepcopy(model)
+    coupling = Coupling(model, sgd_of(model))
+    before = bits(other.state_dict())
+    with torch.no_grad():
+        model[0].weight += 1.0
+    coupling.step()
+    assert_equal_states(other.state_dict(), before)
