@@ -49,9 +49,8 @@ from consensus.server import PendingForce, Server, digest
 class Coupling:
     """Couples the copies of a model on several processes through a consensus variable u.
 
-    `step` looks at the parameters only, so it does not matter how they have moved: accumulation of
-    gradients, clipping, closures, and a `GradScaler` that skips a step need nothing else. All
-    processes call `step` equally often.
+    `step` looks at the parameters only: accumulation of gradients, clipping, closures, and a
+    `GradScaler` that skips a step need nothing else. All processes call it equally often.
 
     Args:
         model: The model, on its device, with equal weights on all processes. Its trainable
@@ -81,6 +80,10 @@ class Coupling:
             parameters that are not the model's, or if the models differ.
     """
 
+    _pending: PendingForce | None = None  # the sum on its way
+    _swapped = _closed = False
+    _waited_s = 0.0
+
     def __init__(
         self,
         model: nn.Module,
@@ -100,21 +103,12 @@ class Coupling:
         buffers: str = "local",
         timeout_s: float = 600.0,
     ) -> None:
-        settings = {
-            "potential": potential if isinstance(potential, str) else repr(potential),
-            "eta": eta, "options": dict(options or {}), "pull": pull, "outer": outer,
-            "local_pull": local_pull, "period": period, "implicit": implicit, "overlap": overlap,
-            "buffers": buffers,
-        }  # fmt: skip
-        self._model, self._optimizer = model, optimizer
+        numbers = {"eta": eta, "pull": pull, "outer": outer, "local_pull": local_pull}
+        self._model, self._optimizer, self._overlap = model, optimizer, overlap
         self._pull, self._local_pull, self._period = pull, local_pull, period
-        self._overlap = overlap
-        self._waited_s = 0.0
-        self._swapped = self._closed = False
-        self._pending: PendingForce | None = None
-        problem, device = None, device_of(model)
+        problem = None
         try:
-            check_settings(eta, pull, outer, local_pull, period, buffers)
+            check_settings(numbers, period, buffers)
             check_model(model, optimizer)
             layout = FlatLayout.trainable(model, layers)
             self._parameters = FlatParameters(model, layout)
@@ -126,12 +120,15 @@ class Coupling:
             self._moves_between = local_pull > 0 or self._puller.cuts_steps
         except ValueError as error:
             problem = str(error)
-        self._group = group_of_user(group, device, timeout_s)
+        self._group = group_of_user(group, device_of(model), timeout_s)
         try:
             raise_together(self._group, problem)
             floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             self._buffers = floats if buffers == "mean" else []
-            require_equal(self._group, settings | self._description())
+            name = potential if isinstance(potential, str) else repr(potential)
+            others = {"potential": name, "options": dict(options or {}), "period": period}
+            switches = {"implicit": implicit, "overlap": overlap, "buffers": buffers}
+            require_equal(self._group, numbers | others | switches | self._description())
             self._t_u = self._puller.t_u(outer, self._group.size)
             self._server = Server(z, self._phi, self._group, self._puller.kernel)
             self._restart()
@@ -175,7 +172,7 @@ class Coupling:
             return
         if not self._moves_between:
             self._settle()
-        self._begin()
+        self._pending = self._server.start(self._z)
         if not self._overlap:
             self._communicate(displaced=False)
 
@@ -220,10 +217,8 @@ class Coupling:
         self._refuse("state_dict")
         self._wait()
         cuts = torch.stack([self._server.cuts, self._puller.search.cuts[0]])
-        return {
-            "u": self._server.u.clone(), "z": self._z[0].clone(), "cuts": cuts,
-            "calls": self._calls, "communications": self._communications,
-        }  # fmt: skip
+        state = {"u": self._server.u.clone(), "z": self._z[0].clone(), "cuts": cuts}
+        return state | {"calls": self._calls, "communications": self._communications}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -244,7 +239,7 @@ class Coupling:
         self._puller.search.cuts.fill_(int(state["cuts"][1]))
         self._calls, self._communications = int(state["calls"]), int(state["communications"])
         if self._overlap and self._calls % self._period == 0:
-            self._begin()
+            self._pending = self._server.start(self._z)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -254,7 +249,6 @@ class Coupling:
         """
         self._refuse("restart")
         self._wait()
-        self._pending = None
         self._parameters.read(self._z[0])
         require_equal(self._group, {"weights": int(digest(self._z[0]))})
         self._restart()
@@ -300,12 +294,9 @@ class Coupling:
         self._server.cuts.zero_()
         self._puller.search.cuts.zero_()
         self._calls = self._communications = 0
+        self._pending = None
         if self._overlap:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Begin the sum at z_j."""
-        self._pending = self._server.start(self._z)
+            self._pending = self._server.start(self._z)
 
     def _wait(self) -> None:
         """Wait for the sum on its way, if any; it can still be finished."""

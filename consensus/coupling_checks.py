@@ -14,17 +14,17 @@ from consensus.core.potentials import POTENTIALS, Potential
 BUFFERS = ("local", "mean")
 
 
-def check_settings(
-    eta: float, pull: float, outer: float, local_pull: float, period: int, buffers: str
-) -> None:
-    """Raise a ValueError if a number is out of its range."""
-    if not (isinstance(eta, int | float) and 0.0 < eta < math.inf):
-        raise ValueError(f"`eta` is {eta}; allowed: a finite number > 0")
-    for name, value in {"pull": pull, "local_pull": local_pull}.items():
-        if not 0.0 <= value <= 1.0:
+def check_settings(numbers: Mapping[str, float], period: int, buffers: str) -> None:
+    """Raise a ValueError if `eta`, `pull`, `local_pull` or `outer` is out of its range."""
+    for name, value in numbers.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"`{name}` is {value}; allowed: a number")
+        if name == "eta" and not 0.0 < value < math.inf:
+            raise ValueError(f"`eta` is {value}; allowed: a finite number > 0")
+        if name == "outer" and not 0.0 <= value < math.inf:
+            raise ValueError(f"`outer` is {value}; allowed: a finite number >= 0")
+        if name.endswith("pull") and not 0.0 <= value <= 1.0:
             raise ValueError(f"`{name}` is {value}; allowed: a number from 0 to 1")
-    if not 0.0 <= outer < math.inf:
-        raise ValueError(f"`outer` is {outer}; allowed: a finite number >= 0")
     if not isinstance(period, int) or period < 1:
         raise ValueError(f"`period` is {period}; allowed: a whole number >= 1")
     if buffers not in BUFFERS:

@@ -17,6 +17,7 @@ from torch import Tensor
 from consensus.core.kernels import Block, Hyperparameters, Kernel, LineSearch, choose_kernel
 from consensus.core.kernels.weighted import WeightedProximal
 from consensus.core.layerwise import Layerwise
+from consensus.core.sizes import CHUNK
 
 
 class Pull(Protocol):
@@ -60,7 +61,9 @@ class Linear(Explicit):
 
     def move(self, z: Tensor, d: Tensor, u: Tensor, pull: float) -> None:
         """As in `Pull`."""
-        z.lerp_(u, pull).add_(d)
+        pieces = [x.split(CHUNK if z.device.type == "cpu" else len(u), -1) for x in (z, u, d)]
+        for own, center, displacement in zip(*pieces, strict=True):
+            own.lerp_(center, pull).add_(displacement)
 
 
 class Proximal:
