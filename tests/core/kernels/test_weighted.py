@@ -162,6 +162,15 @@ def test_the_limit_at_zero():
         assert found == pytest.approx(g * slope / (1.0 + g * slope), rel=1e-12, abs=1e-25)
 
 
+def test_small_fractions_keep_their_relative_accuracy():
+    """c = 2 strength psi'(s) / eta^2 up to terms of its square, also where 1 - c rounds to 1."""
+    r = torch.tensor([1e-12], dtype=torch.float64)
+    for name, slope in {"cubic": lambda s: 1.5 * s**0.5, "power": lambda s: 2.0 * s}.items():
+        found = float(Layerwise(POTENTIALS[name], [(0, 1)], ETA).fraction(r, 0.3))
+        wanted = 2.0 * 0.3 / ETA**2 * slope((1e-12 / ETA) ** 2)
+        assert found == pytest.approx(wanted, rel=1e-9, abs=0.0)
+
+
 def test_weights_within_a_radial_layer_are_refused():
     weighted = Layerwise(POTENTIALS.make("scaled_quad", weight=[1.0, 2.0, 3.0]), LAYERS, ETA)
     with pytest.raises(ValueError, match="several weights"):
