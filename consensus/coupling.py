@@ -40,7 +40,6 @@ from consensus.coupling_checks import (
     check_settings,
     device_of,
     make_potential,
-    raise_together,
     require_equal,
 )
 from consensus.server import PendingForce, Server, digest
@@ -76,8 +75,7 @@ class Coupling:
         timeout_s: Longest wait for another process, in seconds.
 
     Raises:
-        ValueError: On all processes alike, if an argument is not allowed, if the optimizer has
-            parameters that are not the model's, or if the models differ.
+        ValueError: On all processes alike, if an argument is not allowed or the models differ.
     """
 
     _pending: PendingForce | None = None  # the sum on its way
@@ -119,10 +117,12 @@ class Coupling:
             self._puller = choose_pull(self._phi, self._z, pull, implicit)
             self._moves_between = local_pull > 0 or self._puller.cuts_steps
         except ValueError as error:
-            problem = str(error)
+            if num_ranks(group) == 1:
+                raise
+            problem = str(error)  # the other ranks wait for this one
         self._group = group_of_user(group, device_of(model), timeout_s)
         try:
-            raise_together(self._group, problem)
+            self._group.raise_together(problem, ValueError)
             floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             self._buffers = floats if buffers == "mean" else []
             name = potential if isinstance(potential, str) else repr(potential)

@@ -85,13 +85,6 @@ def make_potential(potential: str | Potential, options: Mapping[str, Any] | None
     return potential
 
 
-def raise_together(group: Group, problem: str | None) -> None:
-    """Raise the ValueError of the lowest rank that has a problem, on all ranks. A collective."""
-    for rank, text in enumerate(group.gather_objects(problem)):
-        if text:
-            raise ValueError(text if group.size == 1 else f"rank {rank}: {text}")
-
-
 def require_equal(group: Group, values: Mapping[str, Any]) -> None:
     """Raise a ValueError on all ranks unless all have the same values. A collective."""
     first, *others = group.gather_objects(dict(values))

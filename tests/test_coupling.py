@@ -684,7 +684,7 @@ def test_models_that_cannot_be_coupled():
 
 
 def messages(group, makers):
-    """What a Coupling of each case says on this rank."""
+    """The error of a Coupling on this rank, or None; by case."""
     said = []
     for make in makers:
         model, options = make(group.rank)

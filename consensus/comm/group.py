@@ -126,8 +126,8 @@ class Group(ABC):
         """Publish a local failure so that peers can report its cause."""
         yield
 
-    def raise_together(self, problem: str | None) -> None:
-        """Raise GroupError on all ranks if any has a problem: that of the lowest. A collective.
+    def raise_together(self, problem: str | None, error: type[Exception] = GroupError) -> None:
+        """Raise `error` on all ranks if any has a problem: that of the lowest. A collective.
 
         A rank that raised alone would leave the others waiting in their next collective.
         """
@@ -136,7 +136,7 @@ class Group(ABC):
             return
         problems = self.gather_objects(problem)
         rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
-        raise GroupError(text if text.startswith("rank ") else f"rank {rank}: {text}")
+        raise error(text if text.startswith("rank ") else f"rank {rank}: {text}")
 
 
 class Solo(Group):

@@ -174,6 +174,7 @@ class FlatParameters:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The pieces of a vector in the shapes of the parameters; kept for the next call."""
+        # A view keeps its memory allocated, so no other vector can get this address.
         key = vector.data_ptr()
         if key not in self._views:
             self._views[key] = list(self.layout.unflatten(vector).values())

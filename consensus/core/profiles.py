@@ -75,6 +75,7 @@ class Profile:
     def fraction(self, r: Tensor, c: float | Tensor) -> Tensor:
         """1 - rho / r with rho = `shrink(r, c)`, elementwise in float64; its limit at r = 0.
 
+        For hot paths, which `shrink` is not for, and accurate where 1 - rho / r would cancel.
         Newton's method for log(rho + 2 c psi'(rho^2) rho) = log r as an equation in log tau, with
         tau = rho / sqrt(1 - rho^2 / bound): nearly linear near 0 and near a pole, so it takes 3 to
         7 steps. On a CPU it stops when it has converged. Elsewhere it takes a fixed number of

@@ -211,7 +211,7 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
     except ConfigError as error:
         topic = str(error).split("`")[1].partition(".")[0] if "`" in str(error) else "config"
         return None, [fault(topic, str(error), "")]
-    except Exception as error:
+    except Exception as error:  # as in `run_check`, whose checks return findings only
         return None, [unexpected("config", error)]
     data, layout = plan.dataset, plan.risk.layout
     text = f"{len(data.train_labels):,} images to train and {len(data.test_labels):,} to test"

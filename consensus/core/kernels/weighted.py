@@ -62,7 +62,7 @@ class WeightedProximal:
         """As in `ConsensusKernel`; `out` is like `total.force`."""
         del z
         d, factor = out.tensor_split([self._n])
-        # Where all c are 0, as where (|x|^2)' underflows, so is the sum of the c w.
+        # A sum of c may be 0, as (|x|^2)' underflows near 0; then the sum of c w is 0 as well.
         torch.clamp(total.force[self._n :], min=torch.finfo(u.dtype).tiny, out=factor)
         factor.reciprocal_().mul_(-t_u)
         d.copy_(total.force[: self._n])
