@@ -35,7 +35,7 @@ from consensus.core.flat import FlatLayout, FlatParameters
 from consensus.core.kernels.pulls import choose_pull
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import Potential
-from consensus.coupling_checks import (
+from consensus.coupling.checks import (
     check_model,
     check_settings,
     device_of,
