@@ -21,7 +21,6 @@ processes. Forward, backward and optimizer step run meanwhile. The next call fin
 u, and moves z_j by d_j and by the pull at the z_j that was summed.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,9 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from consensus.comm import Pending, group_of_user, num_ranks
+from consensus.comm import group_of_user, num_ranks
 from consensus.core.flat import FlatLayout, FlatParameters
-from consensus.core.kernels.pulls import choose_pull
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import Potential
 from consensus.coupling.checks import (
@@ -42,7 +40,8 @@ from consensus.coupling.checks import (
     make_potential,
     require_equal,
 )
-from consensus.server import PendingForce, Server, digest
+from consensus.coupling.part import Part, Plan, Rates
+from consensus.server import digest
 
 
 class Coupling:
@@ -78,9 +77,7 @@ class Coupling:
         ValueError: On all processes alike, if an argument is not allowed or the models differ.
     """
 
-    _pending: PendingForce | None = None  # the sum on its way
     _swapped = _closed = False
-    _waited_s = 0.0
 
     def __init__(
         self,
@@ -102,20 +99,15 @@ class Coupling:
         timeout_s: float = 600.0,
     ) -> None:
         numbers = {"eta": eta, "pull": pull, "outer": outer, "local_pull": local_pull}
-        self._model, self._optimizer, self._overlap = model, optimizer, overlap
-        self._pull, self._local_pull, self._period = pull, local_pull, period
-        problem = None
+        self._model, self._overlap, self._period = model, overlap, period
+        plans, problem = [], None
         try:
             check_settings(numbers, period, buffers)
             check_model(model, optimizer)
             layout = FlatLayout.trainable(model, layers)
-            self._parameters = FlatParameters(model, layout)
             phi = Layerwise(make_potential(potential, options), layout.layers, eta)
-            z = self._parameters.vector()
-            self._z = z.unsqueeze(0)  # (1, n): a block of one worker
-            self._phi = phi.to(z)
-            self._puller = choose_pull(self._phi, self._z, pull, implicit)
-            self._moves_between = local_pull > 0 or self._puller.cuts_steps
+            rates = Rates(pull, outer, local_pull)
+            plans = [Plan(FlatParameters(model, layout), phi, rates, implicit)]
         except ValueError as error:
             if num_ranks(group) == 1:
                 raise
@@ -128,9 +120,8 @@ class Coupling:
             name = potential if isinstance(potential, str) else repr(potential)
             others = {"potential": name, "options": dict(options or {}), "period": period}
             switches = {"implicit": implicit, "overlap": overlap, "buffers": buffers}
-            require_equal(self._group, numbers | others | switches | self._description())
-            self._t_u = self._puller.t_u(outer, self._group.size)
-            self._server = Server(z, self._phi, self._group, self._puller.kernel)
+            require_equal(self._group, numbers | others | switches | self._description(plans))
+            self._parts = [Part(plan, optimizer, self._group) for plan in plans]
             self._restart()
         except BaseException:
             self._group.close()
@@ -163,18 +154,19 @@ class Coupling:
     def step(self) -> None:
         """One iteration, after the optimizer step or in its place. A collective."""
         self._refuse("step")
-        if self._pending is not None:
-            self._communicate(displaced=True)
-        elif self._moves_between:
-            self._move(self._local_pull, displaced=True)
+        for part in self._parts:
+            if part.pending is not None:
+                self._finish(part, displaced=True)
+            else:
+                part.move_between()
         self._calls += 1
         if self._calls % self._period:
             return
-        if not self._moves_between:
-            self._settle()
-        self._pending = self._server.start(self._z)
-        if not self._overlap:
-            self._communicate(displaced=False)
+        for part in self._parts:
+            part.settle()
+            part.start()
+            if not self._overlap:
+                self._finish(part, displaced=False)
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -183,15 +175,16 @@ class Coupling:
         No collective. `step`, `load_state_dict` and another `consensus` are refused inside.
         """
         self._refuse("consensus")
-        parameters = self._parameters
-        before = [parameter.detach().clone() for parameter in parameters.tensors]
+        tensors = [tensor for part in self._parts for tensor in part.parameters.tensors]
+        before = [tensor.detach().clone() for tensor in tensors]
         self._swapped = True
         try:
-            parameters.write(self._server.u)
+            for part in self._parts:
+                part.parameters.write(part.u)
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(parameters.tensors, before)
+                torch._foreach_copy_(tensors, before)
             self._swapped = False
 
     def consensus_state_dict(self) -> dict[str, Any]:
@@ -200,9 +193,11 @@ class Coupling:
         No collective. Frozen parameters and buffers are those of this process.
         """
         state: dict[str, Any] = self._model.state_dict(keep_vars=True)
-        parameters = self._parameters
-        views = zip(parameters.tensors, parameters.views(self._server.u), strict=True)
-        copies = {id(own): view.to(own.dtype, copy=True) for own, view in views}
+        copies = {}
+        for part in self._parts:
+            views = part.parameters.views(part.u)
+            for parameter, view in zip(part.parameters.tensors, views, strict=True):
+                copies[id(parameter)] = view.to(parameter.dtype, copy=True)
         for name, value in state.items():
             if isinstance(value, Tensor):
                 own = copies.get(id(value))
@@ -216,9 +211,10 @@ class Coupling:
         """
         self._refuse("state_dict")
         self._wait()
-        cuts = torch.stack([self._server.cuts, self._puller.search.cuts[0]])
-        state = {"u": self._server.u.clone(), "z": self._z[0].clone(), "cuts": cuts}
-        return state | {"calls": self._calls, "communications": self._communications}
+        states = [part.state_dict() for part in self._parts]
+        state: dict[str, Any] = {key: torch.cat([s[key] for s in states]) for key in ("u", "z")}
+        cuts = torch.stack([s["cuts"] for s in states])
+        return state | {"cuts": cuts, "calls": self._calls, "communications": self._communications}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,18 +224,16 @@ class Coupling:
         then has the bits of one that was not interrupted.
         """
         self._refuse("load_state_dict")
-        shape = tuple(state["u"].shape)
-        if shape != (self._parameters.layout.size,):
-            raise ValueError(f"`u` has shape {shape}; allowed: ({self._parameters.layout.size},)")
+        sizes = [part.u.numel() for part in self._parts]
+        if (shape := tuple(state["u"].shape)) != (sum(sizes),):
+            raise ValueError(f"`u` has shape {shape}; allowed: ({sum(sizes)},)")
         self._wait()
-        self._pending = None
-        self._server.u.copy_(state["u"])
-        self._z[0].copy_(state["z"])
-        self._server.cuts.copy_(state["cuts"][0])
-        self._puller.search.cuts.fill_(int(state["cuts"][1]))
+        pieces = zip(state["u"].split(sizes), state["z"].split(sizes), strict=True)
+        counts = state["cuts"].view(-1, 2)
+        for part, (u, z), cuts in zip(self._parts, pieces, counts, strict=True):
+            part.load_state_dict({"u": u, "z": z, "cuts": cuts})
         self._calls, self._communications = int(state["calls"]), int(state["communications"])
-        if self._overlap and self._calls % self._period == 0:
-            self._pending = self._server.start(self._z)
+        self._start_at_calls()
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -249,8 +243,9 @@ class Coupling:
         """
         self._refuse("restart")
         self._wait()
-        self._parameters.read(self._z[0])
-        require_equal(self._group, {"weights": int(digest(self._z[0]))})
+        for part in self._parts:
+            part.parameters.read(part.z[0])
+        require_equal(self._group, {"weights": int(digest(self._copy()))})
         self._restart()
 
     def stats(self) -> dict[str, Any]:
@@ -259,13 +254,16 @@ class Coupling:
         `distance`: |u - z_j| by layer, z_j at the last communication; `cuts`: of u and of z_j;
         `calls` of `step`; `communications`; `waited_s`: seconds spent waiting for sums.
         """
-        distances = self._phi.distance(self._server.u - self._z[0]).tolist()
+        distance: dict[str, float] = {}
+        for part in self._parts:
+            distance |= part.distance()
+        of_u, of_z = torch.tensor([part.cuts for part in self._parts]).sum(0).tolist()
         return {
-            "distance": dict(zip(self._parameters.layout.layer_names, distances, strict=True)),
-            "cuts": {"u": int(self._server.cuts), "z": int(self._puller.search.cuts)},
+            "distance": distance,
+            "cuts": {"u": of_u, "z": of_z},
             "calls": self._calls,
             "communications": self._communications,
-            "waited_s": self._waited_s,
+            "waited_s": sum(part.waited_s for part in self._parts),
         }
 
     def close(self) -> None:
@@ -278,71 +276,41 @@ class Coupling:
         finally:
             self._group.close()
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, plans: Sequence[Plan]) -> dict[str, Any]:
         """Everything else that is the same on all ranks."""
         frozen = [p.detach() for p in self._model.parameters() if not p.requires_grad]
         return {
-            "parameters": (self._parameters.layout, str(self._parameters.dtype)),
+            "parameters": [(p.parameters.layout, str(p.parameters.dtype)) for p in plans],
             "shapes of buffers": [tuple(b.shape) for b in self._buffers],
-            "weights": int(digest(self._z[0])),
+            "weights": int(digest(torch.cat([plan.z[0] for plan in plans]))),
             "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
         }
 
+    def _copy(self) -> Tensor:
+        """z_j of all parts, (n,)."""
+        return torch.cat([part.z[0] for part in self._parts])
+
     def _restart(self) -> None:
         """Begin at u = z_j."""
-        self._server.u.copy_(self._z[0])
-        self._server.cuts.zero_()
-        self._puller.search.cuts.zero_()
+        for part in self._parts:
+            part.restart()
         self._calls = self._communications = 0
-        self._pending = None
-        if self._overlap:
-            self._pending = self._server.start(self._z)
+        self._start_at_calls()
+
+    def _start_at_calls(self) -> None:
+        """Begin the sum that is on its way after so many calls."""
+        if self._overlap and self._calls % self._period == 0:
+            for part in self._parts:
+                part.start()
 
     def _wait(self) -> None:
-        """Wait for the sum on its way, if any; it can still be finished."""
-        if self._pending is not None:
-            pending, z = self._pending
-            started = time.perf_counter()
-            total = pending.wait()
-            self._waited_s += time.perf_counter() - started
-            self._pending = Pending(lambda: total), z
+        for part in self._parts:
+            part.wait()
 
-    def _communicate(self, displaced: bool) -> None:
-        """Finish the sum, move u, and pull z_j; `displaced` as in `_move`."""
-        self._wait()
-        assert self._pending is not None
-        self._server.finish(self._pending, self._t_u)
-        self._pending = None
+    def _finish(self, part: Part, displaced: bool) -> None:
+        part.finish(displaced)
         self._communications += 1
-        self._move(self._pull, displaced)
         self._group.mean_(self._buffers)  # a late mean could make a variance negative
-
-    def _settle(self) -> None:
-        """Set z_j to the parameters, which are then z_j rounded to their type."""
-        z = self._z[0]
-        if self._parameters.exact:
-            self._parameters.read(z)
-        else:
-            z += self._parameters.displacement(z, out=self._server.memory)
-            self._parameters.write(z)
-
-    def _move(self, pull: float, displaced: bool) -> None:
-        """Move z_j by its displacement, if it was `displaced`, and by the pull; write it."""
-        u, z, memory = self._server.u, self._z, self._server.memory
-        d = self._parameters.displacement(z[0], memory) if displaced else memory.zero_()
-        self._puller.move(z, d.view_as(z), u, pull)
-        if self._puller.cuts_steps:
-            self._scale_momentum()
-        self._parameters.write(z[0])
-
-    def _scale_momentum(self) -> None:
-        """Scale the velocity of SGD by s_j."""
-        step, states = self._puller.search.step, self._optimizer.state
-        if step.device.type == "cpu" and step == 1:
-            return  # as nearly always; on another device the question would wait for it
-        found = [states[p].get("momentum_buffer") for p in self._parameters.tensors if p in states]
-        if velocities := [velocity for velocity in found if velocity is not None]:
-            torch._foreach_mul_(velocities, step)
 
     def _refuse(self, name: str) -> None:
         if self._closed or self._swapped:
