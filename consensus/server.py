@@ -68,20 +68,22 @@ class Server:
             reaches.zero_().view(self.group.size, -1)[self.group.rank] = reach.amax(0)
         return self._sum.start(), z
 
-    def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
+    def finish(self, pending: PendingForce, t_u: Scalar, moved: Tensor | None = None) -> Tensor:
         """Line 3, second half: wait, then u -= s_u t_u force in place. Returns u+ (n,).
 
         Args:
             pending: The result of `start`; neither u nor z has changed since.
             t_u: tau or tau / lam.
+            moved: Vector (n,) that is moved in place of u; phi has no domain then.
         """
         n, (total, z) = self.kernel.force_size, pending
         force, reaches = total.wait().tensor_split([n])
         reach = reaches.view(self.group.size, -1).amax(0) if len(reaches) else None
         search = LineSearch(self.step, self.cuts, self.group.min_)
         out = self._sum.message[:n]
-        self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, search, out)
-        return self.u
+        u = self.u if moved is None else moved
+        self.kernel.move_consensus(u, z, TotalForce(force, reach), t_u, search, out)
+        return u
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that survives an iteration: `u` (n,), `step` () and `cuts` ()."""

@@ -33,6 +33,7 @@ SLOWEST = (  # beginnings of paths; with pytest-xdist the longest files must sta
     "tests/benchmarks/",
     "tests/theory/",
     "tests/core/kernels/",
+    "tests/coupling/",
     "tests/test_algorithm.py",
     "tests/test_population.py",
     "tests/comm/",

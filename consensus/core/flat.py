@@ -123,6 +123,30 @@ class FlatLayout:
         ends = tuple(pairwise(accumulate(lengths.values(), initial=0)))
         return cls(tuple(layer_of), tuple(shapes.values()), tuple(lengths), ends)
 
+    def select(self, layers: Sequence[int]) -> "FlatLayout":
+        """The layout of some of the layers, by their indices, in the given order."""
+        by_layer = self.names_by_layer()
+        names = tuple(name for layer in layers for name in by_layer[layer])
+        shape_of = dict(zip(self.parameter_names, self.shapes, strict=True))
+        lengths = [self.layers[layer][1] - self.layers[layer][0] for layer in layers]
+        return FlatLayout(
+            names,
+            tuple(shape_of[name] for name in names),
+            tuple(self.layer_names[layer] for layer in layers),
+            tuple(pairwise(accumulate(lengths, initial=0))),
+        )
+
+    def names_by_layer(self) -> list[list[str]]:
+        """The names of the parameters of each layer."""
+        names: list[list[str]] = [[] for _ in self.layers]
+        layer = 0
+        starts = accumulate((shape.numel() for shape in self.shapes), initial=0)
+        for name, start in zip(self.parameter_names, starts, strict=False):
+            while start >= self.layers[layer][1]:
+                layer += 1
+            names[layer].append(name)
+        return names
+
     @property
     def size(self) -> int:
         """n, the number of coordinates."""

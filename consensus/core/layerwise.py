@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -55,6 +55,18 @@ class Layerwise(Potential):
         moved = copy(self)
         moved.scale = self._scale_for(like)
         return moved
+
+    def select(self, layers: Sequence[int]) -> "Layerwise":
+        """The sum over some of the layers only, by their indices, in the given order."""
+        lengths = [self.layers[layer][1] - self.layers[layer][0] for layer in layers]
+        chosen = copy(self)
+        chosen.layers = tuple(pairwise(accumulate(lengths, initial=0)))
+        if isinstance(self.scale, Tensor) and self.scale.ndim and self.scale.shape[-1] > 1:
+            pieces = [self.scale[..., slice(*self.layers[layer])] for layer in layers]
+            chosen.scale = torch.cat(pieces, -1)
+        chosen.size = self.size.over(chosen.layers)
+        chosen._by_layer = Radial(chosen.layers)
+        return chosen
 
     def distance(self, w: Tensor) -> Tensor:
         """|w_l| of each layer, in the units of the parameters. (..., n) -> (..., L)."""

@@ -1,6 +1,5 @@
-"""Checks of the arguments of `Coupling`: each problem is one sentence, raised by all ranks."""
+"""Checks of the model and optimizer of a `Coupling`: each problem is one sentence."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,26 +8,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from consensus.comm import Group
-from consensus.core.potentials import POTENTIALS, Potential
-
-BUFFERS = ("local", "mean")
-
-
-def check_settings(numbers: Mapping[str, float], period: int, buffers: str) -> None:
-    """Raise a ValueError if `eta`, `pull`, `local_pull` or `outer` is out of its range."""
-    for name, value in numbers.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"`{name}` is {value}; allowed: a number")
-        if name == "eta" and not 0.0 < value < math.inf:
-            raise ValueError(f"`eta` is {value}; allowed: a finite number > 0")
-        if name == "outer" and not 0.0 <= value < math.inf:
-            raise ValueError(f"`outer` is {value}; allowed: a finite number >= 0")
-        if name.endswith("pull") and not 0.0 <= value <= 1.0:
-            raise ValueError(f"`{name}` is {value}; allowed: a number from 0 to 1")
-    if not isinstance(period, int) or period < 1:
-        raise ValueError(f"`period` is {period}; allowed: a whole number >= 1")
-    if buffers not in BUFFERS:
-        raise ValueError(f"`buffers` is {buffers}; allowed: {', '.join(BUFFERS)}")
 
 
 def check_model(model: nn.Module, optimizer: Optimizer) -> None:
@@ -56,6 +35,33 @@ def check_model(model: nn.Module, optimizer: Optimizer) -> None:
             raise ValueError(f"the parameters have the {kind}s {', '.join(found)}; allowed: one")
 
 
+class Watch:
+    """What may not change while a model is coupled: its parameters, their types and devices."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen = [
+            (owner, name, f"{path}.{name}" if path else name, own)
+            for path, owner in model.named_modules()
+            for name, own in owner.named_parameters(recurse=False)
+        ]
+        self._kinds = [(own.dtype, own.device, own.requires_grad) for *_, own in self._seen]
+
+    def check(self) -> None:
+        """Raise a RuntimeError that names the first change."""
+        for (owner, name, path, own), kind in zip(self._seen, self._kinds, strict=True):
+            now = (own.dtype, own.device, own.requires_grad)
+            change = ""
+            if getattr(owner, name, None) is not own:
+                change = "replaced by another"
+            elif now != kind:
+                then = " on ".join(map(str, kind[:2])) + (", frozen" if not kind[2] else "")
+                change = f"changed; it was {then}"
+            if change:
+                raise RuntimeError(
+                    f"parameter `{path}` was {change}; make a new Coupling after such a change"
+                )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter that has one; else the CPU."""
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
@@ -72,17 +78,6 @@ def _problem_of(parameter: nn.Parameter) -> str:
     if parameter.layout != torch.strided:
         return "sparse"
     return "" if parameter.is_floating_point() else f"of type {parameter.dtype}"
-
-
-def make_potential(potential: str | Potential, options: Mapping[str, Any] | None) -> Potential:
-    """A potential from its name and options, or as given."""
-    if isinstance(potential, str):
-        return POTENTIALS.make(potential, **(options or {}))
-    if not isinstance(potential, Potential):
-        raise ValueError(f"`potential` is {potential!r}; allowed: a name or a Potential")
-    if options:
-        raise ValueError(f"`options` is {options}; allowed: none with a Potential")
-    return potential
 
 
 def require_equal(group: Group, values: Mapping[str, Any]) -> None:

@@ -18,29 +18,25 @@ the parameters by the optimizer, and q(w) = (eta^2 / 2) grad phi(w), a communica
 
 Data flow with `overlap`: a call of `step` copies z_j to the parameters and begins the sum over
 processes. Forward, backward and optimizer step run meanwhile. The next call finishes the sum, moves
-u, and moves z_j by d_j and by the pull at the z_j that was summed.
+u, and moves z_j by d_j and by the pull at the z_j that was summed. part.py has these steps, plan.py
+the division of the layers into parts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from consensus.comm import group_of_user, num_ranks
-from consensus.core.flat import FlatLayout, FlatParameters
-from consensus.core.layerwise import Layerwise
+from consensus.comm import PeerLostError, group_of_user, num_ranks
 from consensus.core.potentials import Potential
-from consensus.coupling.checks import (
-    check_model,
-    check_settings,
-    device_of,
-    make_potential,
-    require_equal,
-)
-from consensus.coupling.part import Part, Plan, Rates
+from consensus.coupling.checks import Watch, check_model, device_of, require_equal
+from consensus.coupling.part import Part
+from consensus.coupling.plan import Plan, make_plans
+from consensus.coupling.settings import Settings
+from consensus.outer import MakeOptimizer
 from consensus.server import digest
 
 
@@ -58,19 +54,26 @@ class Coupling:
         eta: Width of the potential, in units of the parameters.
         options: Options of a potential given by name.
         pull: Strength of the pull towards u in a communication, in [0, 1]; 1 replaces z_j by u if
-            the potential is quadratic or `implicit`.
-        outer: Step of u; 1 for the (weighted) mean of the copies.
+            the potential is quadratic or `implicit`. A parameter group of the optimizer may have a
+            `pull` of its own.
+        outer: Step of u; 1 for the (weighted) mean of the copies. Or a function that makes an
+            optimizer of torch for a list of parameters, which are u: with pull = 1 and
+            `lambda u: torch.optim.SGD(u, lr=0.7, momentum=0.9, nesterov=True)` this is DiLoCo.
         local_pull: Strength between communications, with u fixed.
         period: Calls of `step` between two communications.
+        fragments: Number of groups of layers that communicate at staggered times, once each in a
+            period.
         implicit: Proximal steps, stable for any strength; False for the steps of Algorithm 1. None:
             True unless the potential is quadratic.
+        order: "gauss_seidel" pulls z_j towards u+, as Algorithm 1; "jacobi" towards u, as (17).
         overlap: Hide the sum over processes behind the next iteration. Otherwise it is formed of
             the parameters after the optimizer step, and finished in the same call.
         group: Processes that are coupled: a process group or one-dimensional device mesh of torch;
             None: the default group, or this process alone if there is none.
         layers: Lists of parameter names, the layers of (18); None: a layer is a module with its own
             parameters.
-        buffers: "local", or "mean": the average of float buffers at each communication.
+        buffers: "local", or "mean": the average of float buffers at each communication. In either
+            case `torch.optim.swa_utils.update_bn` recomputes them for u inside `consensus()`.
         timeout_s: Longest wait for another process, in seconds.
 
     Raises:
@@ -88,26 +91,37 @@ class Coupling:
         eta: float = 1.0,
         options: Mapping[str, Any] | None = None,
         pull: float = 0.5,
-        outer: float = 1.0,
+        outer: float | MakeOptimizer = 1.0,
         local_pull: float = 0.0,
         period: int = 1,
+        fragments: int = 1,
         implicit: bool | None = None,
+        order: str = "gauss_seidel",
         overlap: bool = True,
         group: Any = None,
         layers: Sequence[Sequence[str]] | None = None,
         buffers: str = "local",
         timeout_s: float = 600.0,
     ) -> None:
-        numbers = {"eta": eta, "pull": pull, "outer": outer, "local_pull": local_pull}
         self._model, self._overlap, self._period = model, overlap, period
-        plans, problem = [], None
+        plans, described, problem = [], {}, None
         try:
-            check_settings(numbers, period, buffers)
+            settings = Settings(
+                potential=potential,
+                options=options,
+                eta=eta,
+                pull=pull,
+                outer=outer,
+                local_pull=local_pull,
+                period=period,
+                fragments=fragments,
+                implicit=implicit,
+                order=order,
+                overlap=overlap,
+                buffers=buffers,
+            )
             check_model(model, optimizer)
-            layout = FlatLayout.trainable(model, layers)
-            phi = Layerwise(make_potential(potential, options), layout.layers, eta)
-            rates = Rates(pull, outer, local_pull)
-            plans = [Plan(FlatParameters(model, layout), phi, rates, implicit)]
+            described, plans = settings.describe(), make_plans(model, optimizer, settings, layers)
         except ValueError as error:
             if num_ranks(group) == 1:
                 raise
@@ -117,10 +131,8 @@ class Coupling:
             self._group.raise_together(problem, ValueError)
             floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             self._buffers = floats if buffers == "mean" else []
-            name = potential if isinstance(potential, str) else repr(potential)
-            others = {"potential": name, "options": dict(options or {}), "period": period}
-            switches = {"implicit": implicit, "overlap": overlap, "buffers": buffers}
-            require_equal(self._group, numbers | others | switches | self._description(plans))
+            self._watch = Watch(model)
+            require_equal(self._group, described | self._description(plans))
             self._parts = [Part(plan, optimizer, self._group) for plan in plans]
             self._restart()
         except BaseException:
@@ -154,28 +166,35 @@ class Coupling:
     def step(self) -> None:
         """One iteration, after the optimizer step or in its place. A collective."""
         self._refuse("step")
-        for part in self._parts:
-            if part.pending is not None:
-                self._finish(part, displaced=True)
-            else:
-                part.move_between()
-        self._calls += 1
-        if self._calls % self._period:
-            return
-        for part in self._parts:
-            part.settle()
-            part.start()
+        try:
+            for part in self._parts:
+                if part.pending is None:
+                    part.move_between()
+            self._finish(displaced=True)
+            self._calls += 1
+            due = [part for part in self._parts if self._calls % self._period == part.offset]
+            if due:
+                self._watch.check()
+            for part in due:
+                part.settle()
+                part.start()
             if not self._overlap:
-                self._finish(part, displaced=False)
+                self._finish(displaced=False)
+        except PeerLostError as error:
+            hint = "do all processes call it equally often?"
+            raise PeerLostError(f"{error}; after {self._calls} calls of `step`: {hint}") from error
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
-        """Context in which the model's parameters are u; afterwards they are what they were.
+        """Context in which the model's parameters are u.
 
-        No collective. `step`, `load_state_dict` and another `consensus` are refused inside.
+        Afterwards parameters and buffers are what they were: inside, `update_bn` of
+        torch.optim.swa_utils may recompute running statistics for u. No collective. `step`,
+        `load_state_dict` and another `consensus` are refused inside.
         """
         self._refuse("consensus")
         tensors = [tensor for part in self._parts for tensor in part.parameters.tensors]
+        tensors += self._model.buffers()
         before = [tensor.detach().clone() for tensor in tensors]
         self._swapped = True
         try:
@@ -184,7 +203,8 @@ class Coupling:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(tensors, before)
+                for tensor, old in zip(tensors, before, strict=True):
+                    tensor.copy_(old)
             self._swapped = False
 
     def consensus_state_dict(self) -> dict[str, Any]:
@@ -213,8 +233,10 @@ class Coupling:
         self._wait()
         states = [part.state_dict() for part in self._parts]
         state: dict[str, Any] = {key: torch.cat([s[key] for s in states]) for key in ("u", "z")}
-        cuts = torch.stack([s["cuts"] for s in states])
-        return state | {"cuts": cuts, "calls": self._calls, "communications": self._communications}
+        state["cuts"] = torch.stack([s["cuts"] for s in states])
+        if outers := [s["outer"] for s in states if "outer" in s]:
+            state["outer"] = outers
+        return state | {"calls": self._calls, "communications": self._communications}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,8 +252,11 @@ class Coupling:
         self._wait()
         pieces = zip(state["u"].split(sizes), state["z"].split(sizes), strict=True)
         counts = state["cuts"].view(-1, 2)
-        for part, (u, z), cuts in zip(self._parts, pieces, counts, strict=True):
-            part.load_state_dict({"u": u, "z": z, "cuts": cuts})
+        outers = state.get("outer", [None] * len(sizes))
+        for part, (u, z), *others in zip(self._parts, pieces, counts, outers, strict=True):
+            part.load_state_dict(
+                dict(zip(("u", "z", "cuts", "outer"), (u, z, *others), strict=True))
+            )
         self._calls, self._communications = int(state["calls"]), int(state["communications"])
         self._start_at_calls()
 
@@ -245,26 +270,32 @@ class Coupling:
         self._wait()
         for part in self._parts:
             part.parameters.read(part.z[0])
-        require_equal(self._group, {"weights": int(digest(self._copy()))})
+        require_equal(
+            self._group, {"weights": int(digest(torch.cat([part.z[0] for part in self._parts])))}
+        )
         self._restart()
 
     def stats(self) -> dict[str, Any]:
         """Numbers of this process, read on the host. No collective.
 
-        `distance`: |u - z_j| by layer, z_j at the last communication; `cuts`: of u and of z_j;
-        `calls` of `step`; `communications`; `waited_s`: seconds spent waiting for sums.
+        `distance`: |u - z_j| by layer, with z_j as it was last set here; `force`: |q(u - z_j)|
+        likewise; `cuts`: of u and of z_j; `calls` of `step`; `communications`; `waited_s`.
         """
-        distance: dict[str, float] = {}
-        for part in self._parts:
-            distance |= part.distance()
+        norms = {name: pair for part in self._parts for name, pair in part.measure().items()}
         of_u, of_z = torch.tensor([part.cuts for part in self._parts]).sum(0).tolist()
         return {
-            "distance": distance,
+            "distance": {name: distance for name, (distance, _) in norms.items()},
+            "force": {name: force for name, (_, force) in norms.items()},
             "cuts": {"u": of_u, "z": of_z},
             "calls": self._calls,
             "communications": self._communications,
             "waited_s": sum(part.waited_s for part in self._parts),
         }
+
+    @property
+    def outer_optimizers(self) -> list[Optimizer]:
+        """The optimizers that `outer` has made, one for each part; for schedules and the like."""
+        return [part.outer.optimizer for part in self._parts if part.outer is not None]
 
     def close(self) -> None:
         """Wait for the sum on its way and leave the group; the model stays as it is."""
@@ -272,7 +303,8 @@ class Coupling:
             return
         self._closed = True
         try:
-            self._wait()
+            with suppress(PeerLostError):  # nobody needs the sum any more
+                self._wait()
         finally:
             self._group.close()
 
@@ -286,10 +318,6 @@ class Coupling:
             "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
         }
 
-    def _copy(self) -> Tensor:
-        """z_j of all parts, (n,)."""
-        return torch.cat([part.z[0] for part in self._parts])
-
     def _restart(self) -> None:
         """Begin at u = z_j."""
         for part in self._parts:
@@ -297,20 +325,23 @@ class Coupling:
         self._calls = self._communications = 0
         self._start_at_calls()
 
-    def _start_at_calls(self) -> None:
-        """Begin the sum that is on its way after so many calls."""
-        if self._overlap and self._calls % self._period == 0:
-            for part in self._parts:
+    def _start_at_calls(self) -> None:  # the sums that are on their way after so many calls
+        for part in self._parts:
+            if self._overlap and self._calls % self._period == part.offset:
                 part.start()
 
     def _wait(self) -> None:
         for part in self._parts:
             part.wait()
 
-    def _finish(self, part: Part, displaced: bool) -> None:
-        part.finish(displaced)
-        self._communications += 1
-        self._group.mean_(self._buffers)  # a late mean could make a variance negative
+    def _finish(self, displaced: bool) -> None:
+        """Finish the sums on their way; `displaced`: whether the optimizer has moved since."""
+        finished = [part for part in self._parts if part.pending is not None]
+        for part in finished:
+            part.finish(displaced)
+        if finished:
+            self._communications += 1
+            self._group.mean_(self._buffers)  # a late mean could make a variance negative
 
     def _refuse(self, name: str) -> None:
         if self._closed or self._swapped:

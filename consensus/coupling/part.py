@@ -1,46 +1,20 @@
 """Part: layers of a model that are summed over the processes together, with their z_j and u."""
 
 import time
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from consensus.comm import Group, Pending
-from consensus.core.flat import FlatParameters
-from consensus.core.kernels.pulls import Pull, choose_pull
-from consensus.core.layerwise import Layerwise
+from consensus.coupling.plan import Plan
+from consensus.outer import OuterOptimizer
 from consensus.server import PendingForce, Server
 
-
-@dataclass(frozen=True)
-class Rates:
-    """Strengths of the coupling, see `Coupling`."""
-
-    pull: float
-    outer: float
-    local_pull: float
-
-
-class Plan:
-    """What a part is made of, before any communication.
-
-    Args:
-        parameters: Its parameters.
-        phi: Its potential, layer by layer.
-        rates: Its strengths.
-        implicit: As in `choose_pull`, whose ValueError is raised.
-    """
-
-    def __init__(
-        self, parameters: FlatParameters, phi: Layerwise, rates: Rates, implicit: bool | None
-    ) -> None:
-        vector = parameters.vector()
-        self.parameters, self.rates, self.phi = parameters, rates, phi.to(vector)
-        self.z = vector.unsqueeze(0)  # (1, n): a block of one worker
-        self.puller: Pull = choose_pull(self.phi, self.z, rates.pull, implicit)
+_LOOK = 100  # communications between two looks at the cut steps
 
 
 class Part:
@@ -61,14 +35,26 @@ class Part:
 
     def __init__(self, plan: Plan, optimizer: Optimizer, group: Group) -> None:
         self.parameters, self.z, self._phi = plan.parameters, plan.z, plan.phi
-        self._rates, self._puller, self._optimizer = plan.rates, plan.puller, optimizer
-        self._t_u = plan.puller.t_u(plan.rates.outer, group.size)
+        self._puller, self._optimizer, self.offset = plan.puller, optimizer, plan.offset
+        settings = plan.settings
+        self._pull, self._local_pull = plan.pull, settings.local_pull
         self._server = Server(plan.z[0], plan.phi, group, plan.puller.kernel)
         self.u = self._server.u
+        self.outer: OuterOptimizer | None = None
+        if callable(settings.outer):
+            to_mean = plan.puller.t_u(1.0, group.size)
+            self.outer = OuterOptimizer(
+                settings.outer, self._server, to_mean, self.parameters.views
+            )
+        else:
+            self._t_u = plan.puller.t_u(settings.outer, group.size)
+        self._before = torch.empty_like(self.u) if settings.order == "jacobi" else None
         self.pending: PendingForce | None = None
         self.waited_s = 0.0
+        self._finished = self._moves = 0  # communications; moves since the last look at the cuts
+        self._seen = torch.stack(self.cuts)
         # Whether an iteration without communication changes what the optimizer did.
-        self._moves_between = plan.rates.local_pull > 0 or plan.puller.cuts_steps
+        self._moves_between = settings.local_pull > 0 or plan.puller.cuts_steps
 
     @property
     def cuts(self) -> tuple[Tensor, Tensor]:
@@ -80,6 +66,9 @@ class Part:
         self.u.copy_(self.z[0])
         for count in self.cuts:
             count.zero_()
+        self._seen = torch.stack(self.cuts)
+        if self.outer is not None:
+            self.outer.restart()
         self.pending = None
 
     def start(self) -> None:
@@ -99,14 +88,21 @@ class Part:
         """Finish the sum on its way: move u, and pull z_j; `displaced` as in `_move`."""
         self.wait()
         assert self.pending is not None
-        self._server.finish(self.pending, self._t_u)
+        anchor = self.u if self._before is None else self._before.copy_(self.u)
+        if self.outer is None:
+            self._server.finish(self.pending, self._t_u)
+        else:
+            self.outer.step(self.pending)
         self.pending = None
-        self._move(self._rates.pull, displaced)
+        self._move(self._pull, displaced, anchor)
+        self._finished += 1
+        if self._puller.cuts_steps and self._finished % _LOOK == 0:
+            self._look_at_cuts()
 
     def move_between(self) -> None:
         """An iteration without communication: the local pull, and the line search."""
         if self._moves_between:
-            self._move(self._rates.local_pull, displaced=True)
+            self._move(self._local_pull, True, self.u)
 
     def settle(self) -> None:
         """Set z_j to the parameters, which are then z_j rounded to their type."""
@@ -119,31 +115,51 @@ class Part:
             z += self.parameters.displacement(z, out=self._server.memory)
             self.parameters.write(z)
 
-    def distance(self) -> dict[str, float]:
-        """|u - z_j| of each layer by its name, read on the host."""
-        distances = self._phi.distance(self.u - self.z[0]).tolist()
-        return dict(zip(self.parameters.layout.layer_names, distances, strict=True))
+    def measure(self) -> dict[str, tuple[float, float]]:
+        """|u - z_j| and |q(u - z_j)| of each layer by its name, read on the host."""
+        w = self.u - self.z[0]
+        norms = [self._phi.distance(x).tolist() for x in (w, self._puller.force(w))]
+        return dict(zip(self.parameters.layout.layer_names, zip(*norms, strict=True), strict=True))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of `u` (n,), `z` (n,) and `cuts` (2,)."""
-        return {"u": self.u.clone(), "z": self.z[0].clone(), "cuts": torch.stack(self.cuts)}
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of `u` (n,), `z` (n,) and `cuts` (2,); `outer` of an outer optimizer."""
+        state = {"u": self.u.clone(), "z": self.z[0].clone(), "cuts": torch.stack(self.cuts)}
+        return state | ({} if self.outer is None else {"outer": self.outer.state_dict()})
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, without a sum on its way."""
         self.u.copy_(state["u"])
         self.z[0].copy_(state["z"])
         for own, count in zip(self.cuts, state["cuts"], strict=True):
             own.copy_(count)
+        self._seen = torch.stack(self.cuts)
+        if self.outer is not None:
+            self.outer.load_state_dict(state["outer"])
         self.pending = None
 
-    def _move(self, pull: float, displaced: bool) -> None:
-        """Move z_j by its displacement, if it was `displaced`, and by the pull; write it."""
+    def _move(self, pull: float, displaced: bool, anchor: Tensor) -> None:
+        """Move z_j by its displacement, if it was `displaced`, and to `anchor`; write it."""
         z, memory = self.z, self._server.memory
         d = self.parameters.displacement(z[0], memory) if displaced else memory.zero_()
-        self._puller.move(z, d.view_as(z), self.u, pull)
+        self._moves += 1
+        self._puller.move(z, d.view_as(z), self.u, anchor, pull)
         if self._puller.cuts_steps:
             self._scale_momentum()
         self.parameters.write(z[0])
+
+    def _look_at_cuts(self) -> None:
+        """Warn if a tenth of the last steps were cut; seldom, since it waits for the device."""
+        cuts = torch.stack(self.cuts)
+        of_u, of_z = (cuts - self._seen).tolist()
+        share = max(of_u / _LOOK, of_z / self._moves)
+        self._seen, self._moves = cuts, 0
+        if share >= 0.1:
+            warnings.warn(
+                f"{share:.0%} of the steps of the last {_LOOK} communications were cut at the "
+                "boundary of the domain, which slows training; remedies: a larger `eta`, a smaller "
+                "`pull`, `implicit=True`",
+                stacklevel=4,
+            )
 
     def _scale_momentum(self) -> None:
         """Scale the velocity of SGD by s_j."""

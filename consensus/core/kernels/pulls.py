@@ -30,8 +30,14 @@ class Pull(Protocol):
     def t_u(self, outer: float, num_workers: int) -> float:
         """The step t_u of `kernel` for a rate `outer`."""
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, pull: float) -> None:
-        """Move z (1, n) by its displacement d (1, n), which is overwritten, and towards u (n,)."""
+    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
+        """Move z (1, n) by its displacement d (1, n), which is overwritten, and towards `anchor`.
+
+        `anchor` is u (n,) (Gauss-Seidel), or the u before line 3 (Jacobi).
+        """
+
+    def force(self, w: Tensor) -> Tensor:
+        """q(w), or c(w) w of the proximal steps of a communication. (n,) -> (n,)."""
 
 
 class Explicit:
@@ -39,6 +45,7 @@ class Explicit:
 
     def __init__(self, phi: Layerwise, z: Tensor) -> None:
         self.kernel: Kernel = choose_kernel(phi, z)
+        self._phi = phi
         self.search = _search(z)
         self.cuts_steps = phi.bounded
         self._half_eta2 = 0.5 * float(phi.eta) ** 2
@@ -48,20 +55,25 @@ class Explicit:
         """(eta^2 / 2) outer / M."""
         return self._half_eta2 * outer / num_workers
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, pull: float) -> None:
+    def force(self, w: Tensor) -> Tensor:
+        """As in `Pull`."""
+        return self._half_eta2 * self._phi.grad(w)
+
+    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
         """As in `Pull`."""
         zero = torch.zeros_like(z) if self._gradient is None else self._gradient.zero_()
         self._gradient = zero
         numbers = Hyperparameters(1.0, 0.0, 0.0, self._half_eta2 * pull if pull else None)
-        self.kernel.move_workers(Block(z, d, zero, zero), u, u, numbers, self.search)
+        self.kernel.move_workers(Block(z, d, zero, zero), u, anchor, numbers, self.search)
 
 
 class Linear(Explicit):
     """`Pull` for q(w) = w: z+ is z (1 - pull) + u+ pull + d."""
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, pull: float) -> None:
+    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
         """As in `Pull`."""
-        pieces = [x.split(CHUNK if z.device.type == "cpu" else len(u), -1) for x in (z, u, d)]
+        size = CHUNK if z.device.type == "cpu" else len(u)
+        pieces = [x.split(size, -1) for x in (z, anchor, d)]
         for own, center, displacement in zip(*pieces, strict=True):
             own.lerp_(center, pull).add_(displacement)
 
@@ -74,7 +86,7 @@ class Proximal:
     def __init__(self, phi: Layerwise, z: Tensor, pull: float) -> None:
         if pull == 0:
             raise ValueError("`pull` is 0; allowed: above 0 if `implicit`")
-        self._half_eta2 = 0.5 * float(phi.eta) ** 2
+        self._phi, self._half_eta2 = phi, 0.5 * float(phi.eta) ** 2
         self._weighted = WeightedProximal(phi, z[0], self._strength(pull))
         self.kernel: Kernel = self._weighted
         self.search = _search(z)
@@ -84,9 +96,13 @@ class Proximal:
         del num_workers
         return outer
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, pull: float) -> None:
+    def force(self, w: Tensor) -> Tensor:
         """As in `Pull`."""
-        self._weighted.pull(z, d, u, self._strength(pull))
+        return self._phi.size.scale(self._phi.fraction(w, self._weighted.strength), w)
+
+    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
+        """As in `Pull`."""
+        self._weighted.pull(z, d, anchor, self._strength(pull))
 
     def _strength(self, pull: float) -> float:
         """The step of a proximal operator that removes the part `pull` of w where q(w) = w."""

@@ -1,0 +1,110 @@
+"""The division of a model into parts, before any communication.
+
+A part has one `pull` and one time of communication: the parameter groups of the optimizer may have
+a `pull` of their own, and with fragments the layers communicate at staggered times (streaming
+DiLoCo, Douillard et al. 2025). Most models are one part.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from consensus.core.flat import FlatLayout, FlatParameters
+from consensus.core.kernels.pulls import Pull, choose_pull
+from consensus.core.layerwise import Layerwise
+from consensus.coupling.settings import Settings, check_rate
+
+
+class Plan:
+    """What a part is made of.
+
+    Args:
+        parameters: Its parameters.
+        phi: Its potential, layer by layer.
+        settings: Those of the model.
+        pull: Its own.
+        offset: It communicates in calls that are `offset` modulo the period.
+
+    Raises:
+        ValueError: If the settings do not fit the potential.
+    """
+
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        phi: Layerwise,
+        settings: Settings,
+        pull: float,
+        offset: int,
+    ) -> None:
+        vector = parameters.vector()
+        self.parameters, self.settings = parameters, settings
+        self.pull, self.offset = pull, offset
+        self.phi = phi.to(vector)
+        self.z = vector.unsqueeze(0)  # (1, n): a block of one worker
+        self.puller: Pull = choose_pull(self.phi, self.z, pull, settings.implicit)
+        if callable(settings.outer) and self.puller.cuts_steps:
+            raise ValueError(
+                "`outer` is an optimizer, whose steps are not cut; allowed: a number if the "
+                "potential has a bounded domain and is not `implicit`"
+            )
+
+
+def make_plans(
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: Settings,
+    layers: Sequence[Sequence[str]] | None,
+) -> list[Plan]:
+    """The parts of a model, in the same order on all ranks; a ValueError if there are none such."""
+    layout = FlatLayout.trainable(model, layers)
+    phi = Layerwise(settings.make_potential(), layout.layers, settings.eta)
+    fragments = _fragments(layout, settings.fragments, settings.period)
+    pulls = _pulls(model, optimizer, layout, settings.pull)
+    keys = list(zip(fragments, pulls, strict=True))
+    plans = []
+    for fragment, pull in sorted(set(keys)):
+        chosen = [i for i, key in enumerate(keys) if key == (fragment, pull)]
+        parameters = FlatParameters(model, layout.select(chosen))
+        offset = fragment * settings.period // settings.fragments
+        plans.append(Plan(parameters, phi.select(chosen), settings, pull, offset))
+    return plans
+
+
+def _fragments(layout: FlatLayout, fragments: int, period: int) -> list[int]:
+    """The fragment of each layer: the largest layers first, each to the smallest fragment."""
+    most = min(period, len(layout.layers))
+    if fragments > most:
+        raise ValueError(
+            f"`fragments` is {fragments}; allowed: 1 to {most}, "
+            f"with {len(layout.layers)} layers and a period of {period}"
+        )
+    lengths = [stop - start for start, stop in layout.layers]
+    sizes, chosen = [0] * fragments, [0] * len(lengths)
+    for layer in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        smallest = sizes.index(min(sizes))
+        chosen[layer] = smallest
+        sizes[smallest] += lengths[layer]
+    return chosen
+
+
+def _pulls(
+    model: nn.Module, optimizer: Optimizer, layout: FlatLayout, default: float
+) -> list[float]:
+    """The pull of each layer: `pull` of its parameter group, or the default."""
+    of_parameter: dict[int, float] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        pull = group.get("pull", default)
+        check_rate(f"`pull` of parameter group {number}", pull)
+        of_parameter |= {id(parameter): pull for parameter in group["params"]}
+    found: list[set[float]] = [set() for _ in layout.layers]
+    for layer, names in zip(found, layout.names_by_layer(), strict=True):
+        layer |= {of_parameter.get(id(model.get_parameter(name)), default) for name in names}
+    for name, layer in zip(layout.layer_names, found, strict=True):
+        if len(layer) > 1:
+            raise ValueError(
+                f"layer `{name}` has the pulls {', '.join(map(str, sorted(layer)))} from several "
+                "parameter groups; allowed: one in a layer, see `layers`"
+            )
+    return [layer.pop() for layer in found]

@@ -1,0 +1,79 @@
+"""Settings: the arguments of `Coupling` that are the same on all processes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from consensus.core.potentials import POTENTIALS, Potential
+from consensus.outer import MakeOptimizer
+
+CHOICES = {"buffers": ("local", "mean"), "order": ("gauss_seidel", "jacobi")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `Coupling` with these names; a ValueError if one is out of its range."""
+
+    potential: str | Potential
+    options: Mapping[str, Any] | None
+    eta: float
+    pull: float
+    outer: float | MakeOptimizer
+    local_pull: float
+    period: int
+    fragments: int
+    implicit: bool | None
+    order: str
+    overlap: bool
+    buffers: str
+
+    def __post_init__(self) -> None:
+        if not 0.0 < number("`eta`", self.eta) < math.inf:
+            raise ValueError(f"`eta` is {self.eta}; allowed: a finite number > 0")
+        check_rate("`pull`", self.pull)
+        check_rate("`local_pull`", self.local_pull)
+        if not callable(self.outer) and not 0.0 <= number("`outer`", self.outer) < math.inf:
+            raise ValueError(f"`outer` is {self.outer}; allowed: a finite number >= 0")
+        for name in ("period", "fragments"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value}; allowed: a whole number >= 1")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                values = ", ".join(allowed)
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: {values}")
+
+    def make_potential(self) -> Potential:
+        """The potential from its name and options, or as given."""
+        if isinstance(self.potential, str):
+            return POTENTIALS.make(self.potential, **(self.options or {}))
+        if not isinstance(self.potential, Potential):
+            raise ValueError(f"`potential` is {self.potential!r}; allowed: a name or a Potential")
+        if self.options:
+            raise ValueError(f"`options` is {self.options}; allowed: none with a Potential")
+        return self.potential
+
+    def describe(self) -> dict[str, Any]:
+        """Values to compare between processes; functions and potentials by a text."""
+        texts = {
+            "potential": self.potential
+            if isinstance(self.potential, str)
+            else repr(self.potential),
+            "outer": "a function" if callable(self.outer) else self.outer,
+            "options": dict(self.options or {}),
+        }
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | texts
+
+
+def check_rate(name: str, value: object) -> None:
+    """Raise a ValueError if a rate is not in [0, 1]."""
+    if not 0.0 <= number(name, value) <= 1.0:
+        raise ValueError(f"{name} is {value}; allowed: a number from 0 to 1")
+
+
+def number(name: str, value: object) -> float:
+    """`value`, or a ValueError that names it."""
+    if not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value}; allowed: a number")
+    return float(value)
