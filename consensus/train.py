@@ -4,8 +4,8 @@ torchrun --standalone --nproc-per-node=4 -m consensus.train KEY=VALUE ...
 python -m consensus.train workers=4 KEY=VALUE ...
 
 Exit codes: 0 the run is complete; 1 it failed at run time; 2 the config was refused, before any
-process group opened; 75 it stopped on request (SIGTERM, SIGUSR1) and left a checkpoint; 128 + the
-signal, it stopped on request without a checkpoint; 130 interrupted.
+process group opened; 75 it stopped on request (SIGTERM, SIGUSR1, SIGHUP) and left a checkpoint; 128
++ the signal, it stopped on request without a checkpoint; 130 interrupted.
 """
 
 import io

@@ -7,7 +7,9 @@
 #
 #   NPROC=4 INTERFACE=eth0 launch/multinode.sh node1,node2 resume=auto output.run_dir=runs/mine potential=tan
 #
-#   ADDRESS   address of the first host, as the others reach it; default: its name as given here
+# A HOST is what ssh takes: a name, an address, user@host, or an alias of its configuration (which needs ADDRESS).
+#
+#   ADDRESS   address of the first host, as the others reach it; default: its name as given here, without user@
 #   PORT      port of the rendezvous; default: 29400
 #   REMOTE    program that runs a command on a host, as `REMOTE HOST COMMAND`; default: ssh, with BatchMode and a timeout
 #   NPROC, INTERFACE, OMP_NUM_THREADS, CONSENSUS_VENV, MODULE    as for launch/node.sh, on every host
@@ -23,7 +25,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck disable=SC2206 # REMOTE is several words
 remote=(${REMOTE:-ssh -o BatchMode=yes -o ConnectTimeout=10})
 
-variables=("NNODES=${#hosts[@]}" "RENDEZVOUS=${ADDRESS:-${hosts[0]}}:${PORT:-29400}" "RUN_ID=multinode-$(date +%s)-$$")
+address=${ADDRESS:-${hosts[0]##*@}}
+if [[ $address == *:* && $address != \[* ]]; then address="[$address]"; fi # IPv6
+variables=("NNODES=${#hosts[@]}" "RENDEZVOUS=$address:${PORT:-29400}" "RUN_ID=multinode-$(date +%s)-$$")
 for name in NPROC INTERFACE OMP_NUM_THREADS CONSENSUS_VENV MODULE; do
     if [[ -n ${!name:-} ]]; then variables+=("$name=${!name}"); fi
 done

@@ -4,14 +4,16 @@
 # Starts one node of a job: NPROC processes of consensus.train under torchrun. All other launchers call this script. It
 # prints the exact command first. The arguments are Hydra overrides. It runs in the current folder.
 #
-#   NPROC             processes on this node; default: one for each GPU, else 1
+#   NPROC             processes on this node; default: one for each GPU that CUDA_VISIBLE_DEVICES leaves visible, else 1
 #   NNODES            nodes; default: 1
-#   RENDEZVOUS        host:port of the rendezvous, on one of the nodes; required with more than one node
+#   RENDEZVOUS        host:port of the rendezvous, on one of the nodes; required with more than one node; [address]:port for IPv6
 #   RUN_ID            a name common to all nodes of this start, and different from that of other starts; default: consensus
 #   INTERFACE         network interface between the nodes; becomes GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
 #   OMP_NUM_THREADS   threads of a process; default: 1
 #   MODULE            the module that each process runs; default: consensus.train; consensus.doctor: preflight checks instead
 #   CONSENSUS_VENV    environment; default: the checkout's .venv, else the python3 on PATH
+#
+# Under nohup, the end of the terminal's session does not stop the run.
 #
 # The override group.timeout_s=SECONDS (600) is the timeout of nodes at the start and of ranks later.
 #
@@ -28,7 +30,19 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=${CONSENSUS_VENV:-$root/.venv}/bin/python
 [[ -x $python ]] || python=python3
 
-gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+gpus() { # those that the processes will see
+    local total seen=0 id
+    total=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+    if [[ -z ${CUDA_VISIBLE_DEVICES+set} || $total == 0 ]]; then
+        printf '%s' "$total"
+        return
+    fi
+    for id in ${CUDA_VISIBLE_DEVICES//,/ }; do # as CUDA reads it: the first invalid entry hides the rest
+        [[ $id =~ ^(GPU|MIG)- || ($id =~ ^[0-9]+$ && 10#$id -lt $total) ]] || break
+        seen=$((seen + 1))
+    done
+    printf '%s' "$seen"
+}
 nproc=${NPROC:-$(gpus)}
 [[ $nproc != 0 || -n ${NPROC:-} ]] || nproc=1
 nnodes=${NNODES:-1}
@@ -36,21 +50,30 @@ module=${MODULE:-consensus.train}
 [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: the number of processes is a whole number from 1"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: the number of nodes is a whole number from 1"
 
-# Both use Python, since small images have no `ip`. IPv4 only; neither prints an error.
+# These use Python, since small images have no `ip`. They print no errors.
 is_own_address() { # not a loopback address, which no other node could reach
-    [[ $1 =~ ^[0-9.]+$ && $1 != 127.* ]] && "$python" - "$1" 2>/dev/null <<'PYTHON'
+    [[ $1 =~ ^[0-9.]+$ || $1 == *:* ]] && ! is_loopback "$1" && "$python" - "$1" 2>/dev/null <<'PYTHON'
 import socket, sys
 
-socket.socket().bind((sys.argv[1], 0))
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+socket.socket(family).bind((sys.argv[1], 0))
 PYTHON
 }
-address_of() { # the first address of an interface
-    "$python" - "$1" 2>/dev/null <<'PYTHON'
+is_loopback() { [[ $1 == 127.* || $1 == ::1 ]]; }
+address_of() { # address_of INTERFACE HOST: the first address of an interface, of the family of a host
+    "$python" - "$@" 2>/dev/null <<'PYTHON'
 import fcntl, socket, struct, sys
 
-SIOCGIFADDR = 0x8915
-answer = fcntl.ioctl(socket.socket(), SIOCGIFADDR, struct.pack("256s", sys.argv[1].encode()))
-print(socket.inet_ntoa(answer[20:24]))
+name, host = sys.argv[1:]
+if ":" in host:  # a name may resolve to either family; torch's own choice is IPv4
+    with open("/proc/net/if_inet6") as file:
+        rows = [line.split() for line in file]
+    found = [row[0] for row in rows if row[5] == name and row[3] == "00"]  # global scope
+    print(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(found[0])))
+else:
+    SIOCGIFADDR = 0x8915
+    answer = fcntl.ioctl(socket.socket(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+    print(socket.inet_ntoa(answer[20:24]))
 PYTHON
 }
 
@@ -61,11 +84,19 @@ if [[ -n ${INTERFACE:-} ]]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
 
+# nohup ignores SIGHUP for this process and its children, but torchrun would handle it and stop the run.
+if [[ $(trap -p HUP) == "trap -- '' "* ]]; then export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT}; fi
+
 if ((nnodes == 1)); then
-    # torchrun chooses a free port, so that two runs on one machine stay apart.
-    meeting=(--standalone)
+    # torchrun chooses a free port, so that two runs on one machine stay apart. The ranks meet at the loopback address, since
+    # the name of the machine need not resolve.
+    meeting=(--standalone --local-addr=127.0.0.1)
 else
-    [[ ${RENDEZVOUS:-} =~ ^[^:]+:[0-9]+$ ]] || die "RENDEZVOUS=${RENDEZVOUS:-}: $nnodes nodes meet at host:port"
+    place='^([^]:[]+|\[[0-9a-fA-F:.]+\]):[0-9]+$'
+    [[ ${RENDEZVOUS:-} =~ $place ]] ||
+        die "RENDEZVOUS=${RENDEZVOUS:-}: $nnodes nodes meet at host:port, or [address]:port for IPv6"
+    host=${RENDEZVOUS%:*}
+    host=${host#[} host=${host%]}
     # One setting of the run is the timeout everywhere. torchrun needs whole seconds.
     timeout=600
     for argument in "$@"; do
@@ -74,10 +105,14 @@ else
     conf=join_timeout=$timeout
     # c10d: the node with that address hosts the store; no other service is needed.
     # torch recognizes a name of this machine, but an address only where the name resolves to it.
-    if is_own_address "${RENDEZVOUS%:*}"; then conf+=,is_host=true; fi
+    if is_own_address "$host"; then conf+=,is_host=true; fi
     meeting=(--nnodes="$nnodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-consensus}" --rdzv-conf="$conf")
     # The address of the interface works where host names do not resolve between nodes.
-    if [[ -n ${INTERFACE:-} ]] && address=$(address_of "$INTERFACE"); then meeting+=(--local-addr="$address"); fi
+    if [[ -n ${INTERFACE:-} ]]; then
+        if address=$(address_of "$INTERFACE" "$host"); then meeting+=(--local-addr="$address"); fi
+    elif is_loopback "$host"; then # all nodes are this machine
+        meeting+=(--local-addr="$host")
+    fi
 fi
 
 command=(

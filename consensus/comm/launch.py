@@ -6,6 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+# Numbers of tasks of one parallel start: srun (not SLURM_NTASKS, which an allocation has as well),
+# Open MPI, MPICH and its relatives, MVAPICH.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 class LaunchError(ValueError):
     """The environment does not describe a launch; the message names the variable."""
@@ -24,7 +28,11 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read the variables that torchrun sets; LaunchError if they contradict each other."""
+        """Read the variables that torchrun sets.
+
+        LaunchError if they contradict each other, or there are none in a job of several tasks.
+        """
+        _refuse_tasks_without_ranks()
         rank, size = _place("")
         local_rank, local_size = _place("LOCAL_")
         restart = _number("TORCHELASTIC_RESTART_COUNT")
@@ -37,6 +45,19 @@ class Launch:
         """Indices j of the workers of this process, for M = num_workers, a multiple of `size`."""
         each = num_workers // self.size
         return range(self.rank * each, (self.rank + 1) * each)
+
+
+def _refuse_tasks_without_ranks() -> None:
+    """Refuse `srun python` and `mpirun python`: each task would be a run of its own, unremarked."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in _TASKS:
+        if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
+            raise LaunchError(
+                f"`{name}` is {count} and `WORLD_SIZE` is not set; allowed: one torchrun on each "
+                "node, as launch/slurm.sbatch starts it; or WORLD_SIZE=1, where each task is to be "
+                "a run of its own"
+            )
 
 
 def _place(prefix: str) -> tuple[int, int]:

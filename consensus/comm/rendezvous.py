@@ -1,6 +1,8 @@
 """Rendezvous and heartbeat, through a key-value store that all processes reach."""
 
 import hashlib
+import os
+import socket
 import threading
 import time
 import uuid
@@ -46,12 +48,32 @@ def open_store(
     """Key-value store of the ranks of one start, after all of them have come. A collective.
 
     `timeout_s` holds for the rendezvous, and for each operation of the store. Raises TimeoutError,
-    which names a rank that does not come, or RuntimeError if the store cannot be reached.
+    which names a rank that does not come or a host whose name does not resolve, or RuntimeError if
+    the store cannot be reached.
     """
     timeout = timedelta(seconds=timeout_s)
+    if init_method == "env://":
+        await_name(os.environ.get("MASTER_ADDR", ""), timeout_s)
     store, _, _ = next(iter(dist.rendezvous(init_method, rank, size, timeout=timeout)))
     store.set_timeout(timeout)
     return dist.PrefixStore(meet(store, rank, size, timeout_s), store)
+
+
+def await_name(host: str, timeout_s: float) -> None:
+    """Wait until the name of a host resolves, which in a cluster may take a while at the start.
+
+    torch would try without end. TimeoutError after `timeout_s` seconds.
+    """
+    problem = f"the name of the host {host} (MASTER_ADDR) does not resolve on this machine"
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            in_time(lambda: socket.getaddrinfo(host, None), timeout_s, problem)
+            return
+        except OSError as error:
+            if isinstance(error, TimeoutError) or time.monotonic() > deadline:
+                raise TimeoutError(problem) from error
+        time.sleep(0.5)
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:

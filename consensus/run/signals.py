@@ -1,9 +1,10 @@
 """Signal handling: graceful stop, forced exit, lost launcher.
 
-SIGTERM and SIGUSR1 (preemption, requeue, `scancel --signal`) request a stop: at the end of an
-iteration the ranks agree on it, write a checkpoint and exit. Further signals change nothing. A
-thread ends a process that has not exited after a timeout. A rank whose launcher is gone sends
-itself SIGTERM, so no rank outlives its run.
+SIGTERM, SIGUSR1 (preemption, requeue, `scancel --signal`) and SIGHUP (the end of a terminal's
+session, unless it is ignored, as under nohup) request a stop: at the end of an iteration the ranks
+agree on it, write a checkpoint and exit. Further signals change nothing. A thread ends a process
+that has not exited after a timeout. A rank whose launcher is gone sends itself SIGTERM, so no rank
+outlives its run.
 """
 
 import os
@@ -14,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-STOP = (signal.SIGTERM, signal.SIGUSR1)
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 TRY_AGAIN = 75
 """Exit code of a run that stopped on request and left a checkpoint: EX_TEMPFAIL of sysexits.h."""
@@ -41,7 +42,8 @@ class StopSignals:
         self._done = threading.Event()
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # else Python forbids it
-            self._before = {number: signal.signal(number, self._record) for number in STOP}
+            heeded = (n for n in STOP if signal.getsignal(n) is not signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._record) for number in heeded}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == 0:

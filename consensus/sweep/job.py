@@ -119,7 +119,9 @@ def command(processes: int, overrides: list[str]) -> list[str]:
     program = ["-m", "consensus.train", *overrides]
     if processes == 1:
         return [sys.executable, *program]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # The ranks meet at the loopback address: the name of the machine need not resolve.
+    here = ["--standalone", "--local-addr=127.0.0.1"]
+    torchrun = ["-m", "torch.distributed.run", *here, f"--nproc-per-node={processes}"]
     return [sys.executable, *torchrun, *program]
 
 

@@ -27,6 +27,22 @@ def test_launch_reads_what_torchrun_sets(monkeypatch):
     assert Launch.from_environment() == Launch()
 
 
+TASKS = ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_of_another_launcher_without_ranks_are_refused(monkeypatch, name):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # of the allocation; a single task may run in it
+    monkeypatch.setenv(name, "1")
+    assert Launch.from_environment() == Launch()
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(LaunchError, match=f"`{name}` is 2 .* launch/slurm.sbatch .* WORLD_SIZE=1"):
+        Launch.from_environment()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Launch.from_environment() == Launch()
+
+
 def test_the_name_of_a_launch_is_its_id_or_its_torchrun_process(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")

@@ -1,10 +1,11 @@
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.distributed import TCPStore
 
-from consensus.comm.rendezvous import Heartbeat, in_time, meet
+from consensus.comm.rendezvous import Heartbeat, await_name, in_time, meet, open_store
 
 
 @pytest.fixture
@@ -67,3 +68,27 @@ def test_a_heartbeat_names_failed_and_silent_ranks(store, monkeypatch):
     assert first.describe_lost_ranks() == f"{failed}; {silent}"
     for heartbeat in (first, third):
         heartbeat.stop()
+
+
+def test_a_host_without_an_address_is_named_in_time(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no-such-host\.invalid \(MASTER_ADDR\) does not"):
+        open_store(0, 2, timeout_s=0.5)
+    assert time.monotonic() - started < 30.0
+
+
+def test_a_name_may_come_late(monkeypatch):
+    answers = [socket.gaierror(-2, "unknown"), socket.gaierror(-3, "try again"), []]
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    def answer(*_):
+        found = answers.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    await_name("pod-0", timeout_s=60.0)
+    assert answers == []

@@ -304,7 +304,7 @@ def test_setup_without_any_python(checkout):
 
 def command_of(cwd: Path, processes: int, *overrides: str, omp: str = "1") -> str:
     """The output of the stand-in python when it is started correctly."""
-    run = "-m torch.distributed.run --standalone"
+    run = "-m torch.distributed.run --standalone --local-addr=127.0.0.1"
     rest = " ".join(["-m consensus.train", *overrides])
     return f"cwd={cwd} omp={omp} {run} --nproc-per-node={processes} {rest}\n"
 
@@ -332,7 +332,131 @@ def test_local_takes_the_number_of_processes_first(checkout):
     code, out, err = checkout.run("launch/local.sh", "8", "data=mnist", OMP_NUM_THREADS="3")
     assert code == 0
     assert out == command_of(checkout.root, 8, "data=mnist", omp="3")
-    assert err.rstrip().endswith("--standalone --nproc-per-node=8 -m consensus.train data=mnist")
+    assert err.rstrip().endswith(" --nproc-per-node=8 -m consensus.train data=mnist")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "processes"),
+    [
+        (8, None, 8),
+        (0, None, 1),
+        (8, "2,3", 2),
+        (8, "", 1),
+        (8, "-1", 1),
+        (8, "3,-1,4", 1),  # CUDA stops at the first invalid entry
+        (2, "0,1,2", 2),
+        (8, "GPU-8f2a,MIG-77", 2),
+        (8, "08", 1),
+        (0, "0,1", 1),
+        (8, "NoDevFiles", 1),
+    ],
+)
+def test_one_process_for_each_visible_gpu(checkout, gpus, visible, processes):
+    checkout.run("scripts/setup")
+    tool = checkout.bin / "nvidia-smi"
+    tool.write_text(f"#!/usr/bin/env bash\nfor ((i = 0; i < {gpus}; i++)); do echo GPU $i; done\n")
+    tool.chmod(0o755)
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    code, out, err = checkout.run("launch/node.sh", **env)
+    assert (code, out) == (0, command_of(checkout.root, processes)), err
+
+
+@pytest.mark.parametrize(
+    ("place", "rest"),
+    [
+        ("node1:29400", ""),
+        ("10.0.0.99:29400", ",is_host=true"),  # the stand-in python can bind to any address
+        ("[fd00::99]:29400", ",is_host=true"),
+        ("127.0.0.1:29400", " --local-addr=127.0.0.1"),
+        ("[::1]:29400", " --local-addr=::1"),
+    ],
+)
+def test_nodes_meet_at_a_name_or_an_address(checkout, place, rest):
+    checkout.run("scripts/setup")
+    code, out, err = checkout.run("launch/node.sh", NNODES="2", NPROC="1", RENDEZVOUS=place)
+    assert code == 0, err
+    meeting = f"--rdzv-endpoint={place} --rdzv-id=consensus --rdzv-conf=join_timeout=600"
+    assert f"{meeting}{rest} --nproc-per-node=1" in out
+
+
+@pytest.mark.parametrize("place", ["", "node1", "node1:", "::1:29400", "[::1]", "[node1]:29400"])
+def test_a_rendezvous_that_is_no_place_is_refused(checkout, place):
+    code, out, err = checkout.run("launch/node.sh", NNODES="2", NPROC="1", RENDEZVOUS=place)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"launch/node.sh: RENDEZVOUS={place}: 2 nodes meet at host:port")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("hosts", "address", "place"),
+    [
+        ("alice@node1,bob@node2", None, "node1:29400"),
+        ("fd00::1,fd00::2", None, "[fd00::1]:29400"),
+        ("alice@fd00::1,node2", None, "[fd00::1]:29400"),
+        ("alias1,alias2", "10.0.0.1", "10.0.0.1:29400"),
+        ("alias1,alias2", "[fd00::1]", "[fd00::1]:29400"),
+    ],
+)
+def test_multinode_gives_the_user_to_ssh_alone(tmp_path, hosts, address, place):
+    remote = tmp_path / "remote"
+    remote.write_text('#!/bin/sh\necho "$1" >>"$0.hosts"\n')
+    remote.chmod(0o755)
+    env = os.environ | {"REMOTE": str(remote)} | ({"ADDRESS": address} if address else {})
+    command = [ROOT / "launch/multinode.sh", hosts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert sorted((tmp_path / "remote.hosts").read_text().split()) == sorted(hosts.split(","))
+    started = [line.replace("\\[", "'[").replace("\\]", "]") for line in done.stderr.splitlines()]
+    assert [
+        f" RENDEZVOUS={place.strip(chr(39))} " in line.replace("'", "") for line in started
+    ] == [
+        True,
+        True,
+    ]
+
+
+def test_under_nohup_torchrun_leaves_sighup_alone(checkout):
+    checkout.run("scripts/setup")
+    told = 'echo "handled=${PET_SIGNALS_TO_HANDLE:-default}"\n'
+    python = checkout.venv / "bin/python"
+    python.write_text(python.read_text() + told)
+    for ignore, handled in (("", "default"), ("trap '' HUP; ", "SIGTERM,SIGINT,SIGQUIT")):
+        script = f"{ignore}exec '{checkout.root}/launch/node.sh'"
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env=checkout.env | {"NPROC": "1"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert done.stdout.endswith(f"handled={handled}\n")
+
+
+def test_a_clone_with_windows_line_endings_has_none_in_its_files(tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    names = [
+        ".gitattributes",
+        *SHELL,
+        "launch/kubernetes/job.yaml",
+        "Dockerfile",
+        "docs/figure1.png",
+    ]
+    for name in names:
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, first / name)
+
+    def git(*words: str, cwd: Path = first) -> None:
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true"]
+        subprocess.run(["git", *settings, *words], cwd=cwd, check=True, capture_output=True)
+
+    git("init")
+    git("add", "--all")
+    git("commit", "--message=all")
+    git("clone", str(first), str(second), cwd=tmp_path)
+    assert [n for n in names if (second / n).read_bytes() != (ROOT / n).read_bytes()] == []
 
 
 # ---- scripts/bench, with the same stand-ins
