@@ -34,7 +34,7 @@ from consensus.comm import PeerLostError, group_of_user, num_ranks
 from consensus.core.potentials import Potential
 from consensus.coupling.checks import Watch, check_model, device_of, require_equal
 from consensus.coupling.part import Part
-from consensus.coupling.plan import Plan, make_plans
+from consensus.coupling.plan import Plan, describe, make_plans
 from consensus.coupling.settings import Settings
 from consensus.outer import MakeOptimizer
 from consensus.server import digest
@@ -129,12 +129,7 @@ class Coupling:
         self._group = group_of_user(group, device_of(model), timeout_s)
         try:
             self._group.raise_together(problem, ValueError)
-            floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-            self._buffers = floats if buffers == "mean" else []
-            self._watch = Watch(model)
-            require_equal(self._group, described | self._description(plans))
-            self._parts = [Part(plan, optimizer, self._group) for plan in plans]
-            self._restart()
+            self._couple(plans, described, optimizer, buffers)
         except BaseException:
             self._group.close()
             raise
@@ -161,6 +156,17 @@ class Coupling:
         pull, outer = 2.0 * sigma / (lam * eta**2), 2.0 * num_ranks(group) * tau / eta**2
         others = {"pull": pull, "outer": outer, "implicit": False} | others
         return cls(model, optimizer, potential, eta=eta, group=group, **others)
+
+    def _couple(
+        self, plans: list[Plan], described: dict[str, Any], optimizer: Optimizer, buffers: str
+    ) -> None:
+        """Compare the processes, and make the parts."""
+        floats = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        self._buffers = floats if buffers == "mean" else []
+        self._watch = Watch(self._model)
+        require_equal(self._group, described | describe(self._model, plans, self._buffers))
+        self._parts = [Part(plan, optimizer, self._group) for plan in plans]
+        self._restart()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -307,16 +313,6 @@ class Coupling:
                 self._wait()
         finally:
             self._group.close()
-
-    def _description(self, plans: Sequence[Plan]) -> dict[str, Any]:
-        """Everything else that is the same on all ranks."""
-        frozen = [p.detach() for p in self._model.parameters() if not p.requires_grad]
-        return {
-            "parameters": [(p.parameters.layout, str(p.parameters.dtype)) for p in plans],
-            "shapes of buffers": [tuple(b.shape) for b in self._buffers],
-            "weights": int(digest(torch.cat([plan.z[0] for plan in plans]))),
-            "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
-        }
 
     def _restart(self) -> None:
         """Begin at u = z_j."""

@@ -6,14 +6,17 @@ DiLoCo, Douillard et al. 2025). Most models are one part.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from consensus.core.flat import FlatLayout, FlatParameters
 from consensus.core.kernels.pulls import Pull, choose_pull
 from consensus.core.layerwise import Layerwise
 from consensus.coupling.settings import Settings, check_rate
+from consensus.server import digest
 
 
 class Plan:
@@ -70,6 +73,17 @@ def make_plans(
         offset = fragment * settings.period // settings.fragments
         plans.append(Plan(parameters, phi.select(chosen), settings, pull, offset))
     return plans
+
+
+def describe(model: nn.Module, plans: list[Plan], buffers: list[Tensor]) -> dict[str, Any]:
+    """Values to compare between processes."""
+    frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
+    return {
+        "parameters": [(p.parameters.layout, str(p.parameters.dtype), p.pull) for p in plans],
+        "shapes of buffers": [tuple(buffer.shape) for buffer in buffers],
+        "weights": int(digest(torch.cat([plan.z[0] for plan in plans]))),
+        "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
+    }
 
 
 def _fragments(layout: FlatLayout, fragments: int, period: int) -> list[int]:
