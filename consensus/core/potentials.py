@@ -35,6 +35,8 @@ from consensus.core.profiles import Elementwise, Profile, power_profile
 from consensus.core.sizes import Radial, Separable, Size
 from consensus.registry import Registry
 
+_FEW = 64  # numbers for which Python takes less time than operations on tensors
+
 
 class Potential(Domain):
     """phi(w) = sum over groups of psi(s), s = |scale * w|^2, on blocks (..., n).
@@ -169,13 +171,50 @@ class Potential(Domain):
         c = step * scale * scale
         if isinstance(self.size, Radial) and isinstance(c, Tensor) and c.ndim and c.shape[-1] > 1:
             raise ValueError("a proximal step of a radial potential with several weights")
-        slope: Elementwise | float | None = self.profile.slope
-        if slope is None and r.device.type == "cpu":
-            slope = self.dpsi_within(r)
-        if slope is not None and not callable(slope):
+        few = self._few_fractions(r, step)
+        if few is not None:
+            return r.new_tensor(few).view_as(r)
+        slope = self._slope_within(r)
+        if slope is not None:
             pull = 2.0 * slope * c
             return torch.ones_like(r) * (pull / (1.0 + pull))
         return self.profile.fraction(r, c).to(r.dtype)
+
+    def fraction_numbers(self, r: Tensor, step: float) -> list[float]:
+        """`fraction_of` as numbers on the host. (G,) -> G."""
+        few = self._few_fractions(r, step)
+        found: list[float] = self.fraction_of(r, step).tolist() if few is None else few
+        return found
+
+    def _few_fractions(self, r: Tensor, step: float) -> list[float] | None:
+        """`fraction_of` by numbers, where that takes less time."""
+        if r.device.type != "cpu" or r.numel() > _FEW or math.isinf(step):
+            return None
+        if self.profile.numbers is None or isinstance(self.scale, Tensor):
+            return None
+        c = step * self.scale * self.scale
+        return self.profile.fractions(r.flatten().tolist(), c, r.dtype)
+
+    def common_fraction(self, w: Tensor, step: float) -> float | None:
+        """`fraction` if it is known to be one number for all groups, otherwise None."""
+        if math.isinf(step):
+            return 1.0
+        if isinstance(self.scale, Tensor):
+            return None
+        profile, slope = self.profile, self.profile.slope
+        if slope is None and profile.near_zero and w.device.type == "cpu":
+            slope = self._slope_within(self.reach(w))
+        if slope is None:
+            return None
+        pull = 2.0 * slope * step * self.scale * self.scale
+        return pull / (1.0 + pull)
+
+    def _slope_within(self, reach: Tensor) -> float | None:
+        """Psi' if it is known to be one number for all s <= reach^2, otherwise None."""
+        slope: Elementwise | float | None = self.profile.slope
+        if slope is None and self.profile.near_zero and reach.device.type == "cpu":
+            slope = self.dpsi_within(reach)
+        return None if callable(slope) else slope
 
     def dpsi_within(self, reach: Tensor) -> Elementwise | float:
         """The cheapest form of psi' for all s <= reach^2. Brings one number to the host."""

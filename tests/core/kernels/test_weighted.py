@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core import sizes
+from consensus.core import potentials, sizes
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels import weighted as module
 from consensus.core.kernels.pulls import Explicit, Linear, Proximal, choose_pull
@@ -130,8 +130,10 @@ def test_pieces_of_a_large_vector_change_nothing(name, monkeypatch):
 FRACTIONS = ["cubic", "tan", "log", "pseudo_huber", "power"]
 
 
+@pytest.mark.parametrize("few", [0, 64])  # by operations on tensors, and by numbers
 @pytest.mark.parametrize("name", FRACTIONS)
-def test_the_fraction_over_many_orders_of_magnitude(name):
+def test_the_fraction_over_many_orders_of_magnitude(name, few, monkeypatch):
+    monkeypatch.setattr(potentials, "_FEW", few)
     radius, strength = np.logspace(-6, 4, 41), 0.7
     layer = Layerwise(POTENTIALS[name], [(0, 1)], ETA)
     found = layer.fraction(torch.from_numpy(radius)[:, None], strength)[:, 0].numpy()
@@ -153,8 +155,10 @@ def test_a_fixed_number_of_steps_is_enough(monkeypatch):
                 torch.testing.assert_close(profile.fraction(r, c), values, rtol=1e-10, atol=1e-15)
 
 
-def test_the_limit_at_zero():
+@pytest.mark.parametrize("few", [0, 64])
+def test_the_limit_at_zero(few, monkeypatch):
     """c(0) = g / (1 + g), g = 2 strength psi'(0) / eta^2."""
+    monkeypatch.setattr(potentials, "_FEW", few)
     zero = torch.zeros(1, dtype=torch.float64)
     g = 2.0 * 0.3 / ETA**2
     for name, slope in {"tan": 1.0, "log": 1.0, "pseudo_huber": 0.5, "cubic": 0.0}.items():
@@ -162,13 +166,23 @@ def test_the_limit_at_zero():
         assert found == pytest.approx(g * slope / (1.0 + g * slope), rel=1e-12, abs=1e-25)
 
 
-def test_small_fractions_keep_their_relative_accuracy():
+@pytest.mark.parametrize("few", [0, 64])
+def test_small_fractions_keep_their_relative_accuracy(few, monkeypatch):
     """c = 2 strength psi'(s) / eta^2 up to terms of its square, also where 1 - c rounds to 1."""
+    monkeypatch.setattr(potentials, "_FEW", few)
     r = torch.tensor([1e-12], dtype=torch.float64)
     for name, slope in {"cubic": lambda s: 1.5 * s**0.5, "power": lambda s: 2.0 * s}.items():
         found = float(Layerwise(POTENTIALS[name], [(0, 1)], ETA).fraction(r, 0.3))
         wanted = 2.0 * 0.3 / ETA**2 * slope((1e-12 / ETA) ** 2)
         assert found == pytest.approx(wanted, rel=1e-9, abs=0.0)
+
+
+def test_not_a_number_has_no_fraction():
+    """A run that diverges goes on to where that is reported."""
+    r = torch.tensor([math.nan, math.inf, 0.1], dtype=torch.float64)
+    for name in FRACTIONS:
+        found = Layerwise(POTENTIALS[name], [(0, 1)], ETA).fraction_of(r, 0.3)
+        assert found.isnan().tolist() == [True, True, False], name
 
 
 def test_weights_within_a_radial_layer_are_refused():
