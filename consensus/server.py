@@ -61,9 +61,13 @@ class Server:
             z: (K, n)
             scratch: Memory like z that may be overwritten.
         """
-        force, reaches = self._sum.message.tensor_split([self.kernel.force_size])
-        reach = self.kernel.forces(self.u, z, force, scratch)
-        if reach is not None:
+        message = self._sum.message
+        if self.kernel.reach_size == 0:
+            self.kernel.forces(self.u, z, message, scratch)
+        else:
+            force, reaches = message.tensor_split([self.kernel.force_size])
+            reach = self.kernel.forces(self.u, z, force, scratch)
+            assert reach is not None
             # A sum of one rank's numbers and the others' zeros: every rank gets every reach.
             reaches.zero_().view(self.group.size, -1)[self.group.rank] = reach.amax(0)
         return self._sum.start(), z
@@ -77,10 +81,11 @@ class Server:
             moved: Vector (n,) that is moved in place of u; phi has no domain then.
         """
         n, (total, z) = self.kernel.force_size, pending
-        force, reaches = total.wait().tensor_split([n])
-        reach = reaches.view(self.group.size, -1).amax(0) if len(reaches) else None
+        force, reach, out = total.wait(), None, self._sum.message
+        if self.kernel.reach_size:
+            force, reaches = force.tensor_split([n])
+            reach, out = reaches.view(self.group.size, -1).amax(0), out[:n]
         search = LineSearch(self.step, self.cuts, self.group.min_)
-        out = self._sum.message[:n]
         u = self.u if moved is None else moved
         self.kernel.move_consensus(u, z, TotalForce(force, reach), t_u, search, out)
         return u

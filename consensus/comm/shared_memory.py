@@ -99,9 +99,14 @@ class SharedSum:
         self._posted, self._added = counters[: size * LINE], counters[size * LINE :]
         body = memory[head:].view(slots, slot)[:, : numel * dtype.itemsize].view(dtype)
         self._two = slots == 2 * size
-        self._slots = body[: slots if self._two else size]
-        self._total = body[-1]  # of large sums
-        self._part = slice(numel * rank // size, numel * (rank + 1) // size)
+        self._messages = body[rank : slots if self._two else size : size].unbind()
+        if self._two:  # the total is written to the other slot of this rank
+            totals = [(body[:size], self._messages[1]), (body[size:], self._messages[0])]
+        else:
+            part = slice(numel * rank // size, numel * (rank + 1) // size)
+            totals = [(body[:size, part], body[-1, part])]
+            self._total = body[-1]
+        self._additions = [_pieces(summands, out) for summands, out in totals]
 
     @staticmethod
     def reserve(size: int, numel: int, dtype: torch.dtype) -> str:
@@ -123,8 +128,7 @@ class SharedSum:
     @property
     def message(self) -> Tensor:
         """Slot for the next summand, to be written from `wait` to `start`. (n,)."""
-        turn = (self._t + 1) % 2 if self._two else 0
-        return self._slots[self._rank + self._size * turn]
+        return self._messages[(self._t + 1) % len(self._messages)]
 
     def start(self) -> None:
         """Publish `message`."""
@@ -134,10 +138,9 @@ class SharedSum:
     def wait(self) -> Tensor:
         """The sum, read-only and valid until the next `start`; PeersGoneError if late. (n,)."""
         self._await(self._posted)
+        _add_up(self._additions[self._t % len(self._additions)])
         if self._two:
-            first = self._size * (self._t % 2)
-            return _add_up(self._slots[first : first + self._size], self.message)
-        _add_up(self._slots[:, self._part], self._total[self._part])
+            return self.message
         self._added[self._rank * LINE] = self._t
         self._await(self._added)
         return self._total
@@ -192,11 +195,15 @@ def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
     return head + slot * slots
 
 
-def _add_up(summands: Tensor, out: Tensor) -> Tensor:
-    """The sum over the first axis, row after row. (P, n) -> (n,)."""
-    pieces = zip(torch.split(summands, CHUNK, 1), torch.split(out, CHUNK), strict=True)
-    for rows, piece in pieces:
-        torch.add(rows[0], rows[1], out=piece)
-        for row in rows[2:]:
-            piece += row
-    return out
+def _pieces(summands: Tensor, out: Tensor) -> list[tuple[Tensor, ...]]:
+    """Pieces of the summands (P, n) and of their sum (n,), for `_add_up`. Views, P + 1 of each."""
+    vectors = [*summands.unbind(), out]
+    return list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
+
+
+def _add_up(pieces: list[tuple[Tensor, ...]]) -> None:
+    """The sum of all but the last vector, to the last, one summand after another."""
+    for first, second, *others, out in pieces:
+        torch.add(first, second, out=out)
+        for other in others:
+            out += other
