@@ -74,7 +74,7 @@ class Radial:
         if self._lengths is None:
             return _inner(x, y).unsqueeze(-1)
         if x.device.type != "cpu" or x.shape[-1] <= CHUNK:
-            products = torch.split(x * y, self._lengths, -1)
+            products = (x * y).split_with_sizes(self._lengths, -1)
             return torch.stack([product.sum(-1) for product in products], -1)
         pieces = zip(x.split(self._lengths, -1), y.split(self._lengths, -1), strict=True)
         return torch.stack([_inner(a, b) for a, b in pieces], -1)
@@ -90,7 +90,7 @@ class Radial:
         """factor_l x_l in place of x_l."""
         if self._lengths is None:
             return x.mul_(factor)
-        pieces = torch.split(x, self._lengths, -1)
+        pieces = x.split_with_sizes(self._lengths, -1)
         for f, piece in zip(torch.split(factor, 1, -1), pieces, strict=True):
             piece.mul_(f)
         return x

@@ -176,13 +176,14 @@ class Coupling:
             for part in self._parts:
                 if part.pending is None:
                     part.move_between()
-            self._finish(displaced=True)
+            moved = self._finish(displaced=True)
             self._calls += 1
             due = [part for part in self._parts if self._calls % self._period == part.offset]
             if due:
                 self._watch.check()
             for part in due:
-                part.settle()
+                if part not in moved:  # else the parameters are z_j already
+                    part.settle()
                 part.start()
             if not self._overlap:
                 self._finish(displaced=False)
@@ -330,7 +331,7 @@ class Coupling:
         for part in self._parts:
             part.wait()
 
-    def _finish(self, displaced: bool) -> None:
+    def _finish(self, displaced: bool) -> list[Part]:
         """Finish the sums on their way; `displaced`: whether the optimizer has moved since."""
         finished = [part for part in self._parts if part.pending is not None]
         for part in finished:
@@ -338,6 +339,7 @@ class Coupling:
         if finished:
             self._communications += 1
             self._group.mean_(self._buffers)  # a late mean could make a variance negative
+        return finished
 
     def _refuse(self, name: str) -> None:
         if self._closed or self._swapped:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from consensus.comm import Group, Pending
+from consensus.core.kernels.pulls import Copy
 from consensus.coupling.plan import Plan
 from consensus.outer import OuterOptimizer
 from consensus.server import PendingForce, Server
@@ -139,13 +140,11 @@ class Part:
 
     def _move(self, pull: float, displaced: bool, anchor: Tensor) -> None:
         """Move z_j by its displacement, if it was `displaced`, and to `anchor`; write it."""
-        z, memory = self.z, self._server.memory
-        d = self.parameters.displacement(z[0], memory) if displaced else memory.zero_()
+        copy = Copy(self.parameters, self.z, self._server.memory, displaced)
         self._moves += 1
-        self._puller.move(z, d.view_as(z), self.u, anchor, pull)
+        self._puller.move(copy, self.u, anchor, pull)
         if self._puller.cuts_steps:
             self._scale_momentum()
-        self.parameters.write(z[0])
 
     def _look_at_cuts(self) -> None:
         """Warn if a tenth of the last steps were cut; seldom, since it waits for the device."""

@@ -38,6 +38,8 @@ class Plain:
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor | None:
         """As in `ConsensusKernel`."""
+        if z.shape[-2] == 1:  # the sum is its only summand
+            return self._force(u, z, out.unsqueeze(-2))[1]
         force, reach = self._force(u, z, scratch)
         torch.sum(force, -2, out=out)
         return reach
@@ -47,6 +49,9 @@ class Plain:
     ) -> None:
         """As in `ConsensusKernel`."""
         d = scaled(-t_u, total.force, out)
+        if not self.phi.bounded:
+            u += d
+            return
         row, center = d.unsqueeze(-2), u.unsqueeze(-2)  # (1, n) beside z (K, n)
         reach = None if total.reach is None else total.reach.unsqueeze(-2)
         if reach is not None and self.phi.surely_feasible(reach, row, center):

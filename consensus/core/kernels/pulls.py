@@ -9,15 +9,32 @@ is exact for pull = 1. `Proximal` takes the weighted proximal steps of weighted.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from consensus.core.flat import FlatParameters, Tile
 from consensus.core.kernels import Block, Hyperparameters, Kernel, LineSearch, choose_kernel
 from consensus.core.kernels.weighted import WeightedProximal
 from consensus.core.layerwise import Layerwise
-from consensus.core.sizes import CHUNK
+
+
+@dataclass(frozen=True)
+class Copy:
+    """z of one worker, and the parameters that have its values but for their displacement."""
+
+    parameters: FlatParameters
+    z: Tensor  # (1, n)
+    memory: Tensor  # (n,), may be overwritten
+    displaced: bool  # whether an optimizer has displaced the parameters
+
+    def tiles(self, anchor: Tensor) -> Iterator[tuple[Tile, Tile, Tensor | None]]:
+        """`FlatParameters.moves`."""
+        memory = self.memory if self.displaced else None
+        return self.parameters.moves(self.z[0], anchor, memory)
 
 
 class Pull(Protocol):
@@ -30,8 +47,8 @@ class Pull(Protocol):
     def t_u(self, outer: float, num_workers: int) -> float:
         """The step t_u of `kernel` for a rate `outer`."""
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
-        """Move z (1, n) by its displacement d (1, n), which is overwritten, and towards `anchor`.
+    def move(self, copy: Copy, u: Tensor, anchor: Tensor, pull: float) -> None:
+        """Move z by its displacement and towards `anchor`, and write it to the parameters.
 
         `anchor` is u (n,) (Gauss-Seidel), or the u before line 3 (Jacobi).
         """
@@ -59,23 +76,27 @@ class Explicit:
         """As in `Pull`."""
         return self._half_eta2 * self._phi.grad(w)
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
+    def move(self, copy: Copy, u: Tensor, anchor: Tensor, pull: float) -> None:
         """As in `Pull`."""
+        z, memory = copy.z, copy.memory
+        d = copy.parameters.displacement(z[0], memory) if copy.displaced else memory.zero_()
         zero = torch.zeros_like(z) if self._gradient is None else self._gradient.zero_()
         self._gradient = zero
         numbers = Hyperparameters(1.0, 0.0, 0.0, self._half_eta2 * pull if pull else None)
-        self.kernel.move_workers(Block(z, d, zero, zero), u, anchor, numbers, self.search)
+        block = Block(z, d.view_as(z), zero, zero)
+        self.kernel.move_workers(block, u, anchor, numbers, self.search)
+        copy.parameters.write(z[0])
 
 
 class Linear(Explicit):
     """`Pull` for q(w) = w: z+ is z (1 - pull) + u+ pull + d."""
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
+    def move(self, copy: Copy, u: Tensor, anchor: Tensor, pull: float) -> None:
         """As in `Pull`."""
-        size = CHUNK if z.device.type == "cpu" else len(u)
-        pieces = [x.split(size, -1) for x in (z, anchor, d)]
-        for own, center, displacement in zip(*pieces, strict=True):
-            own.lerp_(center, pull).add_(displacement)
+        for own, center, d in copy.tiles(anchor):
+            own.flat.lerp_(center.flat, pull)
+            if d is not None:
+                own.flat.add_(d)
 
 
 class Proximal:
@@ -100,9 +121,13 @@ class Proximal:
         """As in `Pull`."""
         return self._phi.size.scale(self._phi.fraction(w, self._weighted.strength), w)
 
-    def move(self, z: Tensor, d: Tensor, u: Tensor, anchor: Tensor, pull: float) -> None:
+    def move(self, copy: Copy, u: Tensor, anchor: Tensor, pull: float) -> None:
         """As in `Pull`."""
-        self._weighted.pull(z, d, anchor, self._strength(pull))
+        interpolate = self._weighted.interpolation(copy.z[0], anchor, self._strength(pull))
+        for own, center, d in copy.tiles(anchor):
+            interpolate(own, center)
+            if d is not None:
+                own.flat.add_(d)
 
     def _strength(self, pull: float) -> float:
         """The step of a proximal operator that removes the part `pull` of w where q(w) = w."""
