@@ -52,7 +52,8 @@ class Server:
     @property
     def memory(self) -> Tensor:
         """Memory (n,) that may be overwritten from `finish` to `start`."""
-        return self._sum.message[: self.u.numel()]
+        message = self._sum.message
+        return message if len(message) == len(self.u) else message[: len(self.u)]
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """Line 3, first half: begin the all-reduce of sum_j grad phi(u - z_j).

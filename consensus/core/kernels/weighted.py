@@ -42,6 +42,7 @@ class WeightedProximal:
         self._n = like.shape[-1]
         groups = self._n if isinstance(phi.size, Separable) else len(phi.layers)
         self.force_size = self._n + groups
+        self._parts = [self._n, groups]  # of a message
         tile = CHUNK if like.device.type == "cpu" else max(1, self._n)
         places = [  # the layers, in tiles
             (layer, min(tile, stop - at))
@@ -53,7 +54,7 @@ class WeightedProximal:
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> None:
         """sum_k c_k w_k and sum_k c_k of this rank, to `out` (n + G,)."""
-        forces, weights = out.tensor_split([self._n])
+        forces, weights = out.split_with_sizes(self._parts)
         if len(z) == 1 and z.device.type == "cpu":
             return self._force_of_one(u, z[0], forces, weights)
         if len(z) == 1:
@@ -102,7 +103,7 @@ class WeightedProximal:
         """As in `ConsensusKernel`; `out` is like `total.force`."""
         del z
         search.step.fill_(1.0)
-        (force, weights), factors = total.force.tensor_split([self._n]), out[self._n :]
+        (force, weights), factors = total.force.split_with_sizes(self._parts), out[self._n :]
         if isinstance(self.phi.size, Separable):
             for own, part, weight, factor in self._pieces(u, force, weights, factors):
                 own.addcmul_(part, _negative_ratio(t_u, weight, factor))
@@ -172,7 +173,7 @@ class WeightedProximal:
     def _pieces(self, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The vectors in pieces whose temporaries stay in the cache of a CPU."""
         whole = isinstance(self.phi.size, Radial) or isinstance(self.phi.scale, Tensor)
-        if whole or vectors[0].device.type != "cpu":
+        if whole or vectors[0].device.type != "cpu" or self._n <= CHUNK:
             return iter([vectors])
         return zip(*(torch.split(x, CHUNK, -1) for x in vectors), strict=True)
 
