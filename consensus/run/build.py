@@ -6,7 +6,7 @@ from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Group
 from consensus.core.flat import Scalar
 from consensus.core.kernels import consensus_kernel, worker_kernel
-from consensus.run.config import AlgorithmConfig
+from consensus.run.config_algorithm import AlgorithmConfig
 from consensus.run.plan import Plan
 from consensus.server import Server
 from consensus.worker import Worker

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from consensus.registry import Registry
 
@@ -57,6 +57,18 @@ def check_fields(section: Any, path: str = "") -> None:
             value, allowed = getattr(section, entry.name), entry.metadata["allowed"]
             text = allowed if isinstance(allowed, str) else ", ".join(sorted(allowed))
             require(entry.metadata["test"](value), f"{path}{entry.name}", value, text)
+
+
+class Section:
+    """A part of the config; its fields are checked when it is made."""
+
+    path: ClassVar[str]
+
+    def __init_subclass__(cls, key: str) -> None:
+        cls.path = f"{key}."
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.path)
 
 
 def made(key: str, table: Registry[T], name: str, options: dict[str, Any]) -> T:

@@ -7,19 +7,16 @@ involve several keys.
 
 import math
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from consensus.algorithm import ORDERS, U_STEP_ON
-from consensus.core.kernels import COUPLINGS, U_UPDATES
 from consensus.core.potentials import POTENTIALS, Potential
-from consensus.core.schedules import SCHEDULES, Schedule
 from consensus.problem import DATASETS, MODELS, PARTITIONS
 from consensus.run.checks import (
     COUNT,
     POSITIVE,
+    Section,
     absolute,
     check_fields,
     made,
@@ -28,21 +25,9 @@ from consensus.run.checks import (
     require,
     rule,
 )
-from consensus.worker import MOMENTUM_ON
+from consensus.run.config_algorithm import AlgorithmConfig
 
 RESUME = ("never", "auto")  # or a path
-
-
-class Section:
-    """A part of the config; its fields are checked when it is made."""
-
-    path: ClassVar[str]
-
-    def __init_subclass__(cls, key: str) -> None:
-        cls.path = f"{key}."
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.path)
 
 
 @dataclass
@@ -60,89 +45,6 @@ class PotentialConfig(Section, key="potential"):
     def make(self) -> Potential:
         """The potential."""
         return made("potential", POTENTIALS, self.name, self.options)
-
-
-@dataclass
-class ScheduleConfig:
-    """A factor as a function of the iteration: a name in SCHEDULES and its options."""
-
-    name: str
-    options: dict[str, Any]
-
-
-@dataclass
-class SchedulesConfig:
-    """The factors of tau, sigma and lam at iteration t."""
-
-    tau: ScheduleConfig
-    sigma: ScheduleConfig
-    lam: ScheduleConfig
-
-    def __post_init__(self) -> None:
-        for name in ("tau", "sigma", "lam"):
-            self.make(name)
-
-    def make(self, name: str) -> Schedule:
-        """The schedule of tau, sigma or lam."""
-        config: ScheduleConfig = getattr(self, name)
-        return made(f"algorithm.schedule.{name}", SCHEDULES, config.name, config.options)
-
-
-@dataclass
-class AlgorithmConfig(Section, key="algorithm"):
-    """Algorithm 1 and its baselines."""
-
-    name: str = field(metadata=one_of(("consensus", "easgd", "msgd")))
-    lam: float = field(metadata=rule(lambda x: x > 0, "a number > 0 (inf uncouples the workers)"))
-    tau: float = field(metadata=POSITIVE)
-    sigma: float = field(metadata=POSITIVE)
-    momentum: float = field(metadata=rule(lambda x: 0 <= x < 1, "a number in [0, 1)"))
-    weight_decay: float = field(metadata=rule(lambda x: 0 <= x < math.inf, "a finite number >= 0"))
-    batch_size: int = field(metadata=COUNT)
-    iterations: int = field(metadata=COUNT)
-    period: int = field(metadata=COUNT)
-    order: str = field(metadata=one_of(ORDERS))
-    momentum_on: str = field(metadata=one_of(MOMENTUM_ON))
-    u_step_on: str = field(metadata=one_of(U_STEP_ON))
-    coupling: str = field(metadata=one_of(COUPLINGS))
-    u_update: str = field(metadata=one_of(U_UPDATES))
-    loss_reduction: str = field(metadata=one_of(("sum", "mean")))
-    schedule: SchedulesConfig
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        allowed = f"explicit with order={self.order}: the proximal step is around u+"
-        possible = self.coupling != "implicit" or self.order == "gauss_seidel"
-        require(possible, "algorithm.coupling", self.coupling, allowed)
-        where = f"for algorithm={self.name}"
-        if self.name != "consensus":
-            self._require_implied("coupling", "explicit", f"explicit {where}")
-            self._require_implied("u_update", "gradient", f"gradient {where}")
-        if self.name == "easgd":
-            outside = f"loss {where}: the elastic force acts outside the velocity"
-            where += ", whose step is symmetric (algorithm=consensus is free)"
-            self._require_implied("order", "jacobi", f"jacobi, {where}")
-            self._require_implied("u_step_on", "objective", f"objective, {where}")
-            self._require_implied("momentum_on", "loss", outside)
-            self._require_implied("tau", self.sigma, f"algorithm.sigma = {self.sigma}, {where}")
-            sigma = self.schedule.sigma
-            self._require_implied("schedule.tau", sigma, f"the schedule of sigma, {where}")
-        if self.name == "msgd":
-            self._require_implied("period", 1, f"1 {where}")
-
-    def _require_implied(self, key: str, needed: object, allowed: str) -> None:
-        """Refuse any value of a key but the one that `name` implies."""
-        value = attrgetter(key)(self)
-        require(value == needed, f"algorithm.{key}", value, allowed)
-
-    def factors(self, name: str) -> tuple[float, float]:
-        """The smallest and the largest factor of the schedule of tau, sigma or lam in this run."""
-        if getattr(self.schedule, name).name == "constant":
-            return 1.0, 1.0
-        factor = self.schedule.make(name)
-        last, stride = self.iterations - 1, 1 + self.iterations // 100_000  # enough of a long run
-        values = [factor(t, self.iterations) for t in (*range(0, last, stride), last)]
-        return min(values), max(values)
 
 
 @dataclass
