@@ -33,6 +33,7 @@ class Algorithm(ABC):
         phi: The layer-wise potential.
         sigma: The step size of the z_j.
         lam: The coupling parameter of (15).
+        local: sigma / lam between communications; None: no coupling there.
     """
 
     worker: Worker
@@ -40,18 +41,19 @@ class Algorithm(ABC):
     phi: Layerwise
     sigma: StepSize
     lam: StepSize
+    local: float | None = None
 
     @abstractmethod
     def step(self, t: int) -> None:
         """Iteration t = 0, 1, ... on every rank."""
 
     def step_alone(self, t: int) -> None:
-        """Lines 4 to 6 without the coupling, as between two communications.
+        """Lines 4 to 6 between two communications: coupled to the unchanged u by `local` only.
 
-        The line search keeps every z_j inside the domain around the unchanged u.
+        The line search keeps every z_j inside the domain around it.
         """
         delta = self.worker.gradient(self.worker.draw())
-        self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
+        self.worker.update(delta, value_at(self.sigma, t), self.local, self.u, self.u)
 
     @property
     @abstractmethod
@@ -119,6 +121,8 @@ class Consensus(Algorithm):
             makes line 3 a gradient step on F.
         period: Lines 3 and the coupling of line 6 happen when t is a multiple of it (EASGD's
             communication period).
+        local_pull: In the other iterations the z_j are pulled to the unchanged u, with
+            (eta^2 / 2) local_pull in place of sigma / lam. It needs no communication.
 
     Raises:
         GroupError: If a u - z_j is not strictly inside dom phi at the start, on every rank.
@@ -137,6 +141,7 @@ class Consensus(Algorithm):
         order: str = "gauss_seidel",
         u_step_on: str = "coupling",
         period: int = 1,
+        local_pull: float = 0.0,
     ) -> None:
         assert order in ORDERS, order
         assert u_step_on in U_STEP_ON, u_step_on
@@ -145,6 +150,8 @@ class Consensus(Algorithm):
         self.phi = server.phi
         self.tau, self.sigma, self.lam = tau, sigma, lam
         self.order, self.u_step_on, self.period = order, u_step_on, period
+        if local_pull and period > 1:
+            self.local = local_pull * half_square(float(server.phi.eta))
         self.require_feasible()
 
     def step(self, t: int) -> None:
@@ -167,9 +174,15 @@ class Consensus(Algorithm):
         Momentum accumulates the loss 1 / (1 - kappa) times. A coupling outside the velocity is
         added once: at rest (1 - kappa) v = -sigma grad f_j and v = -(sigma / lam) grad phi, so
         grad f_j = ((1 - kappa) / lam) grad phi(u - z_j). The coupling acts in every `period`-th
-        iteration only and the loss in all of them; for small sigma the ratio is the period.
+        iteration only and the loss in all of them; for small sigma the ratio is the period. With
+        `local` it acts in all of them, on average with (sigma / lam + (period - 1) local) / period
+        in place of sigma / lam.
         """
         lam = value_at(self.lam, t) * self.period
+        if self.local is not None:
+            sigma = value_at(self.sigma, t)
+            between = (self.period - 1) * self.local
+            lam = sigma * self.period / (sigma / value_at(self.lam, t) + between)
         return lam / (1.0 - self.worker.kappa) if self.worker.momentum_on == "loss" else lam
 
     @property
@@ -218,6 +231,11 @@ class Msgd(Algorithm):
     def verify(self) -> int:
         """The digest of u; one process holds the only copy."""
         return int(digest(self.u))
+
+
+def half_square(eta: float) -> float:
+    """eta^2 / 2, for q(w) = (eta^2 / 2) grad phi(w): the force in the units of w."""
+    return 0.5 * eta * eta
 
 
 def value_at(size: StepSize, t: int) -> Scalar:

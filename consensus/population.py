@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from consensus.algorithm import ORDERS, U_STEP_ON, StepSize, value_at
+from consensus.algorithm import ORDERS, U_STEP_ON, StepSize, half_square, value_at
 from consensus.core.flat import column
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce, choose_kernel
 from consensus.core.layerwise import Layerwise
@@ -62,6 +62,7 @@ class Population:
         u_step_on: "coupling" or "objective".
         momentum_on: "loss" or "objective", see `Worker`.
         period: Of the coupling.
+        local_pull: As in `Consensus`, one for each, or none at all.
         record: Records the device part of an iteration, such as `cuda_graph`; None: no recording.
         refused: Receives a line if it cannot be recorded.
 
@@ -91,6 +92,7 @@ class Population:
         u_step_on: str = "coupling",
         momentum_on: str = "loss",
         period: int = 1,
+        local_pull: Sequence[float] = (),
         record: Record | None = None,
         refused: Callable[[str], None] = print,
     ) -> None:
@@ -102,6 +104,10 @@ class Population:
         self.period = period
         self._phi_of = phi
         given = dict(eta=eta, tau=tau, sigma=sigma, lam=lam, kappa=kappa, nu=nu)
+        if any(local_pull):
+            given["local"] = [
+                pull * half_square(own) for pull, own in zip(local_pull, eta, strict=True)
+            ]
         self._given: dict[str, Sequence[StepSize]] = given
         assert {len(sizes) for sizes in self._given.values()} == {len(u)}
         self.active = torch.arange(len(u))
@@ -154,8 +160,9 @@ class Population:
         self._calls(coupled, lambda: self._iterate(coupled))
 
     def _iterate(self, coupled: bool) -> None:
-        """Lines 3, 5 and 6 on the device; without line 3 and the coupling if not `coupled`."""
-        sizes, anchor, pull = self._sizes, self.u, None
+        """Lines 3, 5 and 6 on the device; without line 3 if not `coupled`."""
+        sizes, anchor = self._sizes, self.u
+        pull = sizes.get("local")
         if coupled:
             anchor = self.u.clone() if self.order == "jacobi" else self.u
             reach = self._kernel.forces(self.u, self.z, self._force, self._points)

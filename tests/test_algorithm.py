@@ -156,6 +156,7 @@ def reference(
     u_step_on="coupling",
     momentum_on="loss",
     period=1,
+    local_pull=0.0,
 ):
     """Algorithm 1, worker by worker; the line search by trial, as the paper has it."""
     grad = layer_gradient(name, eta)
@@ -175,8 +176,8 @@ def reference(
             u = u + s * d
         for j in range(M):
             delta = z[j] + kappa * v[j] - target(j) - shift(j, t)
-            force = sigma_t / lam_t * grad((u if order == "gauss_seidel" else old) - z[j])
-            force = force if coupled else 0.0
+            strength = sigma_t / lam_t if coupled else eta**2 / 2 * local_pull
+            force = strength * grad((u if order == "gauss_seidel" else old) - z[j])
             v_new = kappa * v[j] - sigma_t * (delta + nu * z[j])
             if momentum_on == "objective":
                 v_new = v_new + force
@@ -201,10 +202,20 @@ CASES = {
     "u on objective": {"u_step_on": "objective"},
     "momentum on objective": {"momentum_on": "objective", "name": "cubic"},
     "period": {"period": 3, "name": "tan", "eta": 3.0},
+    "local pull": {"period": 3, "name": "tan", "eta": 3.0, "local_pull": 0.02},
+    "local pull, jacobi": {"period": 2, "order": "jacobi", "local_pull": 0.3},
     "no momentum, no R": {"kappa": 0.0, "nu": 0.0},
     "log, cut": {"name": "log", "eta": 0.5, "sigma": 0.05, "lam": 1.0},
     "tan, cut": {"name": "tan", "eta": 0.3, "tau": 0.05, "lam": 1.0, "order": "jacobi"},
     "tan_sep, cut": {"name": "tan_sep", "eta": 0.2, "sigma": 0.1, "lam": 4.0, "period": 2},
+    "local pull, cut": {
+        "name": "log",
+        "eta": 0.3,
+        "sigma": 0.05,
+        "lam": 2.0,
+        "period": 3,
+        "local_pull": 0.3,
+    },
     "log_sep, cut": {
         "name": "log_sep",
         "eta": 0.3,
@@ -223,6 +234,7 @@ def test_every_variant_equals_the_plain_loop(ranks, size, case):
     # A coupling stiff enough to be cut is unstable: it amplifies rounding a hundredfold or more in
     # each few iterations, so only the beginning of such a run can be compared.
     iterations = {"log, cut": 16, "tan, cut": 5, "tan_sep, cut": 12, "log_sep, cut": 12}
+    iterations |= {"local pull, cut": 12}
     length = iterations.get(case, 60)
     answers = ranks(size, trajectory, length, CASES[case])
     assert len({answer[2] for answer in answers}) == 1, "u differs between ranks"
@@ -676,8 +688,13 @@ class NoiselessQuadratics(Quadratics):
         ("tan", {"momentum_on": "loss", "coupling": "implicit", "u_update": "exact"}, 10.0),
         ("quad", {"momentum_on": "loss", "period": 3}, 30.0),
         ("quad", {"momentum_on": "objective", "period": 3}, 3.0),
+        # sigma / lam = 0.06 once and local_pull / 2 = 0.03 twice: twice the pull of one period
+        ("quad", {"momentum_on": "loss", "period": 3, "local_pull": 0.06}, 15.0),
     ],
-    ids=["mEASGD", "objective", "plain", "jacobi", "implicit", "period", "objective-period"],
+    ids=[
+        *("mEASGD", "objective", "plain", "jacobi", "implicit", "period", "objective-period"),
+        "local_pull",
+    ],
 )
 def test_it_rests_where_15_is_stationary_for_lam_at_rest(potential, kwargs, factor):
     """grad f_j(z_j) = grad phi(u - z_j) / lam_at_rest, with momentum not the lam that was given."""

@@ -192,6 +192,17 @@ def runnable(draw: st.DrawFn) -> Line:
                 groups[key] = value
             else:
                 says[key] = value
+    if free and now_and_then(4):  # rates in place of the letters
+        for letter, rate, values in [
+            ("lam", "pull", [0, 0.1, 0.5, 1]),
+            ("tau", "outer", [0, 0.1, 1, 2]),
+        ]:
+            if now_and_then(2) and f"algorithm.schedule.{letter}.name" not in says:
+                says.pop(f"algorithm.{letter}", None)
+                says[f"algorithm.{rate}"] = one_of(values)
+        says["algorithm.local_pull"] = one_of([0, 0.1, 1])
+        for key in ("coupling", "u_update", "u_step_on"):
+            says.pop(f"algorithm.{key}", None)
     if says.get("algorithm.order") == "jacobi":
         says.pop("algorithm.coupling", None)
     typed = {k: v for k, v in says.items() if k not in chosen}
@@ -317,6 +328,9 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "algorithm.name": [*NO_WORD, "easgd2"],
     "algorithm.lam": [*NO_NUMBER, "null", "true", "0", "-0.0", "-1", "nan", "-inf", "1e-400"],
     "algorithm.tau": [*NO_NUMBER, "null", "true", "0", "-1", "nan", "inf", "1e400"],
+    "algorithm.pull": [*NO_NUMBER, "true", "-1e-9", "1.1", "nan", "inf"],
+    "algorithm.outer": [*NO_NUMBER, "true", "-1", "nan", "inf", "1e400"],
+    "algorithm.local_pull": [*NO_NUMBER, "null", "true", "-1", "2", "nan"],
     "algorithm.sigma": [*NO_NUMBER, "null", "true", "0", "-1", "nan", "inf", "1e-400"],
     "algorithm.momentum": [*NO_NUMBER, "null", "true", "1", "-1e-9", "nan", "inf", "1e300"],
     "algorithm.weight_decay": [*NO_NUMBER, "null", "true", "-1", "nan", "inf", "-1e-300"],
@@ -397,7 +411,19 @@ ODD: dict[str, list[str]] = {  # key -> values of which each may be refused or n
         key: NUMBERS
         for key in WRONG
         if key.rpartition(".")[2]
-        in ("lam", "tau", "sigma", "eta", "momentum", "weight_decay", "alpha", "timeout_s")
+        in (
+            "lam",
+            "tau",
+            "pull",
+            "outer",
+            "local_pull",
+            "sigma",
+            "eta",
+            "momentum",
+            "weight_decay",
+            "alpha",
+            "timeout_s",
+        )
         and "schedule" not in key
     },
     "seed": WHOLE,
@@ -421,7 +447,17 @@ ODD: dict[str, list[str]] = {  # key -> values of which each may be refused or n
     "data.partition": ["label_skew"],
     "experiment": ["[]", "[smoke,digits]", "table1_cell", "figure1_8", "[table1_cell]"],
     "potential": [*POTENTIALS, "{}", "[tan,log]", "[quad]", "{name: tan}", "{eta: 0}"],
-    "algorithm": ["consensus", "easgd", "msgd", "{}", "[msgd,easgd]", "{name: msgd}", "{lam: 3}"],
+    "algorithm": [
+        "consensus",
+        "easgd",
+        "msgd",
+        "local_sgd",
+        "lookahead",
+        "{}",
+        "[msgd,easgd]",
+        "{name: msgd}",
+        "{lam: 3}",
+    ],
     "model": ["mlp", "lenet5", "[mlp,lenet5]", "{name: mlp}", "{options: {hidden: [3]}}"],
     "data": ["{}", "mnist", "{root: x}", "[digits]"],
     "group": ["nccl", "[gloo,auto]", "{timeout_s: 1}"],
@@ -863,7 +899,10 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt", "convergence.png"}
     files |= {"checkpoints"} if output.checkpoint_every is not None else set()
     files |= {"tensorboard"} if output.tensorboard else set()
-    coupled = config.algorithm.name != "msgd" and config.algorithm.lam < math.inf
+    algorithm = config.algorithm
+    pulled = algorithm.pull if algorithm.lam is None else algorithm.lam < math.inf
+    pulled = pulled or (algorithm.local_pull and algorithm.period > 1)
+    coupled = algorithm.name != "msgd" and pulled
     every = config.stationarity.every if coupled and config.stationarity.every else math.inf
     files |= {"stationarity.png"} if every < math.inf else set()
     made = {path.name for path in run_dir.iterdir()}
@@ -1049,6 +1088,10 @@ EDGES = [
     runs(f"output.eval_every={BIG}", f"algorithm.period={BIG}"),
     runs(f"output.keep_checkpoints={BIG}", "output.checkpoint_every=1"),
     refused(f"algorithm.iterations={BIG}", "workers=0"),
+    runs("algorithm.pull=1", "algorithm.outer=1", "potential=tan", "algorithm.local_pull=1"),
+    runs("algorithm=fedprox", "workers=2", "algorithm.period=2"),
+    runs("algorithm.pull=0", "stationarity.every=1"),
+    either("algorithm.pull=1", "potential.eta=1e-18", "algorithm.outer=1"),
     runs("algorithm.lam=inf", "potential=tan", "algorithm.momentum_on=objective"),
     runs("algorithm.sigma=5e-324", "algorithm.tau=5e-324", "dtype=float64"),
     refused("algorithm.lam=5e-324", "dtype=float64"),

@@ -63,6 +63,7 @@ def population(plans, kind=Layerwise, **options):
         u_step_on=chosen[0].u_step_on,
         momentum_on=chosen[0].momentum_on,
         period=chosen[0].period,
+        local_pull=[a.local_pull for a in chosen],
         **options,
     )
 
@@ -104,6 +105,7 @@ def test_a_population_is_its_runs(make_config, potential):
         ("algorithm.u_step_on=objective",),
         ("algorithm.momentum_on=objective",),
         ("algorithm.period=3",),
+        ("algorithm.local_pull=0.05", "algorithm.period=3"),
         (
             "algorithm.schedule.sigma.name=cosine",
             "+algorithm.schedule.sigma.options.final=0.1",

@@ -90,6 +90,7 @@ def test_a_replayed_step_is_the_step_of_a_run(potential):
     "options",
     [
         {"period": 3},
+        {"period": 3, "local_pull": 0.1},
         {"order": "jacobi"},
         {"momentum_on": "objective"},
         {"u_step_on": "objective", "tau": 1e-4},
@@ -100,7 +101,7 @@ def test_a_replayed_step_is_the_step_of_a_run(potential):
             "period": 2,
         },
     ],
-    ids=["period", "jacobi", "objective", "u_step", "schedules"],
+    ids=["period", "local_pull", "jacobi", "objective", "u_step", "schedules"],
 )
 def test_all_ways_to_run_algorithm_1_are_replayed(options):
     plain, replayed = make("tan", kind=Layerwise, **options), make("tan", **options)

@@ -235,7 +235,7 @@ def test_smoke_screen(smoke):
     where = "1 process on cpu" if how else "2 processes on cpu over gloo"
     assert lines[0] == (
         f"consensus with tan: 2 workers, {where}, lenet5 (n = 33,580, L = 3) on digits, "
-        f"20 iterations -> {run_dir}"
+        f"20 iterations, pull 0.1, outer 0.02 -> {run_dir}"
     )
     assert [line.split()[1] for line in lines if line.startswith("iteration ")] == ["10", "20"]
     assert lines[-1] == f"results in {run_dir}"

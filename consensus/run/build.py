@@ -1,11 +1,17 @@
-"""Construction of the algorithm from the config."""
+"""Construction of the algorithm from the config.
 
-from collections.abc import Callable
+The coupling is given in the letters of the paper or as rates of the force in the units of w,
+q(w) = (eta^2 / 2) grad phi(w). Rates are translated here:
 
-from consensus.algorithm import Algorithm, Consensus, Msgd
+    pull = 2 sigma / (lam eta^2)        outer = 2 M tau / eta^2
+"""
+
+import math
+
+from consensus.algorithm import Algorithm, Consensus, Msgd, StepSize, half_square
 from consensus.comm import Group
-from consensus.core.flat import Scalar
 from consensus.core.kernels import consensus_kernel, worker_kernel
+from consensus.run.config import Config
 from consensus.run.config_algorithm import AlgorithmConfig
 from consensus.run.plan import Plan
 from consensus.server import Server
@@ -31,16 +37,39 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     return Consensus(
         Server(u, plan.phi, group, consensus_kernel(config.u_update, plan.phi, u, group.sum_)),
         worker,
-        tau=scheduled(config, "tau"),
+        tau=tau_of(plan.config, plan.num_workers),
         sigma=scheduled(config, "sigma"),
-        lam=scheduled(config, "lam"),
+        lam=lam_of(plan.config),
         order=config.order,
         u_step_on=config.u_step_on,
         period=config.period,
+        local_pull=config.local_pull,
     )
 
 
-def scheduled(config: AlgorithmConfig, name: str) -> float | Callable[[int], Scalar]:
+def tau_of(config: Config, num_workers: int) -> StepSize:
+    """The step size of u of M workers, from tau or outer."""
+    outer = config.algorithm.outer
+    if outer is None:
+        return scheduled(config.algorithm, "tau")
+    return outer * half_square(config.potential.eta) / num_workers
+
+
+def lam_of(config: Config) -> StepSize:
+    """The coupling parameter. A given pull stays as it is while sigma follows a schedule.
+
+    Then lam is proportional to sigma, and inf for pull = 0.
+    """
+    algorithm, pull = config.algorithm, config.algorithm.pull
+    if pull is None:
+        return scheduled(algorithm, "lam")
+    if pull == 0:
+        return math.inf
+    sigma, strength = scheduled(algorithm, "sigma"), pull * half_square(config.potential.eta)
+    return (lambda t: sigma(t) / strength) if callable(sigma) else sigma / strength
+
+
+def scheduled(config: AlgorithmConfig, name: str) -> StepSize:
     """tau, sigma or lam: a constant, or a constant times a schedule, as a function of t."""
     base: float = getattr(config, name)
     if getattr(config.schedule, name).name == "constant":

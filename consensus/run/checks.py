@@ -36,6 +36,7 @@ def or_null(other: Rule, meaning: str = "") -> Rule:
 
 
 POSITIVE = rule(lambda x: 0 < x < math.inf, "a finite number > 0")
+RATE = rule(lambda x: 0 <= x <= 1, "a number in [0, 1]")
 COUNT = rule(lambda x: x >= 1, "a whole number >= 1")
 
 

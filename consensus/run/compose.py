@@ -25,8 +25,17 @@ REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 
 
 def register_schema() -> None:
-    """Store the types in Hydra under the name that configs/train.yaml lists first."""
+    """Store the types in Hydra under the name that configs/train.yaml lists first.
+
+    `${unless:${.other},VALUE}` in a YAML file is a default: VALUE unless the other key is given,
+    and null beside it. A value of the user replaces it, so that both are seen.
+    """
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("unless", _unless, replace=True)
+
+
+def _unless(other: object, value: object) -> object:
+    return value if other is None else None
 
 
 def config_dir() -> str:

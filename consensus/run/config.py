@@ -164,15 +164,32 @@ class Config:
             allowed = "finite factors > 0" if name == "lam" else "finite factors >= 0"
             found = f"a factor from {low:g} to {high:g}"
             require(good, f"algorithm.schedule.{name}", found, allowed)
-        step = max(algorithm.sigma * factors["sigma"][1], algorithm.tau * factors["tau"][1])
-        lam = algorithm.lam * factors["lam"][0]
         fits = f"{self.dtype}, below {largest:.2g}"
-        allowed = f"a number for which sigma / lam and tau / lam fit {fits}"
-        require(step < largest * min(lam, 1.0), "algorithm.lam", f"{lam:g}", allowed)
+        sigma_low, sigma = (algorithm.sigma * factor for factor in factors["sigma"])
+        half = 0.5 * self.potential.eta * self.potential.eta
+        if algorithm.tau is not None:
+            step = algorithm.tau * factors["tau"][1]
+        else:
+            step = half * (algorithm.outer or 0.0)
+            allowed = f"a number for which outer eta^2 fits {fits}"
+            require(step < largest, "algorithm.outer", algorithm.outer, allowed)
+        if algorithm.lam is not None:
+            key, lam, step = "lam", algorithm.lam * factors["lam"][0], max(step, sigma)
+            shown, allowed = f"{lam:g}", f"sigma / lam and tau / lam fit {fits}"
+        else:
+            key, strength = "pull", half * (algorithm.pull or 0.0)
+            lam, step = sigma_low / strength if strength else math.inf, max(step, strength, 1.0)
+            shown, allowed = f"{algorithm.pull}", f"1 / lam = pull eta^2 / (2 sigma) fits {fits}"
+        allowed = f"a number for which {allowed}"
+        require(step < largest * min(lam, 1.0), f"algorithm.{key}", shown, allowed)
         nu = algorithm.weight_decay
         require(nu < largest, "algorithm.weight_decay", nu, f"a number that fits {fits}")
 
     @property
     def coupled(self) -> bool:
         """Whether the workers are coupled, so that an envelope exists."""
-        return self.algorithm.name != "msgd" and self.algorithm.lam < math.inf
+        algorithm = self.algorithm
+        pulled = algorithm.lam is not None and algorithm.lam < math.inf
+        between = algorithm.local_pull > 0 and algorithm.period > 1
+        pulled = pulled or bool(algorithm.pull) or between
+        return algorithm.name != "msgd" and pulled

@@ -8,7 +8,17 @@ from typing import Any
 from consensus.algorithm import ORDERS, U_STEP_ON
 from consensus.core.kernels import COUPLINGS, U_UPDATES
 from consensus.core.schedules import SCHEDULES, Schedule
-from consensus.run.checks import COUNT, POSITIVE, Section, made, one_of, require, rule
+from consensus.run.checks import (
+    COUNT,
+    POSITIVE,
+    RATE,
+    Section,
+    made,
+    one_of,
+    or_null,
+    require,
+    rule,
+)
 from consensus.worker import MOMENTUM_ON
 
 
@@ -38,13 +48,33 @@ class SchedulesConfig:
         return made(f"algorithm.schedule.{name}", SCHEDULES, config.name, config.options)
 
 
+AVERAGING: dict[
+    str, dict[str, object]
+] = {  # methods in which the z_j continue from u -> what each implies beside pull = 1
+    "local_sgd": {"outer": 1, "local_pull": 0},
+    "fedprox": {"outer": 1},
+    "lookahead": {"local_pull": 0},
+}
+
+
 @dataclass
 class AlgorithmConfig(Section, key="algorithm"):
     """Algorithm 1 and its baselines."""
 
-    name: str = field(metadata=one_of(("consensus", "easgd", "msgd")))
-    lam: float = field(metadata=rule(lambda x: x > 0, "a number > 0 (inf uncouples the workers)"))
-    tau: float = field(metadata=POSITIVE)
+    name: str = field(metadata=one_of(("consensus", "easgd", "msgd", *AVERAGING)))
+    lam: float | None = field(
+        metadata=rule(lambda x: x is None or x > 0, "a number > 0 (inf uncouples the workers)")
+    )
+    tau: float | None = field(
+        metadata=rule(lambda x: x is None or 0 < x < math.inf, "a finite number > 0")
+    )
+    pull: float | None = field(metadata=or_null(RATE, "lam in its place"))
+    outer: float | None = field(
+        metadata=or_null(
+            rule(lambda x: 0 <= x < math.inf, "a finite number >= 0"), "tau in its place"
+        )
+    )
+    local_pull: float = field(metadata=RATE)
     sigma: float = field(metadata=POSITIVE)
     momentum: float = field(metadata=rule(lambda x: 0 <= x < 1, "a number in [0, 1)"))
     weight_decay: float = field(metadata=rule(lambda x: 0 <= x < math.inf, "a finite number >= 0"))
@@ -61,24 +91,58 @@ class AlgorithmConfig(Section, key="algorithm"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = f"explicit with order={self.order}: the proximal step is around u+"
-        possible = self.coupling != "implicit" or self.order == "gauss_seidel"
-        require(possible, "algorithm.coupling", self.coupling, allowed)
-        where = f"for algorithm={self.name}"
         if self.name != "consensus":
-            self._require_implied("coupling", "explicit", f"explicit {where}")
+            self._require_point()
+        self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
+        self._require_one_of("tau", "outer", "outer = 2 M tau / eta^2")
+        if self.outer is not None:
+            where = "with algorithm.outer, the step of u"
+            self._require_implied("u_step_on", "coupling", f"coupling {where}")
             self._require_implied("u_update", "gradient", f"gradient {where}")
+        for possible, where in (
+            (self.order == "gauss_seidel", f"order={self.order}: the proximal step is around u+"),
+            (self.pull is None, "algorithm.pull, the rate of an explicit step"),
+            (self.local_pull == 0, "algorithm.local_pull, the rate of an explicit step"),
+        ):
+            if not possible:
+                self._require_implied("coupling", "explicit", f"explicit with {where}")
+
+    def _require_point(self) -> None:
+        """Refuse what contradicts the named method."""
+        where = f"for algorithm={self.name}"
+        self._require_implied("coupling", "explicit", f"explicit {where}")
+        self._require_implied("u_update", "gradient", f"gradient {where}")
         if self.name == "easgd":
             outside = f"loss {where}: the elastic force acts outside the velocity"
             where += ", whose step is symmetric (algorithm=consensus is free)"
             self._require_implied("order", "jacobi", f"jacobi, {where}")
             self._require_implied("u_step_on", "objective", f"objective, {where}")
             self._require_implied("momentum_on", "loss", outside)
+            self._require_implied("outer", None, f"null, {where}")
             self._require_implied("tau", self.sigma, f"algorithm.sigma = {self.sigma}, {where}")
             sigma = self.schedule.sigma
             self._require_implied("schedule.tau", sigma, f"the schedule of sigma, {where}")
+        implied: dict[str, object] = {}
         if self.name == "msgd":
-            self._require_implied("period", 1, f"1 {where}")
+            implied = {"period": 1, "pull": None, "outer": None, "local_pull": 0}
+        elif self.name in AVERAGING:
+            implied = {"pull": 1, "tau": None, "order": "gauss_seidel", "momentum_on": "loss"}
+            implied |= AVERAGING[self.name]
+            where += " (algorithm=consensus is free)"
+        for key, value in implied.items():
+            self._require_implied(key, value, f"{'null' if value is None else value} {where}")
+
+    def _require_one_of(self, letter: str, rate: str, formula: str) -> None:
+        """Refuse a letter of the paper beside the rate in its place, and a lack of both."""
+        value, given = getattr(self, letter), getattr(self, rate)
+        if given is None:
+            allowed = f"a number > 0, or null where algorithm.{rate} is given"
+            return require(value is not None, f"algorithm.{letter}", "null", allowed)
+        allowed = f"null beside algorithm.{rate} = {given}, which replaces it ({formula})"
+        require(value is None, f"algorithm.{letter}", value, allowed)
+        allowed = f"constant with algorithm.{rate}, which follows no schedule"
+        schedule = f"schedule.{letter}.name"
+        return self._require_implied(schedule, "constant", allowed)
 
     def _require_implied(self, key: str, needed: object, allowed: str) -> None:
         """Refuse any value of a key but the one that `name` implies."""

@@ -71,7 +71,7 @@ class Plan:
         return sum(images / size for size in self.shard_sizes) / len(self.shard_sizes)
 
     def description(self) -> str:
-        """One line: the method, the workers, the processes, the model and the data."""
+        """One line: the method, the workers, the processes, the model, the data, the coupling."""
         config, layout, size = self.config, self.risk.layout, self.launch.size
         where = f"{size} processes" if size > 1 else "1 process"
         where += f" on {self.device}" + (f" over {self.backend}" if size > 1 else "")
@@ -79,12 +79,34 @@ class Plan:
             f"{config.algorithm.name} with {config.potential.name}: {self.num_workers} worker"
             f"{'s' if self.num_workers > 1 else ''}, {where}, {config.model.name} "
             f"(n = {layout.size:,}, L = {len(layout.layers)}) on {config.data.name}, "
-            f"{config.algorithm.iterations:,} iterations"
+            f"{config.algorithm.iterations:,} iterations{self._rates()}"
         )
+
+    def _rates(self) -> str:
+        """The coupling as rates (run/build.py), without the factors of schedules."""
+        algorithm, eta = self.config.algorithm, self.config.potential.eta
+        if not self.config.coupled:
+            return ""
+        pull, outer, lam = algorithm.pull, algorithm.outer, algorithm.lam
+        if pull is None and lam is not None:
+            pull = 2.0 * algorithm.sigma / lam / eta / eta
+        if outer is None and algorithm.tau is not None:
+            outer = 2.0 * self.num_workers * algorithm.tau / eta / eta
+            if algorithm.u_step_on == "objective":
+                outer *= 0.5 * (pull or 0.0) * eta * eta / algorithm.sigma
+        exact = algorithm.u_update == "exact"
+        rates = ["", f"pull {pull:.3g}", "u exact" if exact else f"outer {outer:.3g}"]
+        if algorithm.local_pull:
+            rates.append(f"local_pull {algorithm.local_pull:.3g}")
+        if algorithm.period > 1:
+            rates.append(f"period {algorithm.period}")
+        return ", ".join(rates)
 
     def ineffective(self) -> list[str]:
         """Lines about options that have no effect on this run."""
         config, lines = self.config, []
+        if config.algorithm.local_pull and config.algorithm.period == 1:
+            lines.append("algorithm.local_pull has no effect: with period=1 there is no between")
         if config.workers not in (None, self.num_workers):
             lines.append(f"workers={config.workers} has no effect: mSGD is one worker")
         if config.stationarity.every is not None and not config.coupled:

@@ -1,10 +1,10 @@
 """Population training of a sweep in this process: `sweep.engine=population`.
 
 Runs of one kind have equal configs except for the numbers that may differ within a `Population`:
-lam, eta, tau, sigma, momentum, weight decay, schedules and the seed. They are grouped into
-populations that fit the memory, which train one after another. Every run gets the files of a
-separate run except the figure and TensorBoard events. The checkpoint of a population is one file in
-the directory of the sweep, written atomically.
+lam or pull, eta, tau or outer, sigma, momentum, weight decay, schedules and the seed. They are
+grouped into populations that fit the memory, which train one after another. Every run gets the
+files of a separate run except the figure and TensorBoard events. The checkpoint of a population is
+one file in the directory of the sweep, written atomically.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from consensus.population import Population
 from consensus.problem import WAYS, PopulationRisk, Way
 from consensus.records import Row, rows_until
 from consensus.replay import cuda_graph
-from consensus.run.build import scheduled
+from consensus.run.build import lam_of, scheduled, tau_of
 from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
@@ -68,8 +68,9 @@ class Member:
 def kind(config: Config) -> str:
     """The part of a config that all members of a population share, as a key."""
     shared = asdict(config)
-    for key in ("lam", "tau", "sigma", "momentum", "weight_decay", "schedule"):
+    for key in ("lam", "tau", "sigma", "pull", "outer", "momentum", "weight_decay", "schedule"):
         del shared["algorithm"][key]
+    shared["algorithm"]["local_pull"] = config.algorithm.local_pull > 0
     for key in ("root", "run_dir", "name"):
         del shared["output"][key]
     del shared["potential"]["eta"], shared["seed"], shared["resume"], shared["group"]
@@ -189,15 +190,16 @@ class PopulationTrainer:
             self.oracle,
             lambda eta: Layerwise(potential, plan.risk.layout.layers, eta),
             eta=[config.potential.eta for config in configs],
-            tau=[scheduled(algorithm, "tau") for algorithm in algorithms],
+            tau=[tau_of(config, plan.num_workers) for config in configs],
             sigma=[scheduled(algorithm, "sigma") for algorithm in algorithms],
-            lam=[scheduled(algorithm, "lam") for algorithm in algorithms],
+            lam=[lam_of(config) for config in configs],
             kappa=[algorithm.momentum for algorithm in algorithms],
             nu=[algorithm.weight_decay for algorithm in algorithms],
             order=shared.order,
             u_step_on=shared.u_step_on,
             momentum_on=shared.momentum_on,
             period=shared.period,
+            local_pull=[algorithm.local_pull for algorithm in algorithms],
             record=self.record,
             refused=self.log,
         )
@@ -278,7 +280,7 @@ class PopulationTrainer:
         for row, i in enumerate(block.active.tolist()):
             member, plan, phi = self.members[i], self.plans[i], self.phis[i]
             u, z, cuts = block.u[row], block.z[row], block.cuts[row]
-            lam, evaluated = scheduled(plan.config.algorithm, "lam"), (on_train[row], on_test[row])
+            lam, evaluated = lam_of(plan.config), (on_train[row], on_test[row])
             numbers = measure(u, z, phi, lam, cuts, plan, self.group, done, evaluated)
             samples = passed * plan.num_workers * plan.config.algorithm.batch_size
             numbers["wall_s"] = now - self._began

@@ -28,6 +28,9 @@ CONTRACT = {
     "algorithm.name": "consensus",
     "algorithm.lam": 0.1,
     "algorithm.tau": 0.005,
+    "algorithm.pull": None,
+    "algorithm.outer": None,
+    "algorithm.local_pull": 0.0,
     "algorithm.sigma": 0.005,
     "algorithm.momentum": 0.9,
     "algorithm.weight_decay": 1e-4,
@@ -107,7 +110,11 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
             ["potential=cubic", "potential.options.eps=abc"],
             "`potential.options` is {'eps': 'abc'}: `eps` is abc; allowed: a number",
         ),
-        (["algorithm.name=adam"], "`algorithm.name` is adam; allowed: consensus, easgd, msgd"),
+        (
+            ["algorithm.name=adam"],
+            "`algorithm.name` is adam; allowed: consensus, easgd, "
+            "fedprox, local_sgd, lookahead, msgd",
+        ),
         (
             ["algorithm.lam=0"],
             "`algorithm.lam` is 0.0; allowed: a number > 0 (inf uncouples the workers)",
@@ -118,6 +125,76 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (["algorithm.tau=0"], "`algorithm.tau` is 0.0; allowed: a finite number > 0"),
         (["algorithm.tau=inf"], "`algorithm.tau` is inf; allowed: a finite number > 0"),
+        (
+            ["algorithm.lam=0.1", "algorithm.pull=0.3"],
+            "`algorithm.lam` is 0.1; allowed: null beside algorithm.pull = 0.3, which replaces it "
+            "(pull = 2 sigma / (lam eta^2))",
+        ),
+        (
+            ["algorithm.outer=1", "algorithm.tau=0.005"],
+            "`algorithm.tau` is 0.005; allowed: null beside algorithm.outer = 1.0, which replaces "
+            "it (outer = 2 M tau / eta^2)",
+        ),
+        (
+            ["algorithm.lam=null"],
+            "`algorithm.lam` is null; allowed: a number > 0, or null where algorithm.pull is given",
+        ),
+        (
+            ["algorithm.pull=1.5"],
+            "`algorithm.pull` is 1.5; allowed: a number in [0, 1], or null for lam in its place",
+        ),
+        (
+            ["algorithm.outer=-1"],
+            "`algorithm.outer` is -1.0; allowed: a finite number >= 0, or null for tau in its "
+            "place",
+        ),
+        (["algorithm.local_pull=2"], "`algorithm.local_pull` is 2.0; allowed: a number in [0, 1]"),
+        (
+            ["algorithm.pull=0.1", "algorithm.schedule.lam.name=linear"],
+            "`algorithm.schedule.lam.name` is linear; allowed: constant with algorithm.pull, which "
+            "follows no schedule",
+        ),
+        (
+            ["algorithm.outer=1", "algorithm.u_step_on=objective"],
+            "`algorithm.u_step_on` is objective; allowed: coupling with algorithm.outer, the step "
+            "of u",
+        ),
+        (
+            ["algorithm.outer=1", "algorithm.u_update=exact"],
+            "`algorithm.u_update` is exact; allowed: gradient with algorithm.outer, the step of u",
+        ),
+        (
+            ["algorithm.pull=1", "algorithm.coupling=implicit"],
+            "`algorithm.coupling` is implicit; allowed: explicit with algorithm.pull, the rate of "
+            "an explicit step",
+        ),
+        (
+            ["algorithm.local_pull=1", "algorithm.coupling=implicit"],
+            "`algorithm.coupling` is implicit; allowed: explicit with algorithm.local_pull, the "
+            "rate of an explicit step",
+        ),
+        (
+            ["algorithm.outer=1", "potential.eta=1e30"],
+            "`algorithm.outer` is 1.0; allowed: a number for which outer eta^2 fits float32, below "
+            "3.4e+38",
+        ),
+        (
+            ["algorithm.pull=1", "algorithm.sigma=1e-30", "potential.eta=1e10"],
+            "`algorithm.pull` is 1.0; allowed: a number for which 1 / lam = pull eta^2 / (2 sigma) "
+            "fits float32, below 3.4e+38",
+        ),
+        (
+            ["algorithm=easgd", "algorithm.outer=1"],
+            f"`algorithm.outer` is 1.0; allowed: null, {EASGD}",
+        ),
+        (
+            ["algorithm=msgd", "algorithm.pull=0.5"],
+            "`algorithm.pull` is 0.5; allowed: null for algorithm=msgd",
+        ),
+        (
+            ["algorithm=msgd", "algorithm.local_pull=0.5"],
+            "`algorithm.local_pull` is 0.5; allowed: 0 for algorithm=msgd",
+        ),
         (["algorithm.sigma=-1"], "`algorithm.sigma` is -1.0; allowed: a finite number > 0"),
         (["algorithm.sigma=nan"], "`algorithm.sigma` is nan; allowed: a finite number > 0"),
         (["algorithm.momentum=1"], "`algorithm.momentum` is 1.0; allowed: a number in [0, 1)"),
@@ -294,6 +371,17 @@ def test_values_at_the_limits_are_accepted(make_config):
     assert (config.workers, config.algorithm.lam, config.algorithm.momentum) == (1, math.inf, 0)
 
 
+def test_a_rate_takes_the_place_of_a_letter(make_config):
+    algorithm = make_config("algorithm.pull=0.3", "algorithm.sigma=${algorithm.tau}").algorithm
+    assert (algorithm.lam, algorithm.tau, algorithm.sigma) == (None, 0.005, 0.005)
+    algorithm = make_config("algorithm.outer=1", "algorithm.lam=0.2").algorithm
+    assert (algorithm.lam, algorithm.tau, algorithm.outer) == (0.2, None, 1.0)
+    assert make_config("algorithm.pull=0", "algorithm.lam=null").coupled is False
+    between = ["algorithm.pull=0", "algorithm.local_pull=0.1"]
+    assert make_config(*between).coupled is False, "every iteration is a communication"
+    assert make_config(*between, "algorithm.period=2").coupled is True
+
+
 def test_easgd_takes_tau_from_sigma(make_config):
     algorithm = make_config("algorithm=easgd", "algorithm.sigma=0.01").algorithm
     assert (algorithm.name, algorithm.tau, algorithm.sigma) == ("easgd", 0.01, 0.01)
@@ -304,7 +392,7 @@ def test_a_saved_config_is_the_same_config(make_config, tmp_path):
     config = make_config(
         "potential=scaled_quad",
         "potential.options.weight=[1.0,2.5,3]",
-        "algorithm.lam=1e-4",
+        "algorithm.pull=0.25",
         "algorithm.schedule.sigma.name=cosine",
         "+algorithm.schedule.sigma.options.warmup=5",
         "output.name=no",  # a boolean to a careless YAML reader

@@ -125,6 +125,22 @@ def test_a_population_leaves_the_files_of_separate_runs(whole):
     assert "advance" not in out
 
 
+def test_rates_of_many_runs(tmp_path):
+    """A sweep over pull and local_pull, together and as a run of its own."""
+    own = [text for text in GRID if not text.startswith(("potential=", "algorithm.lam="))]
+    own += ["algorithm.outer=0.5", "algorithm.period=3", "algorithm.iterations=20"]
+    values = ["algorithm.pull=0.1,0.3", "algorithm.local_pull=0.02,0.1"]
+    code, out, err = call_population(*own, *values, f"sweep.dir={tmp_path}")
+    assert (code, err) == (0, "")
+    assert out.count("4 runs of 4 advance together") == 1
+    alone = ["algorithm.pull=0.3", "algorithm.local_pull=0.1", f"output.run_dir={tmp_path}/alone"]
+    with mock.patch.object(sys, "argv", ["consensus.train", *own, *alone]):
+        train.main()
+    require_equal_runs(rows(tmp_path / "pull=0.3,local_pull=0.1"), rows(tmp_path / "alone"))
+    couplings = {rows(tmp_path / f"pull={p},local_pull=0.1")[-1]["coupling"] for p in (0.1, 0.3)}
+    assert len(couplings) == 2
+
+
 def test_a_population_has_the_numbers_of_separate_runs(whole, separate):
     require_equal_runs(rows(whole[0] / "potential=tan,lam=0.05"), separate)
 

@@ -1,0 +1,155 @@
+"""The named averaging methods against loops that are written here, in float64.
+
+The loops differ from those of the textbooks by one displacement. There a worker moves by v_j, then
+all are averaged. In Algorithm 1 the mean is that of the z_j before this move, so that its sum can
+be formed while the gradients are computed, and every worker makes its move from the new center.
+The model is logistic regression, whose gradient has a closed form.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from consensus.comm import Launch, Solo
+from consensus.run.build import build_algorithm
+from consensus.run.plan import make_plan
+
+SIGMA, KAPPA, NU, H, LENGTH = 0.004, 0.8, 1e-3, 4, 30
+SMALL = [
+    *("model=logistic", "device=cpu", "dtype=float64", "algorithm.batch_size=4"),
+    *(f"algorithm.sigma={SIGMA}", f"algorithm.momentum={KAPPA}", f"algorithm.weight_decay={NU}"),
+    *(f"algorithm.iterations={LENGTH}", f"algorithm.period={H}"),
+]
+METHODS = {  # overrides, M
+    "local_sgd": (["algorithm=local_sgd"], 4),
+    "fedprox": (["algorithm=fedprox", "algorithm.local_pull=0.05"], 4),
+    "lookahead": (["algorithm=lookahead"], 1),
+    "lookahead of a mean": (["algorithm=lookahead", "algorithm.outer=0.3"], 4),
+}
+
+
+class Mean:
+    """Local SGD and FedProx: the center is the mean of the copies."""
+
+    def __call__(self, u, mean):
+        return mean
+
+
+class Part:
+    """Lookahead: the center moves by a part of the way."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def __call__(self, u, mean):
+        return u + self.part * (mean - u)
+
+
+CENTERS = {
+    "local_sgd": (Mean(), 0.0),
+    "fedprox": (Mean(), 0.05),
+    "lookahead": (Part(0.5), 0.0),
+    "lookahead of a mean": (Part(0.3), 0.0),
+}
+
+
+def loop(plan, move_center, local):
+    """U and the copies after LENGTH iterations."""
+    images, labels = plan.dataset.train_images.flatten(1).numpy(), plan.dataset.train_labels.numpy()
+    u = plan.start.numpy().copy()
+    z = np.tile(u, (plan.num_workers, 1))
+    v = np.zeros_like(z)
+    for t in range(LENGTH):
+        center, communicate = u, t % H == 0
+        if communicate:
+            u = center = move_center(u, z.mean(0))
+        for j, source in enumerate(plan.oracle.minibatches):
+            chosen = source.draw().numpy()
+            gradient = of_logistic(z[j] + KAPPA * v[j], images[chosen], labels[chosen])
+            v[j] = KAPPA * v[j] - SIGMA * (gradient + NU * z[j])
+            base = center if communicate else z[j] + local * (center - z[j])
+            z[j] = base + v[j]
+    return u, z
+
+
+def of_logistic(point, x, labels):
+    """The gradient of the cross entropy, summed over images x (B, 784)."""
+    weight, bias = point[:7840].reshape(10, 784), point[7840:]
+    logits = x @ weight.T + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1.0
+    return np.concatenate([(p.T @ x).ravel(), p.sum(0)])
+
+
+def through_the_trainer(group, configs):
+    """U, this rank's copies, and the digest that all ranks share, for each config."""
+    found = []
+    for config in configs:
+        plan = make_plan(config, Launch(group.rank, group.size, group.rank, group.size))
+        algorithm = build_algorithm(plan, group)
+        for t in range(LENGTH):
+            algorithm.step(t)
+        found.append((algorithm.u.numpy(), algorithm.worker.z.numpy(), algorithm.verify()))
+    return found
+
+
+def config_of(make_config, method):
+    overrides, workers = METHODS[method]
+    return make_config(*SMALL, f"workers={workers}", *overrides)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_its_loop(make_config, method):
+    config = config_of(make_config, method)
+    u, z = loop(make_plan(config, Launch()), *CENTERS[method])
+    ((found_u, found_z, _),) = through_the_trainer(Solo(), [config])
+    np.testing.assert_allclose(found_u, u, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found_z, z, rtol=0, atol=1e-12)
+    assert np.abs(u - make_plan(config, Launch()).start.numpy()).max() > 0.01
+
+
+@pytest.mark.ranks
+def test_methods_on_two_ranks(make_config, ranks):
+    methods = [method for method, (_, workers) in METHODS.items() if workers > 1]
+    configs = [config_of(make_config, method) for method in methods]
+    first, second = ranks(2, through_the_trainer, configs)
+    for method, config, one, other in zip(methods, configs, first, second, strict=True):
+        assert one[2] == other[2], "u differs between ranks"
+        u, z = loop(make_plan(config, Launch()), *CENTERS[method])
+        np.testing.assert_allclose(one[0], u, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(np.concatenate([one[1], other[1]]), z, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["local_sgd", "fedprox", "lookahead"])
+def test_a_method_continues_to_the_same_bits(train, tmp_path, method):
+    own = [f"algorithm={method}", "potential=quad", "algorithm.period=4", "output.eval_every=30"]
+    whole = train(*own, f"output.run_dir={tmp_path}/whole")
+    train(*own, "algorithm.iterations=6", f"output.run_dir={tmp_path}/a")
+    again = train(*own, "resume=auto", f"output.run_dir={tmp_path}/a")
+    assert torch.equal(again.algorithm.u, whole.algorithm.u)
+    assert torch.equal(again.algorithm.worker.z, whole.algorithm.worker.z)
+
+
+def test_a_name_refuses_what_is_another_method(make_config, refusal):
+    free = "(algorithm=consensus is free)"
+    for overrides, key, value, allowed in [
+        (["algorithm=local_sgd", "algorithm.pull=0.5"], "pull", "0.5", "1 for algorithm=local_sgd"),
+        (["algorithm=fedprox", "algorithm.outer=0.5"], "outer", "0.5", "1 for algorithm=fedprox"),
+        (
+            ["algorithm=lookahead", "algorithm.local_pull=0.1"],
+            *("local_pull", "0.1", "0 for algorithm=lookahead"),
+        ),
+        (
+            ["algorithm=local_sgd", "algorithm.order=jacobi"],
+            *("order", "jacobi", "gauss_seidel for algorithm=local_sgd"),
+        ),
+        (
+            ["algorithm=lookahead", "algorithm.outer=null"],
+            *("tau", "0.005", "null for algorithm=lookahead"),
+        ),
+    ]:
+        assert refusal(*overrides) == f"`algorithm.{key}` is {value}; allowed: {allowed} {free}"
+    assert refusal("algorithm=local_sgd", "potential=tan").startswith("`potential` is tan; ")
+    assert "algorithm.pull = 1.0" in refusal("algorithm=local_sgd", "algorithm.lam=0.1")
+    assert make_config("algorithm=lookahead", "algorithm.outer=0.8").algorithm.outer == 0.8
