@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from consensus.comm import Group, GroupError, Pending
-from consensus.core.flat import Scalar
+from consensus.core.flat import Scalar, part_of
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
+from consensus.core.kernels.outer_step import OptimizerStep
 from consensus.core.layerwise import Layerwise
 
 PendingForce = tuple[Pending, Tensor]
@@ -92,13 +93,21 @@ class Server:
         return u
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that survives an iteration: `u` (n,), `step` () and `cuts` ()."""
-        return {"u": self.u, "step": self.step, "cuts": self.cuts}
+        """The state that survives an iteration: `u` (n,), `step` () and `cuts` ().
+
+        And `outer/...`, the state of an optimizer over u.
+        """
+        own = {"u": self.u, "step": self.step, "cuts": self.cuts}
+        if isinstance(self.kernel, OptimizerStep):
+            own |= {f"outer/{key}": value for key, value in self.kernel.state_dict().items()}
+        return own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`, on any device."""
-        for key, own in self.state_dict().items():
+        for key, own in {"u": self.u, "step": self.step, "cuts": self.cuts}.items():
             own.copy_(state[key])
+        if isinstance(self.kernel, OptimizerStep):
+            self.kernel.load_state_dict(part_of(state, "outer"))
 
     def verify_replicas(self) -> int:
         """Check that all ranks hold the same bits of u; return their digest.

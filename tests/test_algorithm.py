@@ -16,6 +16,7 @@ from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import GroupError, Launch, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
+from consensus.core.kernels.outer_step import OptimizerStep
 from consensus.run.build import build_algorithm
 from consensus.run.plan import make_plan
 from consensus.server import Server, digest
@@ -71,12 +72,16 @@ def build(
     momentum_on="loss",
     coupling="explicit",
     u_update="gradient",
+    outer=None,
     **options,
 ):
     workers = block(group)
     phi = Layerwise(POTENTIALS[name], LAYERS, eta)
     u = torch.from_numpy(start_u())
-    server = Server(u, phi, group, consensus_kernel(u_update, phi, u, group.sum_))
+    line_3 = consensus_kernel(u_update, phi, u, group.sum_)
+    if outer is not None:
+        line_3 = OptimizerStep(line_3, phi, u, "SGD", outer)
+    server = Server(u, phi, group, line_3)
     z = torch.from_numpy(start_z()[workers.start : workers.stop])
     worker = Worker(
         z, Quadratics(workers), phi, kappa=kappa, nu=nu, momentum_on=momentum_on,
@@ -157,8 +162,13 @@ def reference(
     momentum_on="loss",
     period=1,
     local_pull=0.0,
+    outer=None,
 ):
-    """Algorithm 1, worker by worker; the line search by trial, as the paper has it."""
+    """Algorithm 1, worker by worker; the line search by trial, as the paper has it.
+
+    With `outer`, u moves by SGD with momentum, and the momentum is cut as u is.
+    """
+    momentum_of_u = 0.0
     grad = layer_gradient(name, eta)
     halve = halving(name, eta)
     cuts = [0, 0]
@@ -171,8 +181,12 @@ def reference(
         if coupled:
             t_u = tau_t / lam_t if u_step_on == "objective" else tau_t
             d = -t_u * sum(grad(u - z[j]) for j in range(M))
+            if outer is not None:
+                momentum_of_u = outer["momentum"] * momentum_of_u - d
+                d = -outer["lr"] * momentum_of_u
             s = min(halve(u - z[j], d) for j in range(M))
             cuts[0] += s < 1
+            momentum_of_u = s * momentum_of_u
             u = u + s * d
         for j in range(M):
             delta = z[j] + kappa * v[j] - target(j) - shift(j, t)
@@ -204,6 +218,15 @@ CASES = {
     "period": {"period": 3, "name": "tan", "eta": 3.0},
     "local pull": {"period": 3, "name": "tan", "eta": 3.0, "local_pull": 0.02},
     "local pull, jacobi": {"period": 2, "order": "jacobi", "local_pull": 0.3},
+    "optimizer of u": {"outer": {"lr": 0.5, "momentum": 0.7}, "period": 2, "tau": 0.1},
+    "optimizer of u, cut": {
+        "name": "log",
+        "eta": 0.3,
+        "sigma": 0.05,
+        "lam": 4.0,
+        "tau": 0.01,
+        "outer": {"lr": 1.0, "momentum": 0.8},
+    },
     "no momentum, no R": {"kappa": 0.0, "nu": 0.0},
     "log, cut": {"name": "log", "eta": 0.5, "sigma": 0.05, "lam": 1.0},
     "tan, cut": {"name": "tan", "eta": 0.3, "tau": 0.05, "lam": 1.0, "order": "jacobi"},
@@ -234,7 +257,7 @@ def test_every_variant_equals_the_plain_loop(ranks, size, case):
     # A coupling stiff enough to be cut is unstable: it amplifies rounding a hundredfold or more in
     # each few iterations, so only the beginning of such a run can be compared.
     iterations = {"log, cut": 16, "tan, cut": 5, "tan_sep, cut": 12, "log_sep, cut": 12}
-    iterations |= {"local pull, cut": 12}
+    iterations |= {"local pull, cut": 12, "optimizer of u, cut": 12}
     length = iterations.get(case, 60)
     answers = ranks(size, trajectory, length, CASES[case])
     assert len({answer[2] for answer in answers}) == 1, "u differs between ranks"

@@ -34,8 +34,9 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     )
     if config.name == "msgd":
         return Msgd(worker, group, sigma=scheduled(config, "sigma"))
+    line_3 = consensus_kernel(config.u_update, plan.phi, u, group.sum_)
     return Consensus(
-        Server(u, plan.phi, group, consensus_kernel(config.u_update, plan.phi, u, group.sum_)),
+        Server(u, plan.phi, group, config.outer_kernel(line_3, plan.phi, u)),
         worker,
         tau=tau_of(plan.config, plan.num_workers),
         sigma=scheduled(config, "sigma"),
@@ -49,7 +50,7 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
 
 def tau_of(config: Config, num_workers: int) -> StepSize:
     """The step size of u of M workers, from tau or outer."""
-    outer = config.algorithm.outer
+    outer = config.algorithm.outer_rate
     if outer is None:
         return scheduled(config.algorithm, "tau")
     return outer * half_square(config.potential.eta) / num_workers

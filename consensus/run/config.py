@@ -170,7 +170,7 @@ class Config:
         if algorithm.tau is not None:
             step = algorithm.tau * factors["tau"][1]
         else:
-            step = half * (algorithm.outer or 0.0)
+            step = half * (algorithm.outer_rate or 0.0)
             allowed = f"a number for which outer eta^2 fits {fits}"
             require(step < largest, "algorithm.outer", algorithm.outer, allowed)
         if algorithm.lam is not None:

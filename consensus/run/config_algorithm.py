@@ -5,13 +5,20 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from consensus.algorithm import ORDERS, U_STEP_ON
-from consensus.core.kernels import COUPLINGS, U_UPDATES
+from consensus.core.kernels import COUPLINGS, U_UPDATES, ConsensusKernel, choose_kernel
+from consensus.core.kernels.outer_step import OptimizerStep
+from consensus.core.layerwise import Layerwise
+from consensus.core.potentials import POTENTIALS
 from consensus.core.schedules import SCHEDULES, Schedule
 from consensus.run.checks import (
     COUNT,
     POSITIVE,
     RATE,
+    ConfigError,
     Section,
     made,
     one_of,
@@ -48,12 +55,24 @@ class SchedulesConfig:
         return made(f"algorithm.schedule.{name}", SCHEDULES, config.name, config.options)
 
 
+OUTER = rule(
+    lambda x: isinstance(x.get("optimizer"), str) if isinstance(x, dict) else number(x),
+    "a finite number >= 0, {optimizer: NAME IN torch.optim, OPTION: VALUE}",
+)
+
+
+def number(x: object) -> bool:
+    """Whether it is a finite number >= 0."""
+    return isinstance(x, float) and 0 <= x < math.inf
+
+
 AVERAGING: dict[
     str, dict[str, object]
 ] = {  # methods in which the z_j continue from u -> what each implies beside pull = 1
     "local_sgd": {"outer": 1, "local_pull": 0},
     "fedprox": {"outer": 1},
     "lookahead": {"local_pull": 0},
+    "diloco": {"local_pull": 0},
 }
 
 
@@ -69,11 +88,7 @@ class AlgorithmConfig(Section, key="algorithm"):
         metadata=rule(lambda x: x is None or 0 < x < math.inf, "a finite number > 0")
     )
     pull: float | None = field(metadata=or_null(RATE, "lam in its place"))
-    outer: float | None = field(
-        metadata=or_null(
-            rule(lambda x: 0 <= x < math.inf, "a finite number >= 0"), "tau in its place"
-        )
-    )
+    outer: Any = field(metadata=or_null(OUTER, "tau in its place"))
     local_pull: float = field(metadata=RATE)
     sigma: float = field(metadata=POSITIVE)
     momentum: float = field(metadata=rule(lambda x: 0 <= x < 1, "a number in [0, 1)"))
@@ -90,7 +105,11 @@ class AlgorithmConfig(Section, key="algorithm"):
     schedule: SchedulesConfig
 
     def __post_init__(self) -> None:
+        if isinstance(self.outer, int) and not isinstance(self.outer, bool):
+            self.outer = float(self.outer) if abs(self.outer) < 1e308 else math.inf
         super().__post_init__()
+        if isinstance(self.outer, dict):
+            self._require_optimizer()
         if self.name != "consensus":
             self._require_point()
         self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
@@ -106,6 +125,29 @@ class AlgorithmConfig(Section, key="algorithm"):
         ):
             if not possible:
                 self._require_implied("coupling", "explicit", f"explicit with {where}")
+
+    def _require_optimizer(self) -> None:
+        """Refuse an optimizer over u that cannot be made."""
+        like = torch.zeros(2)
+        phi = Layerwise(POTENTIALS["quad"], [(0, 2)])
+        try:
+            self.outer_kernel(choose_kernel(phi, like), phi, like)
+        except ValueError as error:
+            raise ConfigError(f"`algorithm.outer` is {self.outer}: {error}") from error
+
+    def outer_kernel(
+        self, kernel: ConsensusKernel, phi: Layerwise, like: Tensor
+    ) -> ConsensusKernel:
+        """Line 3 with the optimizer over u; the given one where `outer` is none."""
+        if not isinstance(self.outer, dict):
+            return kernel
+        options = {key: value for key, value in self.outer.items() if key != "optimizer"}
+        return OptimizerStep(kernel, phi, like, self.outer["optimizer"], options)
+
+    @property
+    def outer_rate(self) -> float | None:
+        """`outer` as a number, 1 for an optimizer, whose gradient is the whole way; None: tau."""
+        return 1.0 if isinstance(self.outer, dict) else self.outer
 
     def _require_point(self) -> None:
         """Refuse what contradicts the named method."""
@@ -129,6 +171,13 @@ class AlgorithmConfig(Section, key="algorithm"):
             implied = {"pull": 1, "tau": None, "order": "gauss_seidel", "momentum_on": "loss"}
             implied |= AVERAGING[self.name]
             where += " (algorithm=consensus is free)"
+        if self.name == "diloco":
+            allowed = f"{{optimizer: NAME, OPTION: VALUE}} {where}"
+            require(isinstance(self.outer, dict), "algorithm.outer", self.outer, allowed)
+        elif self.name in AVERAGING:
+            require(
+                not isinstance(self.outer, dict), "algorithm.outer", self.outer, f"a number {where}"
+            )
         for key, value in implied.items():
             self._require_implied(key, value, f"{'null' if value is None else value} {where}")
 

@@ -87,15 +87,18 @@ class Plan:
         algorithm, eta = self.config.algorithm, self.config.potential.eta
         if not self.config.coupled:
             return ""
-        pull, outer, lam = algorithm.pull, algorithm.outer, algorithm.lam
+        pull, outer, lam = algorithm.pull, algorithm.outer_rate, algorithm.lam
         if pull is None and lam is not None:
             pull = 2.0 * algorithm.sigma / lam / eta / eta
         if outer is None and algorithm.tau is not None:
             outer = 2.0 * self.num_workers * algorithm.tau / eta / eta
             if algorithm.u_step_on == "objective":
                 outer *= 0.5 * (pull or 0.0) * eta * eta / algorithm.sigma
-        exact = algorithm.u_update == "exact"
-        rates = ["", f"pull {pull:.3g}", "u exact" if exact else f"outer {outer:.3g}"]
+        of_u = "u exact" if algorithm.u_update == "exact" else f"outer {outer:.3g}"
+        if isinstance(algorithm.outer, dict):
+            options = [f"{k}={x}" for k, x in algorithm.outer.items() if k != "optimizer"]
+            of_u = f"outer {algorithm.outer['optimizer']}({', '.join(options)})"
+        rates = ["", f"pull {pull:.3g}", of_u]
         if algorithm.local_pull:
             rates.append(f"local_pull {algorithm.local_pull:.3g}")
         if algorithm.period > 1:

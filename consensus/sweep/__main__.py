@@ -90,9 +90,10 @@ def run(sweep: Sweep, dashboard: Dashboard) -> None:
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train it: explicit steps, no mSGD, no measured stationarity."""
+    """Whether a population can train it: explicit steps of u and z_j, no mSGD, no measurements."""
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
+    explicit = explicit and not isinstance(algorithm.outer, dict)
     measured = config.stationarity.every is not None and config.coupled
     return algorithm.name != "msgd" and explicit and not measured
 

@@ -112,7 +112,7 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (
             ["algorithm.name=adam"],
-            "`algorithm.name` is adam; allowed: consensus, easgd, "
+            "`algorithm.name` is adam; allowed: consensus, diloco, easgd, "
             "fedprox, local_sgd, lookahead, msgd",
         ),
         (
@@ -145,8 +145,8 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (
             ["algorithm.outer=-1"],
-            "`algorithm.outer` is -1.0; allowed: a finite number >= 0, or null for tau in its "
-            "place",
+            "`algorithm.outer` is -1.0; allowed: a finite number >= 0, {optimizer: NAME IN "
+            "torch.optim, OPTION: VALUE}, or null for tau in its place",
         ),
         (["algorithm.local_pull=2"], "`algorithm.local_pull` is 2.0; allowed: a number in [0, 1]"),
         (
@@ -393,6 +393,7 @@ def test_a_saved_config_is_the_same_config(make_config, tmp_path):
         "potential=scaled_quad",
         "potential.options.weight=[1.0,2.5,3]",
         "algorithm.pull=0.25",
+        "algorithm.outer={optimizer: SGD, lr: 0.5, nesterov: false}",
         "algorithm.schedule.sigma.name=cosine",
         "+algorithm.schedule.sigma.options.warmup=5",
         "output.name=no",  # a boolean to a careless YAML reader

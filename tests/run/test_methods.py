@@ -13,6 +13,7 @@ import torch
 from consensus.comm import Launch, Solo
 from consensus.run.build import build_algorithm
 from consensus.run.plan import make_plan
+from consensus.sweep.__main__ import can_be_member
 
 SIGMA, KAPPA, NU, H, LENGTH = 0.004, 0.8, 1e-3, 4, 30
 SMALL = [
@@ -20,11 +21,14 @@ SMALL = [
     *(f"algorithm.sigma={SIGMA}", f"algorithm.momentum={KAPPA}", f"algorithm.weight_decay={NU}"),
     *(f"algorithm.iterations={LENGTH}", f"algorithm.period={H}"),
 ]
+NO_SGD = ["~algorithm.outer.momentum", "~algorithm.outer.nesterov"]
 METHODS = {  # overrides, M
     "local_sgd": (["algorithm=local_sgd"], 4),
     "fedprox": (["algorithm=fedprox", "algorithm.local_pull=0.05"], 4),
     "lookahead": (["algorithm=lookahead"], 1),
     "lookahead of a mean": (["algorithm=lookahead", "algorithm.outer=0.3"], 4),
+    "diloco": (["algorithm=diloco", "algorithm.outer.lr=0.6", "algorithm.outer.momentum=0.8"], 4),
+    "adam": (["algorithm=diloco", "algorithm.outer={optimizer: Adam, lr: 0.01}", *NO_SGD], 4),
 }
 
 
@@ -45,16 +49,42 @@ class Part:
         return u + self.part * (mean - u)
 
 
-CENTERS = {
-    "local_sgd": (Mean(), 0.0),
-    "fedprox": (Mean(), 0.05),
-    "lookahead": (Part(0.5), 0.0),
-    "lookahead of a mean": (Part(0.3), 0.0),
+class Nesterov:
+    """DiLoCo: SGD with Nesterov momentum, as torch defines it."""
+
+    buffer = 0.0
+
+    def __call__(self, u, mean):
+        self.buffer = 0.8 * self.buffer + (u - mean)
+        return u - 0.6 * (u - mean + 0.8 * self.buffer)
+
+
+class Adam:
+    """FedAdam (Reddi et al. 2021), with the defaults of torch."""
+
+    steps, first, second = 0, 0.0, 0.0
+
+    def __call__(self, u, mean):
+        self.steps += 1
+        self.first = 0.9 * self.first + 0.1 * (u - mean)
+        self.second = 0.999 * self.second + 0.001 * (u - mean) ** 2
+        root = np.sqrt(self.second / (1 - 0.999**self.steps)) + 1e-8
+        return u - 0.01 * self.first / (1 - 0.9**self.steps) / root
+
+
+CENTERS = {  # how u moves, and the local pull
+    "local_sgd": (Mean, 0.0),
+    "fedprox": (Mean, 0.05),
+    "lookahead": (lambda: Part(0.5), 0.0),
+    "lookahead of a mean": (lambda: Part(0.3), 0.0),
+    "diloco": (Nesterov, 0.0),
+    "adam": (Adam, 0.0),
 }
 
 
-def loop(plan, move_center, local):
+def loop(plan, center_of, local):
     """U and the copies after LENGTH iterations."""
+    move_center = center_of()
     images, labels = plan.dataset.train_images.flatten(1).numpy(), plan.dataset.train_labels.numpy()
     u = plan.start.numpy().copy()
     z = np.tile(u, (plan.num_workers, 1))
@@ -121,7 +151,7 @@ def test_methods_on_two_ranks(make_config, ranks):
         np.testing.assert_allclose(np.concatenate([one[1], other[1]]), z, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["local_sgd", "fedprox", "lookahead"])
+@pytest.mark.parametrize("method", ["local_sgd", "fedprox", "lookahead", "diloco"])
 def test_a_method_continues_to_the_same_bits(train, tmp_path, method):
     own = [f"algorithm={method}", "potential=quad", "algorithm.period=4", "output.eval_every=30"]
     whole = train(*own, f"output.run_dir={tmp_path}/whole")
@@ -129,6 +159,9 @@ def test_a_method_continues_to_the_same_bits(train, tmp_path, method):
     again = train(*own, "resume=auto", f"output.run_dir={tmp_path}/a")
     assert torch.equal(again.algorithm.u, whole.algorithm.u)
     assert torch.equal(again.algorithm.worker.z, whole.algorithm.worker.z)
+    if method == "diloco":
+        (state,) = again.algorithm.server.kernel.optimizer.state.values()
+        assert state["momentum_buffer"].norm() > 0
 
 
 def test_a_name_refuses_what_is_another_method(make_config, refusal):
@@ -148,8 +181,45 @@ def test_a_name_refuses_what_is_another_method(make_config, refusal):
             ["algorithm=lookahead", "algorithm.outer=null"],
             *("tau", "0.005", "null for algorithm=lookahead"),
         ),
+        (
+            ["algorithm=diloco", "algorithm.outer=1"],
+            *("outer", "1.0", "{optimizer: NAME, OPTION: VALUE} for algorithm=diloco"),
+        ),
+        (
+            ["algorithm=local_sgd", "algorithm.outer={optimizer: SGD}"],
+            *("outer", "{'optimizer': 'SGD'}", "a number for algorithm=local_sgd"),
+        ),
     ]:
         assert refusal(*overrides) == f"`algorithm.{key}` is {value}; allowed: {allowed} {free}"
     assert refusal("algorithm=local_sgd", "potential=tan").startswith("`potential` is tan; ")
     assert "algorithm.pull = 1.0" in refusal("algorithm=local_sgd", "algorithm.lam=0.1")
     assert make_config("algorithm=lookahead", "algorithm.outer=0.8").algorithm.outer == 0.8
+
+
+def test_optimizers_of_u_that_cannot_be_made(refusal):
+    for outer, line in {
+        "{optimizer: Nope}": "`optimizer` is Nope; allowed: the name of a class in torch.optim",
+        "{optimizer: SGD, lr: -1}": "SGD refuses its options: Invalid learning rate: -1",
+        "{optimizer: LBFGS}": "LBFGS cannot step over one flat vector (",
+        "{optimizer: Muon}": "Muon refuses its options: ",
+    }.items():
+        if "Muon" in outer and not hasattr(torch.optim, "Muon"):
+            continue  # torch before 2.9
+        found = refusal(f"algorithm.outer={outer}")
+        assert found.startswith("`algorithm.outer` is {'optimizer': ")
+        assert f"}}: {line}" in found
+    assert refusal("algorithm.outer={lr: 1}").startswith(
+        "`algorithm.outer` is {'lr': 1}; allowed: "
+    )
+
+
+def test_a_population_leaves_optimizers_of_u_to_separate_runs(make_config):
+    assert can_be_member(make_config("algorithm=local_sgd"))
+    assert not can_be_member(make_config("algorithm=diloco"))
+
+
+def test_the_plan_shows_the_optimizer(make_config):
+    line = make_plan(config_of(make_config, "diloco"), Launch()).description()
+    assert line.endswith(
+        "30 iterations, pull 1, outer SGD(lr=0.6, momentum=0.8, nesterov=True), period 4"
+    )
