@@ -62,7 +62,7 @@ class Domain:
             if self.surely_feasible(reach, d, u):
                 return torch.ones_like(w[..., 0])
         shrunk = self._safe_radius(self.reach(u)).clamp(min=0.0).square()
-        return _largest_halving_below(self._boundary_step(w, d, shrunk))
+        return largest_halving_below(self._boundary_step(w, d, shrunk))
 
     def reach(self, w: Tensor) -> Tensor:
         """The distance of w from 0 in units of x: |x_l|, or max_i |x_i|. -> (..., G or 1)."""
@@ -99,7 +99,11 @@ class Domain:
 
     def _boundary_step(self, w: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """The t >= 0 where the first group of x + t d reaches the bound, 0 if past it. -> (...)."""
-        t = self.size.exit(self._scaled(w), self._scaled(d), bound)
+        return self._first(self.size.exit(self._scaled(w), self._scaled(d), bound))
+
+    @staticmethod
+    def _first(t: Tensor) -> Tensor:
+        """The least exit of all groups. (..., G) -> (...)."""
         # A group is past the bound where the root is negative, or complex (nan).
         return t.amin(-1).nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0.0)
 
@@ -124,7 +128,7 @@ class Domain:
         return w if isinstance(scale, float) and scale == 1.0 else w.mul_(scale)
 
 
-def _largest_halving_below(t: Tensor) -> Tensor:
+def largest_halving_below(t: Tensor) -> Tensor:
     """The largest of 1, 1/2, 1/4, ... strictly below t > 0, exactly; 0 for t = 0."""
     mantissa, _ = torch.frexp(t)  # t = mantissa 2^exponent, mantissa in [1/2, 1)
     # The quotient is the power of two itself, and a division with an exact result returns it;

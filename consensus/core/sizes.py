@@ -115,11 +115,8 @@ class Radial:
         return length
 
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
-        """The larger root of a quadratic, in the form without cancellation."""
-        a, b, c = self.inner(d, d), self.inner(x, d), self.inner(x, x) - bound
-        root = (b * b - a * c).sqrt()
-        t = torch.where(b > 0, -c / (b + root), (root - b) / a)
-        return torch.where(a > 0, t, math.inf)
+        """The larger root of a quadratic."""
+        return larger_root(self.inner(d, d), self.inner(x, d), self.inner(x, x) - bound)
 
     def over(self, layers: Sequence[tuple[int, int]]) -> "Radial":
         """One size for each of the given layers."""
@@ -130,6 +127,13 @@ class Radial:
 
 
 Size = Radial | Separable
+
+
+def larger_root(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The larger t with a t^2 + 2 b t + c = 0, without cancellation; inf where a = 0."""
+    root = (b * b - a * c).sqrt()
+    t = torch.where(b > 0, -c / (b + root), (root - b) / a)
+    return torch.where(a > 0, t, math.inf)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:

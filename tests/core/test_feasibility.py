@@ -208,7 +208,7 @@ def test_largest_halving_strictly_below(dtype):
              (2.0**-30, 2.0**-31), (3 * 2.0**-100, 2.0**-99), (2 * tiny, tiny)]  # fmt: skip
     t = torch.tensor([t for t, _ in cases], dtype=dtype)
     expected = torch.tensor([step for _, step in cases], dtype=dtype)
-    assert torch.equal(feasibility._largest_halving_below(t), expected)
+    assert torch.equal(feasibility.largest_halving_below(t), expected)
 
 
 def halving_trial(case, w, d, scale=1.0):
