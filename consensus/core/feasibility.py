@@ -37,7 +37,7 @@ class Domain:
         (..., n), (..., n) -> (...).
         """
         if not self.bounded:
-            return torch.full_like((w * d)[..., 0], math.inf)
+            return w.new_full(_points(w, d), math.inf)
         return self._boundary_step(w, d, self.bound)
 
     def feasible_step(self, w: Tensor, d: Tensor, u: Tensor, reach: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class Domain:
         (..., n), (..., n), (..., n) -> (...).
         """
         if not self.bounded:
-            return torch.ones_like((w * d)[..., 0])
+            return w.new_ones(_points(w, d))
         if w.device.type == "cpu":
             reach = self.reach(w) if reach is None else reach
             if self.surely_feasible(reach, d, u):
@@ -126,6 +126,12 @@ class Domain:
     def _scaled_(self, w: Tensor) -> Tensor:
         scale = self._scale_for(w)
         return w if isinstance(scale, float) and scale == 1.0 else w.mul_(scale)
+
+
+def _points(w: Tensor, d: Tensor) -> torch.Size:
+    """The shape (...) of the points w + t d (..., n)."""
+    shape: torch.Size = torch.broadcast_shapes(w.shape, d.shape)
+    return shape[:-1]
 
 
 def largest_halving_below(t: Tensor) -> Tensor:

@@ -101,11 +101,16 @@ class Radial:
 
     def apart(self, x: Tensor, y: Tensor) -> Tensor:
         """|x_l - y_l|, on a CPU without the vector x - y. (..., n), (..., n) -> (..., L)."""
+        return self.apart_squared(x, y).sqrt()
+
+    def apart_squared(self, x: Tensor, y: Tensor) -> Tensor:
+        """The square of `apart`."""
         if x.device.type != "cpu" or x.shape[-1] <= CHUNK:
-            return self.norm(x - y)
+            w = x - y
+            return Radial.inner(self, w, w)
         lengths = self._lengths or [x.shape[-1]]
         pieces = zip(x.split(lengths, -1), y.split(lengths, -1), strict=True)
-        return torch.stack([_inner_apart(a, b) for a, b in pieces], -1).sqrt()
+        return torch.stack([_inner_apart(a, b) for a, b in pieces], -1)
 
     largest = norm
 

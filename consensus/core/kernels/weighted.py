@@ -50,7 +50,7 @@ class WeightedProximal:
             for at in range(start, stop, tile)
         ]
         self._layers, self._lengths = [p[0] for p in places], [p[1] for p in places]
-        phi.fraction(torch.zeros_like(like), 1.0)  # its ValueError
+        phi.fraction_of(like.new_zeros(groups), 1.0)  # its ValueError, without a norm
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> None:
         """sum_k c_k w_k and sum_k c_k of this rank, to `out` (n + G,)."""
