@@ -27,6 +27,8 @@ class Layerwise(Potential):
             a scaled potential fit neither the layers nor the coordinates.
     """
 
+    sharded = False  # whether a process holds a part of each vector, see sharded.py
+
     def __init__(
         self, potential: Potential, layers: Sequence[tuple[int, int]], eta: float | Tensor = 1.0
     ) -> None:
@@ -48,7 +50,7 @@ class Layerwise(Potential):
                 scale = scale.to(eta.device)
             scale = scale / column(eta)
         super().__init__(potential.profile, potential.size.over(self.layers), scale)
-        self._by_layer = Radial(self.layers)
+        self._by_layer: Radial = Radial(self.layers)
 
     def to(self, like: Tensor) -> "Layerwise":
         """The same potential with its tensors in the place and dtype of `like`, to save copies."""

@@ -107,7 +107,7 @@ class Profile:
         For each number it takes less time than one operation on a tensor.
         """
         if self.near_zero or self.slope is not None:
-            slope = self.slope or self.dpsi_up_to(max(r) ** 2, dtype)
+            slope = self.slope or self.dpsi_up_to(max(r, default=0.0) ** 2, dtype)
             if not callable(slope):
                 pull = 2.0 * slope * c
                 return [pull / (1.0 + pull)] * len(r)

@@ -121,6 +121,7 @@ def choose_kernel(phi: Layerwise, like: Tensor, configurations: int | None = Non
         fits = phi.scale.numel() == configurations and phi.scale.shape[-1] == 1
     else:
         fits = configurations is None
+    fits = fits and not phi.sharded  # the others take norms tile by tile, and branch on them
     if fits and like.device.type == "cuda" and phi.profile.kernel is not None:
         if importlib.util.find_spec("triton") is not None:
             from consensus.core.kernels.triton import Triton

@@ -31,8 +31,8 @@ class Plain:
         self.phi = phi
         self.force_size = like.shape[-1]
         # The line search may branch on the CPU, where reading a number is free. On a GPU that would
-        # wait for the device, and the boundary step is computed each time.
-        branches = phi.bounded and like.device.type == "cpu"
+        # wait for the device, and for shards for each other: the boundary step is computed instead.
+        branches = phi.bounded and like.device.type == "cpu" and not phi.sharded
         groups = 1 if isinstance(phi.size, Separable) else len(phi.layers)
         self.reach_size = groups if branches else 0
 
