@@ -6,9 +6,9 @@ with its weight and bias together, equation (18); it is a slice of the vector.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,13 @@ def part_of(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
     """The entries `owner/...` of a state, without the prefix."""
     prefix = f"{owner}/"
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The shard of this process of a DTensor, in its memory; any other tensor itself."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,13 @@ class FlatLayout:
             names[layer].append(name)
         return names
 
+    def of_shards(self, module: nn.Module) -> "FlatLayout":
+        """The same layout of the shards of DTensors, where a layer may be empty."""
+        shapes = {n: local(module.get_parameter(n)).shape for n in self.parameter_names}
+        lengths = [sum(shapes[n].numel() for n in names) for names in self.names_by_layer()]
+        ends = tuple(pairwise(accumulate(lengths, initial=0)))
+        return replace(self, shapes=tuple(shapes.values()), layers=ends)
+
     @property
     def size(self) -> int:
         """n, the number of coordinates."""
@@ -209,23 +223,43 @@ class FlatParameters:
     """The parameters of a layout, copied to and from flat vectors (n,) by foreach operations.
 
     Vectors are float32, or float64 as the parameters. Copies and not views: a module may replace
-    the memory of its parameters. Vectors that are passed are kept, as views.
+    the memory of its parameters. Of DTensors they hold the shard of this process. Vectors that are
+    passed are kept, as views.
 
     Attributes:
-        tensors: The parameters, in the order of the layout.
+        layout: That of the vectors.
+        originals: The parameters, in the order of the layout.
         dtype: Their type.
         device: Their device.
     """
 
     def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
-        self.layout = layout
-        self.tensors: list[Tensor] = [module.get_parameter(n) for n in layout.parameter_names]
-        self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
+        self.originals: list[Any] = [module.get_parameter(n) for n in layout.parameter_names]
+        self._sharded = any(local(own) is not own for own in self.originals)
+        self.layout = layout.of_shards(module) if self._sharded else layout
+        self.dtype, self.device = self.originals[0].dtype, self.originals[0].device
         self.exact = self.dtype in (torch.float32, torch.float64)  # a vector holds the same values
         self._views: dict[int, list[Tensor]] = {}
         # A GPU has no use for tiles, which keep temporaries in the cache of a CPU.
-        self._ranges = _ranges(layout, CHUNK if self.device.type == "cpu" else layout.size)
+        limit = CHUNK if self.device.type == "cpu" else self.layout.size
+        self._ranges = _ranges(self.layout, limit)
         self._tiles: dict[tuple[int, bool], list[Tile]] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The memory of the parameters, which FSDP replaces."""
+        return [local(own) for own in self.originals] if self._sharded else self.originals
+
+    def copies(self, vector: Tensor) -> dict[int, Tensor]:
+        """New tensors with the values of a vector, like the parameters, by the id of each."""
+        found = {}
+        for own, view in zip(self.originals, self.views(vector), strict=True):
+            copy = view.to(own.dtype, copy=True)
+            if self._sharded:  # with shape and stride no process asks the others for them
+                place = {"shape": own.shape, "stride": own.stride(), "run_check": False}
+                copy = type(own).from_local(copy, own.device_mesh, own.placements, **place)
+            found[id(own)] = copy
+        return found
 
     def vector(self) -> Tensor:
         """A new vector with the values of the parameters."""
