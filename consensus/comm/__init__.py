@@ -10,7 +10,13 @@ from consensus.comm.process_group import (
     open_group,
 )
 from consensus.comm.sums import sent_sum
-from consensus.comm.user_group import group_of_user, num_ranks
+from consensus.comm.user_group import (
+    group_inside,
+    group_of_user,
+    have_others_in_common,
+    num_ranks,
+    reshard,
+)
 
 __all__ = [
     "Group",
@@ -24,9 +30,12 @@ __all__ = [
     "Solo",
     "backends",
     "choose_backend",
+    "group_inside",
     "group_of_user",
+    "have_others_in_common",
     "may_share_memory",
     "num_ranks",
     "open_group",
+    "reshard",
     "sent_sum",
 ]

@@ -131,12 +131,20 @@ class Group(ABC):
 
         A rank that raised alone would leave the others waiting in their next collective.
         """
+        if found := self.first_problem(problem):
+            raise error(found)
+
+    def first_problem(self, problem: str | None, member: str = "rank") -> str | None:
+        """The problem of the lowest rank that has one, after `member` and its number.
+
+        A collective.
+        """
         flag = self.min_(torch.tensor([0 if problem else 1], device=self.device))
         if int(flag) == 1:
-            return
+            return None
         problems = self.gather_objects(problem)
         rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
-        raise error(text if text.startswith("rank ") else f"rank {rank}: {text}")
+        return text if text.startswith(("rank ", member)) else f"{member} {rank}: {text}"
 
 
 class Solo(Group):

@@ -1,9 +1,14 @@
-"""The group of a user who has opened torch.distributed: default group, process group or mesh."""
+"""Groups of a user who has opened torch.distributed: default group, process group or mesh.
+
+And the groups inside a model: of fully_shard (FSDP2), whose parameters are DTensors, and of
+DistributedDataParallel.
+"""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from consensus.comm.group import Group, Solo
 from consensus.comm.process_group import open_like
@@ -35,6 +40,37 @@ def group_of_user(group: Any, device: torch.device, timeout_s: float) -> Group:
     if handle is None or handle.size() == 1:
         return Solo(device)
     return open_like(handle, device, timeout_s, shared_memory=available())
+
+
+def group_inside(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that hold one copy of a model in shards, or train it together, if any."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.process_group
+    meshes = (own.device_mesh for own in model.parameters() if hasattr(own, "device_mesh"))
+    return next((mesh.get_group() for mesh in meshes if mesh.ndim == 1), None)
+
+
+def have_others_in_common(group: Any, inside: dist.ProcessGroup | None) -> bool:
+    """Whether a user's group and one inside a model have more than this process in common."""
+    handle = _handle(group)
+    if handle is None or inside is None:
+        return False
+    ranks = (set(dist.get_process_group_ranks(own)) for own in (handle, inside))
+    return len(set.intersection(*ranks)) > 1
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered parameters of fully_shard, so that the next use gathers the shards.
+
+    The root keeps them after a forward pass, and after writes to the shards they would be old.
+    """
+    if any(hasattr(module, "reshard") for module in model.modules()):
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _handle(group: Any) -> dist.ProcessGroup | None:

@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from consensus.comm import Group
+from consensus.comm import group_inside, have_others_in_common
 
 
-def check_model(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise a ValueError if the parameters of a model cannot be coupled."""
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+def check_model(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
+    """Raise a ValueError if the parameters of a model cannot be coupled over a group."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("`model` has FullyShardedDataParallel modules; allowed: fully_shard")
+    if have_others_in_common(group, group_inside(model)):
         raise ValueError(
-            "`model` is wrapped in DistributedDataParallel, which makes all copies equal; "
-            "allowed: the module inside, `model.module`"
+            "`model` is wrapped in DistributedDataParallel or fully_shard over processes of "
+            "`group`, which makes their copies equal; allowed: a `group` with one process of each "
+            "worker, as mesh[NAME], or the module inside, `model.module`"
         )
     named = dict(model.named_parameters())
     own = {id(parameter) for parameter in named.values()}
@@ -29,6 +32,7 @@ def check_model(model: nn.Module, optimizer: Optimizer) -> None:
     for name, parameter in trainable.items():
         if problem := _problem_of(parameter):
             raise ValueError(f"parameter `{name}` is {problem}; allowed: dense real parameters")
+    _check_shards(trainable)
     for kind in ("dtype", "device"):
         found = sorted({str(getattr(parameter, kind)) for parameter in trainable.values()})
         if len(found) > 1:
@@ -62,31 +66,30 @@ class Watch:
                 )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter that has one; else the CPU."""
-    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
-    return next(devices, torch.device("cpu"))
-
-
 def _problem_of(parameter: nn.Parameter) -> str:
     if nn.parameter.is_lazy(parameter):
         return "not initialized (lazy)"
     if parameter.is_meta:
         return "on the meta device"
-    if hasattr(parameter, "placements"):
-        return "sharded (a DTensor)"
     if parameter.layout != torch.strided:
         return "sparse"
     return "" if parameter.is_floating_point() else f"of type {parameter.dtype}"
 
 
-def require_equal(group: Group, values: Mapping[str, Any]) -> None:
-    """Raise a ValueError on all ranks unless all have the same values. A collective."""
-    first, *others = group.gather_objects(dict(values))
-    for rank, own in enumerate(others, start=1):
-        for key, value in first.items():
-            if own[key] != value:
-                shown = f" ({own[key]}, {value})" if isinstance(value, str | int | float) else ""
-                raise ValueError(
-                    f"`{key}` on rank {rank} differs from rank 0{shown}; allowed: the same on all"
-                )
+def _check_shards(parameters: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless all or none are sharded, over one dimension of one mesh."""
+    sharded = {name: own for name, own in parameters.items() if hasattr(own, "placements")}
+    for name, own in sharded.items():
+        mesh = own.device_mesh
+        if mesh.ndim != 1 or not own.placements[0].is_shard():
+            raise ValueError(
+                f"parameter `{name}` is placed as {own.placements} on a mesh of {mesh.ndim} "
+                "dimensions; allowed: shards over one dimension, fully_shard(model, "
+                "mesh=mesh[NAME]), where two dimensions (HSDP) would average over workers"
+            )
+        if mesh != next(iter(sharded.values())).device_mesh:
+            raise ValueError(
+                f"parameter `{name}` is sharded over other processes; allowed: one mesh"
+            )
+    if sharded and (whole := [name for name in parameters if name not in sharded]):
+        raise ValueError(f"parameter `{whole[0]}` is not sharded; allowed: all parameters or none")

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from consensus.comm import PeerLostError, group_of_user, num_ranks
+from consensus.comm import PeerLostError, num_ranks
 from consensus.core.potentials import Potential
-from consensus.coupling.checks import Watch, check_model, device_of, require_equal
+from consensus.coupling.checks import Watch, check_model
 from consensus.coupling.part import Part
 from consensus.coupling.plan import Plan, describe, make_plans
+from consensus.coupling.processes import Processes
 from consensus.coupling.settings import Settings
 from consensus.outer import MakeOptimizer
 from consensus.server import digest
@@ -69,7 +70,8 @@ class Coupling:
         overlap: Hide the sum over processes behind the next iteration. Otherwise it is formed of
             the parameters after the optimizer step, and finished in the same call.
         group: Processes that are coupled: a process group or one-dimensional device mesh of torch;
-            None: the default group, or this process alone if there is none.
+            None: the default group, or this process alone if there is none. If a worker is several
+            processes by fully_shard or DistributedDataParallel: one process of each worker.
         layers: Lists of parameter names, the layers of (18); None: a layer is a module with its own
             parameters.
         buffers: "local", or "mean": the average of float buffers at each communication. In either
@@ -104,34 +106,33 @@ class Coupling:
         timeout_s: float = 600.0,
     ) -> None:
         self._model, self._overlap, self._period = model, overlap, period
-        plans, described, problem = [], {}, None
+        self._processes = Processes(group, model, timeout_s)
         try:
-            settings = Settings(
-                potential=potential,
-                options=options,
-                eta=eta,
-                pull=pull,
-                outer=outer,
-                local_pull=local_pull,
-                period=period,
-                fragments=fragments,
-                implicit=implicit,
-                order=order,
-                overlap=overlap,
-                buffers=buffers,
-            )
-            check_model(model, optimizer)
-            described, plans = settings.describe(), make_plans(model, optimizer, settings, layers)
-        except ValueError as error:
-            if num_ranks(group) == 1:
-                raise
-            problem = str(error)  # the other ranks wait for this one
-        self._group = group_of_user(group, device_of(model), timeout_s)
-        try:
-            self._group.raise_together(problem, ValueError)
+            plans, described, problem = [], {}, None
+            try:
+                settings = Settings(
+                    potential=potential,
+                    options=options,
+                    eta=eta,
+                    pull=pull,
+                    outer=outer,
+                    local_pull=local_pull,
+                    period=period,
+                    fragments=fragments,
+                    implicit=implicit,
+                    order=order,
+                    overlap=overlap,
+                    buffers=buffers,
+                )
+                check_model(model, optimizer, group)
+                plans = make_plans(model, optimizer, settings, layers, self._processes.shards)
+                described = settings.describe()
+            except ValueError as error:
+                problem = str(error)  # the other processes wait for this one
+            self._processes.raise_together(problem)
             self._couple(plans, described, optimizer, buffers)
         except BaseException:
-            self._group.close()
+            self._processes.close()
             raise
 
     @classmethod
@@ -164,14 +165,16 @@ class Coupling:
         floats = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
         self._buffers = floats if buffers == "mean" else []
         self._watch = Watch(self._model)
-        require_equal(self._group, described | describe(self._model, plans, self._buffers))
-        self._parts = [Part(plan, optimizer, self._group) for plan in plans]
+        of_workers = describe(self._model, plans, self._buffers)
+        self._processes.require_equal(described, of_workers)
+        self._parts = [Part(plan, optimizer, self._processes.workers) for plan in plans]
         self._restart()
 
     @torch.no_grad()
     def step(self) -> None:
         """One iteration, after the optimizer step or in its place. A collective."""
         self._refuse("step")
+        self._processes.reshard()
         try:
             for part in self._parts:
                 if part.pending is None:
@@ -200,9 +203,7 @@ class Coupling:
         `load_state_dict` and another `consensus` are refused inside.
         """
         self._refuse("consensus")
-        tensors = [tensor for part in self._parts for tensor in part.parameters.tensors]
-        tensors += self._model.buffers()
-        before = [tensor.detach().clone() for tensor in tensors]
+        before = [tensor.detach().clone() for tensor in self._tensors()]
         self._swapped = True
         try:
             for part in self._parts:
@@ -210,21 +211,20 @@ class Coupling:
             yield
         finally:
             with torch.no_grad():
-                for tensor, old in zip(tensors, before, strict=True):
+                for tensor, old in zip(self._tensors(), before, strict=True):
                     tensor.copy_(old)
             self._swapped = False
 
     def consensus_state_dict(self) -> dict[str, Any]:
         """`model.state_dict()` with u in place of the coupled parameters, as independent tensors.
 
-        No collective. Frozen parameters and buffers are those of this process.
+        Sharded parameters are DTensors. No collective; `full_tensor()` of a DTensor is one of the
+        processes of a worker. Frozen parameters and buffers are those of this process.
         """
         state: dict[str, Any] = self._model.state_dict(keep_vars=True)
-        copies = {}
+        copies: dict[int, Tensor] = {}
         for part in self._parts:
-            views = part.parameters.views(part.u)
-            for parameter, view in zip(part.parameters.tensors, views, strict=True):
-                copies[id(parameter)] = view.to(parameter.dtype, copy=True)
+            copies |= part.parameters.copies(part.u)
         for name, value in state.items():
             if isinstance(value, Tensor):
                 own = copies.get(id(value))
@@ -254,16 +254,15 @@ class Coupling:
         """
         self._refuse("load_state_dict")
         sizes = [part.u.numel() for part in self._parts]
-        if (shape := tuple(state["u"].shape)) != (sum(sizes),):
-            raise ValueError(f"`u` has shape {shape}; allowed: ({sum(sizes)},)")
+        shape, own = tuple(state["u"].shape), (sum(sizes),)
+        problem = f"`u` has shape {shape}; allowed: {own}"
+        self._processes.raise_together(None if shape == own else problem)
         self._wait()
         pieces = zip(state["u"].split(sizes), state["z"].split(sizes), strict=True)
         counts = state["cuts"].view(-1, 2)
         outers = state.get("outer", [None] * len(sizes))
-        for part, (u, z), *others in zip(self._parts, pieces, counts, outers, strict=True):
-            part.load_state_dict(
-                dict(zip(("u", "z", "cuts", "outer"), (u, z, *others), strict=True))
-            )
+        for part, (u, z), cuts, outer in zip(self._parts, pieces, counts, outers, strict=True):
+            part.load_state_dict({"u": u, "z": z, "cuts": cuts, "outer": outer})
         self._calls, self._communications = int(state["calls"]), int(state["communications"])
         self._start_at_calls()
 
@@ -275,15 +274,13 @@ class Coupling:
         """
         self._refuse("restart")
         self._wait()
-        for part in self._parts:
-            part.parameters.read(part.z[0])
-        require_equal(
-            self._group, {"weights": int(digest(torch.cat([part.z[0] for part in self._parts])))}
-        )
+        self._processes.reshard()
+        z = torch.cat([part.parameters.read(part.z[0]) for part in self._parts])
+        self._processes.require_equal({}, {"weights": int(digest(z))})
         self._restart()
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of this process, read on the host. No collective.
+        """Numbers of this worker, read on the host. A collective of its processes if sharded.
 
         `distance`: |u - z_j| by layer, with z_j as it was last set here; `force`: |q(u - z_j)|
         likewise; `cuts`: of u and of z_j; `calls` of `step`; `communications`; `waited_s`.
@@ -313,7 +310,7 @@ class Coupling:
             with suppress(PeerLostError):  # nobody needs the sum any more
                 self._wait()
         finally:
-            self._group.close()
+            self._processes.close()
 
     def _restart(self) -> None:
         """Begin at u = z_j."""
@@ -327,6 +324,12 @@ class Coupling:
             if self._overlap and self._calls % self._period == part.offset:
                 part.start()
 
+    def _tensors(self) -> list[Tensor]:
+        """The memory of the coupled parameters and the buffers."""
+        self._processes.reshard()
+        tensors = [tensor for part in self._parts for tensor in part.parameters.tensors]
+        return [*tensors, *self._model.buffers()]
+
     def _wait(self) -> None:
         for part in self._parts:
             part.wait()
@@ -338,7 +341,7 @@ class Coupling:
             part.finish(displaced)
         if finished:
             self._communications += 1
-            self._group.mean_(self._buffers)  # a late mean could make a variance negative
+            self._processes.mean_(self._buffers)  # a late mean could make a variance negative
         return finished
 
     def _refuse(self, name: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from consensus.comm import Group, Pending
+from consensus.core.flat import local
 from consensus.core.kernels.pulls import Copy
 from consensus.coupling.plan import Plan
 from consensus.outer import OuterOptimizer
@@ -165,6 +166,6 @@ class Part:
         step, states = self._puller.search.step, self._optimizer.state
         if step.device.type == "cpu" and step == 1:
             return  # as nearly always; on another device the question would wait for it
-        found = [states[p].get("momentum_buffer") for p in self.parameters.tensors if p in states]
-        if velocities := [velocity for velocity in found if velocity is not None]:
+        found = [states[p].get("momentum_buffer") for p in self.parameters.originals if p in states]
+        if velocities := [local(velocity) for velocity in found if velocity is not None]:
             torch._foreach_mul_(velocities, step)

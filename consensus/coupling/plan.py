@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from consensus.core.flat import FlatLayout, FlatParameters
+from consensus.core.flat import FlatLayout, FlatParameters, local
 from consensus.core.kernels.pulls import Pull, choose_pull
 from consensus.core.layerwise import Layerwise
+from consensus.core.sharded import ShardedLayerwise, Shards
 from consensus.coupling.settings import Settings, check_rate
 from consensus.server import digest
 
@@ -59,8 +60,12 @@ def make_plans(
     optimizer: Optimizer,
     settings: Settings,
     layers: Sequence[Sequence[str]] | None,
+    shards: Shards | None,
 ) -> list[Plan]:
-    """The parts of a model, in the same order on all ranks; a ValueError if there are none such."""
+    """The parts of a model, in the same order on all ranks; a ValueError if there are none such.
+
+    The division is that of the whole parameters, also where a process has `shards` of them.
+    """
     layout = FlatLayout.trainable(model, layers)
     phi = Layerwise(settings.make_potential(), layout.layers, settings.eta)
     fragments = _fragments(layout, settings.fragments, settings.period)
@@ -70,14 +75,17 @@ def make_plans(
     for fragment, pull in sorted(set(keys)):
         chosen = [i for i, key in enumerate(keys) if key == (fragment, pull)]
         parameters = FlatParameters(model, layout.select(chosen))
+        own = phi.select(chosen)
+        if shards is not None:
+            own = ShardedLayerwise(own, parameters.layout.layers, shards)
         offset = fragment * settings.period // settings.fragments
-        plans.append(Plan(parameters, phi.select(chosen), settings, pull, offset))
+        plans.append(Plan(parameters, own, settings, pull, offset))
     return plans
 
 
 def describe(model: nn.Module, plans: list[Plan], buffers: list[Tensor]) -> dict[str, Any]:
     """Values to compare between processes."""
-    frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
+    frozen = [local(p).detach() for p in model.parameters() if not p.requires_grad]
     return {
         "parameters": [(p.parameters.layout, str(p.parameters.dtype), p.pull) for p in plans],
         "shapes of buffers": [tuple(buffer.shape) for buffer in buffers],
