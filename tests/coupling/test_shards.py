@@ -4,13 +4,21 @@ Two workers of two processes are compared with two workers of one process that s
 both. test_coupling.py compares the latter with loops.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from consensus import Coupling
 from consensus.server import digest
@@ -143,3 +151,235 @@ def test_two_processes_are_a_worker(ranks):
             assert cuts == expected, case
             assert (cuts["u"] + cuts["z"] > 0) == case[-1], (case, cuts)
             assert same, f"u differs: {case}"
+
+
+# ---- Export and resume
+
+
+def coupled(shards, workers, make_optimizer, **options):
+    """A sharded model, its optimizer and its coupling."""
+    model = fsdp(network, shards)
+    optimizer = make_optimizer(model.parameters())
+    return model, optimizer, Coupling(model, optimizer, group=workers, **options)
+
+
+def export(group, folder):
+    workers, shards = meshes()
+    worker, shard = workers.get_local_rank(), shards.get_local_rank()
+    half = slice(3 * shard, 3 * shard + 3)
+    model, optimizer, coupling = coupled(shards, workers, OPTIMIZERS["sgd"], eta=0.3)
+    for t in range(4):
+        one_step(model, optimizer, coupling, worker, t, half)
+    with torch.no_grad():
+        model(batch(0, 0)[0])  # the root keeps its gathered parameters
+    state = coupling.consensus_state_dict()
+    with coupling.consensus():
+        options = StateDictOptions(full_state_dict=True)
+        expected = get_model_state_dict(model, options=options)  # on rank 0 of each worker
+    full = {name: own.full_tensor() for name, own in state.items()}
+    same = all(torch.equal(full[name], own) for name, own in expected.items())
+    places = [(own.placements, own.shape == full[name].shape) for name, own in state.items()]
+    before = values(model)
+    checkpoint.save({"model": state}, checkpoint_id=folder)
+    plain = {"model": network().state_dict()}
+    checkpoint.load(plain, checkpoint_id=folder)
+    set_model_state_dict(model, state)
+    now = torch.cat([own.reshape(-1) for own in full.values()])
+    loaded = torch.cat([own.reshape(-1) for own in plain["model"].values()])
+    facts = [torch.equal(values(model), now), torch.equal(loaded, now)]
+    facts.append(not torch.equal(before, now))
+    coupling.close()
+    return same, set(places), facts, full
+
+
+@pytest.mark.ranks
+def test_u_is_exported_as_dtensors(ranks, tmp_path):
+    """As `get_model_state_dict` inside `consensus()`; a plain model reads a checkpoint of it."""
+    answers = ranks(4, export, str(tmp_path / "checkpoint"))
+    for same, places, facts, full in answers:
+        assert same
+        assert places == {((Shard(0),), True)}
+        assert facts == [True, True, True]
+        assert all(torch.equal(own, answers[0][3][name]) for name, own in full.items())
+
+
+RESUMED = [
+    ("nesterov", {"potential": "tan", "implicit": False, "eta": 1.5, "period": 2}),
+    ("adamw", {"potential": "tan", "eta": 0.3}),
+    ("adamw", {"potential": "log_sep", "eta": 0.3, "period": 3, "fragments": 2}),
+]
+
+
+def resume(group):
+    workers, shards = meshes()
+    worker, shard = workers.get_local_rank(), shards.get_local_rank()
+    half, found = slice(3 * shard, 3 * shard + 3), []
+    for optimizer, options in RESUMED:
+        ends = []
+        for stop in (None, 5):
+            model, own, coupling = coupled(shards, workers, OPTIMIZERS[optimizer], **options)
+            for t in range(9):
+                if t == stop:
+                    states = copy.deepcopy(
+                        [model.state_dict(), own.state_dict(), coupling.state_dict()]
+                    )
+                    coupling.close()
+                    model, own, coupling = coupled(
+                        shards, workers, OPTIMIZERS[optimizer], **options
+                    )
+                    for target, state in zip((model, own, coupling), states, strict=True):
+                        target.load_state_dict(state)
+                one_step(model, own, coupling, worker, t, half)
+            state = coupling.state_dict()
+            coupling.close()
+            ends.append([values(model), state["u"], state["z"]])
+        found.append(all(map(torch.equal, *ends)))
+    return found
+
+
+@pytest.mark.ranks
+def test_sharded_workers_resume_to_the_same_bits(ranks):
+    assert ranks(4, resume) == [[True] * len(RESUMED)] * 4
+
+
+def in_bfloat16(group):
+    """Given gradients, sharded and whole: all operations are elementwise, so bits are equal."""
+    workers, shards = meshes()
+    worker, found = workers.get_local_rank(), []
+    for potential in ("quad", "tan_sep"):
+        ends = []
+        for spread in (True, False):
+            model = network().bfloat16()
+            model = fsdp(lambda model=model: model, shards) if spread else model
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            coupling = Coupling(model, optimizer, potential, eta=0.1, period=3, group=workers)
+            for t in range(7):
+                for i, own in enumerate(model.parameters()):
+                    grad = torch.full(own.shape, (-1.0) ** worker * (0.3 + i + t)).bfloat16()
+                    own.grad = distribute_tensor(grad, shards, [Shard(0)]) if spread else grad
+                optimizer.step()
+                coupling.step()
+            assert coupling.state_dict()["u"].dtype == torch.float32
+            ends.append([values(model), *map(whole, coupling.consensus_state_dict().values())])
+            coupling.close()
+        found.append(all(map(torch.equal, *ends)))
+    return found
+
+
+@pytest.mark.ranks
+def test_shards_in_bfloat16_have_a_float32_u(ranks):
+    assert ranks(4, in_bfloat16) == [[True, True]] * 4
+
+
+# ---- Refusals
+
+
+def hsdp(workers, shards, worker, shard):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("worker", "shard"))
+    return fsdp(network, mesh), {}
+
+
+def over_all(workers, shards, worker, shard):
+    return fsdp(network, shards), {"group": None}
+
+
+def ddp_over_all(workers, shards, worker, shard):
+    return nn.parallel.DistributedDataParallel(network()), {}
+
+
+def partly(workers, shards, worker, shard):
+    model = network()
+    fully_shard(model[0], mesh=shards)
+    return model, {}
+
+
+def first_version(workers, shards, worker, shard):
+    """A module of that name: torch's own refuses to be made without an accelerator."""
+    return type(FullyShardedDataParallel.__name__, (nn.Sequential,), {})(network()), {}
+
+
+def other_pull_on_one(workers, shards, worker, shard):
+    return fsdp(network, shards), {"pull": 0.2 if (worker, shard) == (1, 1) else 0.5}
+
+
+def wrong_on_one(workers, shards, worker, shard):
+    return fsdp(network, shards), {"period": 0 if (worker, shard) == (1, 1) else 1}
+
+
+def other_weights_in_one_shard(workers, shards, worker, shard):
+    model = fsdp(network, shards)
+    if (worker, shard) == (1, 1):
+        with torch.no_grad():
+            next(model.parameters()).to_local().view(-1)[0] += 1e-9
+    return model, {}
+
+
+def other_pull_in_a_shard(workers, shards, worker, shard):
+    return fsdp(network, shards), {"pull": 0.2 if shard else 0.5}
+
+
+def other_pull_with_ddp(workers, shards, worker, shard):
+    return ddp(network, shards), {"pull": 0.2 if shard else 0.5}
+
+
+def optimizer_before(workers, shards, worker, shard):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return fully_shard(model, mesh=shards), {"optimizer": optimizer}
+
+
+def nothing_wrong(workers, shards, worker, shard):
+    return fsdp(network, shards), {}
+
+
+REFUSED = {
+    hsdp: "parameter `0.weight` is placed as (Replicate(), Shard(dim=0)) on a mesh of 2 dimensions",
+    over_all: "`model` is wrapped in DistributedDataParallel or fully_shard over processes of",
+    ddp_over_all: "`model` is wrapped in DistributedDataParallel or fully_shard over processes of",
+    partly: "parameter `2.weight` is not sharded; allowed: all parameters or none",
+    first_version: "`model` has FullyShardedDataParallel modules; allowed: fully_shard",
+    other_pull_on_one: "`pull` on rank 1 differs from rank 0 (0.2, 0.5)",
+    wrong_on_one: "rank 1: `period` is 0; allowed: a whole number >= 1",
+    other_weights_in_one_shard: "process 1: `weights` on rank 1 differs from rank 0",
+    other_pull_in_a_shard: "`pull` on rank 1 differs from rank 0 (0.2, 0.5)",
+    other_pull_with_ddp: "`pull` on rank 1 differs from rank 0 (0.2, 0.5)",
+    optimizer_before: "`optimizer` has 6 parameters that are not the model's",
+    nothing_wrong: None,
+}
+
+
+def messages(group, cases):
+    workers, shards = meshes()
+    said = []
+    for case in cases:
+        model, options = case(workers, shards, workers.get_local_rank(), shards.get_local_rank())
+        optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            Coupling(model, optimizer, "tan", **{"group": workers, **options}).close()
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.ranks
+def test_all_processes_refuse_alike(ranks):
+    for said in ranks(4, messages, list(REFUSED)):
+        for text, (case, wanted) in zip(said, REFUSED.items(), strict=True):
+            assert text is None if wanted is None else wanted in text, case
+
+
+def restart_apart(group):
+    """One shard of one worker has other weights."""
+    workers, shards = meshes()
+    model, _, coupling = coupled(shards, workers, OPTIMIZERS["sgd"], potential="tan")
+    with torch.no_grad():
+        model[0].weight.to_local().view(-1)[0] += group.rank == 3
+    with pytest.raises(ValueError, match="`weights` on rank 1 differs"):
+        coupling.restart()
+    coupling.close()
+
+
+@pytest.mark.ranks
+def test_restart_with_another_shard_is_refused_by_all(ranks):
+    ranks(4, restart_apart)
