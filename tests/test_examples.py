@@ -1,4 +1,4 @@
-"""The examples run, leave a picture, and what they print is so by other programs."""
+"""The examples run, leave a file, and what they print is so by other programs."""
 
 import importlib.util
 import math
@@ -31,14 +31,14 @@ def run(name, folder, *arguments):
 
 
 def test_every_example_is_tested():
-    names = {"robust_regression", "tv_denoising", "consensus_logistic"}
+    names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2"}
     assert {path.stem for path in FOLDER.glob("*.py")} == names
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_say_how_they_are_started(path):
     text = path.read_text(encoding="utf-8")
-    assert f"python examples/{path.name} --output" in text
+    assert f" examples/{path.name} --output" in text
     assert len(text.splitlines()) < 120
 
 
@@ -134,3 +134,27 @@ def test_consensus_logistic(tmp_path, capsys):
         # u = z_j = u* is feasible in (15), so its minimum is below, and it grows as lam falls
         assert values == sorted(values)
         assert values[-1] <= best
+
+
+def train_with_fsdp2(group, folder):
+    torch.manual_seed(group.rank)
+    arguments = ["--output", folder, "--iterations", "60", "--width", "8"]
+    return load("fsdp2").main(arguments)
+
+
+@pytest.mark.ranks
+def test_fsdp2(ranks, tmp_path):
+    """A plain model with the weights in the file has the loss of u on all four processes."""
+    losses = ranks(4, train_with_fsdp2, str(tmp_path))
+    assert len(set(losses)) == 1
+    model = load("fsdp2").network(8)
+    x = torch.linspace(-1.0, 1.0, 201).unsqueeze(1)
+
+    @torch.no_grad()
+    def loss():
+        return float((model(x) - torch.sin(3.0 * x)).square().mean())
+
+    before = loss()
+    model.load_state_dict(torch.load(tmp_path / "fsdp2.pt", weights_only=True))
+    assert loss() == pytest.approx(losses[0], rel=1e-5)
+    assert loss() < 0.7 * before
