@@ -106,6 +106,10 @@ def trained(model, worker, rows, optimizer, steps, **options):
     return torch.cat(seen), stats, len(set(digests)) == 1
 
 
+def diloco(own):
+    return torch.optim.SGD(own, lr=0.7, momentum=0.9, nesterov=True)
+
+
 EXPLICIT = {"implicit": False, "pull": 0.3, "eta": 1.5}
 SEPARABLE = {**EXPLICIT, "eta": 1.0}
 CASES = [  # wrapper, model, optimizer, potential, options; whether steps are cut
@@ -113,6 +117,8 @@ CASES = [  # wrapper, model, optimizer, potential, options; whether steps are cu
     (fsdp, network, "sgd", "cubic", {**EXPLICIT, "eta": 30.0}, False),
     (fsdp, network, "nesterov", "tan", EXPLICIT, True),
     (fsdp, network, "sgd", "tan", {"period": 5, **EXPLICIT}, True),
+    (fsdp, network, "adamw", "quad", {"period": 5, "pull": 1.0, "outer": diloco}, False),
+    (fsdp, network, "sgd", "tan", {"order": "jacobi", **EXPLICIT}, True),
     (fsdp, network, "sgd", "log_sep", {"local_pull": 0.1, **SEPARABLE}, True),
     (fsdp, network, "nesterov", "tan_sep", {"period": 5, **SEPARABLE}, True),
     (fsdp, network, "adamw", "tan", {"eta": 0.3}, False),
@@ -151,6 +157,23 @@ def test_two_processes_are_a_worker(ranks):
             assert cuts == expected, case
             assert (cuts["u"] + cuts["z"] > 0) == case[-1], (case, cuts)
             assert same, f"u differs: {case}"
+
+
+def average_buffers(group):
+    workers, shards = meshes()
+    model = network()
+    model.register_buffer("seen", torch.tensor(float(group.rank), dtype=F64))
+    fully_shard(model, mesh=shards)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    coupling = Coupling(model, optimizer, group=workers, buffers="mean", overlap=False)
+    coupling.step()
+    coupling.close()
+    return model.seen.item()
+
+
+@pytest.mark.ranks
+def test_buffers_are_averaged_over_all_processes(ranks):
+    assert ranks(4, average_buffers) == [1.5] * 4
 
 
 # ---- Export and resume
