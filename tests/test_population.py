@@ -283,7 +283,9 @@ def test_the_kernels_take_the_step_of_the_formulas(make_config, monkeypatch, pot
     """On a CPU by Triton's interpreter."""
     pytest.importorskip("triton")
     from consensus.core.kernels.triton import Triton
+    from tests.testing.interpreter import search_once_in_a_launch
 
+    search_once_in_a_launch(monkeypatch)
     plans = [make_plan(config, Launch()) for config in configs(make_config, potential, *others)]
     apart = separately(plans, 4)
     made = []

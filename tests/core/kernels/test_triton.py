@@ -15,6 +15,7 @@ from consensus import POTENTIALS, Layerwise
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import Plain, velocity
 from consensus.core.kernels.triton import Triton
+from tests.testing.interpreter import search_once_in_a_launch
 
 # NumPy, which interprets, warns where a lane divides by zero that no one asks.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -28,6 +29,11 @@ LAYERS = {
     "crossing": [(0, 70), (70, 71), (71, 90), (90, 275), (275, 300)],
     "aligned": [(0, 64), (64, 192), (192, 256)],
 }
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    search_once_in_a_launch(monkeypatch)  # without effect on a GPU
 
 
 def make(name, layers="crossing", eta=1.0, dtype=torch.float64, num_workers=3, spread=0.3):
