@@ -17,9 +17,11 @@ PRELOAD = [
     "hydra.core.override_parser.overrides_parser",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "pytest",  # the modules of tests import it
     "sklearn.datasets",
     "sklearn.model_selection",
     "torch._inductor",  # torch.use_deterministic_algorithms imports it
+    "torch.distributed.checkpoint",
     "torch.utils.tensorboard",
     "tests.testing.warm",
 ]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from consensus.run import trainer
 from tests.testing import fork_server
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,6 +43,9 @@ class Ranks:
             on their path, so `plugins=[tests.testing.faults]` works.
         attempt: The number of torchrun's restarts before this start.
         module: Its function `main` is the command.
+
+    No figure is drawn at the end of a run: that takes most of the CPU time of a small one, and the
+    tests of figures and of the whole command under torchrun do it.
 
     Attributes:
         pids: The processes, by rank.
@@ -182,6 +186,7 @@ def _be_rank(
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(cwd)
     sys.argv = [module, *overrides]
+    trainer.draw_pictures = lambda *_: None
     importlib.import_module(module).main()
 
 

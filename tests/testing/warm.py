@@ -1,4 +1,4 @@
-"""Imported by the fork server: fills the caches that the first config and the first figure need.
+"""Imported by the fork server: prepares the first config, the first figure and the first data.
 
 Hydra's parsers, matplotlib's fonts and its grammar of mathematics are prepared at their first use.
 Nothing that a test looks at depends on it. The objects are frozen, so that no garbage collection in
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
+from consensus.problem import DATASETS
 from consensus.report.plots import draw_convergence
 from consensus.run.compose import config_dir, register_schema, to_config
 from tests.testing.made_runs import row_at
@@ -20,5 +21,6 @@ with initialize_config_dir(config_dir(), version_base="1.3"):
     to_config(compose("train", overrides=["potential=tan", "output.run_dir=run"]))
 with tempfile.TemporaryDirectory() as _folder:
     draw_convergence({"run": [row_at(t) for t in (10, 20, 30)]}, Path(_folder) / "figure.png")
+DATASETS.make("digits")
 gc.collect()
 gc.freeze()
