@@ -1,4 +1,7 @@
-"""The examples run, leave a file, and what they print is so by other programs."""
+"""The examples run, leave a file, and what they print is so by other programs.
+
+Examples of several processes run on real ranks, end with the same u on all, and a loss that fell.
+"""
 
 import importlib.util
 import math
@@ -9,9 +12,12 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
+from consensus.server import digest
 from tests.testing import ROOT
+from tests.testing.launch import Ranks
 
 FOLDER = ROOT / "examples"
+DISTRIBUTED = {"char_gpt", "batchnorm_cnn", "custom_potential"}
 torch.set_num_threads(1)
 
 
@@ -32,14 +38,15 @@ def run(name, folder, *arguments):
 
 def test_every_example_is_tested():
     names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2"}
-    assert {path.stem for path in FOLDER.glob("*.py")} == names
+    assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_say_how_they_are_started(path):
     text = path.read_text(encoding="utf-8")
-    assert f" examples/{path.name} --output" in text
-    assert len(text.splitlines()) < 120
+    start = "torchrun --standalone --nproc-per-node=4" if path.stem in DISTRIBUTED else ""
+    assert f"{start} examples/{path.name}" in text
+    assert len(text.splitlines()) < (90 if path.stem in DISTRIBUTED else 120)
 
 
 def test_robust_regression(tmp_path, capsys):
@@ -158,3 +165,60 @@ def test_fsdp2(ranks, tmp_path):
     model.load_state_dict(torch.load(tmp_path / "fsdp2.pt", weights_only=True))
     assert loss() == pytest.approx(losses[0], rel=1e-5)
     assert loss() < 0.7 * before
+
+
+def digest_of(tensors):
+    return int(digest(torch.cat([tensor.double().reshape(-1) for tensor in tensors])))
+
+
+def on_ranks(name, folder, *arguments):
+    """The losses of u, u, and the lines of rank 0, on two ranks."""
+    with Ranks(2, [name, *arguments], folder, module="tests.testing.example") as run:
+        assert run.wait(90) == [0, 0], run.err(0)
+        printed = run.out(0).splitlines()
+        assert run.out(1) == ""
+    (losses, first), (_, second) = (torch.load(folder / f"answer{rank}.pt") for rank in range(2))
+    equal = [key for key in first if "running" not in key]  # statistics since the last average
+    assert len({digest_of([state[key] for key in equal]) for state in (first, second)}) == 1
+    assert losses[-1] < 0.9 * losses[0]
+    assert len(printed) == len(losses)
+    return losses, first, printed
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ddp", [[], ["--ddp"]])
+def test_char_gpt(tmp_path, ddp):
+    sizes = {"width": 16, "context": 16, "steps": 64, "every": 16, "lr": 0.02}
+    small = [f"--{name}={value}" for name, value in sizes.items()]
+    losses, state, printed = on_ranks("char_gpt", tmp_path, *small, *ddp)
+    assert losses[-1] < math.log(128), "better than a uniform guess"
+    n = sum(value.numel() for name, value in state.items() if name != "mask")
+    sums = 64 if ddp else 1 + 63 // 16  # that of the start, and those finished by step 64
+    assert printed[-1].endswith(f"{sums * 4 * n / 1e6:.1f} MB")
+
+
+@pytest.mark.ranks
+def test_batchnorm_cnn(tmp_path):
+    def start(folder, steps):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        arguments = ["--folder", "checkpoint", "--steps", str(steps), "--every", "12"]
+        return on_ranks("batchnorm_cnn", tmp_path / folder, *arguments)
+
+    straight, state, _ = start("straight", 48)
+    start("resumed", 24)
+    resumed, again, printed = start("resumed", 48)
+    assert resumed == straight[2:]
+    assert printed[0].startswith("step 36 ")
+    assert [name for name in state if not torch.equal(state[name], again[name])] == []
+
+
+@pytest.mark.ranks
+def test_custom_potential(tmp_path):
+    losses, _, _ = on_ranks("custom_potential", tmp_path, "--steps", "300")
+    assert losses[-1] < 0.9 * losses[0]
+    phi = load("custom_potential").firm(2.0)
+    w = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
+    squared = w.square().sum()
+    value = phi.value(w)
+    assert value.item() == pytest.approx((squared + squared**2).item())
+    np.testing.assert_allclose(phi.grad(w.detach()), torch.autograd.grad(value, w)[0])
