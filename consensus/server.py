@@ -16,7 +16,7 @@ from torch import Tensor
 from consensus.comm import Group, GroupError, Pending
 from consensus.core.flat import Scalar, part_of
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
-from consensus.core.kernels.outer_step import OptimizerStep
+from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.core.layerwise import Layerwise
 
 PendingForce = tuple[Pending, Tensor]
@@ -74,13 +74,12 @@ class Server:
             reaches.zero_().view(self.group.size, -1)[self.group.rank] = reach.amax(0)
         return self._sum.start(), z
 
-    def finish(self, pending: PendingForce, t_u: Scalar, moved: Tensor | None = None) -> Tensor:
+    def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
         """Line 3, second half: wait, then u -= s_u t_u force in place. Returns u+ (n,).
 
         Args:
             pending: The result of `start`; neither u nor z has changed since.
             t_u: tau or tau / lam.
-            moved: Vector (n,) that is moved in place of u; phi has no domain then.
         """
         n, (total, z) = self.kernel.force_size, pending
         force, reach, out = total.wait(), None, self._sum.message
@@ -88,9 +87,8 @@ class Server:
             force, reaches = force.tensor_split([n])
             reach, out = reaches.view(self.group.size, -1).amax(0), out[:n]
         search = LineSearch(self.step, self.cuts, self.group.min_)
-        u = self.u if moved is None else moved
-        self.kernel.move_consensus(u, z, TotalForce(force, reach), t_u, search, out)
-        return u
+        self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, search, out)
+        return self.u
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that survives an iteration: `u` (n,), `step` () and `cuts` ().
@@ -98,7 +96,7 @@ class Server:
         And `outer/...`, the state of an optimizer over u.
         """
         own = {"u": self.u, "step": self.step, "cuts": self.cuts}
-        if isinstance(self.kernel, OptimizerStep):
+        if isinstance(self.kernel, FlatOptimizerStep):
             own |= {f"outer/{key}": value for key, value in self.kernel.state_dict().items()}
         return own
 
@@ -106,7 +104,7 @@ class Server:
         """Continue from copies of a `state_dict`, on any device."""
         for key, own in {"u": self.u, "step": self.step, "cuts": self.cuts}.items():
             own.copy_(state[key])
-        if isinstance(self.kernel, OptimizerStep):
+        if isinstance(self.kernel, FlatOptimizerStep):
             self.kernel.load_state_dict(part_of(state, "outer"))
 
     def verify_replicas(self) -> int:

@@ -16,7 +16,7 @@ from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Consensus, Msgd
 from consensus.comm import GroupError, Launch, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
-from consensus.core.kernels.outer_step import OptimizerStep
+from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.run.build import build_algorithm
 from consensus.run.plan import make_plan
 from consensus.server import Server, digest
@@ -80,7 +80,7 @@ def build(
     u = torch.from_numpy(start_u())
     line_3 = consensus_kernel(u_update, phi, u, group.sum_)
     if outer is not None:
-        line_3 = OptimizerStep(line_3, phi, u, "SGD", outer)
+        line_3 = FlatOptimizerStep(line_3, u, "SGD", outer, cut=phi.bounded)
     server = Server(u, phi, group, line_3)
     z = torch.from_numpy(start_z()[workers.start : workers.stop])
     worker = Worker(

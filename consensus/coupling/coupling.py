@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from consensus.comm import PeerLostError, num_ranks
+from consensus.core.kernels.outer_step import MakeOptimizer
 from consensus.core.potentials import Potential
 from consensus.coupling.checks import Watch, check_model
 from consensus.coupling.part import Part
 from consensus.coupling.plan import Plan, describe, make_plans
 from consensus.coupling.processes import Processes
 from consensus.coupling.settings import Settings
-from consensus.outer import MakeOptimizer
 from consensus.server import digest
 
 
@@ -299,7 +299,7 @@ class Coupling:
     @property
     def outer_optimizers(self) -> list[Optimizer]:
         """The optimizers that `outer` has made, one for each part; for schedules and the like."""
-        return [part.outer.optimizer for part in self._parts if part.outer is not None]
+        return [part.outer for part in self._parts if part.outer is not None]
 
     def close(self) -> None:
         """Wait for the sum on its way and leave the group; the model stays as it is."""

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch.optim import Optimizer
 
 from consensus.comm import Group, Pending
 from consensus.core.flat import local
+from consensus.core.kernels import ConsensusKernel
+from consensus.core.kernels.outer_step import OptimizerStep
 from consensus.core.kernels.pulls import Copy
 from consensus.coupling.plan import Plan
-from consensus.outer import OuterOptimizer
 from consensus.server import PendingForce, Server
 
 _LOOK = 100  # communications between two looks at the cut steps
@@ -40,16 +42,15 @@ class Part:
         self._puller, self._optimizer, self.offset = plan.puller, optimizer, plan.offset
         settings = plan.settings
         self._pull, self._local_pull = plan.pull, settings.local_pull
-        self._server = Server(plan.z[0], plan.phi, group, plan.puller.kernel)
+        kernel: ConsensusKernel = plan.puller.kernel
+        rate, self._outer, cut = settings.outer, None, plan.puller.cuts_steps
+        if callable(rate):
+            views_of = self.parameters.views
+            kernel = self._outer = OptimizerStep(kernel, rate, plan.z[0], views_of, cut=cut)
+            rate = 1.0  # its gradient is the whole way to the mean
+        self._t_u = plan.puller.t_u(rate, group.size)
+        self._server = Server(plan.z[0], plan.phi, group, kernel)
         self.u = self._server.u
-        self.outer: OuterOptimizer | None = None
-        if callable(settings.outer):
-            to_mean = plan.puller.t_u(1.0, group.size)
-            self.outer = OuterOptimizer(
-                settings.outer, self._server, to_mean, self.parameters.views
-            )
-        else:
-            self._t_u = plan.puller.t_u(settings.outer, group.size)
         self._before = torch.empty_like(self.u) if settings.order == "jacobi" else None
         self.pending: PendingForce | None = None
         self.waited_s = 0.0
@@ -57,6 +58,11 @@ class Part:
         self._seen = torch.stack(self.cuts)
         # Whether an iteration without communication changes what the optimizer did.
         self._moves_between = settings.local_pull > 0 or plan.puller.cuts_steps
+
+    @property
+    def outer(self) -> Optimizer | None:
+        """The optimizer over u, if there is one."""
+        return None if self._outer is None else self._outer.optimizer
 
     @property
     def cuts(self) -> tuple[Tensor, Tensor]:
@@ -69,8 +75,8 @@ class Part:
         for count in self.cuts:
             count.zero_()
         self._seen = torch.stack(self.cuts)
-        if self.outer is not None:
-            self.outer.restart()
+        if self._outer is not None:
+            self._outer.restart()
         self.pending = None
 
     def start(self) -> None:
@@ -91,10 +97,7 @@ class Part:
         self.wait()
         assert self.pending is not None
         anchor = self.u if self._before is None else self._before.copy_(self.u)
-        if self.outer is None:
-            self._server.finish(self.pending, self._t_u)
-        else:
-            self.outer.step(self.pending)
+        self._server.finish(self.pending, self._t_u)
         self.pending = None
         self._move(self._pull, displaced, anchor)
         self._finished += 1
@@ -125,8 +128,14 @@ class Part:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of `u` (n,), `z` (n,) and `cuts` (2,); `outer` of an outer optimizer."""
-        state = {"u": self.u.clone(), "z": self.z[0].clone(), "cuts": torch.stack(self.cuts)}
-        return state | ({} if self.outer is None else {"outer": self.outer.state_dict()})
+        state: dict[str, Any] = {
+            "u": self.u.clone(),
+            "z": self.z[0].clone(),
+            "cuts": torch.stack(self.cuts),
+        }
+        if self.outer is not None:
+            state["outer"] = deepcopy(self.outer.state_dict())
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, without a sum on its way."""
@@ -136,7 +145,7 @@ class Part:
             own.copy_(count)
         self._seen = torch.stack(self.cuts)
         if self.outer is not None:
-            self.outer.load_state_dict(state["outer"])
+            self.outer.load_state_dict(deepcopy(state["outer"]))
         self.pending = None
 
     def _move(self, pull: float, displaced: bool, anchor: Tensor) -> None:

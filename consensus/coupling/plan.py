@@ -48,11 +48,6 @@ class Plan:
         self.phi = phi.to(vector)
         self.z = vector.unsqueeze(0)  # (1, n): a block of one worker
         self.puller: Pull = choose_pull(self.phi, self.z, pull, settings.implicit)
-        if callable(settings.outer) and self.puller.cuts_steps:
-            raise ValueError(
-                "`outer` is an optimizer, whose steps are not cut; allowed: a number if the "
-                "potential has a bounded domain and is not `implicit`"
-            )
 
 
 def make_plans(

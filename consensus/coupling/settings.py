@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from consensus.core.kernels.outer_step import MakeOptimizer
 from consensus.core.potentials import POTENTIALS, Potential
-from consensus.outer import MakeOptimizer
 
 CHOICES = {"buffers": ("local", "mean"), "order": ("gauss_seidel", "jacobi")}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consensus.algorithm import ORDERS, U_STEP_ON
 from consensus.core.kernels import COUPLINGS, U_UPDATES, ConsensusKernel, choose_kernel
-from consensus.core.kernels.outer_step import OptimizerStep
+from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
 from consensus.core.schedules import SCHEDULES, Schedule
@@ -142,7 +142,8 @@ class AlgorithmConfig(Section, key="algorithm"):
         if not isinstance(self.outer, dict):
             return kernel
         options = {key: value for key, value in self.outer.items() if key != "optimizer"}
-        return OptimizerStep(kernel, phi, like, self.outer["optimizer"], options)
+        name = self.outer["optimizer"]
+        return FlatOptimizerStep(kernel, like, name, options, cut=phi.bounded)
 
     @property
     def outer_rate(self) -> float | None:

@@ -1,36 +1,43 @@
 """Line 3 by an optimizer of torch over u, such as Nesterov SGD (DiLoCo, Douillard et al. 2023).
 
-Its gradient is t_u sum_j grad phi(u - z_j). With t_u = eta^2 / (2 M) that is u minus the mean of
-the z_j for the quadratic potential. Every rank has an optimizer of its own, and all do the same.
+Its gradient is the step of line 3 backwards: t_u sum_j grad phi(u - z_j), or the weighted mean of
+the proximal steps. With t_u = eta^2 / (2 M) that is u minus the mean of the z_j for the quadratic
+potential. With SGD and momentum it is SlowMo (Wang et al. 2020). Every rank has an optimizer of its
+own, and all do the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from consensus.core.flat import Scalar, scaled
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce
-from consensus.core.layerwise import Layerwise
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+"""Makes an optimizer for parameters that are u, in some shapes."""
 
 
 class OptimizerStep:
     """`ConsensusKernel` that moves u as an optimizer does.
 
-    Where phi is bounded, the displacement of the optimizer is shortened to the feasible step s_u,
+    Where steps are cut, the displacement of the optimizer is shortened to the feasible step s_u,
     and its `momentum_buffer`, if it has one, is scaled by s_u too.
 
     Args:
-        kernel: The sums of forces, and the line search.
-        phi: The potential.
+        kernel: The sums of forces, the step without an optimizer, and the line search.
+        make: Makes the optimizer.
         like: A vector with the size, type and device of u. (n,)
-        name: Of an optimizer in torch.optim.
-        options: Its options.
+        views_of: The pieces of a vector (n,) that become the parameters; None: the vector.
+        cut: Whether `kernel` has a line search.
+
+    Attributes:
+        optimizer: For instance for a schedule of its learning rate.
 
     Raises:
-        ValueError: If there is no such optimizer for one flat vector, or it refuses the options.
+        ValueError: If `make` does not return an optimizer of all parameters.
     """
 
     closed_form = False  # an optimizer may read numbers on the host
@@ -38,24 +45,26 @@ class OptimizerStep:
     def __init__(
         self,
         kernel: ConsensusKernel,
-        phi: Layerwise,
+        make: MakeOptimizer,
         like: Tensor,
-        name: str,
-        options: Mapping[str, Any],
+        views_of: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        *,
+        cut: bool,
     ) -> None:
-        self.kernel, self.phi = kernel, phi
+        self.kernel, self._cut = kernel, cut
         self.force_size, self.reach_size = kernel.force_size, kernel.reach_size
-        trial = torch.zeros_like(like, requires_grad=True)
-        trial.grad = torch.zeros_like(like)
-        optimizer = _optimizer(trial, name, options)
-        try:
-            optimizer.step()
-        except (RuntimeError, TypeError) as error:  # such as LBFGS, which needs a closure
-            raise ValueError(f"{name} cannot step over one flat vector ({error})") from error
-        # Optimizers make their state in the first step. Its shapes are known from this trial.
-        self._shapes = _tensors_of(optimizer.state[trial])
-        self._point = torch.zeros_like(like, requires_grad=True)
-        self.optimizer = _optimizer(self._point, name, options)
+        self._views_of = views_of or (lambda vector: [vector])
+        self._gradient = torch.zeros_like(like)
+        gradients = self._views_of(self._gradient)
+        self._parameters = [nn.Parameter(torch.empty_like(view)) for view in gradients]
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer = make(list(self._parameters))
+        if not isinstance(self.optimizer, Optimizer):
+            raise ValueError(f"`outer` returned {self.optimizer!r}; allowed: a torch optimizer")
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if own != {id(parameter) for parameter in self._parameters}:
+            raise ValueError("`outer` left out parameters; allowed: an optimizer of all it gets")
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor | None:
         """As in `ConsensusKernel`."""
@@ -65,42 +74,92 @@ class OptimizerStep:
         self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
         """As in `ConsensusKernel`, with the displacement of the optimizer."""
-        point = self._point
-        point.data.copy_(u)
-        point.grad = scaled(t_u, total.force, out)
-        self.optimizer.step()
-        point.grad = None
-        if not self.phi.bounded:
-            u.copy_(point.detach())
+        if self._cut:
+            scaled(t_u, total.force, self._gradient)
+        else:  # the step that the kernel would take from 0
+            self.kernel.move_consensus(self._gradient.zero_(), z, total, t_u, search, out)
+            self._gradient.neg_()
+        before = u.clone() if self._cut else None
+        for parameter, view in zip(self._parameters, self._views_of(u), strict=True):
+            parameter.data = view  # the optimizer moves u itself
+        with torch.enable_grad():  # as in a training loop: torch's optimizers switch it off
+            self.optimizer.step()
+        if before is None:
             return
-        d = torch.sub(point.detach(), u, out=out)
+        d = torch.sub(u, before, out=out)
+        u.copy_(before)
         self.kernel.move_consensus(u, z, TotalForce(d, total.reach), -1.0, search, out)
-        if (momentum := self.optimizer.state[point].get("momentum_buffer")) is not None:
-            momentum *= search.step
+        for state in self.optimizer.state.values():
+            if (momentum := state.get("momentum_buffer")) is not None:
+                momentum *= search.step
+
+    def restart(self) -> None:
+        """Forget momentum and the like."""
+        self.optimizer.state.clear()
+
+
+class FlatOptimizerStep(OptimizerStep):
+    """`OptimizerStep` over u as one vector, by the name of an optimizer in torch.optim.
+
+    Its state is a dict of tensors, for checkpoints.
+
+    Args:
+        kernel: As in `OptimizerStep`, as are `like` and `cut`.
+        name: Of an optimizer in torch.optim.
+        options: Its options.
+
+    Raises:
+        ValueError: If there is no such optimizer for one flat vector, or it refuses the options.
+    """
+
+    def __init__(
+        self,
+        kernel: ConsensusKernel,
+        like: Tensor,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        cut: bool,
+    ) -> None:
+        make = _maker(name, options)
+        trial = nn.Parameter(torch.zeros_like(like))
+        trial.grad = torch.zeros_like(like)
+        optimizer = make([trial])
+        try:
+            optimizer.step()
+        except (RuntimeError, TypeError) as error:  # such as LBFGS, which needs a closure
+            raise ValueError(f"{name} cannot step over one flat vector ({error})") from error
+        # Optimizers make their state in the first step. Its shapes are known from this trial.
+        self._shapes = _tensors_of(optimizer.state[trial])
+        super().__init__(kernel, make, like, cut=cut)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the optimizer, equal on all ranks; `started` is 0 before its first step."""
-        own = _tensors_of(self.optimizer.state[self._point])
+        own = _tensors_of(self.optimizer.state[self._parameters[0]])
         return {"started": torch.tensor(int(bool(own))), **self._shapes, **own}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`."""
-        self.optimizer.state[self._point].clear()
+        self.restart()
         if state["started"]:
-            self.optimizer.state[self._point].update(
+            self.optimizer.state[self._parameters[0]].update(
                 {key: state[key].to(own, copy=True) for key, own in self._shapes.items()}
             )
 
 
-def _optimizer(vector: Tensor, name: str, options: Mapping[str, Any]) -> Optimizer:
+def _maker(name: str, options: Mapping[str, Any]) -> MakeOptimizer:
     kind = getattr(torch.optim, name, None)
     if not isinstance(kind, type) or not issubclass(kind, Optimizer) or kind is Optimizer:
         raise ValueError(f"`optimizer` is {name}; allowed: the name of a class in torch.optim")
-    try:
-        made: Optimizer = kind([vector], **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} refuses its options: {error}") from error
-    return made
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        try:
+            made: Optimizer = kind(parameters, **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} refuses its options: {error}") from error
+        return made
+
+    return make
 
 
 def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
