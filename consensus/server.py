@@ -18,6 +18,7 @@ from consensus.core.flat import Scalar, part_of
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
 from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.core.layerwise import Layerwise
+from consensus.core.profiles import NotConvergedError
 
 PendingForce = tuple[Pending, Tensor]
 """The sum of line 3 on its way, (n,) with the reach of each rank on the CPU; and z (K, n)."""
@@ -80,6 +81,9 @@ class Server:
         Args:
             pending: The result of `start`; neither u nor z has changed since.
             t_u: tau or tau / lam.
+
+        Raises:
+            GroupError: On every rank, if the kernel solves for u and has not converged.
         """
         n, (total, z) = self.kernel.force_size, pending
         force, reach, out = total.wait(), None, self._sum.message
@@ -87,7 +91,10 @@ class Server:
             force, reaches = force.tensor_split([n])
             reach, out = reaches.view(self.group.size, -1).amax(0), out[:n]
         search = LineSearch(self.step, self.cuts, self.group.min_)
-        self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, search, out)
+        try:
+            self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, search, out)
+        except NotConvergedError as error:  # on all ranks, which decide from the same sums
+            raise GroupError(f"rank {self.group.rank}: {error}") from error
         return self.u
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -50,7 +50,13 @@ class Layerwise(Potential):
                 scale = scale.to(eta.device)
             scale = scale / column(eta)
         super().__init__(potential.profile, potential.size.over(self.layers), scale)
+        self.name = potential.name
         self._by_layer: Radial = Radial(self.layers)
+
+    @property
+    def label(self) -> str:
+        """The potential and its width in a message."""
+        return f"{super().label}, eta {self.eta}"
 
     def to(self, like: Tensor) -> "Layerwise":
         """The same potential with its tensors in the place and dtype of `like`, to save copies."""
@@ -69,6 +75,13 @@ class Layerwise(Potential):
         chosen.size = self.size.over(chosen.layers)
         chosen._by_layer = Radial(chosen.layers)
         return chosen
+
+    def part(self, index: Tensor) -> Potential:
+        """The terms of some coordinates (m,), of a separable potential, on blocks (..., m)."""
+        scale = self.scale
+        if isinstance(scale, Tensor) and scale.ndim and scale.shape[-1] > 1:
+            scale = scale[..., index]
+        return Potential(self.profile, self.size, scale)
 
     def distance(self, w: Tensor) -> Tensor:
         """|w_l| of each layer, in the units of the parameters. (..., n) -> (..., L)."""

@@ -51,11 +51,18 @@ class Potential(Domain):
             equation (18), and the root of the diagonal of Q in a scaled potential.
     """
 
+    name = ""  # that of a config, for messages
+
     def __init__(self, profile: Profile, size: Size, scale: float | Tensor = 1.0) -> None:
         self.profile = profile
         self.bound = profile.bound
         self.size = size
         self.scale = scale
+
+    @property
+    def label(self) -> str:
+        """The potential in a message."""
+        return f"potential {self.name or repr(self)}"
 
     @property
     def assumptions(self) -> frozenset[str]:
@@ -64,8 +71,12 @@ class Potential(Domain):
 
     def value(self, w: Tensor) -> Tensor:
         """phi(w), inf outside the domain. (..., n) -> (...)."""
+        return self.values(w).sum(-1)
+
+    def values(self, w: Tensor) -> Tensor:
+        """The terms of phi(w), one a group, inf outside the domain. (..., n) -> (..., G)."""
         s = self._sizes(self._scaled(w))
-        return self._inside(s, self.profile.psi(s), math.inf).sum(-1)
+        return self._inside(s, self.profile.psi(s), math.inf)
 
     def grad(self, w: Tensor) -> Tensor:
         """Grad phi(w), nan outside the domain. (..., n) -> (..., n)."""
@@ -120,6 +131,26 @@ class Potential(Domain):
         isotropic = self._factor(s, self.profile.dpsi)
         along_x = 4.0 * self.profile.d2psi(s) * self.size.inner(x, v)
         return self._scaled(self.size.scale(isotropic, v) + self.size.scale(along_x, x))
+
+    def weights(self, w: Tensor) -> Tensor:
+        """2 psi'(s) of each group: grad phi(w) = scale^2 weight w. (..., n) -> (..., G)."""
+        return 2.0 * self.profile.dpsi(self._sizes(self._scaled(w)))
+
+    def stiffness(self, w: Tensor) -> Tensor:
+        """The largest curvature of each group at w, the norm of its Hessian. -> (..., G).
+
+        Curvature along w that overflows, as that of |x|^1.2 next to 0, does not count.
+        """
+        s = self._sizes(self._scaled(w))
+        across = 2.0 * self.profile.dpsi(s)
+        along = across + 4.0 * self.profile.d2psi(s) * s
+        along = torch.where(along.isfinite(), along, 0.0)
+        scale = self._scale_for(w)
+        if isinstance(self.size, Separable):
+            return along * scale * scale
+        if isinstance(scale, Tensor):
+            scale = scale.amax()
+        return torch.maximum(across, along) * scale * scale
 
     def conjugate_grad(self, y: Tensor) -> Tensor:
         """Grad phi*(y), the inverse of `grad` (Lemma 3.2). (..., n) -> (..., n).

@@ -18,6 +18,11 @@ OfNumber = Callable[[float], float]
 _SMALLEST, _STEPS = 1e-30, 16  # of `Profile.fraction`
 _CONVERGED = 1e-8  # convergence is quadratic: the next step would be below rounding
 
+
+class NotConvergedError(ArithmeticError):
+    """An inner solver ended above its tolerance; the message has the residual."""
+
+
 ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
 """Assumptions of the theory on phi (the paper, section 3):
 

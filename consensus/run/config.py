@@ -44,7 +44,9 @@ class PotentialConfig(Section, key="potential"):
 
     def make(self) -> Potential:
         """The potential."""
-        return made("potential", POTENTIALS, self.name, self.options)
+        potential: Potential = made("potential", POTENTIALS, self.name, self.options)
+        potential.name = self.name
+        return potential
 
 
 @dataclass

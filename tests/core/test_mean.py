@@ -8,9 +8,15 @@ import torch
 from scipy.optimize import brentq, minimize
 
 from consensus import POTENTIALS, Layerwise, Potential, Radial
+from consensus.comm import GroupError, Launch, Solo
+from consensus.core import mean
+from consensus.core.kernels import consensus_kernel
 from consensus.core.mean import phi_mean
 from consensus.core.potentials import scaled_quad
 from consensus.core.profiles import TAN
+from consensus.run.build import build_algorithm
+from consensus.run.plan import make_plan
+from consensus.server import Server
 
 F64 = torch.float64
 LAYERS = [(0, 3), (3, 8)]
@@ -157,17 +163,19 @@ def test_mean_of_quad_is_the_mean_at_once():
     np.testing.assert_allclose(found.u, z.mean(0), rtol=1e-14)
 
 
-@pytest.mark.parametrize(("name", "asked"), [("cubic", False), ("tan", True)])
-def test_ranks_agree_on_a_step_only_where_the_domain_has_a_boundary(name, asked):
-    steps = []
+@pytest.mark.parametrize(("name", "asked"), [("quad", 0), ("cubic", 1), ("tan", 1), ("log_sep", 1)])
+def test_ranks_agree_once_on_the_box_of_all_points(name, asked):
+    boxes = []
 
-    def smallest(step):
-        steps.append(float(step))
-        return step
+    def smallest(box):
+        boxes.append(box)
+        return box
 
-    phi = Layerwise(POTENTIALS[name], LAYERS)
-    phi_mean(phi, spread(), torch.zeros(8, dtype=F64), smallest=smallest)
-    assert bool(steps) == asked
+    z = spread()
+    phi_mean(Layerwise(POTENTIALS[name], LAYERS), z, z[0], smallest=smallest)
+    assert len(boxes) == asked
+    for box in boxes:
+        np.testing.assert_array_equal(box, torch.cat([z.amin(0), -z.amax(0)]))
 
 
 def test_mean_of_a_narrow_pseudo_huber_is_the_median_of_each_coordinate():
@@ -200,3 +208,217 @@ def test_float32_ends_at_its_rounding():
     exact = phi_mean(Layerwise(POTENTIALS["tan"], LAYERS), z.double(), z[0].double(), tolerance=0.0)
     assert found.iterations < 20
     np.testing.assert_allclose(found.u, exact.u, rtol=0, atol=1e-6)
+
+
+# ---- the phi-mean of any points
+
+WIDE = [(0, 1), (1, 3), (3, 8), (8, 20)]
+MANY = {
+    "cubic": ("cubic", {}),
+    "tan": ("tan", {}),
+    "log_sep": ("log_sep", {}),
+    "pseudo_huber": ("pseudo_huber", {}),
+    "pseudo_huber, radial": ("pseudo_huber", {"separable": False}),
+    "log_cosh": ("log_cosh", {}),
+    "log_cosh, radial": ("log_cosh", {"separable": False}),
+    "power": ("power", {}),
+    "kink": ("power", {"p": 1.2}),
+    "kink, separable": ("power", {"p": 1.2, "separable": True}),
+}
+SLOPE_OF_ROOT = {  # of psi(rho^2) by rho, elementwise
+    "cubic": lambda rho: 3.0 * rho**2,
+    "tan": lambda rho: 2.0 * rho / np.cos(rho**2) ** 2,
+    "log_sep": lambda rho: 2.0 * rho / (1.0 - rho**2),
+    "pseudo_huber": lambda rho: rho / np.sqrt(1.0 + rho**2),
+    "log_cosh": np.tanh,
+    "power": lambda rho: 4.0 * rho**3,
+    "kink": lambda rho: 1.2 * rho**0.2,
+}
+
+
+def points(kind, count, phi, random):
+    z = random.standard_normal((count, 20))
+    if kind == "outlier":
+        z[-1] = 1e6 * random.standard_normal(20)
+    elif kind == "ties":
+        z = z.round()
+    elif kind == "equal":
+        z[:] = z[0]
+    elif kind == "scales":
+        z *= np.logspace(-6, 3, 20)
+    z = torch.from_numpy(z)
+    if phi.bounded:
+        widest = float(phi.reach(z.unsqueeze(0) - z.unsqueeze(1)).amax())
+        z = 0.1 + z * (0.9 * math.sqrt(phi.bound) / max(widest, 1e-9))
+    return z
+
+
+def imbalance(case, eta, z, u, eps):
+    """|sum of forces|, the sum of |force|, what rounding of u and u - z_j changes. Each (G,)."""
+    separable = case in ("log_sep", "pseudo_huber", "log_cosh", "kink, separable")
+    slope = SLOPE_OF_ROOT[case.partition(",")[0]]
+    w = u - z
+    groups = [slice(i, i + 1) for i in range(20)] if separable else [slice(*a) for a in WIDE]
+    rows = []
+    for group in groups:
+        r = np.sqrt((w[:, group] ** 2).sum(1)) / eta
+        force = slope(r) / eta
+        unit = w[:, group] / np.where(r > 0, r * eta, 1.0)[:, None]
+        total = np.linalg.norm((force[:, None] * unit).sum(0))
+        step = 1e-4 * r
+        curvature = (slope(r + step) - slope(r - step)) / np.where(r > 0, 2 * step, 1.0)
+        across = np.where(r > 0, slope(r) / np.where(r > 0, r, 1.0), 0.0)
+        curvature = np.maximum(curvature, across) / eta**2
+        moved = eps * (eta * r + np.linalg.norm(u[group]))
+        rows.append((total, force.sum(), (curvature * moved).sum()))
+    return np.array(rows).T
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_mean_of_any_points_is_in_their_box_and_balances_the_forces(case):
+    name, options = MANY[case]
+    random = np.random.default_rng(0)
+    kinds = ("normal", "outlier", "ties", "equal", "scales")
+    settings = [
+        (eta, count, dtype)
+        for eta in (1e-3, 0.02, 1.0, 10.0)
+        for count in (1, 2, 3, 16)
+        for dtype in (torch.float32, F64)
+    ]
+    for i, (eta, count, dtype) in enumerate(settings):
+        phi = Layerwise(POTENTIALS.make(name, **options), WIDE, eta)
+        for kind in (kinds[i % 5], kinds[(i + 2) % 5]):
+            z = points(kind, count, phi, random).to(dtype)
+            start = z[0] if phi.bounded else torch.from_numpy(random.standard_normal(20)).to(dtype)
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+            found = phi_mean(phi, z, start, tolerance=tolerance)
+            where = f"{case}, eta {eta}, {count} points, {dtype}, {kind}"
+            assert found.converged, f"{where}: {found}"
+            assert bool(((found.u >= z.amin(0)) & (found.u <= z.amax(0))).all()), where
+            if count == 1 or kind == "equal":
+                assert torch.equal(found.u, z[0]), where
+            u, eps = found.u.double().numpy(), torch.finfo(dtype).eps
+            with np.errstate(all="ignore"):
+                total, strength, rounding = imbalance(case, eta, z.double().numpy(), u, eps)
+            balanced = total <= 1.01 * tolerance * strength + 20.0 * rounding
+            if len(balanced) == 20:  # or there is a zero between the neighbours of u
+                balanced |= changes_sign(case, eta, z.double().numpy(), found.u)
+            assert balanced.all(), f"{where}: {total} of {strength}"
+
+
+def changes_sign(case, eta, z, u):
+    """Whether the force changes sign within two units of rounding of u, or of the square of it."""
+    square = 2.0 * torch.finfo(u.dtype).eps ** 2 * (z.max(0) - z.min(0))
+    slope = SLOPE_OF_ROOT[case.partition(",")[0]]
+    signs = []
+    for end in (-math.inf, math.inf):
+        near = u
+        for _ in range(2):
+            near = torch.nextafter(near, torch.full_like(near, end))
+        w = (near.double().numpy() + math.copysign(1.0, end) * square - z) / eta
+        with np.errstate(all="ignore"):
+            signs.append((np.sign(w) * slope(np.abs(w))).sum(0))
+    return (signs[0] <= 0) & (signs[1] >= 0)
+
+
+@pytest.mark.parametrize("case", ["pseudo_huber", "log_cosh", "kink, separable"])
+def test_mean_equals_bisection(case):
+    """Coordinate by coordinate, where the equation determines it: an odd number of points."""
+    name, options = MANY[case]
+    slope = SLOPE_OF_ROOT[case.partition(",")[0]]
+    z = draws(5, 200, seed=5)
+    for eta in (0.01, 0.3, 4.0):
+        phi = Layerwise(POTENTIALS.make(name, **options), [(0, 200)], eta)
+        sums = []
+        found = phi_mean(
+            phi, z, draws(200, seed=6), tolerance=1e-13,
+            total=lambda x, sums=sums: sums.append(x) or x,
+        )  # fmt: skip
+        assert found.converged
+        assert len(sums) <= (80 if "kink" in case else 60), "collectives"
+        low, high = z.numpy().min(0), z.numpy().max(0)
+        for _ in range(100):
+            middle = 0.5 * (low + high)
+            w = (middle - z.numpy()) / eta
+            below = (np.sign(w) * slope(np.abs(w))).sum(0) < 0
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        np.testing.assert_allclose(found.u, low, rtol=0, atol=1e-9)
+
+
+def test_mean_of_a_point_that_is_not_finite_is_nan():
+    for name in ("pseudo_huber", "cubic"):
+        z = spread()
+        z[1, 2] = math.nan
+        found = phi_mean(Layerwise(POTENTIALS[name], LAYERS), z, torch.zeros(8, dtype=F64))
+        assert math.isnan(found.residual)
+        assert not found.converged
+
+
+@pytest.mark.parametrize("case", ["pseudo_huber", "pseudo_huber, radial"])
+def test_a_mean_that_does_not_converge_says_so(monkeypatch, case):
+    monkeypatch.setattr(mean, "MOST_STEPS", 2)
+    name, options = MANY[case]
+    phi = Layerwise(POTENTIALS.make(name, **options), LAYERS, 0.01)
+    found = phi_mean(phi, draws(5, 8), torch.zeros(8, dtype=F64))
+    assert not found.converged
+    assert 1e-6 < found.residual <= 1.0
+    assert found.iterations == 2
+
+
+def exact_on_ranks(group, case, eta, most_steps):
+    """U of the exact update of 4 workers, or the error."""
+    name, options = MANY[case]
+    phi = Layerwise(POTENTIALS.make(name, **options), WIDE, eta)
+    z = points("normal", 4, phi, np.random.default_rng(7))
+    server = Server(z[0].clone(), phi, group, consensus_kernel("exact", phi, z[0], group.sum_))
+    own = z.chunk(group.size)[group.rank]
+    before, mean.MOST_STEPS = mean.MOST_STEPS, most_steps
+    try:
+        return server.finish(server.start(own), 1.0).tolist()
+    except GroupError as error:
+        return str(error)
+    finally:
+        mean.MOST_STEPS = before
+
+
+def exact_cases(group):
+    cases = [("log_cosh", 0.02), ("log_cosh, radial", 0.02), ("tan", 1.0), ("log_sep", 0.5)]
+    good = [exact_on_ranks(group, case, eta, mean.MOST_STEPS) for case, eta in cases]
+    return good, exact_on_ranks(group, "log_cosh", 0.02, 2)
+
+
+@pytest.mark.ranks
+def test_exact_update_on_ranks(ranks):
+    runs = {size: ranks(size, exact_cases) for size in (1, 2, 4)}
+    for answers in runs.values():
+        assert all(answer[0] == answers[0][0] for answer in answers), "u differs between ranks"
+        for rank, (_, error) in enumerate(answers):
+            assert error.startswith(f"rank {rank}: the exact update of u did not converge in 2 ")
+            assert "eta 0.02): relative residual " in error
+    for size in (2, 4):
+        for several, one in zip(runs[size][0][0], runs[1][0][0], strict=True):
+            np.testing.assert_allclose(several, one, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_exact_update_of_a_run_is_the_minimizer_of_every_iteration(make_config, workers):
+    """A potential of bounded force and a coupling so stiff that the z_j oscillate."""
+    config = make_config(
+        *("model=logistic", f"workers={workers}", "data.partition=label_skew"),
+        *("potential=log_cosh", "potential.eta=0.02", "potential.options.separable=true"),
+        *("algorithm.lam=0.1", "algorithm.sigma=0.001", "algorithm.batch_size=4"),
+        *("algorithm.iterations=8", "algorithm.u_update=exact"),
+    )
+    algorithm = build_algorithm(make_plan(config, Launch()), Solo())
+    for t in range(8):
+        z = algorithm.worker.z.clone()
+        algorithm.step(t)
+        u = algorithm.u
+        assert bool(((u >= z.amin(0)) & (u <= z.amax(0))).all())
+        w = (u.double() - z.double()).numpy() / 0.02
+        force = np.abs(np.tanh(w).sum(0))
+        rounding = 1e-6 * ((1 - np.tanh(w) ** 2) * (np.abs(w) + np.abs(u.numpy()) / 0.02)).sum(0)
+        assert (force <= 1.01e-5 * np.abs(np.tanh(w)).sum(0) + 2.0 * rounding).all()
+        if workers == 1:
+            assert torch.equal(u, z[0])
+    assert float(algorithm.worker.z.abs().max()) < 10.0

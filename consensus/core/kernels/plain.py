@@ -9,6 +9,8 @@ be as large as the memory. Hyperparameters are numbers, or tensors over the lead
 `ExactUpdate` and `ProximalStep` solve an equation in place of a step of line 3 or 6.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from consensus.core.flat import Scalar, add_scaled, column, scaled
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce, WorkerKernel
 from consensus.core.layerwise import Layerwise
 from consensus.core.mean import Reduce, phi_mean
+from consensus.core.profiles import NotConvergedError
 from consensus.core.sizes import Separable
 
 
@@ -139,12 +142,22 @@ class ExactUpdate:
     def move_consensus(
         self, u: Tensor, z: Tensor, total: TotalForce, t_u: Scalar, search: LineSearch, out: Tensor
     ) -> None:
-        """As in `ConsensusKernel`, with the phi-mean in place of the step."""
+        """As in `ConsensusKernel`, with the phi-mean in place of the step.
+
+        A NotConvergedError on all ranks if its residual is above the tolerance.
+        """
         del total, t_u, out
         found = phi_mean(
             self.phi, z, u, total=self.total, smallest=search.agree, tolerance=_TOLERANCE[u.dtype]
         )
-        u.copy_(found.u)
+        if not found.converged and not math.isnan(found.residual):
+            raise NotConvergedError(
+                f"the exact update of u did not converge in {found.iterations} iterations "
+                f"({self.phi.label}): relative residual {found.residual:.1e}, "
+                f"tolerance {_TOLERANCE[u.dtype]:.0e}; algorithm.u_update=gradient needs no solver"
+            )
+        # A z_j or a force that is not finite: u is not finite either, which the run reports.
+        u.copy_(found.u if found.converged else torch.full_like(u, math.nan))
         search.step.fill_(1.0)
 
 
