@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from consensus.core.flat import FlatLayout, FlatParameters, local
+from consensus.core.flat import FlatLayout, local
 from consensus.core.kernels.pulls import Pull, choose_pull
 from consensus.core.layerwise import Layerwise
+from consensus.core.parameters import FlatParameters
 from consensus.core.sharded import ShardedLayerwise, Shards
 from consensus.coupling.settings import Settings, check_rate
 from consensus.server import digest

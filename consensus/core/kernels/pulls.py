@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from consensus.core.flat import FlatParameters, Tile
 from consensus.core.kernels import Block, Hyperparameters, Kernel, LineSearch, choose_kernel
 from consensus.core.kernels.weighted import WeightedProximal
 from consensus.core.layerwise import Layerwise
+from consensus.core.parameters import FlatParameters, Tile
 
 
 @dataclass(frozen=True)

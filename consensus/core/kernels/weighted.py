@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consensus.core.flat import Scalar, Tile
+from consensus.core.flat import Scalar
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
 from consensus.core.kernels.plain import velocity
 from consensus.core.layerwise import Layerwise
+from consensus.core.parameters import Tile
 from consensus.core.sizes import CHUNK, Radial, Separable
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core import flat, sizes
-from consensus.core.flat import FlatLayout, FlatParameters
+from consensus.core import parameters as flat_parameters
+from consensus.core import sizes
+from consensus.core.flat import FlatLayout
 from consensus.core.kernels import weighted
 from consensus.core.kernels.pulls import Copy, choose_pull
+from consensus.core.parameters import FlatParameters
 from tests.testing.proximal import groups, removed
 
 ETA, PULL = 0.6, 0.3
@@ -46,7 +48,7 @@ def displaced_model():
 def test_z_moves_by_its_displacement_and_by_the_fraction_of_the_way(
     name, tile, displaced, monkeypatch
 ):
-    for module in (flat, sizes, weighted):
+    for module in (flat_parameters, sizes, weighted):
         monkeypatch.setattr(module, "CHUNK", tile)
     model, layout, z, u, d = displaced_model()
     wanted = z + d if displaced else z.copy()
@@ -67,7 +69,7 @@ def test_z_moves_by_its_displacement_and_by_the_fraction_of_the_way(
 
 def test_a_rounded_model_is_displaced_from_what_was_written(monkeypatch):
     """bfloat16: z in float32 keeps what a parameter cannot hold."""
-    monkeypatch.setattr(flat, "CHUNK", 3)
+    monkeypatch.setattr(flat_parameters, "CHUNK", 3)
     model = nn.Linear(4, 2).bfloat16()
     layout = FlatLayout.trainable(model)
     z = torch.linspace(0.1, 1.0, layout.size)
