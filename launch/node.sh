@@ -38,7 +38,7 @@ gpus() { # those that the processes will see
         return
     fi
     for id in ${CUDA_VISIBLE_DEVICES//,/ }; do # as CUDA reads it: the first invalid entry hides the rest
-        [[ $id =~ ^(GPU|MIG)- || ($id =~ ^[0-9]+$ && 10#$id -lt $total) ]] || break
+        [[ $id =~ ^(GPU|MIG)- ]] || { [[ $id =~ ^[0-9]+$ ]] && ((10#$id < total)); } || break
         seen=$((seen + 1))
     done
     printf '%s' "$seen"
