@@ -24,7 +24,7 @@ the division of the layers into parts.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from consensus.comm import PeerLostError, num_ranks
 from consensus.core.kernels.outer_step import MakeOptimizer
 from consensus.core.potentials import Potential
 from consensus.coupling.checks import Watch, check_model
-from consensus.coupling.part import Part
+from consensus.coupling.part import Part, problem_of_state
 from consensus.coupling.plan import Plan, describe, make_plans
 from consensus.coupling.processes import Processes
 from consensus.coupling.settings import Settings
@@ -249,22 +249,18 @@ class Coupling:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`. A collective.
 
-        The user loads the states of the model and the optimizer as well, before or after. The run
-        then has the bits of one that was not interrupted.
+        The user loads the states of model and optimizer as well, before or after. The run then has
+        the bits of one that was not interrupted. A ValueError if the state is of another coupling.
         """
         self._refuse("load_state_dict")
-        sizes = [part.u.numel() for part in self._parts]
-        shape, own = tuple(state["u"].shape), (sum(sizes),)
-        problem = f"`u` has shape {shape}; allowed: {own}"
-        self._processes.raise_together(None if shape == own else problem)
+        self._processes.raise_together(problem_of_state(state, self._parts))
         self._wait()
+        sizes = [part.u.numel() for part in self._parts]
         pieces = zip(state["u"].split(sizes), state["z"].split(sizes), strict=True)
-        counts = state["cuts"].view(-1, 2)
-        outers = state.get("outer", [None] * len(sizes))
-        for part, (u, z), cuts, outer in zip(self._parts, pieces, counts, outers, strict=True):
+        others = zip(state["cuts"], state.get("outer", [None] * len(sizes)), strict=True)
+        for part, (u, z), (cuts, outer) in zip(self._parts, pieces, others, strict=True):
             part.load_state_dict({"u": u, "z": z, "cuts": cuts, "outer": outer})
-        self._calls, self._communications = int(state["calls"]), int(state["communications"])
-        self._start_at_calls()
+        self._begin(int(state["calls"]), int(state["communications"]))
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -306,20 +302,19 @@ class Coupling:
         if self._closed:
             return
         self._closed = True
-        try:
-            with suppress(PeerLostError):  # nobody needs the sum any more
-                self._wait()
-        finally:
-            self._processes.close()
+        with suppress(PeerLostError):  # nobody needs the sum any more
+            self._wait()
+        self._processes.close()
 
     def _restart(self) -> None:
         """Begin at u = z_j."""
         for part in self._parts:
             part.restart()
-        self._calls = self._communications = 0
-        self._start_at_calls()
+        self._begin(0, 0)
 
-    def _start_at_calls(self) -> None:  # the sums that are on their way after so many calls
+    def _begin(self, calls: int, communications: int) -> None:
+        """Begin the sums that are on their way after so many calls."""
+        self._calls, self._communications = calls, communications
         for part in self._parts:
             if self._overlap and self._calls % self._period == part.offset:
                 part.start()
@@ -343,6 +338,10 @@ class Coupling:
             self._communications += 1
             self._processes.mean_(self._buffers)  # a late mean could make a variance negative
         return finished
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies, which would share the sum on its way."""
+        raise TypeError("a Coupling cannot be copied or pickled; allowed: its state_dict()")
 
     def _refuse(self, name: str) -> None:
         if self._closed or self._swapped:

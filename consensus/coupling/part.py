@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -178,3 +178,18 @@ class Part:
         found = [states[p].get("momentum_buffer") for p in self.parameters.originals if p in states]
         if velocities := [local(velocity) for velocity in found if velocity is not None]:
             torch._foreach_mul_(velocities, step)
+
+
+def problem_of_state(state: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
+    """Why a state is not one of a coupling with these parts; None if it is one."""
+    for key in ("u", "z", "cuts", "calls", "communications"):
+        if key not in state:
+            return f"the state has no `{key}`; allowed: a state_dict() of a Coupling"
+    n = sum(part.u.numel() for part in parts)
+    for key, shape in (("u", (n,)), ("z", (n,)), ("cuts", (len(parts), 2))):
+        if tuple(state[key].shape) != shape:
+            return f"`{key}` has shape {tuple(state[key].shape)}; allowed: {shape}"
+    found, wanted = len(state.get("outer", [])), sum(part.outer is not None for part in parts)
+    if found != wanted:
+        return f"the state has {found} outer optimizers; allowed: {wanted}"
+    return None

@@ -7,6 +7,7 @@ Ranks are real processes. Loops are numpy or plain torch, in float64.
 import copy
 import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -411,11 +412,33 @@ def test_ranks_resume_to_the_same_bits(ranks):
         np.testing.assert_array_equal(resumed[1], straight[1])
 
 
-def test_a_state_of_another_size_is_refused():
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"u": torch.zeros(3)}, r"`u` has shape \(3,\); allowed: \(57,\)"),
+        ({"z": torch.zeros(3)}, r"`z` has shape \(3,\); allowed: \(57,\)"),
+        ({"cuts": torch.zeros(2, 2)}, r"`cuts` has shape \(2, 2\); allowed: \(1, 2\)"),
+        ({"outer": [{}]}, "the state has 1 outer optimizers; allowed: 0"),
+        ({"z": None}, "the state has no `z`; allowed: a state_dict"),
+    ],
+)
+def test_a_state_of_another_coupling_is_refused(changed, message):
     model = network()
     coupling = Coupling(model, sgd_of(model))
-    with pytest.raises(ValueError, match=r"`u` has shape \(3,\); allowed: \(57,\)"):
-        coupling.load_state_dict({"u": torch.zeros(3)})
+    state = coupling.state_dict() | changed
+    before = bits(coupling.consensus_state_dict())
+    with pytest.raises(ValueError, match=message):
+        coupling.load_state_dict({key: value for key, value in state.items() if value is not None})
+    assert_equal_states(coupling.consensus_state_dict(), before)
+
+
+def test_copies_of_a_coupling_are_refused():
+    """A copy would read the memory of the original's sum."""
+    model = network()
+    coupling = Coupling(model, sgd_of(model))
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled; allowed: its state_dict"):
+            make(coupling)
 
 
 def test_restart_begins_at_the_loaded_weights():
