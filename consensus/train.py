@@ -36,6 +36,7 @@ from consensus.run.compose import (
     register_schema,
     to_config,
 )
+from consensus.run.overrides import take_as_text
 from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
@@ -75,6 +76,8 @@ def main() -> None:
     follow_launcher()
     with failures_in_one_line():
         refuse_unknown_switches()
+        multirun = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        sys.argv[1:] = take_as_text(sys.argv[1:], sweeping=multirun)
         warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
         train()
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "consensus.run.config_algorithm": {"algorithm", "worker", "core", "run.checks"},
     "consensus.run.config": {"core", "problem", "run.checks", "run.config_algorithm"},
     "consensus.run.checks": {"registry"},
-    "consensus.run.compose": {"run.checks", "run.config", "private_api"},
+    "consensus.run.overrides": set(),
+    "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "private_api"},
     "consensus.train": {"comm", "run", "private_api"},
     "consensus.sweep": MATHEMATICS
     | FILES

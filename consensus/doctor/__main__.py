@@ -22,6 +22,7 @@ from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.overrides import take_as_text
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
                 raise ConfigError(f"`{text}` is no KEY=VALUE, and the doctor takes nothing else")
         register_schema()
         with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
-            config = to_config(compose("train", overrides=sys.argv[1:]))
+            config = to_config(compose("train", overrides=take_as_text(sys.argv[1:])))
         job = Nodes.from_environment() or Launch.from_environment()
     except (*REFUSALS, LaunchError) as error:
         print(f"consensus.doctor: {explain(error)}", file=sys.stderr)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from consensus.private_api import has_content, hydra_argument_parser
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
+from consensus.run.overrides import for_shell, override
 
 REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 """The errors that are mistakes of the user: the entries print one line and exit with code 2."""
@@ -80,6 +81,11 @@ def explain(error: BaseException) -> str:
     while cause is not None:  # Hydra quotes OmegaConf's errors, which are more precise
         if isinstance(cause, ConfigError):
             return " ".join(str(cause).split())
+        if isinstance(cause, OverrideParseException) and "=" in cause.override:
+            key, _, value = cause.override.partition("=")
+            problem = " ".join(cause.message.partition("See https://")[0].split())
+            quoted = for_shell([override(key, value)])
+            return f"`{key}` is {value}; Hydra cannot read it ({problem}); as text: {quoted}"
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             group, _, choice = str(cause.missing_cfg_file).rpartition("/")
             return f"`{group}` is {choice}; allowed: {', '.join(sorted(cause.options))}"

@@ -19,6 +19,7 @@ from consensus.run.checkpoint.resume import resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.health import HealthCheck
 from consensus.run.metrics import measure
+from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
 from consensus.run.results import draw_pictures, finish_run
@@ -222,7 +223,7 @@ class Trainer:
             self.save(done)
         self._finish_writing()
         self.agree()
-        again = f"resume=auto output.run_dir={self.run_dir}"
+        again = for_shell(["resume=auto", override("output.run_dir", str(self.run_dir))])
         raise RunStopped(f"{stopped} with a checkpoint; to continue: {again}", TRY_AGAIN)
 
     def _finish_writing(self) -> None:

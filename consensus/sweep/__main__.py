@@ -30,6 +30,7 @@ from consensus.report.__main__ import report
 from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import Config
+from consensus.run.overrides import override
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
 from consensus.sweep.job import run_job
@@ -109,7 +110,7 @@ def member_of(job: Job, folder: Path) -> Member | None:
 
 def all_overrides(job: Job, folder: Path) -> list[str]:
     """The overrides of a job, with those that the sweep adds."""
-    return [*job.overrides, f"output.run_dir={quoted(str(folder / job.name))}", "resume=auto"]
+    return [*job.overrides, override("output.run_dir", str(folder / job.name)), "resume=auto"]
 
 
 def launch(sweep: Sweep, jobs: Sequence[Job]) -> None:
@@ -124,7 +125,7 @@ def launch(sweep: Sweep, jobs: Sequence[Job]) -> None:
     options = sweep.options
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    overrides = [f"hydra.sweep.dir={quoted(str(sweep.path))}", "hydra.sweep.subdir=."]
+    overrides = [override("hydra.sweep.dir", str(sweep.path)), "hydra.sweep.subdir=."]
     overrides += launcher_overrides(sweep)
     config = hydra.compose_config(
         "train", overrides, RunMode.MULTIRUN, with_log_configuration=False
@@ -169,11 +170,6 @@ def require_no_jobs(sweep: Sweep) -> None:
             f"the jobs {', '.join(jobs)} of {sweep.path} are still in the queue: wait for them, or"
             f" `scancel {' '.join(jobs)}`; then the same command continues"
         )
-
-
-def quoted(text: str) -> str:
-    """A text as a quoted value in Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def leave(message: str, code: int) -> NoReturn:

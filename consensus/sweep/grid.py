@@ -23,6 +23,7 @@ from consensus.private_api import expand_sweep
 from consensus.problem import WAYS
 from consensus.run.checks import ConfigError, require, require_one_of
 from consensus.run.compose import to_config
+from consensus.run.overrides import take_as_text
 from consensus.run.plan import require_memory_for_many
 
 GRADIENTS = ("auto", "measure", *WAYS)
@@ -102,6 +103,7 @@ class Sweep:
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
     """Parse a command line; raises REFUSALS. Hydra must be initialized with the configs."""
+    arguments = take_as_text(arguments, sweeping=True)
     own = [text for text in arguments if re.match(r"(grid=|sweep\.)", text)]
     launcher = tuple(text for text in arguments if re.match(r"\+*hydra[/.]", text))
     others = [text for text in arguments if text not in own and text not in launcher]
@@ -133,7 +135,8 @@ def _overrides_of(part: dict[str, Any]) -> list[str]:
     for key, values in part.items():
         choices = values if isinstance(values, list) else [values]
         require(len(choices) > 0, f"grid: {key}", "[]", "at least one value")
-        overrides.append(f"{key}={','.join(map(_text, choices))}")
+        texts = take_as_text([f"{key}={_text(choice)}" for choice in choices])
+        overrides.append(f"{key}={','.join(text.partition('=')[2] for text in texts)}")
     return overrides
 
 

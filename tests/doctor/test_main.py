@@ -7,7 +7,11 @@ from consensus.doctor import __main__ as doctor
 
 @pytest.mark.parametrize(
     ("word", "complaint"),
-    [("potential=cubik", "`potential` is cubik; allowed: "), ("--cfg", "`--cfg` is no KEY=VALUE")],
+    [
+        ("potential=cubik", "`potential` is cubik; allowed: "),
+        ("--cfg", "`--cfg` is no KEY=VALUE"),
+        ("output.name=(a=b)/", "`output.name` is '(a=b)/'; allowed: "),
+    ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, word, complaint):
     monkeypatch.setattr(sys, "argv", ["doctor", word])

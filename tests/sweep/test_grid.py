@@ -26,6 +26,13 @@ def runs(*arguments):
     ]
 
 
+def test_paths_and_names_are_text(tmp_path):
+    values = "a=1,991_2"
+    assert [run["output.name"] for run in runs(f"output.name={values}")] == ["'a=1'", "'991_2'"]
+    sweep = read_sweep(["seed=1", f"sweep.dir={tmp_path}/(a,b)=é"])
+    assert sweep.path == tmp_path / "(a,b)=é"
+
+
 def test_table_1_is_432_configurations():
     found = runs("grid=table1")
     tied = "$\\{algorithm.sigma\\}"  # as Hydra's parser prints it
