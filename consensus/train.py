@@ -8,14 +8,13 @@ process group opened; 75 it stopped on request (SIGTERM, SIGUSR1, SIGHUP) and le
 + the signal, it stopped on request without a checkpoint; 130 interrupted.
 """
 
-import io
 import os
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn
 
 import hydra
@@ -40,6 +39,7 @@ from consensus.run.overrides import take_as_text
 from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
+from consensus.startup import protect_streams
 
 register_schema()
 
@@ -71,8 +71,7 @@ def main() -> None:
     # Hydra would print an error of composition in several lines and exit with 1. Failures of the
     # task itself are reported inside it, before Hydra adds a line of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be encodable
+    protect_streams("consensus.train")
     follow_launcher()
     with failures_in_one_line():
         refuse_unknown_switches()
@@ -140,8 +139,7 @@ def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
 
 def end(code: int) -> NoReturn:
     """Exit this process at once, without the handlers of Python."""
-    with suppress(OSError):  # the reader of a pipe may be gone
-        sys.stdout.flush()
+    sys.stdout.flush()
     os._exit(code)
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "consensus": {"core", "coupling"},
     "consensus.registry": set(),
     "consensus.private_api": set(),
+    "consensus.startup": set(),
     "consensus.atomic_files": set(),
     "consensus.records": set(),
     "consensus.core": {"registry"},
@@ -30,19 +31,20 @@ MAY_IMPORT = {
     "consensus.coupling": {"comm", "core", "server"},
     "consensus.replay": {"algorithm", "problem"},
     "consensus.population": {"algorithm", "core", "replay", "worker"},
-    "consensus.report": {"records", "atomic_files"},
+    "consensus.report": {"records", "atomic_files", "startup"},
     "consensus.run": MATHEMATICS | FILES | ALGORITHM | {"problem", "private_api"},
     "consensus.run.config_algorithm": {"algorithm", "worker", "core", "run.checks"},
     "consensus.run.config": {"core", "problem", "run.checks", "run.config_algorithm"},
     "consensus.run.checks": {"registry"},
     "consensus.run.overrides": set(),
     "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "private_api"},
-    "consensus.train": {"comm", "run", "private_api"},
+    "consensus.train": {"comm", "run", "private_api", "startup"},
     "consensus.sweep": MATHEMATICS
     | FILES
     | ALGORITHM
-    | {"problem", "population", "run", "private_api"},
-    "consensus.doctor": {"comm", "run", "core", "problem", "server", "algorithm", "theory"},
+    | {"problem", "population", "run", "private_api", "startup"},
+    "consensus.doctor": {"comm", "run", "core", "problem", "server", "algorithm", "theory"}
+    | {"startup"},
 }
 
 # Processes communicate in comm/ alone. Checkpoints use torch's file format. The doctor checks the

@@ -185,6 +185,22 @@ def test_replicas_that_differ_are_found_by_the_checkpoint_too(tmp_path):
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "cause"),
+    [
+        ("no_reader", 1, "Broken pipe"),
+        ("no_reader", 2, "Broken pipe"),
+        ("full", 2, "No space left"),
+    ],
+)
+def test_a_run_goes_on_without_its_standard_output(undisturbed, tmp_path, kind, size, cause):
+    with strike(tmp_path, size, {"kind": kind, "rank": 0, "iteration": 12}) as ranks:
+        assert ranks.wait(120) == [0] * size, ranks.err(0)
+        assert ranks.err(0).startswith(f"consensus.train: no more output ({cause}")
+        assert ranks.err(0).count("\n") == 1
+    assert final(tmp_path) == undisturbed(size)
+
+
 @pytest.mark.parametrize(("name", "size"), [("SIGTERM", 2), ("SIGUSR1", 4)])
 def test_one_rank_receives_a_stop_signal(undisturbed, tmp_path, name, size):
     fault = {"kind": "signal", "signal": name, "rank": 1, "iteration": 17}

@@ -9,7 +9,6 @@ It takes the overrides of the run, and leaves no files behind.
 Exit codes: 0 no fault; 1 a fault; 2 the config was refused.
 """
 
-import io
 import os
 import signal
 import sys
@@ -23,13 +22,13 @@ from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.overrides import take_as_text
+from consensus.startup import protect_streams
 
 
 def main() -> None:
     """Entry of the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    protect_streams("consensus.doctor")
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         return
@@ -52,8 +51,6 @@ def main() -> None:
         code = 130
     except SystemExit as stop:
         code = int(stop.code or 0)
-    except BrokenPipeError:  # the reader of the report has closed it
-        pass
     except Exception as error:
         print_report([here()], [[unexpected("doctor", error)]])
     end(code)

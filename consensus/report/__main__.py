@@ -15,12 +15,14 @@ from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, read_all
 from consensus.report.stationarity import measured, stationarity_table, verdict
 from consensus.report.table1 import HEADINGS, Record, of_the_paper, show_mean, table1
+from consensus.startup import protect_streams
 
 MOST_RUNS_ON_SCREEN = 40
 
 
 def main() -> None:
     """Print a table of the runs and draw them; of different configs make Table 1 and Figure 1."""
+    protect_streams("consensus.report")
     parser = argparse.ArgumentParser(
         prog="python -m consensus.report", description="Compare runs from their metrics files."
     )

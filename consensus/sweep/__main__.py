@@ -31,6 +31,7 @@ from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import Config
 from consensus.run.overrides import override
+from consensus.startup import protect_streams
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
 from consensus.sweep.job import run_job
@@ -41,6 +42,7 @@ from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 def main() -> None:
     """The command line. Exit codes: 0 all done, 1 some failed, 2 refused, 130 stopped."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    protect_streams("consensus.sweep")
     # SIGTERM acts like Ctrl+C: the runs write checkpoints and stop.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     register_schema()

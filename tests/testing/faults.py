@@ -16,6 +16,8 @@ kinds:
     raise      an unexpected exception
     signal     sends itself `signal`, a name such as "SIGTERM"
     nan        the minibatch gradient of its first worker becomes NaN, once
+    no_reader  the reader of its standard output goes away
+    full       its standard output is a full device
     flip_bit   the lowest bit of u[0] is flipped in this rank's replica
     quota      limits the size of files to `bytes`
 """
@@ -66,6 +68,12 @@ def happen(fault: dict, algorithm: Consensus | None = None) -> None:
     elif kind == "quota":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # write() fails with EFBIG instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
+    elif kind == "no_reader":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    elif kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     elif kind == "flip_bit":
         u = algorithm.server.u
         bits = u.view({torch.float32: torch.int32, torch.float64: torch.int64}[u.dtype])

@@ -1,0 +1,78 @@
+"""First steps of every command: standard streams whose failures end no work."""
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+
+def protect_streams(command: str) -> None:
+    """Replace standard output and error by streams that never fail.
+
+    A reader that goes away (`| head -1`), a full device or a closed descriptor costs the rest of
+    the output and one line on standard error, which begins with the name of the command. Repeated
+    calls have no effect.
+    """
+    for descriptor in (0, 1, 2):  # a closed one would be reused by the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not be encodable
+        if not isinstance(stream, _Protected):
+            setattr(
+                sys, name, _Protected(stream, f"{command}: no more output" * (name == "stdout"))
+            )
+
+
+class _Protected:
+    """A text stream that drops what it cannot write. All else is passed on to the stream.
+
+    `notice` begins the line on standard error after the first failure; "": no line.
+    """
+
+    def __init__(self, stream: TextIO, notice: str) -> None:
+        self._stream, self._notice = stream, notice
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except BlockingIOError:  # the reader is slow, and the descriptor does not wait
+            pass
+        except OSError as error:
+            self._drop(error)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """Send the rest to the null device: the buffer of the stream is written again at exit."""
+        notice, self._notice = self._notice, ""
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        if notice:
+            print(f"{notice} ({error.strerror}); the work goes on", file=sys.stderr, flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Any:  # of the interface of a text stream
+        return iter(self._stream)
