@@ -4,6 +4,7 @@ matplotlib is imported where a figure is made: the import takes most of a second
 above 0 do not spend. `Figure` instead of pyplot needs no window system and no global state.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,14 @@ Series = Callable[[Row], float]
 
 def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
     """A figure and its array of axes."""
-    from matplotlib.figure import Figure
+    # Nothing here opens a window, and MPLBACKEND may name a backend that only a notebook has: the
+    # first import of matplotlib would fail.
+    chosen = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if chosen is not None:
+            os.environ["MPLBACKEND"] = chosen
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
@@ -81,14 +89,15 @@ def _write(figure: "Figure", *paths: Path) -> None:
 
 def draw_convergence(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Draw objective, train loss and the two errors of labelled runs over iterations."""
-    from matplotlib import colormaps
-
-    named, tab20 = len(runs) <= MOST_IN_LEGEND, colormaps["tab20"]
+    named = len(runs) <= MOST_IN_LEGEND
     below = named and (len(runs) > 4 or max(map(len, runs), default=0) > 40)
     figure, axes = _figure(2, 2, 10, 7 + (0.1 * len(runs) if below else 0), sharex=True)
+    from matplotlib import colormaps
+
+    colors = [colormaps["tab20"](i) for i in range(20)]
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
         if len(runs) > 10:  # matplotlib's own colors begin again after ten
-            axis.set_prop_cycle(color=[tab20(i) for i in range(20)])
+            axis.set_prop_cycle(color=colors)
         positive = _draw_lines(axis, runs, partial(number, key=key))
         xlabel = "iteration" if axis in axes[1] else ""
         _style(axis, title, xlabel, log=key in LOGARITHMIC and positive)

@@ -1,5 +1,9 @@
 """Figures, by the pixels and the numbers drawn."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -13,6 +17,7 @@ from consensus.report.plots import (
     line_style,
 )
 from consensus.report.table1 import table1
+from tests.testing import ROOT
 from tests.testing.made_runs import (
     BLACK,
     BLUE,
@@ -140,3 +145,23 @@ def test_figure1_for_each_number_of_workers():
     suffixes = [g[0] for g in figure1_groups(table1([*runs, other]))]
     assert suffixes == ["_a-b_lenet5", "_digits_lenet5_M4", "_digits_lenet5_M8"]
     assert figure1_groups(table1([runs[3]])) == []
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", ""])
+def test_the_backend_of_a_notebook_is_left_alone(tmp_path, backend):
+    program = """
+import os
+from consensus.report.plots import draw_convergence
+row = dict.fromkeys(["objective", "train_loss", "train_error", "test_error"], 1.0)
+draw_convergence({"run": [row | {"iteration": 1}]}, __import__("pathlib").Path("figure.png"))
+print(os.environ["MPLBACKEND"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
