@@ -35,6 +35,7 @@ from consensus.run.compose import (
     register_schema,
     to_config,
 )
+from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
 from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
@@ -53,7 +54,7 @@ def train(cfg: DictConfig) -> None:
         launch = Launch.from_environment()
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
-        config = to_config(cfg)
+        config = to_config(continued(cfg, HydraConfig.get().overrides.task, launch.size))
         set_determinism(config)
         plan = make_plan(config, launch)
         if plan.device.type == "cuda":

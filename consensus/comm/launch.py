@@ -41,6 +41,14 @@ class Launch:
                 raise LaunchError(f"`{name}` is not set; with WORLD_SIZE > 1 start with torchrun")
         return cls(rank, size, local_rank, local_size, restart, _launch_name())
 
+    def command(self) -> str:
+        """The command that starts as many processes of consensus.train, without its arguments."""
+        if self.size == 1:
+            return "python -m consensus.train"
+        if self.size == self.local_size:
+            return f"torchrun --standalone --nproc-per-node={self.size} -m consensus.train"
+        return f"the launch of {self.size} processes, with"
+
     def block(self, num_workers: int) -> range:
         """Indices j of the workers of this process, for M = num_workers, a multiple of `size`."""
         each = num_workers // self.size

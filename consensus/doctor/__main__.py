@@ -21,6 +21,7 @@ from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
 from consensus.startup import protect_streams
 
@@ -38,8 +39,10 @@ def main() -> None:
                 raise ConfigError(f"`{text}` is no KEY=VALUE, and the doctor takes nothing else")
         register_schema()
         with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
-            config = to_config(compose("train", overrides=take_as_text(sys.argv[1:])))
-        job = Nodes.from_environment() or Launch.from_environment()
+            overrides = take_as_text(sys.argv[1:])
+            job = Nodes.from_environment() or Launch.from_environment()
+            cfg = compose("train", overrides=overrides)
+            config = to_config(continued(cfg, overrides, job.size))
     except (*REFUSALS, LaunchError) as error:
         print(f"consensus.doctor: {explain(error)}", file=sys.stderr)
         sys.exit(2)

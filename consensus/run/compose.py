@@ -93,7 +93,7 @@ def explain(error: BaseException) -> str:
             if ".options." in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 hint = "an option that its YAML file does not list takes a +"
                 return f"unknown key `{key}`; {hint}{key}=..."
-            return _unknown(key) or f"`{key}`: {str(cause).strip().splitlines()[0]}"
+            return unknown_key(key) or f"`{key}`: {str(cause).strip().splitlines()[0]}"
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"
 
@@ -111,13 +111,13 @@ def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
     """Refuse keys that no class has; `+key=value` adds them, and they would have no effect."""
     for name, child in node.items_ex(resolve=False):
         key = ".".join(filter(None, (path, str(name))))
-        if message := _unknown(key):
+        if message := unknown_key(key):
             raise ConfigError(message)
         if isinstance(child, DictConfig) and has_content(child):
             _refuse_added_keys(child, key)
 
 
-def _unknown(key: str) -> str | None:
+def unknown_key(key: str) -> str | None:
     """The message about a key that its class does not have; None if the class has it."""
     parent, _, name = key.rpartition(".")
     node: Any = Config

@@ -223,7 +223,8 @@ class Trainer:
             self.save(done)
         self._finish_writing()
         self.agree()
-        again = for_shell(["resume=auto", override("output.run_dir", str(self.run_dir))])
+        again = self.plan.launch.command()
+        again += f" {for_shell(['resume=auto', override('output.run_dir', str(self.run_dir))])}"
         raise RunStopped(f"{stopped} with a checkpoint; to continue: {again}", TRY_AGAIN)
 
     def _finish_writing(self) -> None:

@@ -37,7 +37,8 @@ def test_a_signal_stops_with_a_checkpoint_and_the_rest_is_the_same(
     with pytest.raises(RunStopped) as caught:
         train(where)
     assert str(caught.value) == (
-        f"{number.name}: stopped at iteration 8 with a checkpoint; to continue: resume=auto {where}"
+        f"{number.name}: stopped at iteration 8 with a checkpoint; to continue: python -m "
+        f"consensus.train resume=auto {where}"
     )
     assert caught.value.code == TRY_AGAIN == os.EX_TEMPFAIL
     assert signal.getsignal(number) == signal.SIG_DFL

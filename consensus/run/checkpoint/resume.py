@@ -18,7 +18,11 @@ from omegaconf import OmegaConf
 
 from consensus.algorithm import Algorithm
 from consensus.comm import Group, GroupError, Launch
+from consensus.core.potentials import POTENTIALS
+from consensus.core.schedules import SCHEDULES
+from consensus.problem import DATASETS, MODELS
 from consensus.records import Row, rows_until
+from consensus.registry import Registry
 from consensus.run.checkpoint.directory import LOCK, Origin, RunDirectory, lock_holder
 from consensus.run.checkpoint.manifest import DamagedError, Manifest, as_hex
 from consensus.run.checkpoint.reader import (
@@ -29,12 +33,19 @@ from consensus.run.checkpoint.reader import (
     list_checkpoints,
     load,
 )
-from consensus.run.checks import require
+from consensus.run.checks import ConfigError, require
 from consensus.run.config import RESUME, Config
 
 _FREE = {"output", "group", "device", "deterministic", "cuda_graph", "resume", "plugins"}
 _FREE |= {"workers", "stationarity", "data.root", "algorithm.iterations"}
 """Sections and keys that may differ between a run and its continuation."""
+
+_TABLES: dict[str, Registry[Any]] = {
+    "potential": POTENTIALS,
+    "model": MODELS,
+    "data": DATASETS,
+    **{f"algorithm.schedule.{name}": SCHEDULES for name in ("tau", "sigma", "lam")},
+}
 
 
 def find_origin(config: Config, launch: Launch, num_workers: int) -> Origin:
@@ -122,23 +133,49 @@ def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
 
 
 def _require_same(before: Any, config: Config, where: Path) -> None:
-    """Refuse a key that differs from the start of the run; a key that is new here is free."""
-    old = _flat(before)
-    new = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
-    for key, value in new.items():
-        if key in old and not {key, key.partition(".")[0]} & _FREE:
-            allowed = f"{old[key]}, as in {where} (a run is continued as it began)"
-            require(old[key] == value, key, value, allowed)
+    """Refuse all keys and options that differ from the start of the run, in one line.
+
+    A key that no class had at that time is free, and so is an option with the value of its default.
+    """
+    old = flat(_with_defaults(before))
+    new = flat(_with_defaults(OmegaConf.to_container(OmegaConf.structured(config))))
+    differing = []
+    for key in {**new, **old}:
+        known, (owner, option, _) = key in old and key in new, key.partition(".options.")
+        same = known and old[key] == new[key]
+        other = option and old.get(f"{owner}.name") != new.get(f"{owner}.name")  # says enough
+        if not (same or other or {key, key.partition(".")[0]} & _FREE) and (known or option):
+            allowed = old.get(key, "no such option")
+            differing.append(f"`{key}` is {new.get(key, 'absent')}; allowed: {allowed}")
+    if differing:
+        raise ConfigError(f"{'; '.join(differing)}, as in {where} (a run is continued as it began)")
 
 
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
+def _with_defaults(config: Any) -> Any:
+    """A config as nested dicts, with the default of every option that it does not set."""
+    if not isinstance(config, dict):
+        return config
+    filled = {key: _with_defaults(value) for key, value in config.items()}
+    for path, table in _TABLES.items():
+        node: Any = filled
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get("options"), dict):
+            name = node.get("name")
+            known = table.options(str(name)) if name in table else {}
+            known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+            node["options"] = {**known, **node["options"]}
+    return filled
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
     """Dotted key -> value; an empty dictionary is a value."""
     if not isinstance(node, dict) or not node:
         return {path: node}
     return {
         key: value
         for name, child in node.items()
-        for key, value in _flat(child, f"{path}.{name}" if path else str(name)).items()
+        for key, value in flat(child, f"{path}.{name}" if path else str(name)).items()
     }
 
 

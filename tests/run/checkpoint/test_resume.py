@@ -139,6 +139,33 @@ def test_refused_continuations(train, refusal, tmp_path):
     )
 
 
+def test_all_that_differs_is_refused_in_one_line_in_both_directions(train, refusal, tmp_path):
+    option = "algorithm.schedule.sigma.options.final"
+    cosine = ["algorithm.schedule.sigma.name=cosine", f"+{option}=0.5"]
+    train(f"output.run_dir={tmp_path}/a", "algorithm.schedule.sigma.name=cosine")
+    train(f"output.run_dir={tmp_path}/b", *cosine)
+    ending = "/checkpoints/00000012 (a run is continued as it began)"
+    added = refusal("resume=auto", f"output.run_dir={tmp_path}/a", *cosine)
+    assert added == f"`{option}` is 0.5; allowed: 0.0, as in {tmp_path}/a{ending}"
+    for how in ("resume=auto", f"output.run_dir={tmp_path}/b"), (f"resume={tmp_path}/b",):
+        dropped = refusal(*how, cosine[0], "seed=3", "device=auto", "output.eval_every=3")
+        assert dropped == (
+            f"`seed` is 3; allowed: 0; `{option}` is 0.0; allowed: 0.5, as in {tmp_path}/b{ending}"
+        )
+
+
+def test_runs_of_earlier_versions_may_lack_keys_and_options(train, tmp_path):
+    run_dir = tmp_path / "a"
+    train(f"output.run_dir={run_dir}", "output.checkpoint_every=null")
+    (run_dir / "summary.json").unlink()
+    config = OmegaConf.load(run_dir / "config.yaml")
+    del config.algorithm.u_step_on, config.potential.options
+    config.algorithm.an_old_key = 3
+    OmegaConf.save(config, run_dir / "config.yaml")
+    train(f"output.run_dir={run_dir}", "resume=auto")
+    assert [row["iteration"] for row in rows_of(run_dir)] == [4, 8, 12]
+
+
 def test_keys_that_may_differ(train, tmp_path):
     train(f"output.run_dir={tmp_path}/a")
     free = ["output.eval_every=2", "output.keep_checkpoints=1", "group.timeout_s=9", "data.root=x"]
