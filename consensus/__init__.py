@@ -1,17 +1,15 @@
 """Consensus training: M workers, one model, and a Legendre potential that couples them."""
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from consensus.core.layerwise import Layerwise
-from consensus.core.potentials import POTENTIALS, Potential
-from consensus.core.profiles import Profile
-from consensus.core.sizes import Radial, Separable
-from consensus.coupling import Coupling
+if TYPE_CHECKING:
+    from consensus.core.layerwise import Layerwise
+    from consensus.core.potentials import POTENTIALS, Potential
+    from consensus.core.profiles import Profile
+    from consensus.core.sizes import Radial, Separable
+    from consensus.coupling import Coupling
 
-try:
-    __version__ = version("consensus-training")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "POTENTIALS",
@@ -23,3 +21,43 @@ __all__ = [
     "Separable",
     "__version__",
 ]
+
+# Names are imported when they are used: torch takes seconds, in which a command could not answer
+# a signal.
+_HOMES = {
+    "POTENTIALS": "consensus.core.potentials",
+    "Coupling": "consensus.coupling",
+    "Layerwise": "consensus.core.layerwise",
+    "Potential": "consensus.core.potentials",
+    "Profile": "consensus.core.profiles",
+    "Radial": "consensus.core.sizes",
+    "Separable": "consensus.core.sizes",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, imported at its first use."""
+        from importlib import import_module
+
+        if name == "__version__":
+            value = _version()
+        elif name in _HOMES:
+            value = getattr(import_module(_HOMES[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("consensus-training")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"

@@ -1,10 +1,52 @@
-"""First steps of every command: standard streams whose failures end no work."""
+"""First steps of every command: stop signals during imports, and standard streams.
+
+It imports nothing that takes time.
+"""
 
 import io
 import os
+import signal
 import sys
 from contextlib import suppress
-from typing import Any, TextIO
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+"""The signals that request a stop, unless they are ignored."""
+
+
+def heeded() -> list[signal.Signals]:
+    """The stop signals that this process does not ignore, as nohup and background jobs ask."""
+    return [number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def answer_signals(module: str, command: str) -> None:
+    """Answer stop signals with one line and an exit code, until others handle them.
+
+    Call it before the imports, with the `__name__` of the module. It has no effect unless the
+    module is the program: `python -m consensus.train`, or the script consensus-train.
+    """
+    if module != "__main__" and Path(sys.argv[0]).name != command.replace(".", "-"):
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            line = f"{command}: {name}: stopped outside of the training; nothing was to be saved\n"
+            with suppress(OSError):
+                os.write(2, line.encode())
+        os._exit(128 + number)
+
+    for number in heeded():
+        signal.signal(number, stop)
+
+
+def interrupt_on_signals() -> None:
+    """Raise KeyboardInterrupt at SIGINT, SIGTERM and SIGHUP, unless they are ignored."""
+    for number in heeded():
+        if number != signal.SIGUSR1:
+            signal.signal(number, signal.default_int_handler)
 
 
 def protect_streams(command: str) -> None:

@@ -4,12 +4,17 @@ torchrun --standalone --nproc-per-node=4 -m consensus.train KEY=VALUE ...
 python -m consensus.train workers=4 KEY=VALUE ...
 
 Exit codes: 0 the run is complete; 1 it failed at run time; 2 the config was refused, before any
-process group opened; 75 it stopped on request (SIGTERM, SIGUSR1, SIGHUP) and left a checkpoint; 128
-+ the signal, it stopped on request without a checkpoint; 130 interrupted.
+process group opened; 75 it stopped on request (SIGTERM, SIGINT, SIGUSR1, SIGHUP) and left a
+checkpoint; 128 + the signal, it stopped without a checkpoint (130: a second Ctrl+C).
 """
 
 import os
 import sys
+
+from consensus.startup import answer_signals, protect_streams
+
+answer_signals(__name__, "consensus.train")  # the imports below take seconds
+
 import time
 import traceback
 import warnings
@@ -40,7 +45,6 @@ from consensus.run.overrides import take_as_text
 from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
-from consensus.startup import protect_streams
 
 register_schema()
 

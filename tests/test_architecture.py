@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "consensus.replay": {"algorithm", "problem"},
     "consensus.population": {"algorithm", "core", "replay", "worker"},
     "consensus.report": {"records", "atomic_files", "startup"},
-    "consensus.run": MATHEMATICS | FILES | ALGORITHM | {"problem", "private_api"},
+    "consensus.run": MATHEMATICS | FILES | ALGORITHM | {"problem", "private_api", "startup"},
     "consensus.run.config_algorithm": {"algorithm", "worker", "core", "run.checks"},
     "consensus.run.config": {"core", "problem", "run.checks", "run.config_algorithm"},
     "consensus.run.checks": {"registry"},

@@ -201,9 +201,9 @@ def test_a_run_goes_on_without_its_standard_output(undisturbed, tmp_path, kind, 
     assert final(tmp_path) == undisturbed(size)
 
 
-@pytest.mark.parametrize(("name", "size"), [("SIGTERM", 2), ("SIGUSR1", 4)])
+@pytest.mark.parametrize(("name", "size"), [("SIGTERM", 2), ("SIGUSR1", 4), ("SIGINT", 1)])
 def test_one_rank_receives_a_stop_signal(undisturbed, tmp_path, name, size):
-    fault = {"kind": "signal", "signal": name, "rank": 1, "iteration": 17}
+    fault = {"kind": "signal", "signal": name, "rank": size // 2, "iteration": 17}
     with strike(tmp_path, size, fault) as ranks:
         assert ranks.wait(LATEST_S) == [75] * size
         (said,) = ranks.lines(0)
@@ -219,8 +219,9 @@ def test_one_rank_receives_a_stop_signal(undisturbed, tmp_path, name, size):
 def test_all_ranks_are_interrupted(undisturbed, tmp_path, size):
     fault = {"kind": "signal", "signal": "SIGINT", "rank": "all", "iteration": 17}
     with strike(tmp_path, size, fault) as ranks:
-        assert ranks.wait(LATEST_S) == [130] * size
-        assert ranks.err(0) == "consensus.train: interrupted\n"
+        assert ranks.wait(LATEST_S) == [75] * size
+        (said,) = ranks.err(0).splitlines()
+        assert said.startswith("consensus.train: SIGINT: stopped at iteration ")
         assert all(ranks.err(rank) == "" for rank in range(1, size))
     assert continued(tmp_path, size) == undisturbed(size)
 

@@ -1,35 +1,37 @@
-"""Standard streams that never fail, in processes without torch."""
+"""Standard streams that never fail, and signals during imports, in processes without torch."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from tests.testing import ROOT
+
 PROGRAM = """
 import json, os, sys
-sys.path.insert(0, sys.argv[1])
-from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("startup", sys.argv[1] + "/consensus/startup.py")
-startup = module_from_spec(spec)
-spec.loader.exec_module(startup)
-startup.protect_streams("a.command")
-startup.protect_streams("a.command")
+from consensus.startup import protect_streams
+protect_streams("a.command")
+protect_streams("a.command")
 for i in range(3):
     print("line", i, "\\udc80", flush=i < 2)
-opened = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
+opened = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 os.write(opened, json.dumps([opened, sys.stdout.isatty()]).encode())
 sys.stderr.write("the end\\n")
 """
 
 
 def run(tmp_path, redirection):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    words = [sys.executable, "-c", PROGRAM, root, str(tmp_path / "file")]
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "file")]
     script = f'"$@" {redirection}; echo "code $?" >&2'
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", script, "bash", *words], capture_output=True, text=True
+        ["bash", "-c", script, "bash", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     opened, terminal = json.loads((tmp_path / "file").read_text())
     assert opened > 2, "a file took the place of a standard stream"
@@ -57,3 +59,50 @@ def test_no_output_is_no_failure(tmp_path, redirection, out, err):
     assert found_out == out
     assert len(found_err) == len(err)
     assert all(line.startswith(start) for line, start in zip(found_err, err, strict=True))
+
+
+# ---- signals during the imports
+
+
+@pytest.fixture
+def slow_torch(tmp_path):
+    """A folder for PYTHONPATH with a module `torch` whose import waits for ever."""
+    module = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(300)\n"
+    (tmp_path / "torch.py").write_text(module)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "environment", "said"),
+    [
+        ("consensus.train", signal.SIGTERM, {}, True),
+        ("consensus.train", signal.SIGINT, {"RANK": "0"}, True),
+        ("consensus.train", signal.SIGHUP, {"RANK": "1"}, False),
+        ("consensus.sweep", signal.SIGINT, {}, True),
+        ("consensus.doctor", signal.SIGUSR1, {}, True),
+    ],
+)
+def test_a_signal_during_the_imports_is_one_line(slow_torch, module, number, environment, said):
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        cwd=slow_torch,
+        env=os.environ | {"PYTHONPATH": f"{slow_torch}:{ROOT}"} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (slow_torch / "importing").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    line = f"{module}: {number.name}: stopped outside of the training; nothing was to be saved\n"
+    assert err == (line if said else "")
+
+
+def test_the_package_itself_imports_no_torch(slow_torch):
+    program = "import consensus, sys; assert 'Coupling' in dir(consensus); consensus.__version__"
+    program += "; assert not hasattr(consensus, 'no_such_name'); assert 'torch' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": f"{slow_torch}:{ROOT}"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)

@@ -13,6 +13,10 @@ import os
 import signal
 import sys
 
+from consensus.startup import answer_signals, interrupt_on_signals, protect_streams
+
+answer_signals(__name__, "consensus.doctor")  # the imports below take seconds
+
 from hydra import compose, initialize_config_dir
 
 from consensus.comm import Launch, LaunchError
@@ -23,7 +27,6 @@ from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
-from consensus.startup import protect_streams
 
 
 def main() -> None:
@@ -46,6 +49,7 @@ def main() -> None:
     except (*REFUSALS, LaunchError) as error:
         print(f"consensus.doctor: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+    interrupt_on_signals()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are removed
     code = 1
     try:

@@ -1,10 +1,10 @@
 """Signal handling: graceful stop, forced exit, lost launcher.
 
-SIGTERM, SIGUSR1 (preemption, requeue, `scancel --signal`) and SIGHUP (the end of a terminal's
-session, unless it is ignored, as under nohup) request a stop: at the end of an iteration the ranks
-agree on it, write a checkpoint and exit. Further signals change nothing. A thread ends a process
-that has not exited after a timeout. A rank whose launcher is gone sends itself SIGTERM, so no rank
-outlives its run.
+SIGTERM, SIGUSR1 (preemption, requeue, `scancel --signal`), SIGINT (Ctrl+C) and SIGHUP (the end of a
+terminal's session, unless it is ignored, as under nohup) request a stop: at the end of an iteration
+the ranks agree on it, write a checkpoint and exit. Further signals change nothing, except SIGINT
+after a second, which ends the process at once. A thread ends a process that has not exited after a
+timeout. A rank whose launcher is gone sends itself SIGTERM, so no rank outlives its run.
 """
 
 import os
@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+from consensus.startup import heeded
 
 TRY_AGAIN = 75
 """Exit code of a run that stopped on request and left a checkpoint: EX_TEMPFAIL of sysexits.h."""
@@ -36,19 +36,23 @@ class StopSignals:
     nothing to save.
     """
 
+    AGAIN_S = 1.0  # torchrun passes on the SIGINT that the terminal has sent to the ranks as well
+
     def __init__(self, patience_s: float) -> None:
         self.patience_s = patience_s  # from the first signal to a forced exit
         self.received = 0  # the number of the first signal
         self._done = threading.Event()
+        self._first_s = 0.0  # the time of the first signal
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # else Python forbids it
-            heeded = (n for n in STOP if signal.getsignal(n) is not signal.SIG_IGN)
-            self._before = {number: signal.signal(number, self._record) for number in heeded}
+            self._before = {number: signal.signal(number, self._record) for number in heeded()}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == 0:
-            self.received = number
+            self.received, self._first_s = number, time.monotonic()
             threading.Thread(target=self._force_exit, daemon=True).start()
+        elif number == signal.SIGINT and time.monotonic() > self._first_s + self.AGAIN_S:
+            os._exit(128 + number)
 
     def _force_exit(self) -> None:
         if not self._done.wait(self.patience_s):

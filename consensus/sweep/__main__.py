@@ -10,10 +10,14 @@ population_trainer.py trains them. dashboard.py shows their status files. The re
 of the runs.
 """
 
-import importlib.util
 import os
-import signal
 import sys
+
+from consensus.startup import answer_signals, interrupt_on_signals, protect_streams
+
+answer_signals(__name__, "consensus.sweep")  # the imports below take seconds
+
+import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +35,6 @@ from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
 from consensus.run.config import Config
 from consensus.run.overrides import override
-from consensus.startup import protect_streams
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
 from consensus.sweep.job import run_job
@@ -43,8 +46,7 @@ def main() -> None:
     """The command line. Exit codes: 0 all done, 1 some failed, 2 refused, 130 stopped."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     protect_streams("consensus.sweep")
-    # SIGTERM acts like Ctrl+C: the runs write checkpoints and stop.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_signals()  # the runs write checkpoints and stop
     register_schema()
     register_sweep_schema()
     cancelled: list[str] = []

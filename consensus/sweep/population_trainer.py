@@ -223,7 +223,7 @@ class PopulationTrainer:
         return known[same]
 
     def run(self) -> None:
-        """Train to the end, or to SIGTERM or SIGUSR1: KeyboardInterrupt, after a checkpoint."""
+        """Train to the end, or to a stop signal: KeyboardInterrupt, after a checkpoint."""
         signals = StopSignals(600.0)
         running = Status("running", os.getpid(), socket.gethostname())
         for i in self.population.active.tolist():

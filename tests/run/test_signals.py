@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from consensus.run.signals import STOP, StopSignals
+from consensus.run.signals import StopSignals
+from consensus.startup import STOP
 
 
 def test_a_process_that_does_not_exit_in_time_is_ended(monkeypatch):
@@ -18,6 +19,26 @@ def test_a_process_that_does_not_exit_in_time_is_ended(monkeypatch):
     assert ended.wait(30.0)
     signals.close()
     assert (codes, signals.received) == ([128 + signal.SIGUSR1], signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch, first):
+    codes, clock = [], [100.0]
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("consensus.run.signals.time.monotonic", lambda: clock[0])
+    signals = StopSignals(patience_s=1e6)
+    try:
+        os.kill(os.getpid(), first)
+        clock[0] += 0.9  # torchrun passes on the signal of the terminal
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 0.2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert codes == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert codes == [130]
+        assert signals.received == first
+    finally:
+        signals.close()
 
 
 @pytest.mark.parametrize("number", STOP)

@@ -46,7 +46,7 @@ else:
 
 def call_sweep(*arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `python -m consensus.sweep`, in this process."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", ["consensus.sweep", *arguments])
     try:
@@ -55,7 +55,8 @@ def call_sweep(*arguments: str) -> tuple[int, str, str]:
     except SystemExit as left:
         code = left.code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()
 
 
