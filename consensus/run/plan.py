@@ -205,12 +205,30 @@ def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tens
         raise ConfigError(str(error)) from error
     smallest = min(range(num_workers), key=lambda j: len(shards[j]))
     most = len(shards[smallest])
+    if most < batch_size and data.partition == "label_skew":
+        allowed = (
+            f"a value for which each of the {num_workers} workers has at least algorithm.batch_size"
+            f" = {batch_size} images; with seed = {config.seed} worker {smallest} has {most}"
+            f"{_larger_alpha(config, labels, num_workers)}"
+        )
+        raise ConfigError(f"`data.alpha` is {data.alpha:g}; allowed: {allowed}")
     allowed = (
         f"at most {most}, the images in the shard of worker {smallest} "
         f"(data.partition={data.partition}, {num_workers} workers)"
     )
     require(batch_size <= most, "algorithm.batch_size", batch_size, allowed)
     return shards
+
+
+def _larger_alpha(config: Config, labels: Tensor, num_workers: int) -> str:
+    """A remedy for shards that are too small: a larger alpha, found by trying, or fewer workers."""
+    data, batch_size = config.data, config.algorithm.batch_size
+    alpha = data.alpha
+    while batch_size * num_workers <= len(labels) and (alpha := 2 * alpha) <= 1e9:
+        shards = partition(labels, data.partition, num_workers, config.seed, alpha)
+        if min(map(len, shards)) >= batch_size:
+            return f"; data.alpha={alpha:g} works, or take fewer workers or another seed"
+    return "; take fewer workers or a smaller batch"
 
 
 def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtype) -> Layerwise:

@@ -1,12 +1,15 @@
 """The plan: workers, data, model and device, and what depends on the launch."""
 
+import re
+
 import pytest
 import torch
 
 from consensus.comm import Launch
+from consensus.problem import partition
 from consensus.run.checks import ConfigError
 from consensus.run.compose import explain
-from consensus.run.plan import choose_device, count_workers, make_plan
+from consensus.run.plan import choose_device, count_workers, load_data, make_plan
 
 
 @pytest.fixture
@@ -108,6 +111,32 @@ def test_msgd_is_one_worker_in_one_process(make_config):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_checks_of_the_plan_are_the_same_on_every_rank(plan_refusal, overrides, line, rank):
     assert plan_refusal(Launch(rank, 2, rank, 2), "workers=4", *overrides) == line
+
+
+@pytest.mark.parametrize(("workers", "seed"), [(16, 0), (16, 1), (12, 5)])
+def test_shards_that_are_too_small_name_alpha_and_a_remedy(
+    plan_refusal, make_config, workers, seed
+):
+    """1437 images; few classes at a worker leave it without a minibatch of 20."""
+    own = [f"workers={workers}", f"seed={seed}", "data.partition=label_skew", "model=logistic"]
+    line = plan_refusal(Launch(), *own, "data.alpha=0.1", "device=cpu")
+    beginning, _, rest = line.partition(f"; with seed = {seed} worker ")
+    assert beginning == (
+        f"`data.alpha` is 0.1; allowed: a value for which each of the {workers} workers has at "
+        "least algorithm.batch_size = 20 images"
+    )
+    worker, most, alpha = re.fullmatch(
+        r"(\d+) has (\d+); data\.alpha=([\d.]+) works, or take fewer workers or another seed", rest
+    ).groups()
+    labels = load_data(make_config()).train_labels
+    sizes = [len(shard) for shard in partition(labels, "label_skew", workers, seed, 0.1)]
+    assert int(most) == sizes[int(worker)] == min(sizes) < 20
+    assert make_plan(make_config(*own, f"data.alpha={alpha}", "device=cpu"), Launch())
+
+
+def test_no_alpha_gives_more_images_than_there_are(plan_refusal):
+    own = ["workers=100", "data.partition=label_skew", "model=logistic", "device=cpu"]
+    assert plan_refusal(Launch(), *own).endswith("; take fewer workers or a smaller batch")
 
 
 def test_missing_data_are_refused(plan_refusal, tmp_path):
