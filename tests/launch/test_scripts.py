@@ -327,6 +327,14 @@ def test_train_stops_where_setup_fails(checkout):
     assert err.count("\n") == 1
 
 
+def test_local_without_arguments_prints_its_usage_and_starts_nothing(checkout):
+    code, out, err = checkout.run("launch/local.sh", NPROC="2")
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: launch/local.sh [NPROC] [OVERRIDE ...]\n")
+    assert "set -" not in err
+    assert checkout.calls() == []
+
+
 def test_local_takes_the_number_of_processes_first(checkout):
     checkout.run("scripts/setup")
     code, out, err = checkout.run("launch/local.sh", "8", "data=mnist", OMP_NUM_THREADS="3")
@@ -499,7 +507,7 @@ def test_bench_refuses_another_name(checkout):
 
 @pytest.mark.parametrize("nproc", ["0", "four", "-1", "2.5"])
 def test_local_refuses_what_is_no_number_of_processes(checkout, nproc):
-    code, out, err = checkout.run("launch/local.sh", NPROC=nproc)
+    code, out, err = checkout.run("launch/local.sh", "seed=1", NPROC=nproc)
     assert (code, out) == (2, "")
     assert f"NPROC={nproc}" in err
     assert err.count("\n") == 1
