@@ -7,10 +7,13 @@ read as None.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -74,6 +77,8 @@ def read_rows(run_dir: Path) -> list[Row]:
         missing = [key for key in REQUIRED if not isinstance(row, dict) or key not in row]
         if missing:
             raise ValueError(f"{path}, line {n} lacks {', '.join(missing)}")
+        if not isinstance(row["iteration"], int):
+            raise ValueError(f"{path}, line {n}: its iteration is {row['iteration']!r}")
         rows.append(row)
     if not rows:
         raise NoEvaluationError(f"{path} holds no evaluation yet")
@@ -192,26 +197,49 @@ def evaluation_lines(row: Row) -> list[str]:
 
 
 def text_table(
-    title: str,
-    rows: Sequence[Sequence[str]],
-    *,
-    left: Sequence[str] = (),
-    first_width: int | None = None,
-    width: int | None = None,
+    title: str, rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), screen: int = 80
 ) -> Table:
-    """A table for the terminal; too long a text is folded, so that no name is cut off.
+    """A table for a terminal of `screen` columns, in which no word and no number is broken.
 
     The first row holds the headings; `left` are those of the columns that are aligned to the left.
-    The widths are the least of the first column and of the others, in characters.
+    Entries of the first column, such as names of runs, get the room that is left, in lines that end
+    at commas. What is longer still is folded, so that no name is cut off.
     """
-    table = Table(title=title)
-    for i, heading in enumerate(rows[0]):
-        table.add_column(
-            heading,
-            justify="left" if heading in left else "right",
-            overflow="fold",
-            min_width=width if i else first_width,
-        )
-    for row in rows[1:]:
-        table.add_row(*map(escape, row))  # a name may look like markup
+    columns = list(zip(*rows, strict=True))
+    most = [max(map(len, column)) for column in columns]
+    least = [
+        max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns
+    ]
+    spare = screen - sum(least[1:]) - len(least) + 1
+    least[0] = min(most[0], max(spare, LEAST_ROOM))
+    spare -= least[0]
+    widths = list(least)
+    while spare > 0 and widths != most:  # one column each, so that all get their share
+        for i in (i for i, width in enumerate(widths) if width < most[i]):
+            widths[i] += min(1, spare)
+            spare -= min(1, spare)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading, width in zip(rows[0], widths, strict=True):
+        side: JustifyMethod = "left" if heading in left else "right"
+        table.add_column(heading, justify=side, overflow="fold", width=width)
+    for first, *others in rows[1:]:
+        table.add_row(
+            *map(escape, (at_commas(first, least[0]), *others))
+        )  # it may look like markup
     return table
+
+
+LEAST_ROOM = 16  # columns for the name of a run
+
+
+def at_commas(name: str, width: int) -> str:
+    """A name such as `potential=tan,lam=0.1` in lines that end at commas and fit the width.
+
+    They also end between words, as in `consensus-tan-digits`, but never within a number.
+    """
+    lines = [""]
+    for part in re.split("(?<=,)|(?<=-)(?=[a-z])", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

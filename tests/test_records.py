@@ -13,6 +13,7 @@ from rich.console import Console
 from consensus.records import (
     COLUMNS,
     REQUIRED,
+    at_commas,
     cells,
     evaluation_lines,
     format_cell,
@@ -79,8 +80,8 @@ def test_a_run_of_today_is_reported_also_after_a_column_was_added(
     monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
     monkeypatch.setattr(sys, "argv", ["consensus.report", str(old_runs)])
     main()
-    shown = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
-    found = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in shown if len(cells) > 6}
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {cells[0]: cells[1:] for cells in shown[:8] if len(cells) > 6}
     expected = ["20", "0.28", "877.96", "860.98", "10.51", "229.91", "12.22"]
     expected += ["-"] if added else []
     assert found["resumed"] == found["stationarity"] == expected
@@ -215,6 +216,41 @@ def test_a_row_without_optional_keys_has_a_log_line():
     (line,) = evaluation_lines(row(7))
     assert line.startswith("iteration      7  epoch   1.00  train loss 1 error 1.00 %")
     assert "coupling nan" in line
+
+
+def test_a_table_breaks_no_word_and_no_number_in_80_columns():
+    name = "potential=tan_sep,eta=0.5,lam=1e-05,sigma=0.001,momentum=0.99"
+    dated = "20260101-000000-consensus-pseudo_huber-digits"
+    headings = ["run", "iteration", "train loss", "train error %", "test error", "mean"]
+    numbers = ["30000", "1.2345e-05", "100.00", "12.22", "0.123 ± 0.45678"]
+    console = Console(file=io.StringIO(), width=80, soft_wrap=True)
+    rows = [headings, *([entry, *numbers] for entry in (name, dated, "short"))]
+    console.print(text_table("t", rows, left=("run",)))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [word for line in lines for word in line.split()]
+    assert words.count("short") == 1
+    for word in " ".join([*headings[1:], *numbers]).split():
+        assert words.count(word) >= 1, word
+    assert words.count("1.2345e-05") == 3
+    starts = [line.split()[0] for line in lines if line[:1].strip()]
+    assert name in "".join(starts)
+    assert dated in "".join(starts)
+    assert all(start.endswith((",", "-", "0.99", "digits")) for start in starts[3:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "lines"),
+    [
+        ("a=1,b=2", 9, ["a=1,b=2"]),
+        ("a=1,b=2", 6, ["a=1,", "b=2"]),
+        ("lam=1e-05", 4, ["lam=1e-05"]),
+        ("consensus-tan-digits", 12, ["consensus-", "tan-digits"]),
+        ("", 3, [""]),
+    ],
+)
+def test_lines_of_a_name_end_at_commas_and_words(name, width, lines):
+    assert at_commas(name, width).split("\n") == lines
 
 
 def test_names_in_a_table_are_not_markup():

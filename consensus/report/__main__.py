@@ -12,7 +12,7 @@ from rich.table import Table
 from consensus.records import Row, cells, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
-from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, read_all
+from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, labels, read_all
 from consensus.report.stationarity import measured, stationarity_table, verdict
 from consensus.report.table1 import HEADINGS, Record, of_the_paper, show_mean, table1
 from consensus.startup import protect_streams
@@ -44,17 +44,27 @@ def main() -> None:
         sys.exit(2)
 
 
-def report(named: Sequence[Path], figure: Path | None = None, folder: Path | None = None) -> None:
+def report(
+    named: Sequence[Path],
+    figure: Path | None = None,
+    folder: Path | None = None,
+    paths: Sequence[Path] | None = None,
+) -> None:
     """Compare runs, or those in folders, on the screen and in files; `main` explains the paths.
+
+    `paths` are the run directories to compare, by default all that are found in the named ones.
 
     Raises:
         ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.
         OSError: If a file cannot be written.
     """
-    first = named[0]
-    paths = find_runs(named)
-    metrics = read_all(paths, named)
-    runs = comparable_runs(paths, metrics)
+    first, left_out = named[0], dict[Path, str]()
+    if paths is None:
+        paths = find_runs(named, left_out)
+    by_path = read_all(paths, named, left_out)
+    names = labels(list(by_path), named)
+    runs = comparable_runs(by_path, names, named, left_out)
+    metrics = {names[path]: rows for path, rows in by_path.items()}
     if folder is not None and not runs:
         raise ValueError("`--folder` needs two or more runs that differ in their config.yaml")
     if folder is None and runs and not is_run(first):
@@ -65,40 +75,43 @@ def report(named: Sequence[Path], figure: Path | None = None, folder: Path | Non
     draw_convergence(evaluated, figure)
     if folder is not None:
         write_report(runs, folder, [path.resolve().name for path in named])
+    analysed, second = measured(shown), figure.with_stem(f"{figure.stem}_stationarity")
+    if analysed:
+        draw_stationarity(analysed, second)
     console = Console(soft_wrap=True, highlight=False)
     say = partial(console.print, markup=False)
-    console.print(comparison_table(shown))
+    console.print(comparison_table(shown, console.width))
     if len(shown) < len(evaluated):
         where = f": {folder}/runs.csv, and {folder}/table1.csv" if folder else ""
         say(f"and {len(evaluated) - len(shown)} more runs{where}")
     if len(evaluated) < len(metrics):
         say(f"{len(metrics) - len(evaluated)} without an evaluation")
+    for reason in left_out.values():
+        say(f"left out: {reason}")
     if runs:
-        for table in screen_tables(table1(runs)):
+        for table in screen_tables(table1(runs), console.width):
             console.print(table)
         written = f"Table 1 and Figure 1 in {folder}/report.md"
         say(written if folder else "--folder FOLDER writes Table 1 and Figure 1 there")
-    if analysed := measured(shown):
-        second = figure.with_stem(f"{figure.stem}_stationarity")
-        draw_stationarity(analysed, second)
-        console.print(stationarity_table(analysed))
+    if analysed:
+        console.print(stationarity_table(analysed, console.width))
         for label, rows in analysed.items():
             say(f"{label}: {verdict(rows)}")
         say(f"stationarity in {second}")
     say(f"figure in {figure}")
 
 
-def comparison_table(runs: Mapping[str, Sequence[Row]]) -> Table:
+def comparison_table(runs: Mapping[str, Sequence[Row]], screen: int = 80) -> Table:
     """The last evaluation of each run."""
     return text_table(
         "last evaluation of each run",
         [["run", *headings()], *([label, *cells(rows[-1])] for label, rows in runs.items())],
         left=("run",),
-        first_width=min(max(map(len, runs), default=0), 16),
+        screen=screen,
     )
 
 
-def screen_tables(records: Sequence[Record]) -> list[Table]:
+def screen_tables(records: Sequence[Record], screen: int = 80) -> list[Table]:
     """Both parts of Table 1, the paper's numbers in brackets and hyperparameters as overrides."""
     first = [["potential", *HEADINGS.values(), "finished / not"]]
     second = [["potential", "seeds", HEADINGS["test_error"], HEADINGS["test_loss"], "with"]]
@@ -114,11 +127,10 @@ def screen_tables(records: Sequence[Record]) -> list[Table]:
         second.append([r.label, seeds, *means, chosen])
     title = "Table 1: the lowest of each column by itself"
     title += " (the paper's)" if of_the_paper(records) else ""
-    width = max(len(r.label) for r in records)
     left = ("potential", "with")
     return [
-        text_table(title, first, left=left, first_width=width),
-        text_table("the best in test error", second, left=left, first_width=width),
+        text_table(title, first, left=left, screen=screen),
+        text_table("the best in test error", second, left=left, screen=screen),
     ]
 
 

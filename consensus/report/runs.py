@@ -43,14 +43,19 @@ class Run:
         return str(self.config.get("data.name", "?")), str(self.config.get("model.name", "?"))
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
+def find_runs(paths: Sequence[Path], left_out: dict[Path, str] | None = None) -> list[Path]:
     """The run directories among the paths and, sorted, at any depth below them.
 
-    Run directories and `checkpoints` are not searched. A path without a run is a ValueError.
+    Run directories and `checkpoints` are not searched. A path without a run, or that cannot be
+    read, is a ValueError. A folder below it that cannot be read is left out: `left_out` gets it,
+    with the reason.
     """
     runs: list[Path] = []
+    unread = {} if left_out is None else left_out
     for path in paths:
-        found = _runs_in(path)
+        found = _runs_in(path, unread)
+        if path in unread:
+            raise ValueError(unread[path])
         if not found:
             raise ValueError(f"{path}: no run found here (no {METRICS})")
         runs += [run for run in found if run not in runs]
@@ -62,17 +67,22 @@ def is_run(path: Path) -> bool:
     return (path / METRICS).exists()
 
 
-def _runs_in(path: Path) -> list[Path]:
-    if is_run(path):
-        return [path]
-    if not path.is_dir():
+def _runs_in(path: Path, unread: dict[Path, str]) -> list[Path]:
+    try:
+        if is_run(path):
+            return [path]
+        if not path.is_dir():
+            return []
+        # Links to folders may form a circle, so a link counts only if it is a run itself.
+        inside = [p for p in sorted(path.iterdir()) if p.name != "checkpoints"]
+        searched = [p for p in inside if not p.is_symlink() or is_run(p)]
+    except OSError as error:  # such as lost+found at the top of a volume
+        unread[path] = f"{path}: {error.strerror}"
         return []
-    # Links to folders may form a circle, so a link counts only if it is a run itself.
-    inside = [p for p in sorted(path.iterdir()) if p.name != "checkpoints"]
-    return [run for p in inside if is_run(p) or not p.is_symlink() for run in _runs_in(p)]
+    return [run for p in searched for run in _runs_in(p, unread)]
 
 
-def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
+def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> dict[Path, str]:
     """The name of each run directory, with more of its path where names coincide.
 
     The path below the first of the searched folders that holds the run may suffice.
@@ -82,44 +92,60 @@ def labels(paths: Sequence[Path], folders: Sequence[Path] = ()) -> list[str]:
         next((str(path.relative_to(f)) for f in folders if f in path.parents), str(path))
         for path in paths
     ]
-    return [
-        name if names.count(name) == 1 else below if inside.count(below) == 1 else str(path)
+    return {
+        path: name if names.count(name) == 1 else below if inside.count(below) == 1 else str(path)
         for name, below, path in zip(names, inside, paths, strict=True)
-    ]
+    }
 
 
-def read_all(paths: Sequence[Path], named: Sequence[Path]) -> dict[str, list[Row]]:
-    """Label -> the evaluations of each run; a ValueError if none has one, or a file is damaged.
+def read_all(
+    paths: Sequence[Path], named: Sequence[Path], left_out: dict[Path, str]
+) -> dict[Path, list[Row]]:
+    """The evaluations of each run; a ValueError if none has one, or a named one is damaged.
 
-    A run of a sweep may be waiting, or may have failed before its first evaluation. Such a run has
-    no rows here if it was found beside others, and is not named on the command line itself.
+    A damaged run that was found beside others, and is not named on the command line itself, is left
+    out: `left_out` gets it, with the reason. A run of a sweep may be waiting, or may have failed
+    before its first evaluation. Such a run has no rows here, again unless it is named.
     """
-    metrics: dict[str, list[Row]] = {}
-    missing: NoEvaluationError | None = None
-    for label, path in zip(labels(paths, named), paths, strict=True):
+    metrics: dict[Path, list[Row]] = {}
+    missing: ValueError | None = None
+    for path in paths:
         try:
-            metrics[label] = read_rows(path)
-        except NoEvaluationError as error:
+            metrics[path] = read_rows(path)
+        except ValueError as error:
             if path in named:
                 raise
             missing = missing or error
-            metrics[label] = []
+            if isinstance(error, NoEvaluationError):
+                metrics[path] = []
+            else:
+                left_out[path] = str(error)
     if missing is not None and not any(metrics.values()):
         raise missing
     return metrics
 
 
-def comparable_runs(paths: Sequence[Path], metrics: Mapping[str, Sequence[Row]]) -> list[Run]:
+def comparable_runs(
+    metrics: Mapping[Path, Sequence[Row]],
+    names: Mapping[Path, str],
+    named: Sequence[Path],
+    left_out: dict[Path, str],
+) -> list[Run]:
     """The runs with their configs, if there are two or more that differ; otherwise none.
 
-    A ValueError if only some have a config.yaml, or a file is damaged.
+    If only some have a config.yaml, or a file is damaged, these runs are left out as in `read_all`,
+    or a ValueError where they are named.
     """
-    if len(paths) < 2 or not any((path / "config.yaml").exists() for path in paths):
+    if len(metrics) < 2 or not any((path / "config.yaml").exists() for path in metrics):
         return []
-    runs = [
-        read_run(label, path, rows)
-        for path, (label, rows) in zip(paths, metrics.items(), strict=True)
-    ]
+    runs = []
+    for path, rows in metrics.items():
+        try:
+            runs.append(read_run(names[path], path, rows))
+        except ValueError as error:
+            if path in named:
+                raise
+            left_out[path] = str(error)
     return runs if varying(runs) else []
 
 

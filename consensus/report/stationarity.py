@@ -76,7 +76,7 @@ def stationarity_cells(runs: Mapping[str, Sequence[Row]]) -> list[list[str]]:
     return cells
 
 
-def stationarity_table(runs: Mapping[str, Sequence[Row]]) -> Table:
+def stationarity_table(runs: Mapping[str, Sequence[Row]], screen: int = 80) -> Table:
     """`stationarity_cells` for the screen, without some columns."""
     cells = stationarity_cells(runs)
     shown = [i for i, heading in enumerate(cells[0]) if heading not in NOT_ON_SCREEN]
@@ -84,7 +84,7 @@ def stationarity_table(runs: Mapping[str, Sequence[Row]]) -> Table:
         "stationarity: the last measurement of each run",
         [[row[i] for i in shown] for row in cells],
         left=("run",),
-        width=7,
+        screen=screen,
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,8 +17,8 @@ def test_the_command_on_two_runs(command, write_run):
     a, b = write_run("a", None, [row_at(10), row_at(20)]), write_run("b", None, [row_at(30)])
     code, out, err = command(a, b)
     assert (code, err) == (0, "")
-    assert re.search(r"\ba +│ +20 │ +0\.20 │ +45 │", out)
-    assert re.search(r"\bb +│ +30 │ +0\.30 │ +30 │", out)
+    assert re.search(r"\ba +20 +0\.20 +45 ", out)
+    assert re.search(r"\bb +30 +0\.30 +30 ", out)
     assert out.splitlines()[-1] == f"figure in {a}/report.png"
     assert min(pixels_of(a / "report.png", colour) for colour in (BLUE, ORANGE)) > 50
 
@@ -28,8 +29,8 @@ def test_the_command_on_the_folder_of_runs(command, write_run, tmp_path):
     figure = tmp_path / "here.png"
     code, out, err = command(tmp_path / "sweep", "--output", figure)
     assert (code, err) == (0, "")
-    assert re.search(r"\ba +│ +20 │", out)
-    assert re.search(r"\bb +│ +30 │", out)
+    assert re.search(r"\ba +20 ", out)
+    assert re.search(r"\bb +30 ", out)
     assert min(pixels_of(figure, colour) for colour in (BLUE, ORANGE)) > 50
     assert not (tmp_path / "sweep" / "report.png").exists()
 
@@ -225,7 +226,7 @@ def test_the_command_refuses_a_sweep_in_one_line(command, sweep, write_run, tmp_
         assert err.startswith(f"consensus.report: {complaint}")
         assert err.count("\n") == 1
     (c / "config.yaml").unlink()
-    code, out, err = command(sweep)
+    code, out, err = command(a, c)
     assert (code, out) == (2, "")
     assert err.startswith(f"consensus.report: {c}/config.yaml is missing")
     assert err.count("\n") == 1
@@ -233,6 +234,57 @@ def test_the_command_refuses_a_sweep_in_one_line(command, sweep, write_run, tmp_
     code, out, err = command(sweep / "cubic")
     assert (code, out) == (2, "")
     assert err == f"consensus.report: {sweep}/cubic/a/metrics.jsonl holds no evaluation yet\n"
+
+
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.yaml", None, "{run}/config.yaml is missing: its run cannot be placed in a table"),
+        ("config.yaml", "a: [", "{run}/config.yaml is no readable configuration: "),
+        ("metrics.jsonl", '{"iteration": 1, "epo', "{run}/metrics.jsonl, line 1 is not JSON: "),
+        ("metrics.jsonl", '{"iteration": 1}', "{run}/metrics.jsonl, line 1 lacks epoch"),
+        ("summary.json", "{", "{run}/summary.json is damaged: "),
+    ],
+)
+def test_a_damaged_run_costs_itself_and_a_line(command, sweep, write_run, name, content, reason):
+    """Six runs, and a seventh, which is damaged: the others are in the table."""
+    run = write_run("quad/d", config(lam=0.1, workers=None, seed=1), [FIRST])
+    assert command(sweep)[0] == 0
+    path = run / name
+    path.unlink() if content is None else path.write_text(content, encoding="utf-8")
+    code, out, err = command(sweep)
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert line.startswith(f"left out: {reason.format(run=run)}")
+    shown = [run["run"] for run in read_csv(sweep / "report" / "runs.csv")]
+    assert len(shown) == 6
+    assert not [label for label in shown if label in ("d", "quad/d")]
+    code, out, err = command(run, sweep / "quad" / "a")
+    assert (code, out) == (2, ""), "named by the user itself"
+    assert err.startswith(f"consensus.report: {reason.format(run=run)}")
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_folder_that_may_not_be_read_is_left_out(command, sweep, monkeypatch):
+    """As lost+found at the top of a volume; root may read everything, so it is a stand-in."""
+    closed = sweep / "lost+found"
+    closed.mkdir()
+    exists, iterdir = Path.exists, Path.iterdir
+
+    def refused(path):
+        if path == closed or closed in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", lambda path: (refused(path), exists(path))[1])
+    monkeypatch.setattr(Path, "iterdir", lambda path: (refused(path), iterdir(path))[1])
+    code, out, err = command(sweep)
+    assert (code, err) == (0, "")
+    assert f"left out: {closed}: Permission denied" in out.splitlines()
+    assert len(read_csv(sweep / "report" / "runs.csv")) == 6
+    code, out, err = command(sweep, closed)
+    assert (code, out) == (2, "")
+    assert err == f"consensus.report: {closed}: Permission denied\n"
 
 
 def test_comparison_table_shows_the_last_row_of_each_run():
@@ -255,7 +307,9 @@ def test_long_names_stay_apart_on_a_narrow_screen():
     written = io.StringIO()
     names = [f"20260101-000000-consensus-{name}-digits" for name in ("quad", "tan")]
     Console(file=written, width=80).print(comparison_table({name: [row_at(10)] for name in names}))
-    first = [line.split("│")[1].strip() for line in written.getvalue().splitlines() if "│" in line]
+    lines = written.getvalue().splitlines()
+    rule = next(n for n, line in enumerate(lines) if line.startswith("───"))
+    first = [line.split()[0] for line in lines[rule + 1 :]]
     assert "".join(first) == "".join(names), "folded, not cut off"
 
 
@@ -266,6 +320,6 @@ def test_the_screen_shows_both_parts():
     for table in screen_tables(table1(runs)):
         Console(file=written, width=120).print(table)
     text = re.sub(" +", " ", written.getvalue())
-    assert "│ tan │ 7 │ 6 (0.83) │ 0.50 (0.00) │ 120 (301) │ 0.80 (0.62) │ 1 / 0 │" in text
-    assert "│ [red] │ 9 │ 8 │ 0.30 │ 100 │ 0.90 │ 2 / 0 │" in text
-    assert "│ tan │ 1 │ 0.80 │ 120 │ algorithm.lam=0.1 │" in text
+    assert "\ntan 7 6 (0.83) 0.50 (0.00) 120 (301) 0.80 (0.62) 1 / 0\n" in text
+    assert "\n[red] 9 8 0.30 100 0.90 2 / 0\n" in text
+    assert "\ntan 1 0.80 120 algorithm.lam=0.1" in text

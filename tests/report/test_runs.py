@@ -50,16 +50,16 @@ def test_find_runs_at_any_depth(tmp_path, write_run):
 
 def test_runs_of_one_name_keep_apart(tmp_path):
     a, b = tmp_path / "x" / "seed0", tmp_path / "y" / "seed0"
-    assert labels([a, b]) == [str(a), str(b)]
-    assert labels([a, tmp_path / "other"]) == ["seed0", "other"]
+    assert list(labels([a, b]).values()) == [str(a), str(b)]
+    assert list(labels([a, tmp_path / "other"]).values()) == ["seed0", "other"]
 
 
 def test_labels_are_as_short_as_they_may_be(tmp_path):
     x, y = tmp_path / "x", tmp_path / "y"
     paths = [x / "quad" / "seed0", x / "tan" / "seed0", x / "tan" / "seed1"]
-    assert labels(paths, [x]) == ["quad/seed0", "tan/seed0", "seed1"]
+    assert list(labels(paths, [x]).values()) == ["quad/seed0", "tan/seed0", "seed1"]
     paths = [x / "quad" / "seed0", y / "quad" / "seed0"]
-    assert labels(paths, [x, y]) == [str(path) for path in paths]
+    assert list(labels(paths, [x, y]).values()) == [str(path) for path in paths]
 
 
 def test_a_config_is_plain_data(write_run):
@@ -94,10 +94,15 @@ def test_m_comes_from_the_summary_if_the_config_has_none(write_run):
 def test_no_configs_at_all_are_no_mistake_but_one_missing_is(write_run):
     a, b = write_run("a", None, []), write_run("b", None, [])
     c = write_run("c", config(), [])
-    assert comparable_runs([a, b], {"a": [], "b": []}) == []
+    names = {a: "a", b: "b", c: "c"}
+    left_out = {}
+    assert comparable_runs({a: [], b: []}, names, [a, b], left_out) == []
     with pytest.raises(ValueError, match="is missing") as caught:
-        comparable_runs([c, b], {"c": [], "b": []})
+        comparable_runs({c: [], b: []}, names, [c, b], left_out)
     assert str(caught.value).startswith(f"{b}/config.yaml is missing")
+    assert left_out == {}
+    assert comparable_runs({c: [], b: []}, names, [c.parent], left_out) == []
+    assert left_out == {b: str(caught.value)}
 
 
 @pytest.mark.parametrize(
