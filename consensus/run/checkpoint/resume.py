@@ -9,7 +9,7 @@ With `resume=PATH` a new run starts from a checkpoint of another run.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,22 +133,29 @@ def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
 
 
 def _require_same(before: Any, config: Config, where: Path) -> None:
-    """Refuse all keys and options that differ from the start of the run, in one line.
+    """Refuse all keys and options that differ from the start of the run, in one line."""
+    told = [
+        f"`{key}` is {new}; allowed: {old}"
+        for key, old, new in differing(before, config)
+        if not {key, key.partition(".")[0]} & _FREE
+    ]
+    if told:
+        raise ConfigError(f"{'; '.join(told)}, as in {where} (a run is continued as it began)")
+
+
+def differing(before: Any, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Key, old and new value of each setting that differs; `before` is a config as plain data.
 
     A key that no class had at that time is free, and so is an option with the value of its default.
     """
     old = flat(_with_defaults(before))
     new = flat(_with_defaults(OmegaConf.to_container(OmegaConf.structured(config))))
-    differing = []
     for key in {**new, **old}:
         known, (owner, option, _) = key in old and key in new, key.partition(".options.")
         same = known and old[key] == new[key]
         other = option and old.get(f"{owner}.name") != new.get(f"{owner}.name")  # says enough
-        if not (same or other or {key, key.partition(".")[0]} & _FREE) and (known or option):
-            allowed = old.get(key, "no such option")
-            differing.append(f"`{key}` is {new.get(key, 'absent')}; allowed: {allowed}")
-    if differing:
-        raise ConfigError(f"{'; '.join(differing)}, as in {where} (a run is continued as it began)")
+        if not (same or other) and (known or option):
+            yield key, old.get(key, "no such option"), new.get(key, "absent")
 
 
 def _with_defaults(config: Any) -> Any:
