@@ -1,8 +1,9 @@
-"""The README is correct: its code runs, its overrides compose, its tree exists."""
+"""README and docs/coupling.md: their code runs, overrides compose, the tree and links exist."""
 
 import re
 
 import pytest
+import torch
 
 from consensus.comm import Launch, Solo
 from consensus.core.potentials import POTENTIALS
@@ -12,6 +13,7 @@ from consensus.run.trainer import Trainer
 from tests.testing import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COUPLING = (ROOT / "docs" / "coupling.md").read_text(encoding="utf-8")
 MODEL_SNIPPET, PLUGIN, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -41,6 +43,18 @@ def test_the_model_snippet_repeats_the_test_error_of_the_run(
 
 def test_the_library_example_runs():
     exec(LIBRARY, {})
+
+
+def test_the_snippets_about_coupling_run_one_after_another(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", COUPLING, re.DOTALL)
+    names = {}
+    with torch.random.fork_rng():
+        for snippet in snippets:
+            exec(snippet, names)
+    assert len(snippets) >= 5
+    loss = float(re.match(r"tensor\((.*)\)\n", capsys.readouterr().out)[1])
+    assert 0.0 < loss < 0.25, "below the variance of the mean of eight squares, 2 / 8"
+    assert names["u"].keys() == names["state"].keys()
 
 
 def test_the_plugin_example_runs(make_config, tmp_path, monkeypatch):
@@ -108,5 +122,7 @@ def test_the_tree_is_the_tree():
 def test_the_links_and_scripts_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", COUPLING):
+        assert (ROOT / "docs" / target).exists(), target
     for script in re.findall(r"(?<![\w/])(?:\./)?((?:scripts|launch)/[\w.]+)", README):
         assert (ROOT / script).exists(), script

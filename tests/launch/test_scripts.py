@@ -493,7 +493,8 @@ def test_bench_lists_the_benchmarks(checkout, words):
     code, out, _ = checkout.run("scripts/bench", *words)
     assert code == 0
     names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
-    assert names == ["compare", "gpu", "latency", "population", "scaling", "checkpoints"]
+    here = ["compare", "coupling", "pull", "gpu", "latency", "population", "scaling", "checkpoints"]
+    assert names == here
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
     assert checkout.calls() == []
 
