@@ -1,0 +1,81 @@
+"""examples/char_gpt.py with consensus and with DistributedDataParallel, for several seeds.
+
+Started as `scripts/bench char_gpt`, which starts four processes under torchrun and trains all runs
+in them, one after another. Both methods have the default options of the example, which were tuned
+for each. It prints the losses on held-out text at the end and draws them over the steps.
+"""
+
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from benchmarks import harness
+from benchmarks.harness import table
+from examples import char_gpt
+
+METHODS = {"DDP": ["--ddp"], "consensus": []}
+QUICK = ["--steps=40", "--every=20", "--width=16"]
+COLUMNS = {"seed": "<9", "DDP": ">9.4f", "consensus": ">9.4f", "above DDP": ">9.1%"}
+
+
+def rows(curves: dict[str, list[list[float]]]) -> list[tuple[object, ...]]:
+    """By COLUMNS: the last losses of each seed, their means and their standard deviations."""
+    ends = {name: [losses[-1] for losses in own] for name, own in curves.items()}
+    pairs = list(zip(ends["DDP"], ends["consensus"], strict=True))
+    found = [(str(seed), a, b, b / a - 1) for seed, (a, b) in enumerate(pairs)]
+    a, b = (statistics.mean(own) for own in ends.values())
+    found.append(("mean", a, b, b / a - 1))
+    if len(pairs) > 1:
+        found.append(("deviation", *map(statistics.stdev, ends.values()), None))
+    return found
+
+
+def draw(curves: dict[str, list[list[float]]], every: int, path: str) -> None:
+    """Loss over steps: the mean over seeds, and the range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for color, (name, runs) in zip(("C7", "C0"), curves.items(), strict=True):
+        points = list(zip(*runs, strict=True))
+        steps = [every * (i + 1) for i in range(len(points))]
+        axes.plot(steps, list(map(statistics.mean, points)), color=color, marker="o", label=name)
+        axes.fill_between(steps, list(map(min, points)), list(map(max, points)), color=color)
+    axes.set(xlabel="steps", ylabel="loss on held-out text")
+    axes.legend()
+    figure.savefig(path, dpi=80)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, start the ranks, train, print, write."""
+    parser = harness.parser("char_gpt", quick="few steps of a small model, one seed", plot=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    if "RANK" not in os.environ:
+        ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+        own = sys.argv[1:] if arguments is None else arguments
+        os.execv(sys.executable, [sys.executable, "-m", *ranks, "-m", "benchmarks.char_gpt", *own])
+    quick, every = (QUICK, 20) if options.quick else ([], char_gpt.SIZES["every"])
+    seeds = 1 if options.quick else options.seeds
+    curves: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+    for seed in range(seeds):
+        for name, chosen in METHODS.items():
+            losses, _ = char_gpt.main([f"--seed={seed}", *chosen, *quick])
+            curves[name].append(losses)
+            if dist.get_rank() == 0:
+                print(f"{name}, seed {seed}: {losses[-1]:.4f}", flush=True)
+                content = {"environment": harness.environment(), "every": every, "losses": curves}
+                harness.write_json(options.json, content)
+    if dist.get_rank() == 0:
+        print(table(COLUMNS, rows(curves)))
+        if options.plot:
+            draw(curves, every, options.plot)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
