@@ -9,6 +9,7 @@ from consensus.problem.models import MODELS, build_model
 from consensus.problem.population_risk import WAYS, BatchedRisk, PopulationRisk, Way
 from consensus.problem.risk import Batch, MinibatchRisk, Risk
 from consensus.problem.streams import stream, stream_seed
+from consensus.problem.trial import require_logits
 
 __all__ = [
     "DATASETS",
@@ -26,6 +27,7 @@ __all__ = [
     "Way",
     "build_model",
     "partition",
+    "require_logits",
     "stream",
     "stream_seed",
 ]

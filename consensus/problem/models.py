@@ -9,14 +9,14 @@ Users register their own models, and `plugins` in the config imports them:
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
-from consensus.problem.streams import stream_seed
+from consensus.problem.streams import restored_generators, seed_all, stream_seed
 from consensus.registry import Registry
 
 MODELS: Registry[nn.Module] = Registry("model")
@@ -77,6 +77,18 @@ def logistic(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), fc=nn.Linear(PIXELS, num_classes)))
 
 
+def _make(name: str, seed: int, options: Mapping[str, Any]) -> nn.Module:
+    """The model `name` on the CPU, drawn from `seed`. The generators are restored."""
+    device = torch.device("cuda") if torch.cuda.is_initialized() else None
+    with restored_generators(device), torch.device("cpu"):
+        seed_all(stream_seed(seed, "init"))
+        return MODELS.make(name, **options)
+
+
+def _values(model: nn.Module) -> Iterable[Tensor]:
+    return model.state_dict().values()
+
+
 def build_model(name: str, seed: int, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The model `name` on the CPU, with torch's default initialization drawn from `seed`.
 
@@ -85,10 +97,15 @@ def build_model(name: str, seed: int, dtype: torch.dtype, **options: Any) -> nn.
     wrong, or the model has buffers, frozen parameters or no parameters: the state of a worker is
     one vector of trained parameters.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
-        torch.default_generator.manual_seed(stream_seed(seed, "init"))
-        model = MODELS.make(name, **options)
+    model, again = (_make(name, seed, options) for _ in range(2))
+    for key, first, second in zip(model.state_dict(), *map(_values, (model, again)), strict=True):
+        if not torch.equal(first, second):
+            raise ValueError(
+                f"model `{name}` starts with another `{key}` each time: draw from the global "
+                "generator of torch, NumPy or Python, which the run seeds, and not from one of its "
+                "own without a seed"
+            )
+    del again
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if buffers:
         raise ValueError(

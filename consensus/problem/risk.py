@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from consensus.core.flat import FlatLayout
 from consensus.problem.data import Dataset
 from consensus.problem.minibatches import Minibatches
-from consensus.problem.streams import draws_random_numbers
+from consensus.problem.streams import draws_random_numbers, restored_generators, seed_all
 
 Batch = tuple[Tensor, Tensor]
 """Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
@@ -31,8 +31,8 @@ class Risk:
     """The cross-entropy of a model, as a function of its flattened parameters.
 
     The model serves as a function of images (B, 1, 28, 28) with logits (B, classes): its own
-    parameters are neither read nor written. Random layers, such as dropout, draw from torch's
-    global generators. The reduction, "sum" or "mean", is over the samples of a minibatch; the step
+    parameters are neither read nor written. Random layers, such as dropout, draw from the global
+    generators. The reduction, "sum" or "mean", is over the samples of a minibatch; the step
     sizes of the paper belong to the sum.
 
     Attributes:
@@ -41,6 +41,7 @@ class Risk:
             call overwrites them. (K,)
         side_by_side: Whether `gradient` runs the workers on CUDA streams of their own, which become
             parallel branches in a CUDA graph. Requires a GPU.
+        random_evaluation: Whether the model draws random numbers in evaluation mode too.
     """
 
     def __init__(self, model: nn.Module, reduction: Literal["sum", "mean"]) -> None:
@@ -50,7 +51,7 @@ class Risk:
         self.layout = FlatLayout.of(model)
         self.reduction = reduction
         self.losses = torch.empty(0)
-        self.side_by_side = False
+        self.side_by_side = self.random_evaluation = False
         self._streams: list[torch.cuda.Stream] = []
 
     def gradient(
@@ -64,8 +65,8 @@ class Risk:
         """The gradient of each worker's minibatch loss at its own point: delta_j of line 5, (16).
 
         At points (K, n), for images (K, B, 1, 28, 28) and labels (K, B), in `out` (K, n), which may
-        be `points`. The seeds are those of torch's global generators, one for each worker; None
-        leaves them alone. The workers are evaluated one by one and not by vmap. The bits of a
+        be `points`. The seeds are those of the global generators, one for each worker; None leaves
+        them alone. The workers are evaluated one by one and not by vmap. The bits of a
         worker's gradient then do not depend on the number of workers in its process.
         """
         gradients = self._allocate(points, out)
@@ -76,7 +77,7 @@ class Risk:
             return gradients
         for k, run in enumerate(passes):
             if seeds is not None:
-                torch.manual_seed(seeds[k])
+                seed_all(seeds[k])
             run()
         return gradients
 
@@ -111,14 +112,19 @@ class Risk:
     def _differentiate(
         self, points: Tensor, function: Callable[[Views], Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Values (...) of a function of the parameters; the partial derivatives of their sum."""
+        """Values (...) of a function of the parameters; the partial derivatives of their sum.
+
+        The derivative by a parameter that the function does not use is 0.
+        """
         # `data` and not `detach`: `detach` shares the version counter, so that writes to the rows
         # of other workers would count as writes to this row.
         views = self.layout.unflatten(points.data)
         leaves = [view.requires_grad_() for view in views.values()]
         with torch.enable_grad():
             values = function(views)
-        return values.detach(), torch.autograd.grad(values, leaves, torch.ones_like(values))
+        return values.detach(), torch.autograd.grad(
+            values, leaves, torch.ones_like(values), materialize_grads=True
+        )
 
     def _logits(self, views: Views, images: Tensor) -> Tensor:
         logits: Tensor = functional_call(self.model, views, (images,))
@@ -165,11 +171,19 @@ class Risk:
 
     @contextmanager
     def in_evaluation_mode(self) -> Iterator[None]:
-        """Context in which the model is in evaluation mode (no dropout)."""
+        """Context in which the model is in evaluation mode (no dropout).
+
+        A model that is random in this mode too draws the same numbers in each context.
+        """
         training = self.model.training
         self.model.eval()
         try:
-            yield
+            if self.random_evaluation:
+                with restored_generators(next(self.model.parameters()).device):
+                    seed_all(0)
+                    yield
+            else:
+                yield
         finally:
             self.model.train(training)
 
@@ -194,7 +208,11 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
-        self.model_draws = draws_random_numbers(risk.model, dataset.train_images[: self.batch_size])
+        images = dataset.train_images[: self.batch_size]
+        self.model_draws = draws_random_numbers(risk.model, images)
+        with risk.in_evaluation_mode():
+            random_evaluation = draws_random_numbers(risk.model, images)
+        risk.random_evaluation = random_evaluation
 
     @property
     def losses(self) -> Tensor:

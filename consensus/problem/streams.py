@@ -6,7 +6,12 @@ one worker each are therefore the same run.
 """
 
 import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,20 +38,44 @@ def stream(seed: int, purpose: str, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, purpose, *keys))
 
 
-@torch.no_grad()
-def draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
-    """Whether a forward pass for a minibatch (B, ...) advances one of torch's global generators.
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch (of every device), NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (a user's model may draw from it)
+    random.seed(seed)
 
-    The probe runs the model once, in its current mode, and restores the generators of the CPU and
-    of the device of `inputs`. The class of a module would not tell: `torch.nn.functional.dropout`,
-    stochastic depth and attention with dropout contain no dropout module.
+
+@contextmanager
+def restored_generators(device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
+    """Restore the global generators of torch, NumPy and Python at the end.
+
+    Those of the CPU and of one CUDA device. Yields a function: whether one of them has advanced.
     """
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    devices = [device] if device is not None and device.type == "cuda" else []
 
-    def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    def states() -> list[Any]:
+        of_torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        of_numpy: Any = np.random.get_state()  # noqa: NPY002
+        return [*(x.tolist() for x in of_torch), *map(str, of_numpy[2:]), random.getstate()]
 
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng(devices=devices):
         before = states()
+        try:
+            yield lambda: states() != before
+        finally:
+            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(of_python)
+
+
+@torch.no_grad()
+def draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether a forward pass for a minibatch (B, ...) advances a global generator.
+
+    That of torch, NumPy or Python. The probe runs the model once, in its current mode, and restores
+    the generators. The class of a module would not tell: `torch.nn.functional.dropout`, stochastic
+    depth and attention with dropout contain no dropout module.
+    """
+    with restored_generators(inputs.device) as advanced:
         model(inputs)
-        return not all(map(torch.equal, before, states()))
+        return advanced()

@@ -23,6 +23,7 @@ from consensus.problem import (
     Risk,
     build_model,
     partition,
+    require_logits,
 )
 from consensus.run.checkpoint.directory import Origin
 from consensus.run.checkpoint.resume import find_origin
@@ -105,8 +106,8 @@ class Plan:
             rates.append(f"period {algorithm.period}")
         return ", ".join(rates)
 
-    def ineffective(self) -> list[str]:
-        """Lines about options that have no effect on this run."""
+    def remarks(self) -> list[str]:
+        """Lines about options that have no effect on this run, and about the model."""
         config, lines = self.config, []
         if config.algorithm.local_pull and config.algorithm.period == 1:
             lines.append("algorithm.local_pull has no effect: with period=1 there is no between")
@@ -115,6 +116,9 @@ class Plan:
         if config.stationarity.every is not None and not config.coupled:
             why = "without a coupling there is no envelope"
             lines.append(f"stationarity.every has no effect: {why}")
+        if self.risk.random_evaluation:
+            why = "draws random numbers in evaluation mode too, always the same ones"
+            lines.append(f"model {config.model.name} {why}: is `training=self.training` missing?")
         return lines
 
 
@@ -179,17 +183,16 @@ def load_data(config: Config) -> Dataset:
 
 def make_model(config: Config, dataset: Dataset) -> nn.Module:
     """The model of the config, on the device and in the dtype of the data."""
-    images, wanted = dataset.test_images[:1], (1, dataset.num_classes)
+    images, labels = dataset.test_images[:1], dataset.test_labels[:1]
     options = {"num_classes": dataset.num_classes, **config.model.options}
     try:
         model = build_model(config.model.name, config.seed, images.dtype, **options)
         model = model.to(images.device)
-        with torch.no_grad():
-            logits = model(images)
-        if logits.shape != wanted:
-            raise ValueError(f"it turns 1 image into {tuple(logits.shape)}, not logits {wanted}")
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ConfigError(f"`model` is {config.model.name} {options}: {error}") from error
+        require_logits(model, images, labels, dataset.num_classes)
+    except Exception as error:  # a user's model may do anything
+        expected = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError)
+        cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
     return model
 
 

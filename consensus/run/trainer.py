@@ -89,7 +89,7 @@ class Trainer:
 
     def _run(self) -> None:
         lines = [f"{self.plan.description()} -> {self.run_dir}", self.directory.warning]
-        for line in filter(None, [*lines, *self.plan.ineffective()]):
+        for line in filter(None, [*lines, *self.plan.remarks()]):
             self.screen.say(line)
         start = self.start()
         self.loop(start)

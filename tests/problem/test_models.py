@@ -1,5 +1,10 @@
 """Models against reference implementations, and their initialization."""
 
+# ruff: noqa: NPY002  (users draw from it)
+
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,6 +124,31 @@ def test_unknown_names_and_options():
         build_model("lenet6", 0, torch.float32)
     with pytest.raises(ValueError, match=r"hiden.*hidden"):
         build_model("mlp", 0, torch.float32, hiden=(3,))
+
+
+class Scaled(nn.Linear):
+    def __init__(self, factor):
+        super().__init__(3, 2)
+        with torch.no_grad():
+            self.weight.mul_(factor)
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random, np.random.randn])
+def test_the_start_is_seeded_whatever_generator_it_draws_from(user_models, draw):
+    user_models.register("scaled")(lambda: Scaled(draw()))
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    first, again, other = (build_model("scaled", seed, torch.float32) for seed in (3, 3, 4))
+    assert torch.equal(flat(first), flat(again))
+    assert not torch.equal(flat(first)[:6], flat(other)[:6])
+    assert before[:2] == (random.getstate(), str(np.random.get_state()))
+    assert torch.equal(before[2], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("draw", [np.random.default_rng().random, random.SystemRandom().random])
+def test_a_start_that_no_seed_determines_is_refused(user_models, draw):
+    user_models.register("scaled")(lambda: Scaled(draw()))
+    with pytest.raises(ValueError, match="model `scaled` starts with another `weight` each time"):
+        build_model("scaled", 0, torch.float32)
 
 
 def test_buffers_are_refused_with_a_remedy(user_models):

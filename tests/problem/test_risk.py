@@ -1,7 +1,11 @@
 """The risk against a softmax regression by hand, plain autograd, and finite differences."""
 
-import math
+# ruff: noqa: NPY002  (users draw from it)
 
+import math
+import random as rng
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -216,7 +220,20 @@ class FunctionallyDropping(Dropping):
         return self.fc(dropout(images.flatten(1), 0.5, self.training))
 
 
-@pytest.mark.parametrize("model", [Dropping, FunctionallyDropping])
+class NumpyDropping(Dropping):
+    def mask(self):
+        return torch.from_numpy(np.random.rand(784))
+
+    def forward(self, images):
+        return self.fc(images.flatten(1) * (self.mask() if self.training else 1.0))
+
+
+class PythonDropping(Dropping):
+    def forward(self, images):
+        return self.fc(images.flatten(1) * (rng.random() if self.training else 1.0))
+
+
+@pytest.mark.parametrize("model", [Dropping, FunctionallyDropping, NumpyDropping, PythonDropping])
 def test_dropout_depends_on_seed_worker_and_draw_only(model):
     """The masks of worker 1 are the same alone, beside worker 0, and after a restart."""
     generator = torch.Generator().manual_seed(0)
@@ -242,3 +259,52 @@ def test_dropout_depends_on_seed_worker_and_draw_only(model):
     batch = images[:1].expand_as(images), labels[:1].expand_as(labels)
     first, second = oracle.gradient(point.repeat(2, 1), batch)
     assert not torch.equal(first, second), "workers have different masks"
+
+
+class AlwaysDropping(Dropping):
+    def forward(self, images):
+        return self.fc(dropout(images.flatten(1), 0.5))
+
+
+def test_a_model_that_is_random_in_evaluation_mode_has_one_evaluation():
+    images, labels = random(12, 1, 28, 28), torch.arange(12) % 3
+    dataset = Dataset(images, labels, images, labels, 3)
+    for model, random_evaluation in ((Dropping, False), (AlwaysDropping, True)):
+        risk = Risk(model().double(), "sum")
+        MinibatchRisk(risk, dataset, [Minibatches(torch.arange(12), 4, 7, 0)])
+        assert risk.random_evaluation == random_evaluation
+        point = risk.layout.flatten(risk.model)
+        before = torch.get_rng_state()
+        first = risk.evaluate(point, images, labels)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+        assert torch.equal(risk.evaluate(point, images, labels), first)
+
+
+class Skipping(nn.Module):
+    """Uses `fc` always, `block` if `on`, and `spare` never."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.block = nn.Linear(784, 3), nn.Linear(784, 784)
+        self.spare, self.on = nn.Linear(5, 4), False
+
+    def forward(self, images):
+        x = images.flatten(1)
+        return self.fc(self.block(x) if self.on else x)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_parameters_that_a_pass_does_not_use_have_the_gradient_0(on):
+    model = Skipping().double()
+    model.on = on
+    risk, images, labels = Risk(model, "sum"), random(1, 4, 1, 28, 28), torch.tensor([[0, 1, 2, 0]])
+    point = risk.layout.flatten(model)
+    found = risk.layout.unflatten(risk.gradient(point.unsqueeze(0), images, labels)[0])
+    cross_entropy(model(images[0]), labels[0], reduction="sum").backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found[name], expected)
+        assert (parameter.grad is None) == (
+            name.startswith("spare") or ("block" in name and not on)
+        )

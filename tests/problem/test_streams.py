@@ -1,6 +1,9 @@
 """Random streams: functions of (seed, purpose, keys), pairwise independent."""
 
+# ruff: noqa: NPY002  (users draw from it)
+
 import hashlib
+import random
 from itertools import pairwise
 
 import numpy as np
@@ -92,7 +95,19 @@ class LstmWithDropout(nn.Module):
         return self.lstm(x)[0]
 
 
+class DrawsFromNumpy(nn.Module):
+    def forward(self, x):
+        return x * np.random.rand() if self.training else x
+
+
+class DrawsFromPython(nn.Module):
+    def forward(self, x):
+        return x * random.random() if self.training else x
+
+
 RANDOM = [
+    DrawsFromNumpy,
+    DrawsFromPython,
     lambda: nn.Dropout(0.5),
     lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU()),
     FunctionalDropout,

@@ -185,3 +185,24 @@ def test_devices(make_config, cuda_devices):
     with pytest.raises(ConfigError) as caught:
         choose_device(make_config("device=cuda"), Launch())
     assert str(caught.value) == "`device` is cuda; allowed: cpu or auto: no CUDA device"
+
+
+@pytest.mark.parametrize(("training", "said"), [("self.training", 0), ("True", 1)])
+def test_a_model_that_is_random_in_evaluation_mode_is_mentioned(
+    make_config, tmp_path, monkeypatch, training, said
+):
+    name = f"dropping_{said}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\n"
+        "from consensus.problem import MODELS\n"
+        "class Model(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        x = torch.nn.functional.dropout(x.flatten(1), 0.5, " + training + ")\n"
+        "        return super().forward(x)\n"
+        f"MODELS.register('{name}')(lambda num_classes=10: Model(784, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = make_config(f"plugins=[{name}]", f"model.name={name}", "device=cpu")
+    remarks = [line for line in make_plan(config, Launch()).remarks() if "evaluation" in line]
+    assert len(remarks) == said
+    assert all(line.startswith(f"model {name} draws random numbers in ev") for line in remarks)
