@@ -41,6 +41,7 @@ from consensus.run.compose import (
     to_config,
 )
 from consensus.run.continued import continued
+from consensus.run.limits import MachineError, machine_failures
 from consensus.run.overrides import take_as_text
 from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
@@ -60,13 +61,17 @@ def train(cfg: DictConfig) -> None:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
         config = to_config(continued(cfg, HydraConfig.get().overrides.task, launch.size))
         set_determinism(config)
-        plan = make_plan(config, launch)
+        try:
+            with machine_failures():
+                plan = make_plan(config, launch)
+        except MachineError as error:  # as all ranks of this machine, before a group opens
+            raise ConfigError(str(error)) from error
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)
         how = config.group
         where = launch, plan.backend, plan.device
         group = open_group(*where, how.timeout_s, how.shared_memory, how.compress)
-        with group.publish_failure():
+        with group.publish_failure(), machine_failures():
             Trainer(plan, group).run()
         group.close()  # not after a failure: peers may hang in the group
 
@@ -102,6 +107,8 @@ def failures_in_one_line() -> Iterator[None]:
         yield
     except (*REFUSALS, LaunchError) as error:
         leave(explain(error), 2, speak=local_rank == "0")
+    except MachineError as error:
+        leave(f"rank {rank}: {error}", 1, speak=True)
     except PeerLostError as error:
         leave(str(error), 1, speak=True)
     except GroupError as error:

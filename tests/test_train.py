@@ -32,6 +32,7 @@ from consensus import train as entry
 from consensus.comm import GroupError, Launch
 from consensus.problem import DATASETS
 from consensus.run.config import Config
+from consensus.run.limits import LESS
 from consensus.run.plan import make_plan
 from consensus.run.sinks import JsonlSink
 from consensus.run.trainer import Trainer
@@ -392,8 +393,10 @@ def test_cfg_shows_the_config_and_does_not_train(main, tmp_path):
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/metrics.jsonl"),
             1,
-            "rank 0: [Errno 28] No space left on device: 'runs/metrics.jsonl'",
+            "rank 0: No space left on device for runs/metrics.jsonl: free some space, or choose "
+            "another output.root",
         ),
+        (MemoryError(), 1, f"rank 0: out of memory: {LESS}, or a higher limit of the job"),
         (GroupError("iteration 3: worker 1"), 1, "iteration 3: worker 1"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -405,6 +408,15 @@ def test_an_expected_failure_is_one_line(main, monkeypatch, error, code, line):
     monkeypatch.setattr(Trainer, "run", fail)
     answer = main("model=logistic", "device=cpu")
     assert answer == (code, "", f"consensus.train: {line}\n")
+
+
+def test_a_model_that_needs_more_memory_than_there_is_is_refused(refused):
+    line = refused("model=mlp", "model.options.hidden=[100000000000]", "device=cpu")
+    wanted = 784 * 4 * 10**11 / 1e6  # the first layer, in float32
+    assert (
+        line
+        == f"out of memory ({wanted:,.0f} MB more wanted): {LESS}, or a higher limit of the job"
+    )
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), ValueError("a bug")])

@@ -21,6 +21,7 @@ from consensus.doctor.folder import check_disk, check_in_use
 from consensus.run.checks import ConfigError
 from consensus.run.compose import config_dir
 from consensus.run.config import Config
+from consensus.run.limits import control_groups, memory_limits
 from consensus.run.plan import (
     Plan,
     bytes_of_measurement,
@@ -32,7 +33,6 @@ from consensus.run.plan import (
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn")
 MUST_AGREE = ("python", "torch", "cuda", "nccl", "consensus")
 """Versions that must be equal on all ranks: others may hang or give different bits of u."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_machine(config: Config, launch: Launch) -> tuple[Plan | None, list[Finding]]:
@@ -125,7 +125,7 @@ def num_cores() -> int:
     """Cores that this process may use: its affinity, and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
-    for folder in _cgroups():
+    for folder in control_groups():
         with suppress(OSError, ValueError):  # no file, or "max"
             quota, period = (folder / "cpu.max").read_text().split()
             cores = min(cores, math.ceil(int(quota) / int(period)))
@@ -261,22 +261,6 @@ def memory_left() -> int | None:
         left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
     except (OSError, ValueError, StopIteration):  # not Linux
         return None
-    for folder in _cgroups():
-        with suppress(OSError, ValueError):  # no limit there
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            lines = (folder / "memory.stat").read_text().splitlines()
-            # The page cache is released when memory is needed.
-            used -= sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-            left = min(left, max(0, limit - used))
+    for limit, used in memory_limits():
+        left = min(left, max(0, limit - used))
     return left
-
-
-def _cgroups() -> list[Path]:
-    """Control groups (version 2) of this process, from its own upwards."""
-    own = ""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next(line[3:] for line in lines if line.startswith("0::")).strip("/")
-    path = CGROUP / own
-    return [folder for folder in (path, *path.parents) if folder.is_relative_to(CGROUP)]

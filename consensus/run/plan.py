@@ -29,6 +29,7 @@ from consensus.run.checkpoint.directory import Origin
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
+from consensus.run.limits import MachineError, exceeded, memory_of
 from consensus.theory.descent import VECTORS
 
 
@@ -190,6 +191,8 @@ def make_model(config: Config, dataset: Dataset) -> nn.Module:
         model = model.to(images.device)
         require_logits(model, images, labels, dataset.num_classes)
     except Exception as error:  # a user's model may do anything
+        if limit := exceeded(error):
+            raise MachineError(limit) from error
         expected = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError)
         cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
@@ -267,13 +270,6 @@ def set_determinism(config: Config) -> None:
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         # Only on a change: the call imports torch's compiler, which takes seconds.
         torch.use_deterministic_algorithms(config.deterministic)
-
-
-def memory_of(device: torch.device) -> int:
-    """The memory of a device in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def bytes_of_worker(model: nn.Module) -> int:

@@ -34,13 +34,13 @@ from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
 from consensus.run.config import Config
+from consensus.run.limits import memory_of
 from consensus.run.metrics import measure
 from consensus.run.plan import (
     Plan,
     count_workers,
     make_phi,
     make_plan,
-    memory_of,
     set_determinism,
 )
 from consensus.run.results import environment, finish_run

@@ -36,7 +36,7 @@ def test_threads_and_cores(monkeypatch, processes, threads, cores, remedy):
 
 
 def test_the_quota_of_a_container_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr("consensus.run.limits.CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     assert machine.num_cores() == 16
     (tmp_path / "cpu.max").write_text("max 100000\n")
