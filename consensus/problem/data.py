@@ -14,6 +14,9 @@ import os
 import struct
 import tempfile
 import urllib.request
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,6 +117,8 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+LOCK = ".mnist.lock"
+LARGEST = 2**26  # bytes of an unpacked file; the training images have 47 million
 TIMEOUT_S = 5.0  # of the connection and of each read
 _REMEDY = "use data=digits, which needs no files"
 
@@ -122,28 +127,59 @@ _REMEDY = "use data=digits, which needs no files"
 def mnist(root: str = "data") -> Dataset:
     """MNIST: 60,000 training and 10,000 test images, pixels in [0, 1], no other normalization.
 
-    The four files are in `root`/MNIST/raw, as torchvision keeps them. If they are absent, the
-    process of each node that gets a file lock downloads them, and the others wait. No process group
-    is needed.
+    The four files are in `root`/MNIST/raw, as torchvision keeps them, or in `root`; raw or as .gz.
+    If they are absent, the process of each node that gets a file lock downloads them, and the
+    others wait. No process group is needed.
 
     Raises:
         DataUnavailableError: If the files are absent and cannot be downloaded, or are damaged.
     """
     base = Path(os.path.abspath(os.path.expanduser(root)))
     raw = base / "MNIST" / "raw"
-    if _absent(raw):
+    if _absent(base):
         try:
             _download_once(base, raw)
         except OSError as error:
             raise DataUnavailableError(
-                f"`data.root` is {root!r}: MNIST is not in {raw} and cannot be downloaded"
-                f" ({_short(error)}); put its four raw files there, or {_REMEDY}"
+                f"`data.root` is {root!r}: MNIST is not in {raw} ({_seen(base)}) and cannot be"
+                f" downloaded ({_short(error)}); put its four files there, raw or as .gz, or"
+                f" {_REMEDY}"
             ) from error
-    return Dataset(*_read(root, raw, "train"), *_read(root, raw, "t10k"), num_classes=10)
+    found = _find(base)
+    return Dataset(*_read(root, found, "train"), *_read(root, found, "t10k"), num_classes=10)
 
 
-def _absent(raw: Path) -> list[str]:
-    return [name for name in FILES if not os.path.isfile(raw / name)]
+def _find(base: Path) -> dict[str, Path]:
+    """The files of MNIST that are there, by the names of `FILES`.
+
+    In `base`/MNIST/raw, or in `base` itself; with a dot before `idx`, as some archives name them;
+    raw or as .gz, which is unpacked in memory.
+    """
+    return {
+        name: path
+        for folder in (base, base / "MNIST" / "raw")  # the second counts, if both have a file
+        for ending in (".gz", "")
+        for name in FILES
+        for shape in (name.replace("-idx", ".idx"), name)
+        if os.path.isfile(path := folder / f"{shape}{ending}")
+    }
+
+
+def _absent(base: Path) -> list[str]:
+    found = _find(base)
+    return [name for name in FILES if name not in found]
+
+
+def _seen(base: Path) -> str:
+    """The files of MNIST that are there, or whatever else is."""
+    if found := _find(base):
+        return f"only {', '.join(path.name for path in found.values())}"
+    for folder in (base / "MNIST" / "raw", base / "MNIST", base):
+        with suppress(OSError):
+            names = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            return f"{folder} has {', '.join(names[:5]) or 'nothing'}{more}"
+    return "nothing is there"
 
 
 def _download_once(base: Path, raw: Path) -> None:
@@ -154,14 +190,14 @@ def _download_once(base: Path, raw: Path) -> None:
     retry, which would take one timeout each.
     """
     base.mkdir(parents=True, exist_ok=True)
-    with open(base / ".mnist.lock", "a+", encoding="utf-8") as lock:
+    with open(base / LOCK, "a+", encoding="utf-8") as lock:
         waited = False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waited = True
             fcntl.flock(lock, fcntl.LOCK_EX)
-        absent = _absent(raw)
+        absent = _absent(base)
         if not absent:
             return
         lock.seek(0)
@@ -210,14 +246,15 @@ def _fetch(archive: str) -> bytes:
     raise ConnectionError("; ".join(failures))
 
 
-def _read(root: str, raw: Path, split: str) -> tuple[Tensor, Tensor]:
+def _read(root: str, found: Mapping[str, Path], split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) int64 of "train" or "t10k"."""
-    pixels = _read_idx(root, raw / f"{split}-images-idx3-ubyte", (28, 28))
-    labels = _read_idx(root, raw / f"{split}-labels-idx1-ubyte", ()).long()
+    images_file, labels_file = (found[name] for name in FILES if name.startswith(split))
+    pixels = _read_idx(root, images_file, (28, 28))
+    labels = _read_idx(root, labels_file, ()).long()
     if len(pixels) != len(labels) or len(labels) == 0 or int(labels.max()) > 9:
         most = int(labels.max()) if len(labels) else "none"
-        found = f"`{split}` has {len(pixels)} images and {len(labels)} labels, at most {most}"
-        raise _damaged(root, raw, f"{found}; expected as many, from 0 to 9")
+        counts = f"`{split}` has {len(pixels)} images and {len(labels)} labels, at most {most}"
+        raise _damaged(root, images_file.parent, f"{counts}; expected as many, from 0 to 9")
     return pixels.unsqueeze(1).float() / 255, labels
 
 
@@ -227,9 +264,11 @@ def _read_idx(root: str, path: Path, shape: tuple[int, ...]) -> Tensor:
     The header consists of big-endian 32-bit numbers: 0x0800 + number of axes, then the length of
     each axis. The data follow. Unlike torchvision's reader, this one checks the length of the file.
     """
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        with opened(path, "rb") as file:
+            content = file.read(LARGEST)
+    except (OSError, EOFError, zlib.error) as error:
         raise _damaged(root, path, _short(error)) from error
     header = struct.Struct(f">{2 + len(shape)}I")
     magic, count, *rest = header.unpack(content[: header.size].ljust(header.size, b"\0"))

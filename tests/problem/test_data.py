@@ -205,6 +205,53 @@ def test_mnist_from_files(tmp_path, raw):
     assert not (tmp_path / ".mnist.lock").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "rename", "packed"),
+    [
+        ("MNIST/raw", lambda name: f"{name}.gz", True),
+        ("MNIST/raw", lambda name: name.replace("-idx", ".idx"), False),
+        ("MNIST/raw", lambda name: name.replace("-idx", ".idx") + ".gz", True),
+        (".", lambda name: name, False),
+        (".", lambda name: f"{name}.gz" if "t10k" in name else name, None),
+    ],
+)
+def test_mnist_in_the_shapes_in_which_people_have_it(tmp_path, no_network, folder, rename, packed):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        content, new = idx_file(name), rename(name)
+        packing = new.endswith(".gz")
+        assert packed in (None, packing)
+        (tmp_path / folder / new).write_bytes(gzip.compress(content) if packing else content)
+    before = sorted(tmp_path.rglob("*"))
+    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda x: x[:-9], lambda x: b"no gzip", lambda x: x[:40] + b"a"]
+)
+def test_a_damaged_archive_is_named(tmp_path, raw, damage):
+    path = raw / "t10k-labels-idx1-ubyte"
+    path.unlink()
+    archive = raw / f"{path.name}.gz"
+    archive.write_bytes(damage(gzip.compress(bytes(100_000))))
+    assert f"{archive} is damaged (" in unavailable(tmp_path)
+
+
+def test_a_refusal_lists_what_is_there(tmp_path, no_network):
+    assert f"({tmp_path / 'none'} has nothing)" in unavailable(tmp_path / "none")
+    (tmp_path / "mnist.npz").touch()
+    assert f"({tmp_path} has mnist.npz, none)" in unavailable(tmp_path)
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    assert f"({folder} has nothing)" in unavailable(tmp_path)
+    for i in range(7):
+        (folder / f"file{i}").touch()
+    assert f"({folder} has file0, file1, file2, file3, file4 and 2 more)" in unavailable(tmp_path)
+    (folder / "t10k-labels.idx1-ubyte.gz").touch()
+    assert "(only t10k-labels.idx1-ubyte.gz)" in unavailable(tmp_path)
+
+
 def test_mnist_from_files_needs_no_write_permission_and_no_lock(tmp_path, raw):
     with open(tmp_path / ".mnist.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if a download were under way
