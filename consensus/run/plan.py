@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from consensus.comm import Launch, choose_backend
 from consensus.core.layerwise import Layerwise
+from consensus.core.profile_checks import mistake_of
 from consensus.problem import (
     DATASETS,
     MODELS,
@@ -108,7 +109,7 @@ class Plan:
         return ", ".join(rates)
 
     def remarks(self) -> list[str]:
-        """Lines about options that have no effect on this run, and about the model."""
+        """Lines about options that have no effect on this run, its workers and the model."""
         config, lines = self.config, []
         if config.algorithm.local_pull and config.algorithm.period == 1:
             lines.append("algorithm.local_pull has no effect: with period=1 there is no between")
@@ -117,6 +118,10 @@ class Plan:
         if config.stationarity.every is not None and not config.coupled:
             why = "without a coupling there is no envelope"
             lines.append(f"stationarity.every has no effect: {why}")
+        alone = config.workers is None and self.num_workers == self.launch.size == 1
+        if alone and config.algorithm.name != "msgd":
+            how = "workers=4, or four processes (torchrun --nproc-per-node=4), train four"
+            lines.append(f"one worker is coupled to itself alone: {how}")
         if self.risk.random_evaluation:
             why = "draws random numbers in evaluation mode too, always the same ones"
             lines.append(f"model {config.model.name} {why}: is `training=self.training` missing?")
@@ -244,6 +249,8 @@ def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtyp
         phi = Layerwise(potential.make(), risk.layout.layers, potential.eta)
     except ValueError as error:
         raise ConfigError(f"`potential.options` is {potential.options}: {error}") from error
+    if mistake := mistake_of(potential.make().profile):
+        raise ConfigError(f"`potential` is {potential.name} {potential.options}: {mistake}")
     origin = torch.zeros(risk.layout.size, device=device, dtype=dtype)
     phi = phi.to(origin)
     # A number that overflows gives inf * 0 there.

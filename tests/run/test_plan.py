@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from consensus import POTENTIALS, Potential, Profile, Radial
 from consensus.comm import Launch
 from consensus.problem import partition
 from consensus.run.checks import ConfigError
@@ -143,7 +144,9 @@ def test_missing_data_are_refused(plan_refusal, tmp_path):
     (tmp_path / "file").touch()
     root = tmp_path / "file" / "data"  # cannot be made: nothing is asked of the network
     line = plan_refusal(Launch(), "data=mnist", f"data.root={root}")
-    assert line.startswith(f"`data.root` is '{root}': MNIST is not in {root}/MNIST/raw and cannot")
+    assert line.startswith(
+        f"`data.root` is '{root}': MNIST is not in {root}/MNIST/raw (nothing is there) and"
+    )
     assert line.endswith("or use data=digits, which needs no files")
 
 
@@ -206,3 +209,23 @@ def test_a_model_that_is_random_in_evaluation_mode_is_mentioned(
     remarks = [line for line in make_plan(config, Launch()).remarks() if "evaluation" in line]
     assert len(remarks) == said
     assert all(line.startswith(f"model {name} draws random numbers in ev") for line in remarks)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "said"),
+    [((), 1, True), (("workers=1",), 1, False), ((), 2, False), (("algorithm=msgd",), 1, False)],
+)
+def test_one_worker_without_others_is_mentioned(make_config, overrides, size, said):
+    config = make_config("model=logistic", "device=cpu", *overrides)
+    remarks = make_plan(config, Launch(0, size, 0, size)).remarks()
+    assert any(line.startswith("one worker is coupled to itself") for line in remarks) == said
+
+
+def test_a_potential_with_a_wrong_derivative_is_refused(plan_refusal, monkeypatch):
+    def wrong():
+        profile = Profile(lambda s: s, lambda s: 1.5 * torch.ones_like(s), torch.zeros_like)
+        return Potential(profile, Radial())
+
+    monkeypatch.setitem(POTENTIALS._factories, "wrong", wrong)
+    line = plan_refusal(Launch(), "potential.name=wrong")
+    assert line.startswith("`potential` is wrong {}: psi' is 1.5 and not 1 at s = ")

@@ -1,0 +1,111 @@
+"""Numerical checks of a profile: its derivatives, its domain and the assumptions that it claims.
+
+They compare numbers at some sizes, so they find mistakes and prove nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from consensus.core.profiles import Profile
+
+TOLERANCE = 0.01  # relative, of a derivative: differences of float32 formulas reach it
+STEP = 1e-3  # of differences, relative to the distance from 0 and from the boundary
+
+
+def mistake_of(profile: Profile) -> str | None:
+    """The first mistake that is found in a profile, as a clause; None if there is none."""
+    return next(_mistakes(profile), None)
+
+
+def _mistakes(profile: Profile) -> Iterator[str]:
+    claimed, bound = profile.assumptions, profile.bound
+    if not bound > 0:
+        yield f"its bound is {bound}; allowed: a number > 0, or inf"
+        return
+    radius = math.sqrt(bound)
+    part = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    rho = radius * part if radius < math.inf else torch.logspace(-2, 1, 50, dtype=torch.float64)
+    s = rho.square()
+    for name, function in (("psi", profile.psi), ("psi'", profile.dpsi), ("psi''", profile.d2psi)):
+        if not bool((finite := function(s).isfinite()).all()):
+            domain = f"its domain s < {bound:g}" if bound < math.inf else "its domain, all s"
+            yield f"{name} is not finite at s = {_first(s, ~finite)}, inside {domain}: its `bound`"
+            return
+    yield from _derivatives(profile, s, bound)
+    if "A5" in claimed and abs(zero := float(profile.psi(s.new_zeros(())))) > 1e-9:
+        yield f"psi(0) is {zero:g} and not 0, against (A5)"
+
+    def slope(x: Tensor) -> Tensor:
+        """The derivative of psi(rho^2) by rho."""
+        return 2.0 * profile.dpsi(x.square()) * x
+
+    yield from _convexity(claimed, slope, rho)
+    yield from _limits(profile, slope, radius)
+
+
+def _derivatives(profile: Profile, s: Tensor, bound: float) -> Iterator[str]:
+    """Mistakes in psi' and psi'' against differences, and in the forms that replace psi'."""
+    h = STEP * torch.minimum(s, bound - s)
+    scale = profile.dpsi(s).abs()
+    for name, function, found, unit in (
+        ("psi'", profile.psi, profile.dpsi(s), scale),
+        ("psi''", profile.dpsi, profile.d2psi(s), profile.d2psi(s).abs() + scale / s),
+    ):
+        expected = (function(s + h) - function(s - h)) / (2.0 * h)
+        wrong = ~((found - expected).abs() <= TOLERANCE * torch.maximum(unit, expected.abs()))
+        if bool(wrong.any()):
+            values = f"{_first(found, wrong)} and not {_first(expected, wrong)}"
+            yield f"{name} is {values} at s = {_first(s, wrong)}, by differences"
+    if profile.slope is not None:
+        wrong = (profile.dpsi(s) - profile.slope).abs() > TOLERANCE * scale
+        if bool(wrong.any()):
+            yield f"psi' is no constant {profile.slope:g} (`slope`) at s = {_first(s, wrong)}"
+    if profile.radius is not None:
+        rho = s.sqrt()
+        wrong = ~((profile.radius(2.0 * profile.dpsi(s) * rho) - rho).abs() <= TOLERANCE * rho)
+        if bool(wrong.any()):
+            yield f"`radius` does not invert 2 psi'(rho^2) rho at rho = {_first(rho, wrong)}"
+
+
+def _convexity(
+    claimed: frozenset[str], slope: Callable[[Tensor], Tensor], rho: Tensor
+) -> Iterator[str]:
+    values = slope(rho)
+    falling = values.diff() <= -1e-9 * values[1:].abs()
+    falling |= (values.diff() <= 0) & (rho[1:] < 5.0)  # beyond, a difference may be rounding
+    if "A1" in claimed and bool(falling.any() or (values <= 0).any()):
+        at = _first(rho[1:], falling) if bool(falling.any()) else _first(rho, values <= 0)
+        yield f"it is not strictly convex near |x| = {at}, against (A1)"
+
+
+def _limits(profile: Profile, slope: Callable[[Tensor], Tensor], radius: float) -> Iterator[str]:
+    """Mistakes in the limits at 0, at the boundary and at infinity."""
+
+    def at(*places: float) -> list[float]:
+        return [abs(float(x)) for x in slope(torch.tensor(places, dtype=torch.float64))]
+
+    claimed, unit = profile.assumptions, min(1.0, radius)
+    tiny, small = at(1e-12 * unit, 1e-2 * unit)
+    if claimed & {"A2", "A5"} and tiny > 0.9 * small:
+        yield "its gradient does not vanish at 0, against (A2) and (A5)"
+    near, nearer = (
+        float(profile.dpsi(torch.tensor((x * unit) ** 2, dtype=torch.float64)))
+        for x in (1e-3, 1e-6)
+    )
+    if "A3" in claimed and not (0 < nearer < math.inf and 0.5 < nearer / near < 2.0):
+        yield "its Hessian at 0 is singular or infinite, against (A3)"
+    if radius < math.inf:
+        close, closer = at(radius * (1 - 1e-6), radius * (1 - 1e-12))
+        if "A2" in claimed and closer < 1.2 * close:
+            yield "its gradient stays bounded at the boundary of its domain, against (A2)"
+    else:
+        far, farther = at(1e3, 1e6)
+        if "A4" in claimed and farther < 1.05 * far < math.inf:
+            yield "its slope stays bounded, against (A4)"
+
+
+def _first(x: Tensor, where: Tensor) -> str:
+    return f"{float(x[where][0]):.4g}"

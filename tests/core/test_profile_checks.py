@@ -1,0 +1,98 @@
+"""Numerical checks of profiles: those of the package pass, and each mistake is named."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from consensus.core import profiles
+from consensus.core.potentials import POTENTIALS
+from consensus.core.profile_checks import mistake_of
+from consensus.core.profiles import ALL_ASSUMPTIONS, Profile, power_profile
+
+BUILT_IN = [n for n in POTENTIALS if POTENTIALS._factories[n].__module__.startswith("consensus.")]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_potentials_of_the_package_have_no_mistake(name):
+    options = {"p": 1.5} if name == "power" else {}
+    assert mistake_of(POTENTIALS.make(name, **options).profile) is None
+
+
+@pytest.mark.parametrize("p", [1.05, 1.2, 2.0, 2.5, 4.0, 10.0, 30.0])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_powers_have_no_mistake(p, eps):
+    assert mistake_of(power_profile(p, eps)) is None
+
+
+def of(psi, dpsi, d2psi, **others):
+    return Profile(psi, dpsi, d2psi, **others)
+
+
+def ones(s):
+    return torch.ones_like(s)
+
+
+def zeros(s):
+    return torch.zeros_like(s)
+
+
+SINGLE = of(  # rounds to float32
+    lambda s: s.float().double(), ones, zeros
+)
+EXPONENTIAL = of(torch.expm1, torch.exp, torch.exp)
+
+
+@pytest.mark.parametrize("profile", [SINGLE, EXPONENTIAL])
+def test_profiles_of_users_without_a_mistake(profile):
+    assert mistake_of(profile) is None
+
+
+QUAD, LOG, HUBER = profiles.QUAD, profiles.LOG, profiles.PSEUDO_HUBER
+NO_A1 = ALL_ASSUMPTIONS - {"A1"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "mistake"),
+    [
+        (of(lambda s: s, lambda s: 1.5 * ones(s), zeros), "psi' is 1.5 and not 1 at s = 0.0001"),
+        (of(lambda s: s**2, lambda s: 2 * s, zeros), "psi'' is 0 and not 2 at s = 0.0001"),
+        (of(lambda s: -s, lambda s: -ones(s), zeros), "it is not strictly convex near |x|"),
+        (
+            of(lambda s: s - 0.01 * s**2, lambda s: 1 - 0.02 * s, lambda s: -0.02 * ones(s)),
+            "it is not strictly convex near |x| = 4",
+        ),
+        (
+            of(torch.sqrt, lambda s: 0.5 / s.sqrt(), lambda s: -0.25 * s**-1.5),
+            "it is not strictly convex near",
+        ),
+        (dataclasses.replace(LOG, bound=math.inf), "psi is not finite at s = 1.099, inside its"),
+        (
+            of(
+                lambda s: s / (1 - s), lambda s: (1 - s) ** -2, lambda s: 2 * (1 - s) ** -3
+            ),  # finite beyond its pole
+            "it is not strictly convex near |x| = ",
+        ),
+        (dataclasses.replace(LOG, bound=2.0), "psi is not finite at s = "),
+        (dataclasses.replace(LOG, bound=0.5), "its gradient stays bounded at the boundary of its"),
+        (dataclasses.replace(LOG, bound=0.0), "its bound is 0.0; allowed: "),
+        (of(lambda s: s + 1, ones, zeros), "psi(0) is 1 and not 0, against (A5)"),
+        (dataclasses.replace(QUAD, slope=2.0), "psi' is no constant 2 (`slope`) at s = "),
+        (dataclasses.replace(QUAD, radius=lambda r: r), "`radius` does not invert"),
+        (dataclasses.replace(HUBER, assumptions=ALL_ASSUMPTIONS), "its slope stays bounded, agai"),
+        (
+            dataclasses.replace(power_profile(3.0), assumptions=ALL_ASSUMPTIONS),
+            "its Hessian at 0 is singular or infinite, against (A3)",
+        ),
+    ],
+)
+def test_mistakes(profile, mistake):
+    found = mistake_of(profile)
+    assert found is not None
+    assert found.startswith(mistake), found
+
+
+def test_claims_that_are_not_made_are_not_checked():
+    concave = of(lambda s: -s, lambda s: -ones(s), zeros, assumptions=frozenset({"A5"}))
+    assert mistake_of(concave) is None
