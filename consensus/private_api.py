@@ -34,6 +34,21 @@ def hydra_callbacks(config: "DictConfig") -> "Callbacks":
     return Callbacks(config)
 
 
+def add_config_source(path: str) -> bool:
+    """Search a folder or `pkg://` module as well for configs; False if there is no such source.
+
+    It comes after all others, as that of `--config-dir`. Hydra must be initialized.
+    """
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.get_search_path()
+    found.prepend("command-line", path, SearchPathQuery(provider="schema"))
+    loader.repository.initialize_sources(found)  # type: ignore[attr-defined]
+    return all(s.available() for s in loader.get_sources() if s.provider == "command-line")
+
+
 def expand_sweep(overrides: Sequence["Override"]) -> list[list[str]]:
     """All combinations of overrides such as `seed=1,2`, the last one varying fastest."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper

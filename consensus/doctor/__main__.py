@@ -17,14 +17,14 @@ from consensus.startup import answer_signals, interrupt_on_signals, protect_stre
 
 answer_signals(__name__, "consensus.doctor")  # the imports below take seconds
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from consensus.comm import Launch, LaunchError
 from consensus.doctor.examination import end, examine, here
 from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
-from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.compose import REFUSALS, composing, explain, register_schema, to_config
 from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
 
@@ -37,12 +37,12 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        for text in sys.argv[1:]:
-            if text.startswith("-"):
-                raise ConfigError(f"`{text}` is no KEY=VALUE, and the doctor takes nothing else")
         register_schema()
-        with initialize_config_dir(config_dir(), version_base="1.3", job_name="doctor"):
-            overrides = take_as_text(sys.argv[1:])
+        with composing("doctor", take_as_text(sys.argv[1:])) as (overrides, _):
+            for text in overrides:
+                if text.startswith("-"):
+                    allowed = "the doctor takes nothing else but --config-dir=FOLDER"
+                    raise ConfigError(f"`{text}` is no KEY=VALUE, and {allowed}")
             job = Nodes.from_environment() or Launch.from_environment()
             cfg = compose("train", overrides=overrides)
             config = to_config(continued(cfg, overrides, job.size))

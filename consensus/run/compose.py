@@ -7,16 +7,20 @@ wrong type in any file. `to_config` converts once; no module below the entries s
 import difflib
 import importlib
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from consensus.private_api import has_content, hydra_argument_parser
+from consensus.private_api import add_config_source, has_content, hydra_argument_parser
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
@@ -46,6 +50,36 @@ def config_dir() -> str:
         if (candidate / "train.yaml").is_file():
             return str(candidate)
     raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
+
+
+@contextmanager
+def composing(command: str, arguments: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """Hydra, initialized for `compose` with all folders of YAML files that a command line names.
+
+    Yields the arguments without `--config-dir=FOLDER` and `hydra.searchpath=[...]`, and these two,
+    for another command. ConfigError if there is no such folder.
+    """
+    with initialize_config_dir(config_dir(), version_base="1.3", job_name=command):
+        others, searched, words = [], [], iter(arguments)
+        for word in words:
+            switch, _, folder = word.partition("=")
+            if switch in ("--config-dir", "-cd"):
+                folder = str(Path(folder or next(words, "")).absolute())
+                _search("--config-dir", folder)
+                searched.append(f"--config-dir={folder}")
+            elif word.lstrip("+").startswith("hydra.searchpath="):
+                places = OverridesParser.create().parse_override(word).value()
+                for place in places if isinstance(places, list) else [places]:
+                    _search("hydra.searchpath", str(place))
+                searched.append(word)
+            else:
+                others.append(word)
+        yield others, searched
+
+
+def _search(key: str, place: str) -> None:
+    path = place if "://" in place else f"file://{Path(place).absolute()}"
+    require(add_config_source(path), key, place, "a folder of YAML files, such as configs/")
 
 
 def refuse_unknown_switches() -> None:

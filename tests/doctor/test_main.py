@@ -22,6 +22,25 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, word, complaint):
     assert err.count("\n") == 1
 
 
+def test_the_doctor_finds_experiments_in_a_folder_outside(monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nalgorithm:\n  lam: 0.07\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    examined = []
+
+    def examine(config, job):
+        examined.append(config.algorithm.lam)
+        return 0
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    monkeypatch.setattr(doctor, "end", lambda code: None)
+    monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
+    for search in (f"--config-dir={tmp_path}", f"hydra.searchpath=['{tmp_path}']"):
+        monkeypatch.setattr(sys, "argv", ["doctor", search, "experiment=mine"])
+        doctor.main()
+    assert examined == [0.07, 0.07]
+
+
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from consensus.comm import Launch
@@ -13,7 +15,7 @@ from consensus.problem import DATASETS, MODELS
 from consensus.registry import Registry
 from consensus.run import compose as compose_module
 from consensus.run.checks import ConfigError
-from consensus.run.compose import config_dir, explain
+from consensus.run.compose import composing, config_dir, explain, register_schema, to_config
 from consensus.run.plan import make_plan
 
 CONFIGS = Path(config_dir())
@@ -283,3 +285,49 @@ def test_a_plugin_registers_a_potential(make_config, monkeypatch, tmp_path):
 
 def test_a_name_without_its_plugin_is_refused(refusal):
     assert refusal("potential.name=mine").startswith("`potential.name` is mine; allowed: cubic, ")
+
+
+# ---- folders of YAML files outside
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder with the experiment `mine`, whose lam is 0.07."""
+    folder = tmp_path / "own configs"
+    (folder / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nalgorithm:\n  lam: 0.07\n"
+    (folder / "experiment" / "mine.yaml").write_text(text)
+    return folder
+
+
+def test_folders_that_a_command_line_names_are_searched(outside, monkeypatch):
+    register_schema()
+    monkeypatch.chdir(outside.parent)
+    switch = [f"--config-dir={outside}"]
+    for arguments, searched in [
+        (switch, switch),
+        (["--config-dir", "own configs"], switch),
+        (["-cd", str(outside)], switch),
+        ([f"hydra.searchpath=['{outside}']"], [f"hydra.searchpath=['{outside}']"]),
+        ([f"hydra.searchpath=['file://{outside}']"], [f"hydra.searchpath=['file://{outside}']"]),
+    ]:
+        given = [*arguments, "experiment=mine", "seed=3"]
+        with composing("test", given) as (others, found):
+            config = to_config(compose("train", overrides=others))
+            names = GlobalHydra.instance().config_loader().get_group_options("experiment")
+        assert (others, found) == (["experiment=mine", "seed=3"], searched)
+        assert (config.algorithm.lam, config.seed) == (0.07, 3)
+        assert {"mine", "smoke"} <= set(names), "for globs"
+
+
+def test_a_folder_that_is_not_there_is_refused(outside):
+    register_schema()
+    for arguments, key, place in [
+        ([f"--config-dir={outside}/none"], "--config-dir", f"{outside}/none"),
+        (["hydra.searchpath=[/none]"], "hydra.searchpath", "/none"),
+        (["hydra.searchpath=[pkg://none]"], "hydra.searchpath", "pkg://none"),
+    ]:
+        with pytest.raises(ConfigError) as caught, composing("test", arguments):
+            pass
+        allowed = "a folder of YAML files, such as configs/"
+        assert str(caught.value) == f"`{key}` is {place}; allowed: {allowed}"
