@@ -1,13 +1,15 @@
 """Run a grid of configurations: python -m consensus.sweep grid=NAME KEY=VALUE[,VALUE ...] ...
 
 With `sweep.engine=separate`, each configuration is a run of `consensus.train` in a process of its
-own. Hydra's launchers start the runs: in sequence (basic), several at once (`sweep.jobs=N`,
-joblib), or as an array of SLURM jobs (`hydra/launcher=submitit_slurm`). With
+own, `sweep.jobs=N` of them at once, or a SLURM job (`hydra/launcher=submitit_slurm`). With
 `sweep.engine=population`, they train together in this process.
 
-Data flow: grid.py parses the command line into jobs. A launcher calls job.py for each, or
-population_trainer.py trains them. dashboard.py shows their status files. The report reads the files
-of the runs.
+  --dry-run            list the runs, and start nothing
+  --config-dir=FOLDER  look for YAML files there as well, as `consensus.train` does
+
+Data flow: grid.py parses the command line into jobs, and earlier.py finds those that are done.
+job.py runs the others in child processes, or population_trainer.py trains them. dashboard.py shows
+their status files. The report reads the files of the runs.
 """
 
 import os
@@ -18,12 +20,12 @@ from consensus.startup import answer_signals, interrupt_on_signals, protect_stre
 answer_signals(__name__, "consensus.sweep")  # the imports below take seconds
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
@@ -31,13 +33,15 @@ from hydra.types import HydraContext, RunMode
 from consensus.comm import GroupError
 from consensus.private_api import hydra_callbacks
 from consensus.report.__main__ import report
+from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checks import ConfigError, require
-from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.compose import REFUSALS, composing, explain, register_schema
 from consensus.run.config import Config
 from consensus.run.overrides import override
 from consensus.sweep.dashboard import Dashboard
+from consensus.sweep.earlier import Found, find_earlier
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
-from consensus.sweep.job import run_job
+from consensus.sweep.job import run_here, run_job
 from consensus.sweep.population_trainer import Member, train_populations
 from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
@@ -47,21 +51,27 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     protect_streams("consensus.sweep")
     interrupt_on_signals()  # the runs write checkpoints and stop
+    arguments = sys.argv[1:]
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else 2)
     register_schema()
     register_sweep_schema()
     cancelled: list[str] = []
     try:
-        with initialize_config_dir(config_dir(), version_base="1.3", job_name="sweep"):
-            if "--help" in sys.argv or "-h" in sys.argv:
-                print(__doc__)
-                return
-            sweep = read_sweep(sys.argv[1:])
+        with composing("sweep", arguments) as (others, searched):
+            sweep = read_sweep([text for text in others if text != "--dry-run"])
             check(sweep)
             require_launcher(sweep)
+            earlier = find_earlier(sweep)
+            dashboard = Dashboard(sweep.path, earlier)
+            if "--dry-run" in others:
+                dashboard.list_runs()
+                return
             require_no_jobs(sweep)
-            with Dashboard(sweep.path, sweep.jobs) as dashboard:
+            with dashboard:
                 try:
-                    run(sweep, dashboard)
+                    run(sweep, earlier, searched, dashboard)
                 except KeyboardInterrupt:
                     cancelled = jobs_in_queue(sweep.path)  # of this call, see require_no_jobs
                     cancel(cancelled)
@@ -75,23 +85,32 @@ def main() -> None:
         leave(f"stopped{jobs}; the same command continues it", 130)
     if dashboard.number("done"):
         try:
-            report([sweep.path])
+            report([sweep.path], paths=dashboard.run_dirs())
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
     if failed := len(sweep.jobs) - dashboard.number("done"):
         leave(f"{failed} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)
 
 
-def run(sweep: Sweep, dashboard: Dashboard) -> None:
-    """Run all jobs that are not done."""
-    separate = list(sweep.jobs)
+def run(
+    sweep: Sweep, earlier: Mapping[Job, Found], searched: Sequence[str], dashboard: Dashboard
+) -> None:
+    """Run all jobs that are not done, with `searched` for each separate run."""
+    separate = [job for job, found in earlier.items() if found.state in ("new", "continues")]
     if sweep.options.engine == "population":
-        found = {job: member_of(job, sweep.path) for job in sweep.jobs}
-        separate = [job for job, member in found.items() if member is None]
+        # A damaged run, and one with checkpoints of its own, is no part of a population.
+        alone = {j for j, f in earlier.items() if f.state == "damaged" or has_checkpoints(sweep, j)}
+        found = {job: member_of(sweep, job) for job in sweep.jobs if job not in alone}
         members = [member for member in found.values() if member is not None]
+        separate = [job for job in separate if found.get(job) is None]
         folder = sweep.path / ".population"
         train_populations(members, folder, dashboard.print, sweep.options.gradients)
-    launch(sweep, separate)
+    launch(sweep, separate, searched, dashboard.print)
+
+
+def has_checkpoints(sweep: Sweep, job: Job) -> bool:
+    """Whether a run has checkpoints in its directory, from which only a separate run continues."""
+    return bool(list_checkpoints(sweep.path / job.name))
 
 
 def can_be_member(config: Config) -> bool:
@@ -103,13 +122,16 @@ def can_be_member(config: Config) -> bool:
     return algorithm.name != "msgd" and explicit and not measured
 
 
-def member_of(job: Job, folder: Path) -> Member | None:
+def member_of(sweep: Sweep, job: Job) -> Member | None:
     """A job as a member of a population; None: a separate run."""
     try:
-        config = to_config(compose("train", overrides=all_overrides(job, folder)))
+        config = sweep.config(job)
     except ConfigError:  # conflicting values: the separate run reports them
         return None
-    return Member(job.name, folder / job.name, config) if can_be_member(config) else None
+    run_dir = sweep.path / job.name
+    output = replace(config.output, run_dir=str(run_dir))
+    config = replace(config, output=output, resume="auto")
+    return Member(job.name, run_dir, config) if can_be_member(config) else None
 
 
 def all_overrides(job: Job, folder: Path) -> list[str]:
@@ -117,54 +139,48 @@ def all_overrides(job: Job, folder: Path) -> list[str]:
     return [*job.overrides, override("output.run_dir", str(folder / job.name)), "resume=auto"]
 
 
-def launch(sweep: Sweep, jobs: Sequence[Job]) -> None:
-    """Run the jobs that are not done through Hydra's launcher."""
-    left = [
-        all_overrides(job, sweep.path)
-        for job in jobs
-        if not (sweep.path / job.name / "summary.json").exists()
-    ]
-    if not left:
+def launch(
+    sweep: Sweep, jobs: Sequence[Job], searched: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Run jobs on this machine, or through the launcher of Hydra that the command line names."""
+    if not jobs:
         return
-    options = sweep.options
+    options, runs = sweep.options, {job: all_overrides(job, sweep.path) for job in jobs}
+    if not any(text.startswith("hydra/launcher=") for text in sweep.launcher):
+        here = {sweep.path / job.name: [*searched, *own] for job, own in runs.items()}
+        run_here(here, options.processes, options.jobs, say)
+        return
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     overrides = [override("hydra.sweep.dir", str(sweep.path)), "hydra.sweep.subdir=."]
-    overrides += launcher_overrides(sweep)
+    overrides += sweep.launcher
     config = hydra.compose_config(
         "train", overrides, RunMode.MULTIRUN, with_log_configuration=False
     )
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(hydra.config_loader, hydra_callbacks(config)),
-        task_function=partial(run_job, processes=options.processes, jobs=options.jobs),
+        task_function=partial(run_job, processes=options.processes, searched=searched),
         config=config,
     )
-    for result in launcher.launch(left, initial_job_idx=0):
+    for result in launcher.launch(list(runs.values()), initial_job_idx=0):
         result.return_value  # noqa: B018  (raises the error of the task)
 
 
-def launcher_overrides(sweep: Sweep) -> list[str]:
-    """The overrides for Hydra: joblib if `sweep.jobs` > 1 and no launcher is chosen."""
-    own = list(sweep.launcher)
-    if sweep.options.jobs > 1 and not any(text.startswith("hydra/launcher=") for text in own):
-        own[:0] = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={sweep.options.jobs}"]
-    return own
-
-
 def require_launcher(sweep: Sweep) -> None:
-    """Refuse a launcher whose plugin is not installed; the message names the package."""
-    for text in launcher_overrides(sweep):
-        name = text.partition("=")[2].partition("_")[0]
-        if text.startswith("hydra/launcher=") and name in ("joblib", "submitit"):
-            names = ("hydra_plugins", f"hydra_plugins.hydra_{name}_launcher")
-            chosen = ("hydra/launcher", name)
-            if name == "joblib" and not sweep.launcher:
-                chosen = ("sweep.jobs", str(sweep.options.jobs))
-            require(
-                all(importlib.util.find_spec(module) is not None for module in names),
-                *chosen,
-                f"1, or with the package hydra-{name}-launcher: pip install hydra-{name}-launcher",
-            )
+    """Refuse a launcher that needs a package, or that cannot stop its runs with a checkpoint."""
+    chosen = any(text.startswith("hydra/launcher=") for text in sweep.launcher)
+    for text in sweep.launcher:
+        key, _, launcher = text.partition("=")
+        require(chosen, key, launcher, "with a launcher of Hydra, such as submitit_slurm")
+        if key != "hydra/launcher":
+            continue
+        several = "without it sweep.jobs=N runs N at once, and stops them with a checkpoint"
+        require(launcher != "joblib", key, launcher, several)
+        if launcher.startswith("submitit"):
+            names = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")
+            there = all(importlib.util.find_spec(module) is not None for module in names)
+            allowed = "with the package: pip install hydra-submitit-launcher"
+            require(there, key, launcher, allowed)
 
 
 def require_no_jobs(sweep: Sweep) -> None:

@@ -3,21 +3,26 @@
 It reads the files of the runs, and therefore works alike for local runs and for cluster jobs.
 """
 
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
-from consensus.records import last_row
+from consensus.records import at_commas, last_row, number
+from consensus.report.runs import is_run, read_config
+from consensus.sweep.earlier import Found
 from consensus.sweep.grid import Job
 from consensus.sweep.job import Status
 
 ROWS = 20  # of the live table, at most
+NAME_WIDTH = 37  # of a run in the table, in which 80 columns suffice for all
 
 
 class Dashboard:
@@ -27,13 +32,21 @@ class Dashboard:
     """
 
     def __init__(
-        self, path: Path, jobs: Sequence[Job], console: Console | None = None, every_s: float = 1.0
+        self,
+        path: Path,
+        earlier: Mapping[Job, Found],
+        console: Console | None = None,
+        every_s: float = 1.0,
     ) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.print = partial(self.console.print, markup=False)
-        self.path, self.jobs, self.every_s = path, jobs, every_s
-        self.statuses = {job.name: Status.read(path / job.name) for job in jobs}
+        self.path, self.earlier, self.every_s = path, earlier, every_s
+        self.statuses = {job.name: self._read(job) for job in earlier}
         self.before = self.number("done")
+        self._lasts = {job.name: last_row(path / job.name) for job in earlier}
+        self._iterations: dict[str, int | None] = {
+            j.name: f.iterations for j, f in earlier.items() if f.iterations
+        }
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dashboard", daemon=True)
@@ -41,15 +54,44 @@ class Dashboard:
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
+    def _read(self, job: Job) -> Status:
+        found = self.earlier[job]
+        if found.state == "damaged":
+            return Status("failed", message=found.problem)
+        status = Status.read(self.path / job.name, found.iterations or 0)
+        # What is done is known from its config, and not from a status of another machine.
+        return Status("done", seconds=status.seconds) if found.state == "done" else status
+
     def number(self, state: str) -> int:
         """The number of jobs in a state."""
         return sum(status.state == state for status in self.statuses.values())
 
+    def run_dirs(self) -> list[Path]:
+        """The directories of the jobs that have begun and can be read."""
+        readable = (job.name for job, found in self.earlier.items() if found.state != "damaged")
+        return [self.path / name for name in readable if is_run(self.path / name)]
+
+    def list_runs(self) -> None:
+        """Print what there is of each run, for `--dry-run`."""
+        self.print(self._heading())
+        for job, found in self.earlier.items():
+            line = f"{found.state:>9}  {job.name}"
+            if found.state == "continues":
+                line += f"  at iteration {found.done:,} of {found.iterations:,} or before"
+            self.print(f"{line}  {found.problem}".rstrip())
+
+    def _heading(self) -> str:
+        done = f", {self.before} of them done before" if self.before else ""
+        return (
+            f"{len(self.earlier)} run{'s' if len(self.earlier) != 1 else ''} in {self.path}{done}"
+        )
+
     def __enter__(self) -> "Dashboard":
         """Start the thread."""
-        done = f", {self.before} of them done before" if self.before else ""
-        runs = f"{len(self.jobs)} run{'s' if len(self.jobs) != 1 else ''}"
-        self.print(f"{runs} in {self.path}{done}")
+        self.print(self._heading())
+        for job, found in self.earlier.items():
+            if found.problem:
+                self.print(f" failed  {job.name}  {found.problem}")
         if self._live is not None:
             self._live.start()
         self._thread.start()
@@ -65,31 +107,39 @@ class Dashboard:
         self.print(self.counts())
 
     def _follow(self) -> None:
-        while not self._stop.wait(self.every_s):
-            self.refresh()
-            if self._live is not None:
-                self._live.update(self.table(), refresh=True)
+        try:
+            while not self._stop.wait(self.every_s):
+                self.refresh()
+                if self._live is not None:
+                    self._live.update(self.table(), refresh=True)
+        except Exception as error:  # the runs go on
+            self.print(f"no dashboard: {error}")
 
     def refresh(self) -> None:
         """Read the status files; print a line for each run that has ended."""
-        for job in self.jobs:
+        for job, found in self.earlier.items():
             old = self.statuses[job.name]
-            if old.state == "done":
+            if old.state == "done" or found.state == "damaged":
                 continue
-            new = self.statuses[job.name] = Status.read(self.path / job.name)
-            ended = new.state in ("done", "failed", "stopped")
-            if ended and new != old and (old.state == "running" or new.code is not None):
+            new = self.statuses[job.name] = self._read(job)
+            if new.state == "running" or new != old:
+                self._lasts[job.name] = last_row(self.path / job.name)
+            told = old.state == "running" or new.code is not None or new.message
+            if new.state in ("done", "failed", "stopped") and new != old and told:
                 self.print(self.line(job, new))
 
     def line(self, job: Job, status: Status) -> str:
         """The line of a run that has ended."""
         line = f"{status.state:>7}  {job.name}  {status.seconds:.0f} s"
         if status.state == "failed":
-            return f"{line}  exit code {status.code}: {status.message}"
-        last = last_row(self.path / job.name)
-        if status.state == "done" and last and last.get("test_error") is not None:
-            line += f"  test error {last['test_error']:.2f} %"
-        return line
+            code = "" if status.code is None else f"exit code {status.code}: "
+            return f"{line}  {code}{status.message}"
+        error = self._test_error(job.name)
+        return line if math.isnan(error) else f"{line}  test error {error:.2f} %"
+
+    def _test_error(self, name: str) -> float:
+        """The test error of the last evaluation of a run, in percent; nan without one."""
+        return number(self._lasts[name] or {}, "test_error")
 
     def counts(self) -> str:
         """One line: the number of jobs in each state, and the estimated time left."""
@@ -99,35 +149,65 @@ class Dashboard:
         return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
 
     def seconds_left(self) -> float | None:
-        """An estimate from the runs that have ended; None before the first and at the end."""
-        ended = self.number("done") - self.before + self.number("failed")
-        to_do = len(self.jobs) - self.number("done") - self.number("failed")
-        if not ended or not to_do:
+        """An estimate from the iterations done and to do; None before the first and at the end.
+
+        A run that has not started is taken to be as long as the others are on average.
+        """
+        done = {name: row["iteration"] if row else 0 for name, row in self._lasts.items()}
+        for name, row in self._lasts.items():
+            if row and name not in self._iterations:
+                self._iterations[name] = _iterations_of(self.path / name)
+        known = list(filter(None, self._iterations.values()))
+        if not known:
             return None
-        return (time.monotonic() - self._started) / ended * to_do
+        usual = sum(known) / len(known)
+        now = sum(max(0, done[job.name] - found.done) for job, found in self.earlier.items())
+        left = sum(
+            (self._iterations.get(name) or usual) - done[name]
+            for name, status in self.statuses.items()
+            if status.state not in ("done", "failed")
+        )
+        return (time.monotonic() - self._started) / now * left if now and left > 0 else None
+
+    def best(self) -> tuple[float, str] | None:
+        """The lowest test error of the last evaluations so far, in percent, and its run."""
+        found = ((self._test_error(name), name) for name in self.statuses)
+        return min((pair for pair in found if not math.isnan(pair[0])), default=None)
 
     def table(self) -> Table:
-        """The running, failed and stopped jobs."""
-        table = Table(title=self.counts(), title_justify="left")
-        for column in ("state", "run", "iteration", "test error", "seconds", ""):
-            table.add_column(column, justify="left" if column in ("state", "run", "") else "right")
+        """The running, failed and stopped jobs, in 80 columns."""
+        title = self.counts()
+        if found := self.best():
+            title += f"\nbest so far: test error {found[0]:.2f} %, {found[1]}"
+        table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 1))
+        table.add_column("state", no_wrap=True)
+        table.add_column("run", overflow="fold", max_width=NAME_WIDTH)
+        for column in ("iteration", "error %", "time"):
+            table.add_column(column, justify="right", no_wrap=True)
         order = {"running": 0, "failed": 1, "stopped": 2}
-        shown = [job for job in self.jobs if self.statuses[job.name].state in order]
+        shown = [job for job in self.earlier if self.statuses[job.name].state in order]
         shown.sort(key=lambda job: order[self.statuses[job.name].state])
         for job in shown[:ROWS]:
-            status, last = self.statuses[job.name], last_row(self.path / job.name)
-            error = last.get("test_error") if last else None
+            status, last = self.statuses[job.name], self._lasts[job.name]
+            error = self._test_error(job.name)
             table.add_row(
                 status.state,
-                job.name,
+                escape("\n".join(filter(None, (at_commas(job.name, NAME_WIDTH), status.message)))),
                 f"{last['iteration'] if last else 0:,}",
-                "" if error is None else f"{error:.2f}",
-                f"{status.seconds:.0f}" if status.seconds else "",
-                status.message,
+                "" if math.isnan(error) else f"{error:.2f}",
+                duration(status.seconds) if status.seconds else "",
             )
         if len(shown) > ROWS:
             table.caption = f"and {len(shown) - ROWS} more"
         return table
+
+
+def _iterations_of(run_dir: Path) -> int | None:
+    """The iterations of a run according to its config.yaml; None if it cannot be read."""
+    try:
+        return int(read_config(run_dir)["algorithm.iterations"])
+    except (ValueError, KeyError):
+        return None
 
 
 def duration(seconds: float) -> str:

@@ -17,12 +17,14 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from consensus.private_api import expand_sweep
 from consensus.problem import WAYS
 from consensus.run.checks import ConfigError, require, require_one_of
 from consensus.run.compose import to_config
+from consensus.run.config import Config
 from consensus.run.overrides import take_as_text
 from consensus.run.plan import require_memory_for_many
 
@@ -98,7 +100,14 @@ class Sweep:
     path: Path  # the directory of the sweep
     options: SweepOptions
     jobs: tuple[Job, ...]
-    launcher: tuple[str, ...]  # overrides for Hydra itself, such as `hydra/launcher=joblib`
+    launcher: tuple[str, ...]  # overrides for Hydra itself, such as `hydra/launcher=...`
+    _configs: dict[Job, Config] = field(default_factory=dict, compare=False)
+
+    def config(self, job: Job) -> Config:
+        """The config of a run, composed once; raises REFUSALS. Hydra must be initialized."""
+        if job not in self._configs:
+            self._configs[job] = to_config(compose("train", overrides=list(job.overrides)))
+        return self._configs[job]
 
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
@@ -108,6 +117,9 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     launcher = tuple(text for text in arguments if re.match(r"\+*hydra[/.]", text))
     others = [text for text in arguments if text not in own and text not in launcher]
     for text in others:
+        if text.startswith("-"):
+            allowed = "KEY=VALUE and --config-dir=FOLDER, --dry-run, --help"
+            raise ConfigError(f"`{text}` is no argument of a sweep; allowed: {allowed}")
         key, equals, value = text.lstrip("+~").partition("=")
         require(key not in OWN_KEYS, key, "set", "nothing here: every run of a sweep has its own")
         # Hydra has no clear error for `key=` and `key=a,,b`.
@@ -152,6 +164,8 @@ def _text(value: object) -> str:
 def _jobs(parts: Sequence[Sequence[str]]) -> list[Job]:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed = [parser.parse_overrides(list(part)) for part in parts]
+    for override in (override for part in parsed for override in part):
+        _require_values(override)
     runs = list(dict.fromkeys(tuple(run) for part in parsed for run in expand_sweep(part)))
     split = [{key: value for key, _, value in (o.partition("=") for o in run)} for run in runs]
     varying = [
@@ -163,6 +177,20 @@ def _jobs(parts: Sequence[Sequence[str]]) -> list[Job]:
         Job(_name({key: keys[key] for key in varying if key in keys}), run)
         for keys, run in zip(split, runs, strict=True)
     ]
+
+
+def _require_values(override: Override) -> None:
+    """Refuse values that cannot be listed, and a range or a glob without any."""
+    if not override.is_sweep_override():
+        return
+    key, text = override.get_key_element(), str(override.input_line).partition("=")[2]
+    allowed = "values between commas, choice(...) or range(START, STOP, STEP), which can be listed"
+    require(override.is_discrete_sweep(), key, text, allowed)
+    if not any(True for _ in override.sweep_iterator()):
+        loader = GlobalHydra.instance().config_loader()
+        names = loader.get_group_options(override.key_or_group)
+        allowed = f"names or patterns among {', '.join(names)}" if names else "at least one value"
+        raise ConfigError(f"`{key}` is {text}, which stands for no value; allowed: {allowed}")
 
 
 def _name(varying: dict[str, str]) -> str:
@@ -189,7 +217,7 @@ def check(sweep: Sweep) -> None:
         if seen.issuperset(job.overrides):
             continue
         seen.update(job.overrides)
-        config = to_config(compose("train", overrides=list(job.overrides)))
+        config = sweep.config(job)
         workers = config.workers
         divides = workers is None or workers % processes == 0
         require(divides, "sweep.processes", processes, f"a divisor of workers={workers}")

@@ -11,11 +11,10 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
-import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -47,7 +46,7 @@ from consensus.run.results import environment, finish_run
 from consensus.run.signals import StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.server import digest
-from consensus.sweep.job import Status
+from consensus.sweep.job import Status, allow_open_files, finished
 
 FORMAT = 2  # of the checkpoint; it is part of the file name, so that no other format is read
 MOST_MODELS = 65_535  # in a population: the grid size of the Triton kernels
@@ -124,8 +123,10 @@ def train_populations(
     cannot be made, and KeyboardInterrupt after a stop signal.
     """
     known: dict[str, Way] = {}
-    for population in populations(members):
-        left = [m for m in population if Status.read(m.run_dir).state != "done"]
+    found = populations(members)
+    allow_open_files(max(map(len, found), default=0))
+    for population in found:
+        left = [m for m in population if not finished(m.run_dir, m.config.algorithm.iterations)]
         for member in left:
             find_origin(member.config, Launch(), count_workers(member.config, Launch()))
         if left:
@@ -225,14 +226,15 @@ class PopulationTrainer:
     def run(self) -> None:
         """Train to the end, or to a stop signal: KeyboardInterrupt, after a checkpoint."""
         signals = StopSignals(600.0)
-        running = Status("running", os.getpid(), socket.gethostname())
+        running = Status.running()
         for i in self.population.active.tolist():
             running.write(self.members[i].run_dir)
         try:
             self._train(signals)
         except BaseException:
-            for i in self.population.active.tolist():
-                Status("stopped").write(self.members[i].run_dir)
+            with suppress(OSError):  # a full disk
+                for i in self.population.active.tolist():
+                    Status("stopped").write(self.members[i].run_dir)
             raise
         finally:
             signals.close()

@@ -2,9 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from hydra import compose
+from omegaconf import OmegaConf
 
+from consensus.run.compose import to_config
 from consensus.sweep import job
 from tests.testing.sweeps import SLURM, STAND_IN, call_sweep
 
@@ -18,6 +22,9 @@ def sweep(monkeypatch, tmp_path):
 
     def command(processes, overrides):
         assert real(processes, overrides)[-len(overrides) :] == overrides
+        config = to_config(compose("train", overrides=[o for o in overrides if o[0] != "-"]))
+        content = OmegaConf.to_yaml(OmegaConf.structured(config))
+        (Path(config.output.run_dir) / "config.yaml").write_text(content)
         return [sys.executable, str(tmp_path / "stand_in.py"), *overrides]
 
     monkeypatch.setattr(job, "command", command)

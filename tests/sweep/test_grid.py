@@ -141,6 +141,27 @@ def test_equal_runs_are_merged():
         (["sweep.processes=0"], "`sweep.processes` is 0; allowed: a whole number >= 1"),
         (["sweep.dir=''"], "`sweep.dir` is ; allowed: a path or null"),
         (["sweep.job=2"], "unknown key `sweep.job`; allowed in `sweep`: sweep.dir, sweep.jobs"),
+        (
+            ["algorithm.lam=interval(0.01,0.1)"],
+            "`algorithm.lam` is interval(0.01,0.1); allowed: values between commas, choice(...) or "
+            "range(START, STOP, STEP), which can be listed",
+        ),
+        (["+data.options.x=tag(a,interval(0,1))"], "`+data.options.x` is tag(a,interval(0,1)); "),
+        (["grid=smoke", "seed=int(interval(0,9))"], "`seed` is int(interval(0,9)); allowed: "),
+        (
+            ["algorithm.lam=glob(*)"],
+            "`algorithm.lam` is glob(*), which stands for no value; allowed: at least one value",
+        ),
+        (
+            ["data=glob(x*)"],
+            "`data` is glob(x*), which stands for no value; allowed: names or patterns among "
+            "digits, mnist",
+        ),
+        (["seed=range(3,3)"], "`seed` is range(3,3), which stands for no value; allowed: at least"),
+        (
+            ["--dry"],
+            "`--dry` is no argument of a sweep; allowed: KEY=VALUE and --config-dir=FOLDER",
+        ),
         (["output.run_dir=a"], "`output.run_dir` is set; allowed: nothing here"),
         (["resume=auto"], "`resume` is set; allowed: nothing here"),
         (["grid=without_parts"], "`grid.parts` is []; allowed: at least one part"),

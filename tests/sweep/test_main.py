@@ -8,6 +8,7 @@ import time
 import pytest
 
 from consensus.sweep import __main__ as entry
+from consensus.sweep import job
 from consensus.sweep.job import Status
 from tests.testing.sweeps import started
 
@@ -98,14 +99,27 @@ def test_too_little_memory_is_refused(sweep, monkeypatch, tmp_path, arguments, l
     assert not (tmp_path / "many").exists()
 
 
-def test_a_missing_launcher_is_refused(sweep, monkeypatch):
+def test_a_launcher_is_refused_before_anything_starts(sweep, monkeypatch):
     monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
-    code, _, err = sweep("seed=1,2", "sweep.jobs=2")
-    assert code == 2
-    assert err == (
-        "consensus.sweep: `sweep.jobs` is 2; allowed: 1, or with the package "
-        "hydra-joblib-launcher: pip install hydra-joblib-launcher\n"
-    )
+    for arguments, line in [
+        (
+            ["hydra/launcher=submitit_slurm"],
+            "`hydra/launcher` is submitit_slurm; allowed: with the package: "
+            "pip install hydra-submitit-launcher",
+        ),
+        (
+            ["hydra/launcher=joblib"],
+            "`hydra/launcher` is joblib; allowed: without it sweep.jobs=N runs N at once, and "
+            "stops them with a checkpoint",
+        ),
+        (
+            ["hydra.launcher.timeout_min=3"],
+            "`hydra.launcher.timeout_min` is 3; allowed: with a launcher of Hydra, such as "
+            "submitit_slurm",
+        ),
+    ]:
+        code, out, err = sweep("seed=1,2", *arguments)
+        assert (code, out, err) == (2, "", f"consensus.sweep: {line}\n")
 
 
 def test_a_sweep_with_jobs_in_the_queue_is_refused(sweep, queue, tmp_path):
@@ -166,6 +180,76 @@ def test_a_run_stopped_by_the_cluster_has_not_failed(sweep, tmp_path):
     status = Status.read(run_dir)
     assert (status.state, status.code) == ("stopped", 75)
     assert "failed" not in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_reaches_all_runs_at_once(sweep, tmp_path, number):
+    """Each of two runs gets SIGTERM, and ends as after a checkpoint."""
+    slow = [tmp_path / "many" / f"seed={seed}" / "slow" for seed in (14, 15)]
+
+    def ask():
+        while not all(path.exists() and path.read_text() for path in slow):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    code, _, err = sweep("seed=14,15,1", "sweep.dir=many", "sweep.jobs=2")
+    asking.join()
+    assert (code, err) == (130, "consensus.sweep: stopped; the same command continues it\n")
+    statuses = [Status.read(path.parent) for path in slow]
+    assert [(status.state, status.code) for status in statuses] == [("stopped", 75)] * 2
+    assert not (tmp_path / "many" / "seed=1").exists()
+    for path in slow:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+def test_a_full_disk_starts_nothing_and_costs_a_line(sweep, tmp_path, monkeypatch):
+    write = job.write_whole
+
+    def full(path, content):
+        if path.parent.name == "seed=1":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(job, "write_whole", full)
+    code, out, err = sweep("seed=1,2", "sweep.dir=many")
+    assert code == 1
+    assert err == "consensus.sweep: 1 of 2 runs are not done; see status.json in each\n"
+    assert " failed  seed=1  No space left on device: many/seed=1/status.json" in out
+    assert not (tmp_path / "many" / "seed=1" / "started").exists()
+    assert Status.read(tmp_path / "many" / "seed=2").state == "done"
+
+
+def test_a_file_in_the_place_of_a_run_costs_that_run(sweep, tmp_path):
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "seed=1").touch()
+    code, out, _ = sweep("seed=1,2", "sweep.dir=many")
+    assert code == 1
+    assert " failed  seed=1  File exists: many/seed=1" in out
+    assert Status.read(tmp_path / "many" / "seed=2").state == "done"
+
+
+def test_a_command_without_arguments_prints_its_usage(sweep, tmp_path):
+    code, out, err = sweep()
+    assert (code, out) == (2, "")
+    assert "python -m consensus.sweep grid=NAME KEY=VALUE" in err
+    assert sweep("--help")[:2] == (0, err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_get_the_folders_of_yaml_files(sweep, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nalgorithm:\n  iterations: 7\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
+    code, out, err = sweep("--config-dir=own", "experiment=glob(mi*)", "seed=1", "sweep.dir=many")
+    assert (code, err) == (0, "")
+    (once,) = started(tmp_path / "many" / "run")
+    assert once["argv"][0] == f"--config-dir={tmp_path}/own"
+    code, out, err = sweep("--config-dir=none", "experiment=mine", "seed=1")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"consensus.sweep: `--config-dir` is {tmp_path}/none; allowed: a folder")
 
 
 def test_momentum_sgd_is_a_separate_run(sweep, tmp_path):

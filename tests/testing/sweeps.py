@@ -11,7 +11,7 @@ from unittest import mock
 from consensus.sweep import __main__ as entry
 
 STAND_IN = """
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, re, signal, sys, time
 keys = dict(text.split("=", 1) for text in sys.argv[1:])
 run_dir = pathlib.Path(keys["output.run_dir"].strip("'"))
 with (run_dir / "started").open("a") as file:
@@ -20,16 +20,17 @@ if keys["seed"] == "13":
     print("consensus.train: `seed` is 13; allowed: luck")
     print("more")
     sys.exit(2)
-if keys["seed"] == "14":
+if keys["seed"] in ("14", "15"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     (run_dir / "slow").write_text(str(os.getpid()))
     time.sleep(60)
 row = dict.fromkeys(["epoch", "objective", "train_loss", "train_error", "test_loss"], 1.0)
-row |= {"iteration": 20, "test_error": float(keys["seed"])}
+iterations = int(re.search(r"  iterations: (\\d+)", (run_dir / "config.yaml").read_text())[1])
+row |= {"iteration": iterations, "test_error": float(keys["seed"])}
 (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
-(run_dir / "summary.json").write_text("{}")
+(run_dir / "summary.json").write_text(json.dumps(row))
 """
-"""A program in place of `consensus.train`: seed 13 fails, seed 14 runs until SIGTERM."""
+"""A program in place of `consensus.train`: seed 13 fails, seeds 14 and 15 run until SIGTERM."""
 
 SLURM = """#!{python}
 import pathlib, sys

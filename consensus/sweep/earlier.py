@@ -1,0 +1,98 @@
+"""What earlier calls of a sweep left: which runs are done, which continue, and which are new.
+
+A run in a directory of the sweep counts only if it is the run that the command means: its config
+is compared, not its name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from consensus.comm import Launch
+from consensus.records import last_row
+from consensus.run.checkpoint.reader import list_checkpoints
+from consensus.run.checkpoint.resume import differing, find_origin, state_of
+from consensus.run.checks import ConfigError
+from consensus.run.compose import REFUSALS
+from consensus.run.config import Config
+from consensus.run.plan import count_workers
+from consensus.sweep.grid import Job, Sweep
+from consensus.sweep.job import summary_of
+
+_PLACE = {"output.root", "output.run_dir", "output.name", "data.root", "device", "resume"}
+_PLACE |= {"output.checkpoint_every", "output.keep_checkpoints", "output.log_every"}
+_PLACE |= {"output.tensorboard", "cuda_graph", "plugins"}
+"""Keys, beside the section `group`, that say where and how a run is computed, and not what."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of a run: new, continues, done, or damaged (it cannot be read)."""
+
+    state: str
+    iterations: int | None = None  # that the command means; None for a new run
+    done: int = 0  # iterations, as far as its evaluations tell
+    problem: str = ""  # of a damaged run
+
+
+def find_earlier(sweep: Sweep) -> dict[Job, Found]:
+    """What there is of each run. ConfigError if a directory holds another run than is meant."""
+    return {job: _find(sweep, job) for job in sweep.jobs}
+
+
+def _find(sweep: Sweep, job: Job) -> Found:
+    run_dir = sweep.path / job.name
+    try:
+        if state_of(run_dir) is None:
+            return Found("new")
+        before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+        if not isinstance(before, dict) or "algorithm" not in before:
+            raise ValueError("it holds no config")
+        summary = summary_of(run_dir)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        cause = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        problem = f"{run_dir / 'config.yaml'} cannot be read ({cause})"
+        return Found("damaged", problem=f"{problem}; remove {run_dir} to run it again")
+    try:
+        config = sweep.config(job)
+        config = replace(config, output=replace(config.output, run_dir=str(run_dir)), resume="auto")
+        launch = Launch(size=sweep.options.processes)
+        num_workers = count_workers(config, launch)
+    except REFUSALS:  # values of several keys that conflict: the run reports them
+        return Found("new")
+    wanted = config.algorithm.iterations
+    more = summary is None or (summary.get("iteration", 0) < wanted and list_checkpoints(run_dir))
+    if summary is not None and not more:
+        for key, old, new in _differences(before, summary, config, num_workers):
+            where = f"as in {run_dir}, which is finished; or another sweep.dir"
+            raise ConfigError(f"`{key}` is {new}; allowed: {old}, {where}")
+        return Found("done", wanted, wanted)
+    try:
+        find_origin(config, launch, num_workers)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or another sweep.dir") from error
+    last = last_row(run_dir)
+    return Found("continues", wanted, last["iteration"] if last else 0)
+
+
+def _differences(
+    before: Any, summary: dict[str, Any], config: Config, num_workers: int
+) -> Iterator[tuple[str, Any, Any]]:
+    """Key, old and new value of each difference between a finished run and the one that is meant.
+
+    The numbers of workers and of iterations are those of the run, whatever its config left open.
+    """
+    for key, old, new in differing(before, config):
+        own = key in ("workers", "algorithm.iterations")
+        if not own and key not in _PLACE and not key.startswith("group."):
+            yield key, old, new
+    done, wanted = summary.get("iteration"), config.algorithm.iterations
+    if done != wanted:
+        yield "algorithm.iterations", done, wanted
+    workers = summary.get("environment", {}).get("workers", num_workers)
+    if workers != num_workers:
+        yield "workers", workers, num_workers
