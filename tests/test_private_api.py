@@ -7,17 +7,21 @@ import sys
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from consensus.private_api import (
+    add_config_source,
     expand_sweep,
     has_content,
     hydra_argument_parser,
     hydra_callbacks,
     storage_info,
 )
+from consensus.run.compose import config_dir
 
 
 def test_the_parser_accepts_overrides_and_the_switches_of_hydra():
@@ -47,6 +51,20 @@ def test_callbacks_of_a_config_without_any_fit_a_hydra_context():
     config = OmegaConf.create({"hydra": {"callbacks": {}}})
     context = HydraContext(config_loader=None, callbacks=hydra_callbacks(config))
     context.callbacks.on_job_start(config=config, task_function=None)
+
+
+def test_a_source_of_configs_is_searched_after_the_others(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("mine", "mlp"):
+        (tmp_path / "model" / f"{name}.yaml").write_text("name: of_mine\noptions: {}\n")
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        assert not add_config_source("file:///none")
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        assert add_config_source(f"file://{tmp_path}")
+        loader = GlobalHydra.instance().config_loader()
+        assert {"mine", "lenet5"} <= set(loader.get_group_options("model"))
+        names = [compose(f"model/{name}").model.name for name in ("mine", "mlp")]
+    assert names == ["of_mine", "mlp"]
 
 
 def test_a_sweep_is_expanded_in_the_order_of_a_nested_loop():
