@@ -53,7 +53,7 @@ def test_another_setting_is_refused_before_anything_starts(done, tmp_path):
         ("dtype=float64", "dtype", "float64", "float32"),
         ("output.eval_every=3", "output.eval_every", "3", "10"),
         ("stationarity.every=10", "stationarity.every", "10", "None"),
-        ("+data.options.x=1", "data.options", "{'x': 1}", "{}"),
+        ("+data.options.x=1", "data.options.x", "1", "no such option"),
         ("seed=1,2,3 algorithm.sigma=0.001", "algorithm.sigma", "0.001", "0.005"),
     ]:
         for engine in ("separate", "population"):
