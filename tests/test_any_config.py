@@ -953,6 +953,7 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
 DIVERGED = (
     r"iteration (\d+): (u|(worker \d+|one of the workers \d+ to \d+) on rank 0) became non-finite"
 )
+BEYOND_GUESSING = r"iteration \d+: the run has diverged: the objective is \S+, more than 1e6 times"
 UNWRITABLE = "cannot write the run directory: "
 
 
@@ -962,6 +963,10 @@ def check_failure(line: Line, ended: Ended) -> str:
     if UNWRITABLE in said:
         assert any("file/below" in x or LONG in x for x in line.argv), "it could be written"
         return "no directory"
+    if re.match(BEYOND_GUESSING, said):
+        (seen,) = ended.runs
+        assert seen.faults == []
+        return "diverged"
     diverged = re.match(DIVERGED, said)
     assert diverged, said
     (seen,) = ended.runs

@@ -18,7 +18,7 @@ from consensus.run.checkpoint.manifest import as_hex
 from consensus.run.checkpoint.resume import resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.health import HealthCheck
-from consensus.run.metrics import measure
+from consensus.run.metrics import divergence, measure, no_progress
 from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
@@ -44,6 +44,7 @@ class Trainer:
         self.stationarity = Stationarity(plan, group) if every is not None else None
         self.rows: list[Row] = []  # the evaluations so far, those before a resume included
         self.best: dict[str, float] | None = None  # iteration and test error of the best
+        self.unremarked = True  # no remark about a run that makes no progress so far
         self.sinks = Sink()  # writes nothing: rank 0 gets others in `start`
         output = plan.config.output
         self.writer: CheckpointWriter | None = None
@@ -203,6 +204,11 @@ class Trainer:
         with self.directory.writing():
             self.sinks.evaluation(row)
         self.agree()
+        if message := divergence(row, self.plan):
+            raise GroupError(message)  # on all ranks: they have the same row
+        if self.unremarked and (remark := no_progress(row, self.plan)):
+            self.screen.say(remark)
+            self.unremarked = False
         # Evaluations do not count as training: the next samples_per_s starts here.
         self._clock, self._counted = time.perf_counter(), done
 
