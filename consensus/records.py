@@ -8,7 +8,8 @@ read as None.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
@@ -85,20 +86,44 @@ def read_rows(run_dir: Path) -> list[Row]:
     return rows
 
 
-def rows_until(run_dir: Path, t: int) -> list[Row]:
-    """The rows up to iteration t in order, each iteration once; damaged lines are skipped.
+def rows_until(run_dir: Path, t: int, report: Callable[[str], None] | None = None) -> list[Row]:
+    """The rows up to iteration t in order, each iteration once.
 
-    A killed run may have written later rows, and its last line in part.
+    A killed run may have written later rows, and its last line in part. Other lines that are
+    damaged, or whose iteration does not fit the order of most, are left out and named to `report`.
     """
-    rows: list[Row] = []
+    path = run_dir / METRICS
     try:
-        lines = _lines(run_dir / METRICS)
+        lines = _lines(path)
     except FileNotFoundError:
         return []
-    for row in _whole(lines):
-        if (rows[-1]["iteration"] if rows else 0) < row["iteration"] <= t:
-            rows.append(row)
-    return rows
+    found = {n: row for n, line in enumerate(lines) for row in _whole([line])}
+    known = [n for n, row in found.items() if row["iteration"] <= t]
+    chosen = _increasing([found[n]["iteration"] for n in known])
+    kept = [known[i] for i in chosen]
+    left = [n + 1 for n in range(max(kept, default=-1)) if n not in kept]
+    repeated = {found[n]["iteration"] for n in kept}
+    left = [n for n in left if n - 1 not in found or found[n - 1]["iteration"] not in repeated]
+    if left and report is not None:
+        report(f"{path}: line {', '.join(map(str, left))} is damaged and left out")
+    return [found[n] for n in kept]
+
+
+def _increasing(numbers: Sequence[int]) -> list[int]:
+    """The places of a longest strictly increasing selection; of equal numbers the first."""
+    ends: list[int] = []  # from the last number on: the largest first number, negated, of a
+    places: list[int] = []  # selection of each length, and its place
+    after: dict[int, int] = {}  # place -> the next place in its selection
+    for place in reversed(range(len(numbers))):
+        length = bisect_left(ends, -numbers[place])
+        if length:
+            after[place] = places[length - 1]
+        ends[length : length + 1] = [-numbers[place]]
+        places[length : length + 1] = [place]
+    chosen = places[-1:]
+    while chosen and chosen[-1] in after:
+        chosen.append(after[chosen[-1]])
+    return chosen
 
 
 def last_row(run_dir: Path) -> Row | None:
@@ -120,8 +145,18 @@ def _whole(lines: Iterable[str]) -> Iterator[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+        if isinstance(row, dict) and _sound(row):
             yield cast(Row, row)
+
+
+def _sound(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the required keys, and numbers or null in them."""
+    return (
+        all(key in row and isinstance(row[key], int | float | None) for key in REQUIRED)
+        and type(row["iteration"]) is int
+        and row["iteration"] >= 0
+        and isinstance(row.get("distance", []), list)
+    )
 
 
 # ---- writing

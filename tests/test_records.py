@@ -257,3 +257,41 @@ def test_names_in_a_table_are_not_markup():
     console = Console(file=io.StringIO(), width=40)
     console.print(text_table("t", [["run", "x"], ["[red]", "1"]]))
     assert "[red]" in console.file.getvalue()
+
+
+def damaged(n, change):
+    """The lines of ten rows with a change in row n, and the iterations of the others."""
+    rows = [row(10 * i) for i in range(1, 11)]
+    text = [json.dumps(r) for r in rows]
+    text[n] = change(text[n], rows[n])
+    return "\n".join(text) + "\n", [r["iteration"] for i, r in enumerate(rows) if i != n]
+
+
+@pytest.mark.parametrize("n", [0, 4, 9])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text, _: text.replace("train_loss", "train_lors"),
+        lambda text, _: text.replace('"iteration"', '"iterbtion"'),
+        lambda text, _: text[:-3],
+        lambda text, r: text.replace(f'"iteration": {r["iteration"]}', '"iteration": "x"'),
+        lambda text, _: json.dumps(json.loads(text) | {"objective": [1]}),
+        lambda text, r: json.dumps(r | {"iteration": 99 if r["iteration"] < 100 else 15}),
+        lambda text, r: json.dumps(r | {"iteration": -5}),
+    ],
+)
+def test_a_damaged_row_is_named_and_left_out(tmp_path, n, change):
+    text, iterations = damaged(n, change)
+    said = []
+    found = rows_until(write(tmp_path, text), 100, said.append)
+    assert [r["iteration"] for r in found] == iterations
+    named = f"{tmp_path}/metrics.jsonl: line {n + 1} is damaged and left out"
+    assert said == ([named] if n < 9 else []), "a killed run may leave its last line in part"
+
+
+def test_rows_of_a_run_that_went_back_are_not_damaged(tmp_path):
+    rows = [row(t) for t in (10, 20, 30, 20, 30, 40, 50)]
+    said = []
+    found = rows_until(write(tmp_path, lines(*rows)), 40, said.append)
+    assert [r["iteration"] for r in found] == [10, 20, 30, 40]
+    assert said == []

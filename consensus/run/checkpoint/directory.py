@@ -19,6 +19,7 @@ from consensus.comm import Group, GroupError, Launch
 from consensus.run.config import Config
 
 LOCK = ".lock"
+MARKS = ("summary.json", "metrics.jsonl")  # files that show that a directory holds a run
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class RunDirectory:
             if group.rank == 0:
                 path = origin.run_dir or _new_directory(config)
                 path.mkdir(parents=True, exist_ok=True)
-                self.problem = self._take(path, launch)
+                self.problem = self._take(path, launch) or self._overtaken(path)
                 if self.problem is None:
                     content = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
                     write_whole(path / "config.yaml", content)
@@ -101,6 +102,14 @@ class RunDirectory:
         if not self._acquire(fcntl.LOCK_SH):
             return f"{path} is in use by another run, which began at the same moment"
         return None
+
+    def _overtaken(self, path: Path) -> str | None:
+        """A run that has begun here since the plan found none, on rank 0 and under the lock."""
+        if self.origin.continues:
+            return None
+        written = [name for name in MARKS if (path / name).exists()]
+        began = f"{path} holds a run ({', '.join(written)}) that began after this one was planned"
+        return f"{began}: another directory, or resume=auto" if written else None
 
     def _acquire(self, kind: int) -> bool:
         """Retry for three seconds: ranks of a launch that was just killed need time to exit."""

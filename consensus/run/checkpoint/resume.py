@@ -23,7 +23,7 @@ from consensus.core.schedules import SCHEDULES
 from consensus.problem import DATASETS, MODELS
 from consensus.records import Row, rows_until
 from consensus.registry import Registry
-from consensus.run.checkpoint.directory import LOCK, Origin, RunDirectory, lock_holder
+from consensus.run.checkpoint.directory import LOCK, MARKS, Origin, RunDirectory, lock_holder
 from consensus.run.checkpoint.manifest import DamagedError, Manifest, as_hex
 from consensus.run.checkpoint.reader import (
     FOLDER,
@@ -82,7 +82,7 @@ def find_origin(config: Config, launch: Launch, num_workers: int) -> Origin:
 
 def state_of(run_dir: Path) -> str | None:
     """The file that shows that a directory holds a run; None if it holds none."""
-    for name in ("summary.json", "metrics.jsonl"):
+    for name in MARKS:
         if (run_dir / name).exists():
             return name
     return "checkpoints" if list_checkpoints(run_dir) else None
@@ -229,7 +229,7 @@ def resume(
     with directory.writing():
         if group.rank == 0:
             if path is not None:
-                rows = rows_until(path.parent.parent if source == path else source, t)
+                rows = rows_until(path.parent.parent if source == path else source, t, say)
             if origin.continues:
                 set_aside(directory.path, t)
                 if t < iterations:

@@ -15,6 +15,7 @@ from consensus.run.checkpoint.reader import (
 from consensus.run.checkpoint.resume import find_origin, set_aside
 from consensus.run.checks import ConfigError
 from consensus.run.plan import make_plan
+from consensus.run.trainer import Trainer
 from tests.testing.checkpoints import at, names, save, whole
 from tests.testing.small_runs import PACE, SMALL, rows_of, same_rows
 
@@ -221,6 +222,35 @@ def test_the_checkpoint_before_a_damaged_one_is_used(train, tmp_path, capsys):
     assert same_rows(run_dir, tmp_path / "whole")
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert names == {"00000006", "00000012", "00000012.damaged"}
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_that_was_planned_before_another_ended_here_changes_nothing(
+    train, make_config, tmp_path, resume
+):
+    where = f"output.run_dir={tmp_path}/a"
+    slow = make_plan(make_config(*SMALL, *PACE, where, f"resume={resume}", "seed=1"), Launch())
+    train(where)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.*")}
+    with pytest.raises(
+        GroupError, match=r"/a holds a run \(summary.json, metrics.jsonl\) that beg"
+    ):
+        Trainer(slow, Solo())
+    del before[tmp_path / "a" / ".lock"]
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    train(where, "resume=auto", "algorithm.iterations=16")  # the lock is free
+
+
+def test_a_damaged_row_does_not_end_a_run_that_continues(train, tmp_path, capsys):
+    run_dir = tmp_path / "a"
+    train(f"output.run_dir={run_dir}")
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace("train_loss", "train_lors")
+    path.write_text("".join(lines))
+    train(f"output.run_dir={run_dir}", "resume=auto", "algorithm.iterations=16")
+    assert [row["iteration"] for row in rows_of(run_dir)] == [4, 12, 16]
+    assert f"{path}: line 2 is damaged and left out" in capsys.readouterr().out
 
 
 # ---- torchrun restarts the same launch
