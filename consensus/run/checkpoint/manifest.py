@@ -4,10 +4,11 @@ Every future format keeps one property: `sha256` is the digest of all other entr
 damaged manifest from one of a later version.
 """
 
+import errno
 import hashlib
 import json
-import math
 import re
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from consensus.run.checks import ConfigError
 
 FORMAT = 1
+LARGEST = 2**26  # bytes of a manifest; it has 200 for each tensor
+LARGEST_NUMBER = 2**62
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 _TENSORS = re.compile(r"__\d+_\d+\.distcp", re.ASCII)
@@ -62,7 +65,7 @@ class Manifest:
         DamagedError unless it is as written; ConfigError if a later version wrote it.
         """
         try:
-            content = json.loads((checkpoint / MANIFEST).read_bytes())
+            content = json.loads(read_regular(checkpoint / MANIFEST, LARGEST))
             sha256 = content.pop("sha256")
             intact = sha256 == _digest(content)
             version = content.pop("format")
@@ -116,11 +119,11 @@ class Manifest:
 
 
 def _whole(x: Any, least: int = 0) -> bool:
-    return type(x) is int and x >= least
+    return type(x) is int and least <= x <= LARGEST_NUMBER
 
 
 def _number(x: Any) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
+    return type(x) in (int, float) and abs(x) <= 1e300  # an int may be too large for a float
 
 
 def _matches(pattern: re.Pattern[str], x: Any) -> bool:
@@ -129,6 +132,23 @@ def _matches(pattern: re.Pattern[str], x: Any) -> bool:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """The content of a regular file of at most so many bytes; else OSError.
+
+    A pipe or a device would be read for ever.
+    """
+    require_regular(path)
+    if path.stat().st_size > largest:
+        raise OSError(errno.EFBIG, "too large")
+    return path.read_bytes()
+
+
+def require_regular(path: Path) -> None:
+    """OSError unless a path is that of a regular file."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file")
 
 
 def as_hex(digest: int) -> str:

@@ -18,11 +18,13 @@ Everything outside a checkpoint is a function of its content: shuffles, minibatc
 """
 
 import hashlib
+import io
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -30,7 +32,17 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError
 from consensus.private_api import storage_info
-from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, DamagedError, Manifest, brief
+from consensus.run.checkpoint.manifest import (
+    CONFIG,
+    LARGEST,
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    Place,
+    brief,
+    read_regular,
+    require_regular,
+)
 from consensus.run.checks import ConfigError
 
 # torch.distributed.checkpoint is imported where it is used, because it imports sympy. That takes
@@ -44,7 +56,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def file_digest(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file."""
+    """Bytes and SHA-256 of a regular file."""
+    require_regular(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha256
@@ -70,7 +83,8 @@ def inspect(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
     manifest = Manifest.read(checkpoint)
     _require_intact(checkpoint, manifest, CONFIG)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG), resolve=False)
+        text = read_regular(checkpoint / CONFIG, LARGEST).decode()
+        config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except Exception:  # two parsers, each with errors of its own
         config = None
     if not isinstance(config, dict):
@@ -96,13 +110,14 @@ def verify_files(checkpoint: Path, group: Group) -> Manifest:
 
 
 def _require_intact(checkpoint: Path, manifest: Manifest, name: str) -> None:
+    size, sha256 = manifest.files[name]
     try:
+        require_regular(checkpoint / name)
+        if (found_size := (checkpoint / name).stat().st_size) != size:
+            raise DamagedError(f"{name} has {found_size} bytes instead of {size}")
         found = file_digest(checkpoint / name)
     except OSError as error:
         raise DamagedError(f"{name}: {brief(error)}") from error
-    size, sha256 = manifest.files[name]
-    if found[0] != size:
-        raise DamagedError(f"{name} has {found[0]} bytes instead of {size}")
     if found[1] != sha256:
         raise DamagedError(f"{name} is not as it was written")
 
@@ -145,6 +160,10 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
         found, needed = f"{place.shape} {place.dtype}", f"{tuple(tensor.shape)} {tensor.dtype}"
         if found != needed:
             raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
+        try:
+            _require_stored(checkpoint / place.file, place)
+        except (OSError, zipfile.BadZipFile, DamagedError) as error:
+            raise GroupError(f"checkpoint {checkpoint}: {key}: {brief(error)}") from error
         start = torch.Size([0] * tensor.dim())
         chunk = md.ChunkStorageMetadata(start, tensor.shape)
         properties = md.TensorProperties.create_from_tensor(tensor)
@@ -164,6 +183,44 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
         cause, _ = error.failures[0]  # without a process group this is rank 0
         raise GroupError(f"checkpoint {checkpoint}: {brief(cause)}") from error
     return fresh
+
+
+def _require_stored(path: Path, place: Place) -> None:
+    """DamagedError if the archive of a tensor is compressed: a small one may inflate to any size.
+
+    torch stores them uncompressed.
+    """
+    with path.open("rb") as file, zipfile.ZipFile(_Part(file, place)) as archive:
+        if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
+            raise DamagedError("compressed, as no checkpoint is written")
+
+
+class _Part(io.RawIOBase):
+    """The bytes of one tensor in a file, as a file."""
+
+    def __init__(self, file: IO[bytes], place: Place) -> None:
+        self._file, self._place, self._at = file, place, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._place.length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._place.offset + self._at)
+        count = max(0, min(len(buffer), self._place.length - self._at))
+        content = self._file.read(count)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
 
 def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Reading checkpoints: on any number of processes, and nothing is used before it is validated."""
 
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -499,3 +501,38 @@ def test_any_signed_content_is_read_or_refused(place, name):
         read_anyhow(checkpoint)
 
     search()
+
+
+# ---- content without bounds
+
+
+def test_an_archive_that_would_inflate_is_refused(good, tmp_path):
+    small = tmp_path / "small"
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(torch.zeros(N), tmp_path / "tensor"))) as stored,
+        zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            content = stored.read(name)
+            packed.writestr(name, bytes(2**20) if "/data/" in name else content)
+    assert small.stat().st_size < 2**15
+    implant(good, "worker/1/z", small.read_bytes())
+    with pytest.raises(GroupError, match="worker/1/z: compressed, as no checkpoint is written"):
+        load(good, make_state(range(M), 0), range(M))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.yaml", "__0_0.distcp"])
+def test_a_pipe_is_damage_and_nobody_waits_for_it(good, name):
+    (good / name).unlink()
+    os.mkfifo(good / name)
+    said = []
+    assert choose([good], Solo(), said.append) is None
+    assert "no regular file" in said[0]
+
+
+@pytest.mark.parametrize("change", [{"wall_s": 10**400}, {"iteration": 10**30}])
+def test_numbers_out_of_range_are_damage(good, change):
+    sign(good, json.loads((good / "manifest.json").read_bytes()) | change)
+    (key,) = change
+    with pytest.raises(DamagedError, match=f"impossible {key}"):
+        Manifest.read(good)
