@@ -3,7 +3,7 @@
 import os
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Numbers of tasks of one parallel start: srun (not SLURM_NTASKS, which an allocation has as well),
@@ -25,6 +25,7 @@ class Launch:
     local_size: int = 1
     restart: int = 0  # number of restarts by torchrun so far (--max-restarts)
     name: str = ""  # of the launch, the same after a restart; "" without torchrun
+    started: float = field(default=0.0, compare=False)  # Unix time of its torchrun; 0: unknown
 
     @classmethod
     def from_environment(cls) -> "Launch":
@@ -39,7 +40,7 @@ class Launch:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if size > 1 and name not in os.environ:
                 raise LaunchError(f"`{name}` is not set; with WORLD_SIZE > 1 start with torchrun")
-        return cls(rank, size, local_rank, local_size, restart, _launch_name())
+        return cls(rank, size, local_rank, local_size, restart, _launch_name(), _started())
 
     def command(self) -> str:
         """The command that starts as many processes of consensus.train, without its arguments."""
@@ -82,6 +83,21 @@ def _number(name: str, default: str = "0") -> int:
     return int(text)
 
 
+def _started() -> float:
+    """The Unix time at which the parent, which is torchrun, started; 0 where there is no /proc."""
+    with suppress(OSError, IndexError, ValueError, StopIteration):
+        ticks = int(_stat_of(os.getppid())[19])
+        lines = Path("/proc/stat").read_text().splitlines()
+        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+        return boot + ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def _stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name of the program."""
+    return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+
+
 def _launch_name() -> str:
     """The --rdzv-id; without one the torchrun process itself, which survives its restarts."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -89,6 +105,5 @@ def _launch_name() -> str:
         return name
     parent, started = os.getppid(), ""  # in clock ticks since boot; "" where there is no /proc
     with suppress(OSError, IndexError):
-        stat = Path(f"/proc/{parent}/stat").read_text("utf-8", "replace")
-        started = stat.rpartition(")")[2].split()[19]
+        started = _stat_of(parent)[19]
     return f"{socket.gethostname()}:{parent}:{started}"

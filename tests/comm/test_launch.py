@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from consensus.comm import Launch, LaunchError
@@ -58,3 +60,8 @@ def test_the_name_of_a_launch_is_its_id_or_its_torchrun_process(monkeypatch):
 )
 def test_workers_are_assigned_in_blocks(rank, size, block):
     assert list(Launch(rank, size).block(4)) == block
+
+
+def test_the_start_of_the_parent():
+    launch = Launch.from_environment()
+    assert 0 < launch.started <= time.time() + 1

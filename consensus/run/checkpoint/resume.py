@@ -40,6 +40,8 @@ _FREE = {"output", "group", "device", "deterministic", "cuda_graph", "resume", "
 _FREE |= {"workers", "stationarity", "data.root", "algorithm.iterations"}
 """Sections and keys that may differ between a run and its continuation."""
 
+CLOCKS_S = 60.0  # by which the clocks of a node and of a file system may differ
+
 _TABLES: dict[str, Registry[Any]] = {
     "potential": POTENTIALS,
     "model": MODELS,
@@ -93,12 +95,21 @@ def _restarted(config: Config, launch: Launch, run_dir: Path | None) -> Path | N
     if launch.restart == 0:
         return None
     if run_dir is not None:
-        return run_dir
+        return run_dir if _is_of(run_dir / LOCK, launch) else None
     locks = Path(config.output.root).glob(f"*/{LOCK}")
     for lock in sorted(locks, reverse=True):  # names begin with their date
-        if lock_holder(lock).get("launch") == launch.name:
+        if _is_of(lock, launch):
             return lock.parent
     return None
+
+
+def _is_of(lock: Path, launch: Launch) -> bool:
+    """Whether this launch wrote a lock file: a --rdzv-id may be that of an earlier launch."""
+    try:
+        recent = lock.stat().st_mtime > launch.started - CLOCKS_S
+    except OSError:
+        return False
+    return recent and lock_holder(lock).get("launch") == launch.name
 
 
 def _require_continuable(run_dir: Path, config: Config, num_workers: int) -> None:

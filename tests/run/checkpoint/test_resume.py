@@ -271,6 +271,23 @@ def test_a_restart_finds_the_directory_that_rank_0_named(train, tmp_path):
     assert again.rows[-1]["iteration"] == 16
 
 
+def test_a_run_of_an_earlier_launch_of_the_same_name_is_not_adopted(train, make_config, tmp_path):
+    first = train(launch=Launch(name="x"))
+    lock = first.run_dir / ".lock"
+    began = lock.stat().st_mtime
+    for where in ((), (f"output.run_dir={first.run_dir}", "resume=auto")):
+        config = make_config(*SMALL, *PACE, *where)
+        for started, adopted in ((began - 5, True), (began + 3600, False)):
+            launch = Launch(restart=1, name="x", started=started)
+            if where and not adopted:
+                config.resume = "never"
+                with pytest.raises(ConfigError, match="this one holds a finished run"):
+                    find_origin(config, launch, 2)
+            else:
+                own = Origin(first.run_dir, first.run_dir) if adopted else Origin()
+                assert find_origin(config, launch, 2) == own
+
+
 def test_a_restart_before_the_first_directory_starts_a_run(make_config, tmp_path):
     config = make_config(*SMALL)
     assert find_origin(config, Launch(restart=1, name="x"), 2) == Origin()
