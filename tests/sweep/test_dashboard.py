@@ -7,7 +7,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from consensus.records import last_row
+from consensus.records import REQUIRED, last_row
 from consensus.sweep.dashboard import Dashboard, duration
 from consensus.sweep.earlier import Found
 from consensus.sweep.grid import Job
@@ -25,7 +25,7 @@ def test_durations(seconds, text):
 def evaluated(run_dir, iteration, error, iterations=4000):
     """The files of a run that has evaluated once."""
     run_dir.mkdir(exist_ok=True)
-    row = {"iteration": iteration, "test_error": error}
+    row = dict.fromkeys(REQUIRED, 0.0) | {"iteration": iteration, "test_error": error}
     (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     config = f"algorithm: {{iterations: {iterations}}}\npotential: {{name: quad}}\n"
     (run_dir / "config.yaml").write_text(config)
