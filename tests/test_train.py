@@ -238,7 +238,7 @@ def test_smoke_screen(smoke):
         f"consensus with tan: 2 workers, {where}, lenet5 (n = 33,580, L = 3) on digits, "
         f"20 iterations, pull 0.1, outer 0.02 -> {run_dir}"
     )
-    assert re.findall(r"^iteration (\d+)", "\n".join(lines), re.MULTILINE) == ["10", "20"]
+    assert re.findall(r"^iteration +(\d+)", "\n".join(lines), re.MULTILINE) == ["10", "20"]
     assert lines[-1] == f"results in {run_dir}"
 
 

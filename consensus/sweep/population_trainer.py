@@ -178,7 +178,9 @@ class PopulationTrainer:
         self.log(f"gradients {self.oracle.way}")
         # Last, so that a refusal leaves no directory locked.
         self.directories = [
-            RunDirectory(Origin(m.run_dir), m.config, Launch(), self.group) for m in members
+            # The sweep has checked what is there: every member continues its own run.
+            RunDirectory(Origin(m.run_dir, m.run_dir), m.config, Launch(), self.group)
+            for m in members
         ]
 
     def _make_population(self, plan: Plan) -> Population:

@@ -31,7 +31,8 @@ def test_missing_data(examine, monkeypatch, tmp_path):
     assert code == 1
     (line,) = [line for line in report.splitlines() if "FAULT" in line]
     assert line.startswith("data ")
-    assert f"MNIST is not in {tmp_path}/MNIST/raw and cannot be downloaded" in line
+    assert f"MNIST is not in {tmp_path}/MNIST/raw (" in line
+    assert ") and cannot be downloaded (" in line
     assert "1 fault" in report
     assert "folder  " in report  # the other checks run
 
