@@ -168,7 +168,8 @@ IN_OUTPUT = (
         ),
         ("model=lenet", "`model` is lenet; allowed: lenet5, logistic, mlp"),
         ("data=cifar", "`data` is cifar; allowed: digits, mnist"),
-        ("algorithm=adam", "`algorithm` is adam; allowed: consensus, easgd, msgd"),
+        ("algorithm=adam", "`algorithm` is adam; allowed: consensus, diloco, easgd, fedprox, "
+         "local_sgd, lookahead, msgd"),
         ("group=mpi", "`group` is mpi; allowed: auto, gloo, nccl"),
     ],
 )  # fmt: skip
@@ -180,7 +181,7 @@ def test_misspelt_keys_and_names(refusal, override, line):
     ("override", "key", "fragment"),
     [
         ("algorithm.lam=abc", "`algorithm.lam`: ", "'abc'"),
-        ("algorithm.lam=null", "`algorithm.lam`: ", "not Optional"),
+        ("algorithm.sigma=null", "`algorithm.sigma`: ", "not Optional"),
         ("algorithm.iterations=1.5", "`algorithm.iterations`: ", "'1.5'"),
         ("algorithm.iterations=1e3", "`algorithm.iterations`: ", "1000.0"),
         ("algorithm.schedule=3", "`algorithm.schedule`: ", "int"),
