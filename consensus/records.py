@@ -100,13 +100,16 @@ def rows_until(run_dir: Path, t: int, report: Callable[[str], None] | None = Non
     found = {n: row for n, line in enumerate(lines) for row in _whole([line])}
     known = [n for n, row in found.items() if row["iteration"] <= t]
     chosen = _increasing([found[n]["iteration"] for n in known])
-    kept = [known[i] for i in chosen]
-    left = [n + 1 for n in range(max(kept, default=-1)) if n not in kept]
-    repeated = {found[n]["iteration"] for n in kept}
-    left = [n for n in left if n - 1 not in found or found[n - 1]["iteration"] not in repeated]
+    kept = {known[i]: found[known[i]] for i in chosen}
+    taken = {row["iteration"] for row in kept.values()}
+    left = [
+        n + 1
+        for n in range(max(kept, default=-1))
+        if n not in kept and (n not in found or found[n]["iteration"] not in taken)
+    ]
     if left and report is not None:
         report(f"{path}: line {', '.join(map(str, left))} is damaged and left out")
-    return [found[n] for n in kept]
+    return list(kept.values())
 
 
 def _increasing(numbers: Sequence[int]) -> list[int]:

@@ -144,7 +144,7 @@ class Group(ABC):
             return None
         problems = self.gather_objects(problem)
         rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
-        return text if text.startswith(("rank ", member)) else f"{member} {rank}: {text}"
+        return text if text.startswith(("rank ", f"{member} ")) else f"{member} {rank}: {text}"
 
 
 class Solo(Group):

@@ -77,7 +77,7 @@ class _Problem:
     tolerance: float
 
     def rounding(self, stiffness: Tensor, x: Tensor) -> Tensor:
-        """What the rounding of x allows to the denominators of the residuals. -> (..., G)."""
+        """Allowance for the rounding of x in denominators of residuals. (..., n) -> (..., G)."""
         units = MOST_ROUNDING * torch.finfo(x.dtype).eps / self.tolerance
         return units * stiffness * _norm(self.phi.size, x)
 

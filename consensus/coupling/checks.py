@@ -40,7 +40,7 @@ def check_model(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
 
 
 class Watch:
-    """What may not change while a model is coupled: its parameters, their types and devices."""
+    """Detection of changes of a coupled model: other parameters, types, devices, or frozen ones."""
 
     def __init__(self, model: nn.Module) -> None:
         self._seen = [

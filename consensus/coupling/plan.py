@@ -22,7 +22,7 @@ from consensus.server import digest
 
 
 class Plan:
-    """What a part is made of.
+    """Parameters, potential and strengths of a part, with its z_j.
 
     Args:
         parameters: Its parameters.

@@ -56,7 +56,8 @@ def restored_generators(device: torch.device | None = None) -> Iterator[Callable
     def states() -> list[Any]:
         of_torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         of_numpy: Any = np.random.get_state()  # noqa: NPY002
-        return [*(x.tolist() for x in of_torch), *map(str, of_numpy[2:]), random.getstate()]
+        key = of_numpy[1].tobytes()  # the position alone returns after each 624 words
+        return [*(x.tolist() for x in of_torch), key, *of_numpy[2:], random.getstate()]
 
     of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng(devices=devices):

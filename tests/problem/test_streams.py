@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from consensus.problem import build_model, stream, stream_seed
-from consensus.problem.streams import draws_random_numbers
+from consensus.problem.streams import draws_random_numbers, restored_generators
 
 
 def test_seed_is_the_hash_of_its_name():
@@ -123,6 +123,18 @@ def test_the_probe_finds_random_models(make):
     assert draws_random_numbers(model, torch.rand(3, 4))
     assert not draws_random_numbers(model.eval(), torch.rand(3, 4))
     torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize("count", [1, 312, 624])
+def test_the_probe_finds_draws_that_fill_whole_blocks_of_numpy(count):
+    """The generator makes 624 words at once, two of them for each number: its position returns."""
+    np.random.seed(0)
+    before = np.random.get_state()
+    with restored_generators() as advanced:
+        assert not advanced()
+        np.random.rand(count)
+        assert advanced()
+    np.testing.assert_equal(np.random.get_state(), before)
 
 
 def test_the_probe_leaves_the_generator_and_the_model_alone():

@@ -54,6 +54,7 @@ class OptimizerStep:
         self.kernel, self._cut = kernel, cut
         self.force_size, self.reach_size = kernel.force_size, kernel.reach_size
         self._views_of = views_of or (lambda vector: [vector])
+        self._moved: Tensor | None = None  # the u whose memory the parameters have
         self._gradient = torch.zeros_like(like)
         gradients = self._views_of(self._gradient)
         self._parameters = [nn.Parameter(torch.empty_like(view)) for view in gradients]
@@ -80,8 +81,10 @@ class OptimizerStep:
             self.kernel.move_consensus(self._gradient.zero_(), z, total, t_u, search, out)
             self._gradient.neg_()
         before = u.clone() if self._cut else None
-        for parameter, view in zip(self._parameters, self._views_of(u), strict=True):
-            parameter.data = view  # the optimizer moves u itself
+        if self._moved is not u:  # the optimizer moves u itself
+            self._moved = u
+            for parameter, view in zip(self._parameters, self._views_of(u), strict=True):
+                parameter.data = view
         with torch.enable_grad():  # as in a training loop: torch's optimizers switch it off
             self.optimizer.step()
         if before is None:
@@ -89,9 +92,9 @@ class OptimizerStep:
         d = torch.sub(u, before, out=out)
         u.copy_(before)
         self.kernel.move_consensus(u, z, TotalForce(d, total.reach), -1.0, search, out)
-        for state in self.optimizer.state.values():
-            if (momentum := state.get("momentum_buffer")) is not None:
-                momentum *= search.step
+        found = (state.get("momentum_buffer") for state in self.optimizer.state.values())
+        if momenta := [momentum for momentum in found if momentum is not None]:
+            torch._foreach_mul_(momenta, search.step)
 
     def restart(self) -> None:
         """Forget momentum and the like."""
