@@ -5,9 +5,7 @@ in them, one after another. Both methods have the default options of the example
 for each. It prints the losses on held-out text at the end and draws them over the steps.
 """
 
-import os
 import statistics
-import sys
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -54,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser("char_gpt", quick="few steps of a small model, one seed", plot=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
-        ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-        own = sys.argv[1:] if arguments is None else arguments
-        os.execv(sys.executable, [sys.executable, "-m", *ranks, "-m", "benchmarks.char_gpt", *own])
+    harness.start_ranks("char_gpt", 4, arguments)
     quick, every = (QUICK, 20) if options.quick else ([], char_gpt.SIZES["every"])
     seeds = 1 if options.quick else options.seeds
     curves: dict[str, list[list[float]]] = {name: [] for name in METHODS}

@@ -11,9 +11,7 @@ round. It includes the modules that torch imports for the method.
 """
 
 import gc
-import os
 import statistics
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -197,10 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a block, about")
     options = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
-        ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
-        own = sys.argv[1:] if arguments is None else arguments
-        os.execv(sys.executable, [sys.executable, "-m", *ranks, "-m", "benchmarks.compare", *own])
+    harness.start_ranks("compare", options.processes, arguments)
     if options.quick:
         options.workloads, options.rounds, options.seconds = ["lenet5"], 5, 0.5
     group = open_group(Launch.from_environment(), "gloo", CPU, 600.0)

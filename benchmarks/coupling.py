@@ -21,9 +21,7 @@ in addition. Operations are those of torch in one call.
 
 import gc
 import importlib.util
-import os
 import statistics
-import sys
 import time
 import warnings
 import weakref
@@ -66,7 +64,7 @@ class Plain(Loop):
         self.called_s += time.process_time() - started
 
     def after(self) -> None:
-        """What a method does after the optimizer step."""
+        """The call of a method after the optimizer step; none for the plain loop."""
 
     def close(self) -> None:
         """Leave the group of the method, if it has one."""
@@ -95,7 +93,7 @@ class Averager(Plain):
 
 
 class LocalSgd(Plain):
-    """What accelerate's LocalSGD does: a barrier, and the mean of a copy of each parameter."""
+    """Local SGD as accelerate does it: a barrier, and the mean of a copy of each parameter."""
 
     def __init__(self, problem: Problem, group: Group, period: int) -> None:
         super().__init__(problem, group)
@@ -300,10 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a block, about")
     options = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
-        ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
-        own = sys.argv[1:] if arguments is None else arguments
-        os.execv(sys.executable, [sys.executable, "-m", *ranks, "-m", "benchmarks.coupling", *own])
+    harness.start_ranks("coupling", options.processes, arguments)
     if options.quick:
         options.workloads, options.rounds, options.seconds = ["lenet5"], 3, 0.2
     names = [n for n in methods() if any(text in n for text in options.methods or [""])]

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -234,6 +235,17 @@ def parser(
     if plot:
         options.add_argument("--plot", metavar="FILE", help="draw them there (PNG, PDF, SVG)")
     return options
+
+
+def start_ranks(name: str, processes: int, arguments: Sequence[str] | None) -> None:
+    """Replace this process by the benchmark `name` under torchrun, unless it is a rank already.
+
+    `arguments` are those of its main: None stands for the command line.
+    """
+    if "RANK" not in os.environ:
+        ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        own = sys.argv[1:] if arguments is None else arguments
+        os.execv(sys.executable, [sys.executable, "-m", *ranks, "-m", f"benchmarks.{name}", *own])
 
 
 def device_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:

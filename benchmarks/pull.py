@@ -10,9 +10,7 @@ and ten times that. Seeds are those of the initial weights and minibatches.
 """
 
 import itertools
-import os
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -167,10 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser("pull", quick="one setting, one seed", plot=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)
-    if "RANK" not in os.environ:
-        ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-        own = sys.argv[1:] if arguments is None else arguments
-        os.execv(sys.executable, [sys.executable, "-m", *ranks, "-m", "benchmarks.pull", *own])
+    harness.start_ranks("pull", 4, arguments)
     settings = [
         Setting(optimizer, lr, potential, period)
         for optimizer, (_, rates) in OPTIMIZERS.items()
