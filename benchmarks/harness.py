@@ -65,7 +65,7 @@ class Problem:
         random = torch.Generator().manual_seed(0)
         images = torch.rand(num_images, 1, 28, 28, generator=random)
         labels = torch.randint(10, (num_images,), generator=random)
-        data = Dataset(images, labels, images[:1], labels[:1], num_classes=10)
+        data = Dataset((images, labels), (images[:1], labels[:1]), num_classes=10)
         self.dataset = data.to(device, dtype)
         self.name, self.options = model, dict(options or {})
         self.device, self.dtype, self.make_risk = device, dtype, make_risk
@@ -77,7 +77,7 @@ class Problem:
 
     def minibatches(self, workers: Iterable[int], batch_size: int = BATCH) -> list[Minibatches]:
         """The minibatches of these workers, each drawn from all images."""
-        everything = torch.arange(len(self.dataset.train_labels), device=self.device)
+        everything = torch.arange(len(self.dataset.train), device=self.device)
         return [Minibatches(everything, batch_size, seed=0, worker=j) for j in workers]
 
     def oracle(self, workers: Iterable[int], batch_size: int = BATCH) -> MinibatchRisk:

@@ -163,9 +163,9 @@ class Loop(Method):
 
     def train(self) -> None:
         index = self.minibatches.draw()
-        images, labels = self.dataset.train_images[index], self.dataset.train_labels[index]
+        batch = self.dataset.train.select(index)
         self.optimizer.zero_grad()
-        cross_entropy(self.model(images), labels, reduction="sum").backward()
+        cross_entropy(self.model(batch.inputs), batch.targets, reduction="sum").backward()
         self.optimizer.step()
 
 

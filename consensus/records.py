@@ -31,9 +31,11 @@ class Row(TypedDict, total=False):
     epoch: Required[float]  # passes of one worker over its training data
     objective: Required[float]  # train_loss + R(u) + coupling: F of (15), divided by M
     train_loss: Required[float]  # data loss of u, summed over the training set
-    train_error: Required[float]  # percent of the training set that u classifies wrongly
     test_loss: Required[float]  # data loss of u, summed over the test set
-    test_error: Required[float]  # percent of the test set that u classifies wrongly
+    validation_loss: float  # the same of the samples held out of training
+    train_error: float  # percent that u classifies wrongly; other losses have other metrics, each a
+    test_error: float  # mean over the samples under `train_NAME`, `validation_NAME`, `test_NAME`
+    validation_error: float
     regularizer: float  # R(u)
     coupling: float  # (1 / lam) phi(u - z_j), mean over the M workers
     distance: list[float]  # |u - z_j| of each layer, mean over the workers, (L,)
@@ -48,8 +50,17 @@ class Row(TypedDict, total=False):
 REQUIRED = tuple(key for key in Row.__annotations__ if key in Row.__required_keys__)
 """The keys without which `read_rows` refuses a row."""
 
-COLUMNS = REQUIRED
-"""The keys that tables of evaluations show; a row may lack one that is not required."""
+SPLITS = ("train", "validation", "test")
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys that a table of evaluations shows; a row may lack some of them.
+
+    The loss and the metrics on each set of samples, as the rows have them.
+    """
+    known = dict.fromkeys(key for row in rows for key in row)
+    found = [[key for key in known if key.startswith(f"{name}_")] for name in SPLITS]
+    return ["iteration", "epoch", "objective", *(key for keys in found for key in keys)]
 
 
 # ---- reading
@@ -193,14 +204,14 @@ def largest(values: Iterable[float | None]) -> float:
     return max(numbers, key=lambda number: (math.isnan(number), number))
 
 
-def headings() -> list[str]:
-    """`COLUMNS` as table headings."""
-    return [column.replace("_", " ") for column in COLUMNS]
+def headings(keys: Sequence[str]) -> list[str]:
+    """The keys of `columns` as table headings."""
+    return [key.replace("_", " ") for key in keys]
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """The values of a row under `headings`; `-` where the row lacks one."""
-    return [format_cell(key, row[key]) if key in row else "-" for key in COLUMNS]
+def cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """The values of a row in the columns `keys`; `-` where the row lacks one."""
+    return [format_cell(key, row[key]) if key in row else "-" for key in keys]
 
 
 def format_cell(column: str, value: Any) -> str:
@@ -209,15 +220,18 @@ def format_cell(column: str, value: Any) -> str:
         return "overflow"
     if column == "iteration" or not isinstance(value, int | float):
         return str(value)
-    return format(value, ".2f" if column in ("epoch", "train_error", "test_error") else ".5g")
+    return format(value, ".2f" if column == "epoch" or is_percent(column) else ".5g")
+
+
+def is_percent(column: str) -> bool:
+    """Whether the numbers of a column are percent."""
+    return column.endswith("_error")
 
 
 def evaluation_lines(row: Row) -> list[str]:
     """The log lines of an evaluation: one, and a second if it measured stationarity."""
     lines = [
-        f"iteration {row['iteration']:>6}  epoch {row['epoch']:6.2f}  "
-        f"train loss {number(row, 'train_loss'):.5g} error {number(row, 'train_error'):.2f} %  "
-        f"test loss {number(row, 'test_loss'):.5g} error {number(row, 'test_error'):.2f} %  "
+        f"iteration {row['iteration']:>6}  epoch {row['epoch']:6.2f}  {_on_sets(row)}"
         f"coupling {number(row, 'coupling'):.3g}  {number(row, 'samples_per_s'):.0f} samples/s"
     ]
     cuts = row.get("cuts_u", 0), row.get("cuts_z", 0)
@@ -232,6 +246,19 @@ def evaluation_lines(row: Row) -> list[str]:
             f"(9) {largest(found['translation_gap']):.3g}  in {number(found, 'seconds'):.1f} s"
         )
     return lines
+
+
+def _on_sets(row: Row) -> str:
+    """The loss and the metrics on each set of samples."""
+    text = ""
+    for split in SPLITS:
+        keys = [key for key in columns([row]) if key.startswith(f"{split}_")]
+        text += f"{split} " if keys else ""
+        for key in keys:
+            shown = format_cell(key, number(row, key)) + (" %" if is_percent(key) else "")
+            text += f"{key.removeprefix(f'{split}_')} {shown} "
+        text += " " if keys else ""
+    return text
 
 
 def text_table(

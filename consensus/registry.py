@@ -50,7 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """The option names of an entry with their default values."""
         return {key: option.default for key, option in self._signature(name).items()}
 
-    def make(self, name: str, **options: Any) -> T:
+    def make(self, name: str, /, **options: Any) -> T:
         """The entry `name` with the given options.
 
         Raises:

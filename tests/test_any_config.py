@@ -127,7 +127,7 @@ ONLY_CONSENSUS = {
     "algorithm.coupling": ["explicit", "implicit"],
     "algorithm.u_update": ["gradient", "exact"],
 }
-GROUPS = ("experiment", "potential", "algorithm", "data", "model", "group", "output")
+GROUPS = ("experiment", "potential", "algorithm", "data", "model", "loss", "group", "output")
 MODELS = {"logistic": 1, "mlp": 3, "lenet5": 3}  # with their number of layers
 
 
@@ -358,8 +358,11 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "data.partition": [*NO_WORD, "half"],
     "data.alpha": [*NO_NUMBER, "null", "true", "0", "-1", "nan", "inf"],
     "data.options": NO_DICT,
+    "data.validation": [*NO_NUMBER, "null", "true", "1", "-0.1", "nan", "inf", "1e-9"],
     "model.name": [*NO_WORD, "resnet"],
     "model.options": NO_DICT,
+    "loss.name": [*NO_WORD, "hinge", "mse", "bce", "token_cross_entropy"],
+    "loss.options": NO_DICT,
     "group.name": [*NO_WORD, "nccl", "mpi"],
     "group.timeout_s": [*NO_NUMBER, "null", "true", "0", "0.5", "-1", "nan", "inf"],
     "group.compress": [*[word for word in NO_WORD if word != "null"], "fp8", "BF16"],
@@ -672,7 +675,8 @@ def tiny(root: str = "data") -> Dataset:
     images = torch.rand(TRAIN + TEST, 1, 28, 28, generator=random)
     labels = torch.randint(10, (TRAIN + TEST,), generator=random)
     labels[:10] = torch.arange(10)
-    return Dataset(images[:TRAIN], labels[:TRAIN], images[TRAIN:], labels[TRAIN:], num_classes=10)
+    train, test = (images[:TRAIN], labels[:TRAIN]), (images[TRAIN:], labels[TRAIN:])
+    return Dataset(train, test, num_classes=10)
 
 
 DOMAINS = {  # README's table: what keeps x = w_l / eta strictly inside, for each layer

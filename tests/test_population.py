@@ -187,9 +187,9 @@ def test_gradients_of_many_models_at_once_are_those_of_runs(make_config, way):
         together.step(t)
     require_equal(together, apart)
     data, oracle = plans[0].dataset, together.oracle
-    each = oracle.evaluate(together.u, data.test_images, data.test_labels)
+    each = oracle.evaluate(together.u, data.test)
     for row, u in zip(each, apart[0], strict=True):
-        expected = plans[0].risk.evaluate(u, data.test_images, data.test_labels)
+        expected = plans[0].risk.evaluate(u, data.test)
         torch.testing.assert_close(row, expected, rtol=1e-9, atol=0.0)
 
 

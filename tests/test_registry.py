@@ -118,3 +118,9 @@ def test_a_module_imported_twice_may_register_again(shapes, tmp_path):
     assert loaded[0] is not loaded[1]
     assert shapes["mine"] == ("size", 2)
     assert shapes.options("mine") == {"size": 2}
+
+
+def test_an_option_may_be_called_name():
+    table = Registry("thing")
+    table.register("named")(lambda name="a": [name])
+    assert table.make("named", name="b") == ["b"]

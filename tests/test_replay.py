@@ -43,7 +43,7 @@ def make(
     random = torch.Generator().manual_seed(0)
     images = torch.rand(50, 1, 28, 28, generator=random)
     labels = torch.randint(10, (50,), generator=random)
-    dataset = Dataset(images, labels, images[:1], labels[:1], num_classes=10).to(device, dtype)
+    dataset = Dataset((images, labels), (images[:1], labels[:1]), num_classes=10).to(device, dtype)
     minibatches = [Minibatches(torch.arange(50, device=device), 5, 0, j) for j in range(4)]
     risk = risk_type(build_model("lenet5", 0, dtype, num_classes=10).to(device), "sum")
     phi = kind(POTENTIALS[potential], risk.layout.layers, eta)

@@ -206,11 +206,11 @@ def test_smoke_model_has_the_measured_errors(smoke):
     model.load_state_dict(state)  # strict
     data = DATASETS.make("digits")
     with torch.no_grad():
-        logits = model(data.test_images)
+        logits = model(data.test.inputs)
     row = rows_of(run_dir)[-1]
-    wrong = int((logits.argmax(1) != data.test_labels).sum())
+    wrong = int((logits.argmax(1) != data.test.targets).sum())
     assert row["test_error"] == pytest.approx(100 * wrong / 360, abs=1e-9)
-    loss = float(cross_entropy(logits.double(), data.test_labels, reduction="sum"))
+    loss = float(cross_entropy(logits.double(), data.test.targets, reduction="sum"))
     assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
 
 

@@ -62,36 +62,6 @@ class FlatLayout:
     layers: tuple[tuple[int, int], ...]  # the slices of those modules; they partition [0, n)
 
     @classmethod
-    def of(cls, module: nn.Module) -> "FlatLayout":
-        """The layout of a module's parameters.
-
-        A ValueError if there are none, or one stands in two places, by itself or with its module: a
-        tied parameter belongs to no single layer of (18).
-        """
-        parameters: dict[str, nn.Parameter] = {}
-        layer_names: list[str] = []
-        lengths: list[int] = []
-        seen: dict[int, str] = {}
-        for path, owner in module.named_modules(remove_duplicate=False):
-            own = dict(owner.named_parameters(path, recurse=False, remove_duplicate=False))
-            for name, parameter in own.items():
-                if id(parameter) in seen:
-                    raise ValueError(
-                        f"parameter `{name}` is tied to `{seen[id(parameter)]}`; equation (18) "
-                        "needs each parameter in exactly one layer"
-                    )
-                seen[id(parameter)] = name
-            parameters |= own
-            if own:
-                layer_names.append(path or type(owner).__name__.lower())
-                lengths.append(sum(parameter.numel() for parameter in own.values()))
-        if not parameters:
-            raise ValueError(f"{type(module).__name__} has no parameters to train")
-        shapes = tuple(parameter.shape for parameter in parameters.values())
-        layers = tuple(pairwise(accumulate(lengths, initial=0)))
-        return cls(tuple(parameters), shapes, tuple(layer_names), layers)
-
-    @classmethod
     def trainable(
         cls, module: nn.Module, layers: Sequence[Sequence[str]] | None = None
     ) -> "FlatLayout":
@@ -180,7 +150,3 @@ class FlatLayout:
             name: piece.view(*piece.shape[:-1], *shape)
             for name, piece, shape in zip(self.parameter_names, pieces, self.shapes, strict=True)
         }
-
-    def state_dict(self, vector: Tensor) -> dict[str, Tensor]:
-        """A state_dict of independent CPU tensors, as `module.load_state_dict` wants it."""
-        return {name: view.detach().clone().cpu() for name, view in self.unflatten(vector).items()}

@@ -214,7 +214,7 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
     except Exception as error:  # as in `run_check`, whose checks return findings only
         return None, [unexpected("config", error)]
     data, layout = plan.dataset, plan.risk.layout
-    text = f"{len(data.train_labels):,} images to train and {len(data.test_labels):,} to test"
+    text = ", ".join(f"{len(s):,} {name} samples" for name, s in data.splits.items())
     text = f"{config.data.name}, {text}; {count(plan.num_workers, 'worker')}"
     text += f", the smallest shard {min(plan.shard_sizes):,}"
     model = f"{config.model.name}, n = {layout.size:,}, L = {len(layout.layers)}"

@@ -32,7 +32,7 @@ def check_sums(
 
     `own` is n of this model; None: unknown. All arguments are equal on all ranks.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = config.dtype_of_u
     like = torch.zeros(1, device=group.device, dtype=dtype)
     rows: list[tuple[str, str, str, str]] = [("n", "", "ms", "MB/s")]
     last_s, last_n, own_s = 0.0, 1, 0.0

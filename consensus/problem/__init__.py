@@ -1,33 +1,42 @@
-"""The training problem: models, data sets, minibatches, and the risk of flat vectors.
+"""The training problem: data, models, losses, minibatches, and the risk of flat vectors.
 
 It does not depend on servers, workers, processes or configs.
 """
 
-from consensus.problem.data import DATASETS, Dataset, DataUnavailableError
+from consensus.problem.data import DATASETS, Dataset
+from consensus.problem.losses import LOSSES, Loss, Metric
 from consensus.problem.minibatches import PARTITIONS, Minibatches, partition
+from consensus.problem.mnist import DataUnavailableError
 from consensus.problem.models import MODELS, build_model
 from consensus.problem.population_risk import WAYS, BatchedRisk, PopulationRisk, Way
-from consensus.problem.risk import Batch, MinibatchRisk, Risk
+from consensus.problem.risk import NUMBERS_AT_ONCE, Batch, MinibatchRisk, Risk
+from consensus.problem.samples import Samples
 from consensus.problem.streams import stream, stream_seed
-from consensus.problem.trial import require_logits
+from consensus.problem.trial import Trial, try_model
 
 __all__ = [
     "DATASETS",
+    "LOSSES",
     "MODELS",
+    "NUMBERS_AT_ONCE",
     "PARTITIONS",
     "WAYS",
     "Batch",
     "BatchedRisk",
     "DataUnavailableError",
     "Dataset",
+    "Loss",
+    "Metric",
     "MinibatchRisk",
     "Minibatches",
     "PopulationRisk",
     "Risk",
+    "Samples",
+    "Trial",
     "Way",
     "build_model",
     "partition",
-    "require_logits",
     "stream",
     "stream_seed",
+    "try_model",
 ]

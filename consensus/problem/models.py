@@ -1,8 +1,9 @@
 """Registry of models, and their initialization.
 
-A model maps images (B, 1, 28, 28) to logits (B, num_classes); the loss contains the softmax. It
-serves as a function of its parameters: risk.py evaluates it at the flat vectors of the workers.
-Users register their own models, and `plugins` in the config imports them:
+A model maps the inputs of a data set to outputs for the loss, such as images (B, 1, 28, 28) to
+logits (B, num_classes); the cross-entropy contains the softmax. It serves as a function of its
+parameters: risk.py evaluates it at the flat vectors of the workers. Users register their own
+models, and `plugins` in the config imports them:
 
     @MODELS.register("mine")
     def mine(num_classes: int = 10, width: int = 64) -> nn.Module: ...
@@ -89,37 +90,29 @@ def _values(model: nn.Module) -> Iterable[Tensor]:
     return model.state_dict().values()
 
 
-def build_model(name: str, seed: int, dtype: torch.dtype, **options: Any) -> nn.Module:
+def build_model(name: str, /, seed: int, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The model `name` on the CPU, with torch's default initialization drawn from `seed`.
 
     The weights are drawn in float32 and then cast, so that runs in float32 and in float64 start at
-    the same point. The global random state is restored. ValueError if the name or an option is
-    wrong, or the model has buffers, frozen parameters or no parameters: the state of a worker is
-    one vector of trained parameters.
+    the same point. The global random state is restored. Parameters that require no gradient stay
+    as they are. ValueError if the name or an option is wrong, no parameter requires a gradient, or
+    the start depends on more than the seed.
     """
     model, again = (_make(name, seed, options) for _ in range(2))
+    lazy = [key for key, x in model.named_parameters() if nn.parameter.is_lazy(x)]
+    if lazy:
+        raise ValueError(
+            f"model `{name}` has the lazy parameter `{lazy[0]}`; give its module the sizes, as"
+            " nn.Linear takes them"
+        )
     for key, first, second in zip(model.state_dict(), *map(_values, (model, again)), strict=True):
-        if not torch.equal(first, second):
+        if isinstance(first, Tensor) and not torch.equal(first, second):
             raise ValueError(
                 f"model `{name}` starts with another `{key}` each time: draw from the global "
                 "generator of torch, NumPy or Python, which the run seeds, and not from one of its "
                 "own without a seed"
             )
     del again
-    buffers = [buffer for buffer, _ in model.named_buffers()]
-    if buffers:
-        raise ValueError(
-            f"model `{name}` has the buffer `{buffers[0]}`; buffers (such as the running statistics"
-            " of BatchNorm) would need a state of their own in each worker: use GroupNorm or"
-            " LayerNorm instead"
-        )
-    parameters = dict(model.named_parameters())
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model `{name}` has no parameters to train")
-    frozen = [key for key, parameter in parameters.items() if not parameter.requires_grad]
-    if frozen:
-        raise ValueError(
-            f"model `{name}` has the frozen parameter `{frozen[0]}`; all parameters must be"
-            " trainable: leave constants out of the parameters, as plain attributes"
-        )
     return model.to(dtype=dtype)

@@ -26,12 +26,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+from consensus.problem.calls import RunningBuffers, Views
 from consensus.problem.data import Dataset
+from consensus.problem.losses import Loss
 from consensus.problem.minibatches import Minibatches
-from consensus.problem.risk import MinibatchRisk, Risk
+from consensus.problem.risk import MinibatchRisk, Risk, in_double_precision
+from consensus.problem.samples import Samples, Tree, map_tree
 
 WAYS = ("one_by_one", "grouped", "products")
 """One model per pass; or many, with grouped convolutions or with convolutions as matrix products.
@@ -39,7 +42,7 @@ WAYS = ("one_by_one", "grouped", "products")
 Checkpoints hold the index of a name: append new names.
 """
 
-IMAGES_AT_ONCE = 16_000  # in one evaluation pass, over all models; it bounds the memory
+SAMPLES_AT_ONCE = 16_000  # in one evaluation pass, over all models; it bounds the memory
 SIZES = (8, 32, 128, 512)  # the numbers of models per pass that `fastest_way` measures
 LARGEST = 1 << 26  # coordinates in one pass; larger passes are no faster
 
@@ -54,41 +57,46 @@ class BatchedRisk(Risk):
         model: nn.Module,
         reduction: Literal["sum", "mean"],
         convolutions: Literal["grouped", "products"],
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(model, reduction)
+        super().__init__(model, reduction, loss)
         self.convolutions = convolutions
 
     def gradient(
         self,
         points: Tensor,
-        images: Tensor,
-        labels: Tensor,
+        inputs: Tree,
+        targets: Tree,
         seeds: Sequence[int] | None = None,
         out: Tensor | None = None,
+        running: RunningBuffers | None = None,
     ) -> Tensor:
-        """As `Risk.gradient`: (K, n), (K, B, 1, 28, 28), (K, B) -> (K, n)."""
+        """As `Risk.gradient`: (K, n), (K, B, ...), (K, B, ...) -> (K, n)."""
         assert seeds is None, "a batched pass cannot seed the models one by one"
+        assert not running, "a batched pass cannot change buffers"
         gradients = self._allocate(points, out)
         losses, parts = self._differentiate(
-            points, lambda views: self._batched(self._loss, (0, 0, 0), views, images, labels)
+            points, lambda views: self._batched(self._loss, (0, 0, 0), views, inputs, targets)
         )
         torch.cat([part.flatten(1) for part in parts], 1, out=gradients)
         self.losses.copy_(losses)
         return gradients
 
     @torch.no_grad()
-    def evaluate_each(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """As `Risk.evaluate_each`, with one pass for all points. (K, n) -> float64 (K, 2)."""
-        chunk = min(1000, max(1, IMAGES_AT_ONCE // len(points)))
+    def evaluate_each(self, points: Tensor, samples: Samples) -> Tensor:
+        """As `Risk.evaluate_each`, with one pass for all points."""
+        chunk = min(self.at_once, max(1, SAMPLES_AT_ONCE // len(points)))
         views = self.layout.unflatten(points)
-        total = torch.zeros(len(points), 2, dtype=torch.float64, device=points.device)
+        total = torch.zeros(
+            len(points), 1 + len(self.loss.metrics), dtype=torch.float64, device=points.device
+        )
+
+        def sums(views: Views, inputs: Tree, targets: Tree) -> Tensor:
+            return self.sums(in_double_precision(self._outputs(views, inputs)), targets)
+
         with self.in_evaluation_mode():
-            for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                logits = self._batched(self._logits, (0, None), views, x)  # (K, chunk, classes)
-                every = y.expand(len(points), -1)
-                losses = cross_entropy(logits.double().mT, every, reduction="none")
-                wrong = (logits.argmax(-1) != every).sum(1)
-                total += torch.stack([losses.sum(1), wrong.double()], 1)
+            for part in samples.split(chunk):
+                total += self._batched(sums, (0, None, None), views, part.inputs, part.targets)
         return total
 
     def _batched(
@@ -188,16 +196,18 @@ class PopulationRisk:
         self.way = way
         self._risks = {
             "one_by_one": risk,
-            "grouped": BatchedRisk(risk.model, risk.reduction, "grouped"),
-            "products": BatchedRisk(risk.model, risk.reduction, "products"),
+            "grouped": BatchedRisk(risk.model, risk.reduction, "grouped", risk.loss),
+            "products": BatchedRisk(risk.model, risk.reduction, "products", risk.loss),
         }
+        for other in self._risks.values():
+            other.at_once, other.low_precision = risk.at_once, risk.low_precision
         self.select(torch.arange(len(self.seeds)))
 
     def select(self, active: Tensor) -> None:
         """Set the active configurations. (A,) int64."""
         self._own = [self.seeds[i] for i in active.tolist()]
         self._drawing = list(dict.fromkeys(self._own))
-        device = self._all.dataset.train_images.device
+        device = next(self._all.dataset.train.tensors()).device
         rows = [self._drawing.index(seed) for seed in self._own]
         self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
         number = sum(len(self.sources[seed]) for seed in self._drawing)
@@ -217,19 +227,20 @@ class PopulationRisk:
     def gradient(self, points: Tensor) -> Tensor:
         """Line 5, (16): the gradients (A M, n) at the points (A M, n), which they overwrite."""
         index = self._index.view(len(self._drawing), -1).index_select(0, self._rows)  # (A, M B)
-        images, labels = self._all.gather(index.view(-1))
+        batch = self._all.gather(index.view(-1))
         if self.model_draws or self.way.name == "one_by_one":
-            return self.risk.gradient(points, images, labels, seeds=self._random, out=points)
-        parts = (torch.split(x, self.way.at_once) for x in (points, images, labels))
-        for some, x, y in zip(*parts, strict=True):
-            self._risks[self.way.name].gradient(some, x, y, out=some)
+            return self.risk.gradient(points, *batch, seeds=self._random, out=points)
+        for start in range(0, len(points), self.way.at_once):
+            some = slice(start, start + self.way.at_once)
+            inputs, targets = (map_tree(lambda x: x[some], tree) for tree in batch)  # noqa: B023
+            self._risks[self.way.name].gradient(points[some], inputs, targets, out=points[some])
         return points
 
-    def evaluate(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """`Risk.evaluate` at several points. (A, n) -> float64 (A, 2)."""
+    def evaluate(self, points: Tensor, samples: Samples) -> Tensor:
+        """`Risk.evaluate` at several points. (A, n) -> float64 (A, 1 + metrics)."""
         risk = self.risk if self.model_draws else self._risks[self.way.name]
         parts = torch.split(points, self.way.at_once)
-        return torch.cat([risk.evaluate_each(some, images, labels) for some in parts])
+        return torch.cat([risk.evaluate_each(some, samples) for some in parts])
 
     def fastest_way(
         self,
@@ -251,7 +262,7 @@ class PopulationRisk:
         for way in _candidates(number, points.shape[1], names):
             some = points[: max(way.at_once, min(number, SIZES[0]))]
             index = torch.arange(len(some) * self._all.batch_size, device=points.device)
-            batch = self._all.gather(index.remainder_(len(data.train_labels)))
+            batch = self._all.gather(index.remainder_(len(data.train)))
             try:
                 limit = 3.0 * min(seconds.values(), default=float("inf")) * len(some)
                 one = _seconds_of(self._risks[way.name], some, *batch, limit, record)
@@ -294,14 +305,14 @@ def _candidates(number: int, n: int, names: Sequence[str]) -> list[Way]:
 def _seconds_of(
     risk: Risk,
     points: Tensor,
-    images: Tensor,
-    labels: Tensor,
+    inputs: Tree,
+    targets: Tree,
     limit: float,
     record: Callable[[Call], Call] | None,
 ) -> float:
     """The least time of three calls after a warm-up; of one call, if it exceeds the limit."""
     out = torch.empty_like(points)  # outlives the recorded call
-    call: Call = partial(risk.gradient, points, images, labels, out=out)
+    call: Call = partial(risk.gradient, points, inputs, targets, out=out)
 
     def seconds() -> float:
         began = time.perf_counter()

@@ -1,77 +1,104 @@
 """The empirical risk of a model as a function of flat parameter vectors, and its gradients.
 
-# n parameters, K workers in this process, B samples in a minibatch, N images
+# n parameters, K workers in this process, B samples in a minibatch, N samples
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from consensus.core.flat import FlatLayout
+from consensus.problem.calls import (
+    RunningBuffers,
+    Views,
+    call,
+    draws_random_numbers,
+    evaluation_mode,
+    running_buffers,
+)
 from consensus.problem.data import Dataset
+from consensus.problem.losses import LOSSES, Loss
 from consensus.problem.minibatches import Minibatches
-from consensus.problem.streams import draws_random_numbers, restored_generators, seed_all
+from consensus.problem.samples import Samples, Tree, map_tree
+from consensus.problem.streams import restored_generators, seed_all
 
-Batch = tuple[Tensor, Tensor]
-"""Images (K, B, 1, 28, 28) and labels (K, B): one minibatch for each worker of the process."""
-
-Views = dict[str, Tensor]
-"""The parameters of a model by name, as views of a flat vector."""
+Batch = tuple[Tree, Tree]
+"""Inputs and targets (K, B, ...): one minibatch for each worker of the process."""
 
 MAX_STREAMS = 32  # CUDA streams; a GPU runs no more kernels concurrently
+AT_ONCE = 1000  # samples in one evaluation pass, at most
+NUMBERS_AT_ONCE = 1 << 22  # inputs or outputs in one evaluation pass; they bound its memory
 
 
 class Risk:
-    """The cross-entropy of a model, as a function of its flattened parameters.
+    """The loss of a model, as a function of its flattened trainable parameters.
 
-    The model serves as a function of images (B, 1, 28, 28) with logits (B, classes): its own
-    parameters are neither read nor written. Random layers, such as dropout, draw from the global
-    generators. The reduction, "sum" or "mean", is over the samples of a minibatch; the step
-    sizes of the paper belong to the sum.
+    The model serves as a function of inputs (B, ...): its own trainable parameters are neither read
+    nor written. Random layers, such as dropout, draw from the global generators. The reduction,
+    "sum" or "mean", is over the samples of a minibatch; the step sizes of the paper belong to the
+    sum.
 
     Attributes:
         layout: The positions of the parameters in the flat vectors.
         losses: The minibatch losses of the last `gradient`, detached and on the device. The next
             call overwrites them. (K,)
+        buffers: The running buffers of u, for evaluations; by name.
         side_by_side: Whether `gradient` runs the workers on CUDA streams of their own, which become
             parallel branches in a CUDA graph. Requires a GPU.
         random_evaluation: Whether the model draws random numbers in evaluation mode too.
+        low_precision: Whether passes compute in bfloat16 where torch.autocast does.
+        at_once: Samples in one evaluation pass.
     """
 
-    def __init__(self, model: nn.Module, reduction: Literal["sum", "mean"]) -> None:
+    def __init__(
+        self, model: nn.Module, reduction: Literal["sum", "mean"], loss: Loss | None = None
+    ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"`algorithm.loss_reduction` is {reduction!r}; allowed: sum, mean")
         self.model = model
-        self.layout = FlatLayout.of(model)
+        self.layout = FlatLayout.trainable(model)
         self.reduction = reduction
+        self.loss = LOSSES["cross_entropy"] if loss is None else loss
         self.losses = torch.empty(0)
-        self.side_by_side = self.random_evaluation = False
+        self.buffers: Views = {}
+        self.side_by_side = self.random_evaluation = self.low_precision = False
+        self.at_once = AT_ONCE
         self._streams: list[torch.cuda.Stream] = []
 
     def gradient(
         self,
         points: Tensor,
-        images: Tensor,
-        labels: Tensor,
+        inputs: Tree,
+        targets: Tree,
         seeds: Sequence[int] | None = None,
         out: Tensor | None = None,
+        running: RunningBuffers | None = None,
     ) -> Tensor:
         """The gradient of each worker's minibatch loss at its own point: delta_j of line 5, (16).
 
-        At points (K, n), for images (K, B, 1, 28, 28) and labels (K, B), in `out` (K, n), which may
-        be `points`. The seeds are those of the global generators, one for each worker; None leaves
-        them alone. The workers are evaluated one by one and not by vmap. The bits of a
-        worker's gradient then do not depend on the number of workers in its process.
+        At points (K, n), for inputs and targets (K, B, ...), in `out` (K, n), which may be
+        `points`. The seeds are those of the global generators, one for each worker; None leaves
+        them alone. Passes update the `running` buffers of their workers. The workers are evaluated
+        one by one and not by vmap. The bits of a worker's gradient then do not depend on the number
+        of workers in its process.
         """
         gradients = self._allocate(points, out)
-        rows = zip(points, images, labels, gradients, self.losses, strict=True)
-        passes = [partial(self._backward, *row) for row in rows]
+        passes = [
+            partial(
+                self._backward,
+                points[k],
+                map_tree(lambda x: x[k], inputs),  # noqa: B023  (called at once)
+                map_tree(lambda x: x[k], targets),  # noqa: B023
+                gradients[k],
+                self.losses[k],
+                (running, k) if running else None,
+            )
+            for k in range(len(points))
+        ]
         if self.side_by_side and seeds is None:
             self._run_on_streams(passes)
             return gradients
@@ -102,10 +129,27 @@ class Risk:
             current.wait_stream(stream)
 
     def _backward(
-        self, point: Tensor, images: Tensor, labels: Tensor, gradient: Tensor, loss: Tensor
+        self,
+        point: Tensor,
+        inputs: Tree,
+        targets: Tree,
+        gradient: Tensor,
+        loss: Tensor,
+        running: tuple[RunningBuffers, int] | None,
     ) -> None:
-        """Write the gradient (n,) and the loss () of one worker."""
-        found, parts = self._differentiate(point, lambda views: self._loss(views, images, labels))
+        """Write the gradient (n,) and the loss () of one worker, whose running buffers change."""
+        buffers: Views = {}
+        if running:
+            buffers = running[0].of(running[1])
+
+        def value(views: Views) -> Tensor:
+            views |= buffers
+            found = self._loss(views, inputs, targets)
+            if running:
+                running[0].keep(running[1], views)
+            return found
+
+        found, parts = self._differentiate(point, value)
         torch.cat([part.reshape(-1) for part in parts], out=gradient)
         loss.copy_(found)
 
@@ -126,44 +170,53 @@ class Risk:
             values, leaves, torch.ones_like(values), materialize_grads=True
         )
 
-    def _logits(self, views: Views, images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.model, views, (images,))
-        return logits
+    def _outputs(self, views: Views, inputs: Tree) -> Any:
+        if not self.low_precision:
+            return call(self.model, views, inputs)
+        device = next(iter(views.values())).device.type
+        with torch.autocast(device, dtype=torch.bfloat16):
+            outputs = call(self.model, views, inputs)
+        return map_tree(lambda x: x.float() if x.is_floating_point() else x, outputs)
 
-    def _loss(self, views: Views, images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(self._logits(views, images), labels, reduction=self.reduction)
+    def _loss(self, views: Views, inputs: Tree, targets: Tree) -> Tensor:
+        losses = self.loss(self._outputs(views, inputs), targets)
+        return losses.sum() if self.reduction == "sum" else losses.mean()
 
     @torch.no_grad()
-    def evaluate(self, point: Tensor, images: Tensor, labels: Tensor, chunk: int = 1000) -> Tensor:
-        """The loss summed over all images, and the number of wrong predictions. -> float64 (2,).
+    def evaluate(self, point: Tensor, samples: Samples, chunk: int | None = None) -> Tensor:
+        """The loss summed over all samples, and the sum of each metric. -> float64 (1 + metrics,).
 
-        At a point (n,) for images (N, 1, 28, 28), `chunk` of them in one pass, in evaluation mode
-        (no dropout). The call does not synchronize with the device.
+        At a point (n,), `chunk` samples in one pass, in evaluation mode (no dropout). The call does
+        not synchronize with the device.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=point.device)
-        views = self.layout.unflatten(point)
+        total = torch.zeros(1 + len(self.loss.metrics), dtype=torch.float64, device=point.device)
+        views = self.layout.unflatten(point) | self.buffers
         with self.in_evaluation_mode():
-            for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                logits = self._logits(views, x)
-                # float64 from the logits on: a well-fitted image has a loss near 1e-5, float32
-                # rounds a loss below 6e-8 to 0, and the sum has up to 60,000 terms.
-                loss = cross_entropy(logits.double(), y, reduction="sum")
-                total += torch.stack([loss, (logits.argmax(1) != y).sum().double()])
+            for part in samples.split(chunk or self.at_once):
+                outputs = in_double_precision(self._outputs(views, part.inputs))
+                total += self.sums(outputs, part.targets)
         return total
 
-    def evaluate_each(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """`evaluate` at several points. (K, n) -> float64 (K, 2)."""
-        return torch.stack([self.evaluate(point, images, labels) for point in points])
+    def sums(self, outputs: Any, targets: Tree) -> Tensor:
+        """The sums of the loss and of the metrics over some samples. -> float64 (1 + metrics,)."""
+        of_metrics = [metric.function for metric in self.loss.metrics.values()]
+        every = [self.loss.function, *of_metrics]
+        return torch.stack([function(outputs, targets).double().sum() for function in every])
 
-    def total(self, point: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (), float64, summed over all images and its gradient (n,), in evaluation mode.
+    def evaluate_each(self, points: Tensor, samples: Samples) -> Tensor:
+        """`evaluate` at several points. (K, n) -> float64 (K, 1 + metrics)."""
+        return torch.stack([self.evaluate(point, samples) for point in points])
 
-        In float64 from the logits on, as in `evaluate`: the gradient of a well-fitted image is the
-        small difference between a probability and 1.
+    def total(self, point: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+        """The loss (), float64, summed over all samples and its gradient (n,), without dropout.
+
+        In float64 from the outputs on, as in `evaluate`: the gradient of a well-fitted sample is
+        the small difference between a probability and 1.
         """
 
         def value(views: Views) -> Tensor:
-            return cross_entropy(self._logits(views, images).double(), labels, reduction="sum")
+            outputs = self._outputs(views | self.buffers, samples.inputs)
+            return self.loss(in_double_precision(outputs), samples.targets).sum()
 
         with self.in_evaluation_mode():
             found, parts = self._differentiate(point, value)
@@ -175,17 +228,36 @@ class Risk:
 
         A model that is random in this mode too draws the same numbers in each context.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             if self.random_evaluation:
                 with restored_generators(next(self.model.parameters()).device):
                     seed_all(0)
                     yield
             else:
                 yield
-        finally:
-            self.model.train(training)
+
+    def state_dict(self, point: Tensor) -> dict[str, Tensor]:
+        """The state_dict of the model with the parameters of a point (n,), on the CPU.
+
+        Running buffers are those of `buffers`; frozen parameters and other buffers stay.
+        """
+        values = self.layout.unflatten(point) | self.buffers
+        own = {id(x): name for name, x in self.model.named_parameters()}
+        found = {}
+        for name, x in self.model.state_dict(keep_vars=True).items():
+            if isinstance(x, Tensor):  # not what `get_extra_state` returns
+                x = values.get(own.get(id(x), name), x)  # a tied parameter has several names
+                found[name] = x.detach().clone().cpu()
+        return found
+
+
+def in_double_precision(outputs: Any) -> Any:
+    """The outputs of a model with floating point in float64.
+
+    A well-fitted image has a loss near 1e-5, float32 rounds a loss below 6e-8 to 0, and the sum
+    over a data set has up to 60,000 terms.
+    """
+    return map_tree(lambda x: x.double() if x.is_floating_point() else x, outputs)
 
 
 class MinibatchRisk:
@@ -196,6 +268,7 @@ class MinibatchRisk:
 
     Attributes:
         model_draws: Whether the model draws random numbers in a forward pass.
+        running: The running buffers of the K workers.
         drawn: The samples that `draw` returns in place of new ones, if set. (K B,) int64
     """
 
@@ -208,11 +281,13 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
-        images = dataset.train_images[: self.batch_size]
-        self.model_draws = draws_random_numbers(risk.model, images)
-        with risk.in_evaluation_mode():
-            random_evaluation = draws_random_numbers(risk.model, images)
-        risk.random_evaluation = random_evaluation
+        inputs = dataset.train[: self.batch_size].inputs
+        self.model_draws = draws_random_numbers(risk.model, inputs)
+        names = running_buffers(risk.model, inputs)
+        self.running = RunningBuffers(risk.model, names, len(self.minibatches))
+        risk.buffers = {name: rows[0].clone() for name, rows in self.running.rows.items()}
+        with evaluation_mode(risk.model):
+            risk.random_evaluation = draws_random_numbers(risk.model, inputs)
 
     @property
     def losses(self) -> Tensor:
@@ -220,36 +295,42 @@ class MinibatchRisk:
         return self.risk.losses
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The number of minibatches that each worker has drawn: `position`, (K,) int64, CPU."""
-        return {"position": torch.tensor([source.position for source in self.minibatches])}
+        """`position`, the number of minibatches of each worker, (K,) int64, CPU; running buffers.
+
+        Permutations and dropout masks are functions of the positions.
+        """
+        position = torch.tensor([source.position for source in self.minibatches])
+        return {"position": position} | self.running.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the positions. Permutations and dropout masks are functions of them."""
+        """Continue from copies of a `state_dict`."""
         for source, position in zip(self.minibatches, state["position"].tolist(), strict=True):
             source.position = position
+        self.running.load_state_dict(state)
 
     def draw_indices(self, out: Tensor | None = None) -> Tensor:
         """The samples in the next minibatch of every worker. (K B,) int64."""
         return torch.cat([source.draw() for source in self.minibatches], out=out)
 
     def draw(self) -> Batch:
-        """The next minibatch of every worker: images (K, B, 1, 28, 28), labels (K, B)."""
+        """The next minibatch of every worker: inputs and targets (K, B, ...)."""
         return self.gather(self.draw_indices() if self.drawn is None else self.drawn)
 
     def gather(self, index: Tensor) -> Batch:
         """The samples `index` (K B,) of all workers, in the shapes of `draw`."""
-        shape = (len(index) // self.batch_size, self.batch_size)
-        images = self.dataset.train_images.index_select(0, index)
-        labels = self.dataset.train_labels.index_select(0, index)
-        return images.view(*shape, *images.shape[1:]), labels.view(shape)
+        samples = self.dataset.train.select(index)
+
+        def by_worker(x: Tensor) -> Tensor:
+            return x.view(-1, self.batch_size, *x.shape[1:])
+
+        return map_tree(by_worker, samples.inputs), map_tree(by_worker, samples.targets)
 
     def total(self, point: Tensor, index: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         """`Risk.total` over the samples `index` (N,), `chunk` of them at once."""
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
         gradient = torch.zeros_like(point)
         for part in torch.split(index, chunk) if len(index) else ():
-            images = self.dataset.train_images.index_select(0, part)
-            value, found = self.risk.total(point, images, self.dataset.train_labels[part])
+            value, found = self.risk.total(point, self.dataset.train.select(part))
             loss += value
             gradient += found
         return loss, gradient
@@ -260,4 +341,4 @@ class MinibatchRisk:
         The gradients overwrite the points, which saves the memory of one block.
         """
         seeds = [s.model_seed for s in self.minibatches] if self.model_draws else None
-        return self.risk.gradient(points, *batch, seeds=seeds, out=points)
+        return self.risk.gradient(points, *batch, seeds=seeds, out=points, running=self.running)

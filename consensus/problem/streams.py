@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 
 def stream_seed(seed: int, purpose: str, *keys: int) -> int:
@@ -67,16 +66,3 @@ def restored_generators(device: torch.device | None = None) -> Iterator[Callable
         finally:
             np.random.set_state(of_numpy)  # noqa: NPY002
             random.setstate(of_python)
-
-
-@torch.no_grad()
-def draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
-    """Whether a forward pass for a minibatch (B, ...) advances a global generator.
-
-    That of torch, NumPy or Python. The probe runs the model once, in its current mode, and restores
-    the generators. The class of a module would not tell: `torch.nn.functional.dropout`, stochastic
-    depth and attention with dropout contain no dropout module.
-    """
-    with restored_generators(inputs.device) as advanced:
-        model(inputs)
-        return advanced()

@@ -1,65 +1,91 @@
-"""A trial of a user's model: its logits and its randomness, in both modes, before a run starts."""
+"""A trial of a user's model and loss on a few samples, before a run starts."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from consensus.problem.calls import buffers_of, call, evaluation_mode
+from consensus.problem.losses import Loss
+from consensus.problem.risk import in_double_precision
+from consensus.problem.samples import Samples, described, leaves
 from consensus.problem.streams import restored_generators, seed_all
 
 
-def require_logits(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Refuse a model that cannot be trained, for a few images (B, 1, 28, 28) and labels (B,).
+@dataclass(frozen=True)
+class Trial:
+    """What a trial has found out."""
 
-    ValueError unless a pass in either mode turns them into logits (B, num_classes) which depend on
-    the parameters, and the seeds of the global generators determine all its random numbers. The
-    model keeps its mode, and the generators their states.
+    outputs: str  # description of the outputs
+    unused: tuple[str, ...]  # trainable parameters that the loss of the samples does not depend on
+    numbers: int  # of one sample, in the inputs or in the outputs
+
+
+def try_model(model: nn.Module, loss: Loss, samples: Samples, num_classes: int | None) -> Trial:
+    """One forward and backward pass for a few samples, in both modes; see `Raises`.
+
+    The model keeps its mode, its buffers and its parameters, and the generators their states.
+
+    Raises:
+        ValueError: If the model cannot be trained: the loss takes other outputs, is no number per
+            sample, or does not depend on the parameters; or the seeds of the global generators do
+            not determine the random numbers.
     """
-    training = model.training
-    try:
-        for mode in (False, True):
-            model.train(mode)
-            first, second = (_logits(model, images, labels, num_classes, mode) for _ in range(2))
-            # A GPU may add in another order.
-            rtol = 0.0 if images.device.type == "cpu" else 1e-3
-            if not torch.allclose(first, second, rtol=rtol, atol=rtol, equal_nan=True):
-                raise ValueError(
-                    "it draws random numbers that no seed determines, in a pass"
-                    f"{_of(mode)}: draw from the global generator of torch, NumPy or Python"
-                )
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.no_grad():
+        first, second = (_outputs(model, samples) for _ in range(2))
+        _require_equal(first, second, "in evaluation mode")
+    outputs, second = (_outputs(model, samples) for _ in range(2))
+    _require_equal(outputs, second, "in training mode")
+    for found in (in_double_precision(first), outputs):  # as evaluations and gradients take them
+        _require_classes(found, samples, num_classes)
+        losses = loss(found, samples.targets)
+        _require_values("loss", losses, len(samples))
+        for name, metric in loss.metrics.items():
+            _require_values(
+                f"metric `{name}`", metric.function(found, samples.targets), len(samples)
+            )
+    if not losses.requires_grad:
+        raise ValueError("its loss does not depend on its parameters")
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(losses.sum(), list(trainable.values()), allow_unused=True)
+    unused = [name for name, g in zip(trainable, gradients, strict=True) if g is None]
+    numbers = max(x.numel() for tree in (samples.inputs, outputs) for x in leaves(tree))
+    return Trial(described(outputs), tuple(unused), numbers // len(samples))
 
 
-def _logits(
-    model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, training: bool
-) -> Tensor:
-    wanted = (len(images), num_classes)
-    with restored_generators(images.device), torch.set_grad_enabled(training):
+def _outputs(model: nn.Module, samples: Samples) -> Any:
+    with restored_generators(next(samples.tensors()).device):
         seed_all(0)
-        logits = model(images)
-        if not isinstance(logits, Tensor) or logits.shape != wanted:
-            images_ = "1 image" if len(images) == 1 else f"{len(images)} images"
-            found = _description(logits)
-            raise ValueError(f"it turns {images_} into {found}, not logits {wanted}{_of(training)}")
-        if training:
-            if not logits.requires_grad:
-                raise ValueError("its logits do not depend on its parameters")
-            loss = cross_entropy(logits, labels)
-            torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        return logits.detach()
+        return call(model, buffers_of(model), samples.inputs)
 
 
-def _of(training: bool) -> str:
-    return " in training mode" if training else ""
+def _require_equal(first: Any, second: Any, where: str) -> None:
+    for x, y in zip(leaves(first), leaves(second), strict=True):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"its outputs are {described(first)}; allowed: tensors")
+        # A GPU may add in another order.
+        tolerance = 0.0 if x.device.type == "cpu" else 1e-3
+        if not torch.allclose(x.detach(), y.detach(), tolerance, tolerance, equal_nan=True):
+            raise ValueError(
+                f"it draws random numbers that no seed determines, {where}: draw from the global"
+                " generator of torch, NumPy or Python"
+            )
 
 
-def _description(value: Any) -> str:
-    """The type of a result of a model: its shape, keys or length."""
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    name = type(value).__name__
-    if isinstance(value, dict):
-        return f"a {name} with {', '.join(map(str, value)) or 'no keys'}"
-    return f"a {name} of {len(value)}" if isinstance(value, tuple | list) else f"a {name}"
+def _require_classes(outputs: Any, samples: Samples, num_classes: int | None) -> None:
+    """Refuse logits of another number of classes where targets are classes (B,)."""
+    targets = samples.targets
+    if num_classes is None or not isinstance(targets, Tensor) or targets.ndim != 1:
+        return
+    if targets.is_floating_point():
+        return
+    wanted = (len(samples), num_classes)
+    if not isinstance(outputs, Tensor) or outputs.shape != wanted:
+        raise ValueError(f"it turns {len(samples)} samples into {described(outputs)}, not {wanted}")
+
+
+def _require_values(what: str, values: Any, count: int) -> None:
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        found = described(values)
+        raise ValueError(f"the {what} of {count} samples is {found}; allowed: a tensor ({count},)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from consensus.records import Row, cells, headings, text_table
+from consensus.records import Row, cells, columns, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, labels, read_all
@@ -103,9 +103,13 @@ def report(
 
 def comparison_table(runs: Mapping[str, Sequence[Row]], screen: int = 80) -> Table:
     """The last evaluation of each run."""
+    keys = columns(rows[-1] for rows in runs.values())
     return text_table(
         "last evaluation of each run",
-        [["run", *headings()], *([label, *cells(rows[-1])] for label, rows in runs.items())],
+        [
+            ["run", *headings(keys)],
+            *([label, *cells(rows[-1], keys)] for label, rows in runs.items()),
+        ],
         left=("run",),
         screen=screen,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from consensus.atomic_files import write_whole
-from consensus.records import COLUMNS, Row
+from consensus.records import Row, columns
 from consensus.report.plots import draw_stationarity, draw_table1
 from consensus.report.runs import RESULTS, Run, varying
 from consensus.report.stationarity import measured, stationarity_cells, verdict
@@ -191,7 +191,8 @@ def runs_csv(runs: Sequence[Run]) -> str:
     The single numbers of a measurement of stationarity have columns of their own.
     """
     keys = varying(runs)
-    columns = dict.fromkeys(["run", "status", *keys, *COLUMNS])
+    shown = columns(run.rows[-1] for run in runs if run.rows)
+    header = dict.fromkeys(["run", "status", *keys, *shown])
     rows = []
     for run in runs:
         last: dict[str, Any] = dict(run.rows[-1]) if run.rows else {}
@@ -201,9 +202,9 @@ def runs_csv(runs: Sequence[Run]) -> str:
         row = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in last.items()}
         row |= {"run": run.label, "status": run.status}  # these replace columns of a plugin
         row |= {key: show(run.config[key]) if key in run.config else "" for key in keys}
-        columns |= dict.fromkeys(row)
+        header |= dict.fromkeys(row)
         rows.append(row)
-    return csv_text(rows, columns)
+    return csv_text(rows, header)
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> str:

@@ -33,7 +33,8 @@ class Run:
     @property
     def status(self) -> str:
         """finished, diverged (a result of the last evaluation is not finite) or unfinished."""
-        if self.rows and not all(math.isfinite(number(self.rows[-1], key)) for key in RESULTS):
+        last = [number(row, key) for row in self.rows[-1:] for key in RESULTS if key in row]
+        if not all(map(math.isfinite, last)):
             return "diverged"
         return "finished" if self.finished and self.rows else "unfinished"
 

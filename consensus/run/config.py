@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from consensus.core.potentials import POTENTIALS, Potential
-from consensus.problem import DATASETS, MODELS, PARTITIONS
+from consensus.problem import DATASETS, LOSSES, MODELS, PARTITIONS, Loss
 from consensus.run.checks import (
     COUNT,
     POSITIVE,
@@ -28,6 +28,7 @@ from consensus.run.checks import (
 from consensus.run.config_algorithm import AlgorithmConfig
 
 RESUME = ("never", "auto")  # or a path
+DTYPES = ("float32", "float64", "bfloat16")  # bfloat16: of passes; u and z_j are float32
 
 
 @dataclass
@@ -58,6 +59,7 @@ class DataConfig(Section, key="data"):
     partition: str = field(metadata=one_of(PARTITIONS))
     alpha: float = field(metadata=POSITIVE)
     options: dict[str, Any]
+    validation: float = field(default=0.0, metadata=rule(lambda x: 0 <= x < 1, "a share in [0, 1)"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +76,23 @@ class ModelConfig(Section, key="model"):
             lambda x: "num_classes" not in x, "no num_classes; it comes from the data set"
         )
     )
+
+
+@dataclass
+class LossConfig(Section, key="loss"):
+    """The loss and its metrics: a name in LOSSES and its options."""
+
+    name: str = field(metadata=one_of(LOSSES))
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.make()
+
+    def make(self) -> Loss:
+        """The loss."""
+        loss: Loss = made("loss", LOSSES, self.name, self.options)
+        return loss
 
 
 @dataclass
@@ -126,7 +145,7 @@ class Config:
 
     workers: int | None = field(metadata=rule(lambda m: m is None or m >= 1, "null or >= 1"))
     seed: int = field(metadata=rule(lambda x: x >= 0, "a whole number >= 0"))
-    dtype: str = field(metadata=one_of(("float32", "float64")))
+    dtype: str = field(metadata=one_of(DTYPES))
     device: str = field(metadata=one_of(("auto", "cpu", "cuda")))
     deterministic: bool
     cuda_graph: bool
@@ -136,6 +155,7 @@ class Config:
     algorithm: AlgorithmConfig
     data: DataConfig
     model: ModelConfig
+    loss: LossConfig
     group: GroupConfig
     output: OutputConfig
     stationarity: StationarityConfig
@@ -159,7 +179,7 @@ class Config:
     def _require_representable(self) -> None:
         """Refuse step sizes and factors that overflow the dtype in some iteration."""
         algorithm = self.algorithm
-        largest = float(torch.finfo(getattr(torch, self.dtype)).max)
+        largest = float(torch.finfo(self.dtype_of_u).max)
         factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}
         for name, (low, high) in factors.items():
             good = (low > 0 if name == "lam" else low >= 0) and high < math.inf
@@ -186,6 +206,11 @@ class Config:
         require(step < largest * min(lam, 1.0), f"algorithm.{key}", shown, allowed)
         nu = algorithm.weight_decay
         require(nu < largest, "algorithm.weight_decay", nu, f"a number that fits {fits}")
+
+    @property
+    def dtype_of_u(self) -> torch.dtype:
+        """The type of u, of the z_j and of the data."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
     def coupled(self) -> bool:

@@ -1,6 +1,7 @@
 """Measurement of one evaluation: every rank on its share, and all sums in one all-reduce."""
 
-import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,8 +10,19 @@ from consensus.algorithm import StepSize, value_at
 from consensus.comm import Group
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import coupling, regularizer
-from consensus.records import Row
+from consensus.records import Row, number
 from consensus.run.plan import Plan
+
+Best = dict[str, float] | None
+"""The best evaluation: its iteration, and the number that decides."""
+
+
+def share_buffers(plan: Plan, group: Group) -> None:
+    """Make the means of the workers' running buffers those of u. A collective, if there are any."""
+    running = plan.oracle.running
+    if running:
+        mean = group.sum_(running.sums()) / plan.num_workers
+        plan.risk.buffers = running.unflatten(mean)
 
 
 def measure(
@@ -22,50 +34,66 @@ def measure(
     plan: Plan,
     group: Group,
     t: int,
-    evaluated: tuple[Tensor, Tensor] | None = None,
+    evaluated: Sequence[Tensor] | None = None,
 ) -> Row:
     """Evaluate u (n,) and the coupling to this rank's z (K, n) after t iterations.
 
     A collective, with the same row on all ranks. `cuts` are the step-size cuts of line 3, and of
     line 6 on this rank, int64 (2,). `evaluated` are results of `Risk.evaluate` of u on this rank's
-    shares of the training and the test set; None: computed here.
+    share of each set of samples; None: computed here.
     """
-
-    def share(x: Tensor) -> Tensor:
-        return torch.tensor_split(x, group.size)[group.rank]
-
-    data, cuts = plan.dataset, cuts.double()
+    splits, cuts = plan.dataset.splits, cuts.double()
     if group.rank > 0:
         cuts[0] = 0.0  # s_u is the same on all ranks: count it once
     if evaluated is None:
-        evaluated = (
-            plan.risk.evaluate(u, share(data.train_images), share(data.train_labels)),
-            plan.risk.evaluate(u, share(data.test_images), share(data.test_labels)),
-        )
+        share_buffers(plan, group)
+        shares = (samples.share(group.rank, group.size) for samples in splits.values())
+        evaluated = [plan.risk.evaluate(u, share) for share in shares]
     parts = [
         *evaluated,
         coupling(phi, u, z, value_at(lam, max(0, t - 1))).double().sum().unsqueeze(0),
         cuts,
         phi.distance(u - z).double().sum(0),
     ]
-    total = group.sum_(torch.cat(parts)).tolist()
-    train_loss, train_wrong, test_loss, test_wrong, coupling_sum, cuts_u, cuts_z = total[:7]
+    sizes = [len(part) for part in parts]
+    *of_splits, (coupling_sum,), (cuts_u, cuts_z), distances = (
+        part.tolist() for part in group.sum_(torch.cat(parts)).split(sizes)
+    )
+    numbers: dict[str, float] = {}
+    for (name, samples), (loss, *metrics) in zip(splits.items(), of_splits, strict=True):
+        numbers[f"{name}_loss"] = loss
+        means = zip(plan.risk.loss.metrics, metrics, strict=True)
+        numbers |= {f"{name}_{metric}": value / len(samples) for metric, value in means}
     mean_coupling = coupling_sum / plan.num_workers
     r = float(regularizer(u.double(), plan.config.algorithm.weight_decay))
-    return {
+    row = {
         "iteration": t,
         "epoch": plan.epochs(t),
-        "objective": train_loss + r + mean_coupling,
-        "train_loss": train_loss,
-        "train_error": 100.0 * train_wrong / len(data.train_labels),
-        "test_loss": test_loss,
-        "test_error": 100.0 * test_wrong / len(data.test_labels),
+        "objective": numbers["train_loss"] + r + mean_coupling,
+        **numbers,
         "regularizer": r,
         "coupling": mean_coupling,
-        "distance": [sum_j / plan.num_workers for sum_j in total[7:]],
+        "distance": [sum_j / plan.num_workers for sum_j in distances],
         "cuts_u": int(cuts_u),
         "cuts_z": int(cuts_z),
     }
+    return cast(Row, row)
+
+
+def selection(plan: Plan) -> tuple[str, str]:
+    """The column that decides which evaluation is the best, and its goal, min or max."""
+    name, goal = plan.risk.loss.best
+    return f"{'test' if plan.dataset.validation is None else 'validation'}_{name}", goal
+
+
+def better(best: Best, row: Row, plan: Plan) -> Best:
+    """The best evaluation after that of a row: its iteration and the number that decides."""
+    key, goal = selection(plan)
+    sign = 1.0 if goal == "min" else -1.0
+    value = number(row, key)
+    if best is None or key not in best or sign * value < sign * best[key]:
+        return {"iteration": row["iteration"], key: value}
+    return best
 
 
 ADVICE = "a smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
@@ -73,11 +101,9 @@ HOPELESS = 1e6
 
 
 def divergence(row: Row, plan: Plan) -> str | None:
-    """The message about an objective far beyond that of guessing; None below it.
-
-    Guessing gives each class the same probability, at a loss of log(classes) for each image.
-    """
-    guessing = len(plan.dataset.train_labels) * math.log(plan.dataset.num_classes)
+    """The message about an objective far beyond that of guessing; None below it."""
+    guess = plan.risk.loss.guess(plan.dataset).get("loss", 1.0)
+    guessing = len(plan.dataset.train) * guess
     objective = row["objective"]
     if objective <= HOPELESS * max(1.0, guessing):
         return None
@@ -86,12 +112,12 @@ def divergence(row: Row, plan: Plan) -> str | None:
 
 
 def no_progress(row: Row, plan: Plan) -> str | None:
-    """A remark if u is no better than the largest class after an epoch; None otherwise."""
-    counts = torch.bincount(plan.dataset.test_labels)
-    majority = 100.0 * (1.0 - float(counts.max()) / len(plan.dataset.test_labels))
-    if row["epoch"] < 1.0 or row["test_error"] < majority:
+    """A remark if u is no better than a constant output after an epoch; None otherwise."""
+    name, goal = plan.risk.loss.best
+    guess = plan.risk.loss.guess(plan.dataset).get(name)
+    found = number(row, f"test_{name}")
+    if guess is None or row["epoch"] < 1.0 or (found < guess if goal == "min" else found > guess):
         return None
-    found = (
-        f"test error {row['test_error']:.2f} %, that of the largest class alone {majority:.2f} %"
-    )
-    return f"no better than guessing after {row['epoch']:.3g} epochs: {found}; {ADVICE}"
+    unit = " %" if name == "error" else ""
+    text = f"test {name} {found:.4g}{unit}, that of the best constant output {guess:.4g}{unit}"
+    return f"no better than guessing after {row['epoch']:.3g} epochs: {text}; {ADVICE}"

@@ -15,22 +15,20 @@ from consensus.comm import Launch, choose_backend
 from consensus.core.layerwise import Layerwise
 from consensus.core.profile_checks import mistake_of
 from consensus.problem import (
-    DATASETS,
     MODELS,
+    NUMBERS_AT_ONCE,
     Dataset,
-    DataUnavailableError,
     Minibatches,
     MinibatchRisk,
     Risk,
-    build_model,
-    partition,
-    require_logits,
+    Trial,
 )
 from consensus.run.checkpoint.directory import Origin
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
-from consensus.run.limits import MachineError, exceeded, memory_of
+from consensus.run.limits import memory_of
+from consensus.run.problem import load_data, make_model, make_shards
 from consensus.theory.descent import VECTORS
 
 
@@ -48,7 +46,8 @@ class Plan:
     model: nn.Module  # the network as a function; its own parameters are the start
     oracle: MinibatchRisk  # minibatches and gradients for the K workers of this process
     phi: Layerwise  # (18)
-    shard_sizes: tuple[int, ...]  # training images of each of the M workers
+    shard_sizes: tuple[int, ...]  # training samples of each of the M workers
+    trial: Trial  # of the model and the loss
 
     @property
     def risk(self) -> Risk:
@@ -66,12 +65,12 @@ class Plan:
         return self.launch.block(self.num_workers)
 
     def epochs(self, iterations: int) -> float:
-        """Images drawn over the size of the shard, the mean over workers, after some iterations.
+        """Samples drawn over the size of the shard, the mean over workers, after some iterations.
 
         An epoch of minibatches drops its last partial one, so it is slightly less than 1 here.
         """
-        images = iterations * self.config.algorithm.batch_size
-        return sum(images / size for size in self.shard_sizes) / len(self.shard_sizes)
+        samples = iterations * self.config.algorithm.batch_size
+        return sum(samples / size for size in self.shard_sizes) / len(self.shard_sizes)
 
     def description(self) -> str:
         """One line: the method, the workers, the processes, the model, the data, the coupling."""
@@ -110,7 +109,7 @@ class Plan:
 
     def remarks(self) -> list[str]:
         """Lines about options that have no effect on this run, its workers and the model."""
-        config, lines = self.config, []
+        config, lines = self.config, list(self.dataset.remarks)
         if config.algorithm.local_pull and config.algorithm.period == 1:
             lines.append("algorithm.local_pull has no effect: with period=1 there is no between")
         if config.workers not in (None, self.num_workers):
@@ -125,6 +124,9 @@ class Plan:
         if self.risk.random_evaluation:
             why = "draws random numbers in evaluation mode too, always the same ones"
             lines.append(f"model {config.model.name} {why}: is `training=self.training` missing?")
+        if unused := self.trial.unused:
+            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            lines.append(f"parameter {unused[0]}{more} has no gradient: the loss does not use it")
         return lines
 
 
@@ -136,16 +138,19 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     backend = choose_backend(config.group.name, device, launch)
     movable = backend != "nccl" or device.type == "cuda"
     require(movable, "group", "nccl", "gloo or auto here: NCCL moves CUDA tensors only")
-    dtype = getattr(torch, config.dtype)
+    dtype = config.dtype_of_u
     dataset = load_data(config).to(device, dtype)
-    model = make_model(config, dataset)
+    loss = config.loss.make()
+    model, trial = make_model(config, dataset, loss)
     require_memory(config, model, num_workers // launch.size, device)
     shards = make_shards(config, dataset, num_workers)
     minibatches = [
         Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
         for j in launch.block(num_workers)
     ]
-    risk = Risk(model, config.algorithm.loss_reduction)  # type: ignore[arg-type]
+    risk = Risk(model, config.algorithm.loss_reduction, loss)  # type: ignore[arg-type]
+    risk.low_precision = config.dtype == "bfloat16"
+    risk.at_once = max(1, min(risk.at_once, NUMBERS_AT_ONCE // trial.numbers))
     return Plan(
         config,
         launch,
@@ -158,6 +163,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         MinibatchRisk(risk, dataset, minibatches),
         make_phi(config, risk, device, dtype),
         tuple(len(shard) for shard in shards),
+        trial,
     )
 
 
@@ -174,72 +180,6 @@ def count_workers(config: Config, launch: Launch) -> int:
     allowed = f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each"
     require(num_workers % launch.size == 0, "workers", num_workers, allowed)
     return num_workers
-
-
-def load_data(config: Config) -> Dataset:
-    """The data set of the config, on the CPU."""
-    options = {"root": config.data.root, **config.data.options}
-    try:
-        return DATASETS.make(config.data.name, **options)
-    except DataUnavailableError as error:
-        raise ConfigError(str(error)) from error
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"`data` is {config.data.name} {options}: {error}") from error
-
-
-def make_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The model of the config, on the device and in the dtype of the data."""
-    images, labels = dataset.test_images[:1], dataset.test_labels[:1]
-    options = {"num_classes": dataset.num_classes, **config.model.options}
-    try:
-        model = build_model(config.model.name, config.seed, images.dtype, **options)
-        model = model.to(images.device)
-        require_logits(model, images, labels, dataset.num_classes)
-    except Exception as error:  # a user's model may do anything
-        if limit := exceeded(error):
-            raise MachineError(limit) from error
-        expected = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError)
-        cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
-    return model
-
-
-def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
-    """The training indices of each of the M workers, at least a minibatch each.
-
-    Every rank checks every shard, so all ranks refuse alike.
-    """
-    data, batch_size, labels = config.data, config.algorithm.batch_size, dataset.train_labels.cpu()
-    try:
-        shards = partition(labels, data.partition, num_workers, config.seed, data.alpha)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    smallest = min(range(num_workers), key=lambda j: len(shards[j]))
-    most = len(shards[smallest])
-    if most < batch_size and data.partition == "label_skew":
-        allowed = (
-            f"a value for which each of the {num_workers} workers has at least algorithm.batch_size"
-            f" = {batch_size} images; with seed = {config.seed} worker {smallest} has {most}"
-            f"{_larger_alpha(config, labels, num_workers)}"
-        )
-        raise ConfigError(f"`data.alpha` is {data.alpha:g}; allowed: {allowed}")
-    allowed = (
-        f"at most {most}, the images in the shard of worker {smallest} "
-        f"(data.partition={data.partition}, {num_workers} workers)"
-    )
-    require(batch_size <= most, "algorithm.batch_size", batch_size, allowed)
-    return shards
-
-
-def _larger_alpha(config: Config, labels: Tensor, num_workers: int) -> str:
-    """A remedy for shards that are too small: a larger alpha, found by trying, or fewer workers."""
-    data, batch_size = config.data, config.algorithm.batch_size
-    alpha = data.alpha
-    while batch_size * num_workers <= len(labels) and (alpha := 2 * alpha) <= 1e9:
-        shards = partition(labels, data.partition, num_workers, config.seed, alpha)
-        if min(map(len, shards)) >= batch_size:
-            return f"; data.alpha={alpha:g} works, or take fewer workers or another seed"
-    return "; take fewer workers or a smaller batch"
 
 
 def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtype) -> Layerwise:
@@ -290,7 +230,7 @@ def bytes_of_measurement(config: Config, model: nn.Module) -> int:
 
 
 def _bytes_of_vector(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def require_memory(config: Config, model: nn.Module, workers: int, device: torch.device) -> None:
@@ -308,7 +248,7 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
     try:
         with torch.device("meta"):
             model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
-        bytes_each = bytes_of_worker(model.to(getattr(torch, config.dtype)))
+        bytes_each = bytes_of_worker(model.to(config.dtype_of_u))
         beside = bytes_of_measurement(config, model)
     except Exception:  # a user's model may do anything
         return

@@ -13,7 +13,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from consensus.records import Row, cells, evaluation_lines, headings, number, text_table
+from consensus.records import Row, cells, columns, evaluation_lines, headings, number, text_table
 from consensus.run.sinks import MINIBATCH_LOSS, Sink
 
 
@@ -73,4 +73,5 @@ def evaluation_table(rows: Sequence[Row], title: str, most: int = 12) -> Table:
     """Table of evaluations; of more than `most`, evenly chosen ones and the last."""
     stride = max(1, -(-len(rows) // most))
     chosen = rows[::-1][::stride][::-1]
-    return text_table(title, [headings(), *map(cells, chosen)])
+    shown = columns(rows)
+    return text_table(title, [headings(shown), *(cells(row, shown) for row in chosen)])

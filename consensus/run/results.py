@@ -13,6 +13,7 @@ from consensus.atomic_files import write_whole
 from consensus.records import Row, to_json
 from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.stationarity import measurements
+from consensus.run.metrics import selection
 from consensus.run.plan import Plan
 
 
@@ -29,9 +30,11 @@ def finish_run(
     The summary repeats the last of the rows; `extra` entries replace others of the same name.
     """
     buffer = io.BytesIO()
-    torch.save(plan.risk.layout.state_dict(u), buffer)
+    torch.save(plan.risk.state_dict(u), buffer)
     write_whole(run_dir / "model.pt", buffer.getvalue())
-    summary = {**rows[-1], "best": best, "environment": environment(plan), **extra}
+    key, goal = selection(plan)
+    chosen = {"best": best, "selection": {"column": key, "goal": goal}}
+    summary = {**rows[-1], **chosen, "environment": environment(plan), **extra}
     write_whole(run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
 
 

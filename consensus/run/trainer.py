@@ -18,7 +18,14 @@ from consensus.run.checkpoint.manifest import as_hex
 from consensus.run.checkpoint.resume import resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.health import HealthCheck
-from consensus.run.metrics import divergence, measure, no_progress
+from consensus.run.metrics import (
+    Best,
+    better,
+    divergence,
+    measure,
+    no_progress,
+    share_buffers,
+)
 from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
@@ -43,7 +50,7 @@ class Trainer:
         self.analyse_every = every  # iterations, None: never
         self.stationarity = Stationarity(plan, group) if every is not None else None
         self.rows: list[Row] = []  # the evaluations so far, those before a resume included
-        self.best: dict[str, float] | None = None  # iteration and test error of the best
+        self.best: Best = None
         self.unremarked = True  # no remark about a run that makes no progress so far
         self.sinks = Sink()  # writes nothing: rank 0 gets others in `start`
         output = plan.config.output
@@ -110,6 +117,7 @@ class Trainer:
         """Continue from a checkpoint if the plan has one. Returns the iterations done."""
         plan, began, say = self.plan, time.perf_counter(), self.screen.say
         resumed = resume(self.directory, self.algorithm, plan.local_workers, self.iterations, say)
+        share_buffers(plan, self.group)
         self.started = began - resumed.seconds
         self.rows, self.best, start = resumed.rows, resumed.best, resumed.iteration
         complete = start == self.iterations and bool(self.rows)
@@ -199,8 +207,7 @@ class Trainer:
             else:
                 self.screen.say("stationarity not measured: asked to stop")
         self.rows.append(row)
-        if self.best is None or row["test_error"] < self.best["test_error"]:
-            self.best = {"iteration": done, "test_error": row["test_error"]}
+        self.best = better(self.best, row, self.plan)
         with self.directory.writing():
             self.sinks.evaluation(row)
         self.agree()

@@ -102,9 +102,9 @@ def run(
         alone = {j for j, f in earlier.items() if f.state == "damaged" or has_checkpoints(sweep, j)}
         found = {job: member_of(sweep, job) for job in sweep.jobs if job not in alone}
         members = [member for member in found.values() if member is not None]
-        separate = [job for job in separate if found.get(job) is None]
         folder = sweep.path / ".population"
-        train_populations(members, folder, dashboard.print, sweep.options.gradients)
+        left = train_populations(members, folder, dashboard.print, sweep.options.gradients)
+        separate = [job for job in separate if found.get(job) in (None, *left)]
     launch(sweep, separate, searched, dashboard.print)
 
 

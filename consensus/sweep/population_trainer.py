@@ -34,7 +34,7 @@ from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
 from consensus.run.config import Config
 from consensus.run.limits import memory_of
-from consensus.run.metrics import measure
+from consensus.run.metrics import Best, better, measure
 from consensus.run.plan import (
     Plan,
     count_workers,
@@ -89,6 +89,7 @@ def key_of(members: Sequence[Member]) -> str:
 def populations(members: Sequence[Member], memory: int | None = None) -> list[list[Member]]:
     """Group the members into as few populations as fit the memory.
 
+    Members whose model has running buffers, such as BatchNorm, are left out: a population has none.
     The result depends on all members, done or not, and on the machine. A restarted sweep therefore
     finds the checkpoints of its populations. `memory`: bytes; None: SHARE_OF_MEMORY of the device.
     """
@@ -98,6 +99,8 @@ def populations(members: Sequence[Member], memory: int | None = None) -> list[li
     found = []
     for group in groups.values():
         plan = plan_alone(group[0].config)
+        if plan.oracle.running:
+            continue
         usable = int(SHARE_OF_MEMORY * memory_of(plan.device)) if memory is None else memory
         each = VECTORS * plan.num_workers * plan.start.numel() * plan.start.element_size()
         most = min(usable // each, MOST_MODELS // plan.num_workers)
@@ -115,8 +118,10 @@ def plan_alone(config: Config) -> Plan:
 
 def train_populations(
     members: Sequence[Member], folder: Path, log: Callable[[str], None], gradients: str
-) -> None:
+) -> list[Member]:
     """Train the members that are not done, one population after another, with `sweep.gradients`.
+
+    Returns the members that no population can train.
 
     The members are all runs of the sweep that the engine can train, and `folder` holds the
     checkpoints. Raises a ConfigError if the directory of a member holds another run, or a plan
@@ -132,6 +137,8 @@ def train_populations(
         if left:
             log(f"{len(left)} runs of {len(population)} advance together")
             PopulationTrainer(left, folder, log, gradients, known).run()
+    together = {member.name for population in found for member in population}
+    return [member for member in members if member.name not in together]
 
 
 class PopulationTrainer:
@@ -278,13 +285,12 @@ class PopulationTrainer:
         """Append an evaluation to metrics.jsonl of each active member."""
         data, block = self.plans[0].dataset, self.population
         now = time.perf_counter()  # evaluation is not training
-        on_train = self.oracle.evaluate(block.u, data.train_images, data.train_labels)
-        on_test = self.oracle.evaluate(block.u, data.test_images, data.test_labels)
+        found = [self.oracle.evaluate(block.u, samples) for samples in data.splits.values()]
         seconds, passed = now - self._clock, done - self._done
         for row, i in enumerate(block.active.tolist()):
             member, plan, phi = self.members[i], self.plans[i], self.phis[i]
             u, z, cuts = block.u[row], block.z[row], block.cuts[row]
-            lam, evaluated = lam_of(plan.config), (on_train[row], on_test[row])
+            lam, evaluated = lam_of(plan.config), [of_split[row] for of_split in found]
             numbers = measure(u, z, phi, lam, cuts, plan, self.group, done, evaluated)
             samples = passed * plan.num_workers * plan.config.algorithm.batch_size
             numbers["wall_s"] = now - self._began
@@ -301,8 +307,9 @@ class PopulationTrainer:
         seconds = time.perf_counter() - self._began
         for row, i in enumerate(self.population.active.tolist()):
             member, plan = self.members[i], self.plans[i]
-            lowest = min(member.rows, key=lambda found: float(found["test_error"]))
-            best = {"iteration": lowest["iteration"], "test_error": lowest["test_error"]}
+            best: Best = None
+            for found in member.rows:
+                best = better(best, found, plan)
             shared = {"population": len(self.members), "gradients": str(self.oracle.way)}
             extra = {"environment": environment(plan) | shared}
             finish_run(member.run_dir, member.rows, best, self.population.u[row], plan, extra)

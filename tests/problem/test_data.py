@@ -1,44 +1,33 @@
-"""Data sets by name; MNIST: reading, downloading, and errors of missing or damaged files."""
+"""Data sets: samples of any shape and type, their classes, and those held out of training."""
 
-import fcntl
-import gzip
-import hashlib
-import http.server
-import signal
-import struct
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import re
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from sklearn.datasets import load_digits
 
-from consensus.problem import DATASETS, Dataset, DataUnavailableError
+from consensus.problem import DATASETS, Dataset, Samples
 
 
 def test_digits():
     data = DATASETS["digits"]
-    assert data.train_images.shape == (1437, 1, 28, 28)
-    assert data.test_images.shape == (360, 1, 28, 28)
+    assert data.train.inputs.shape == (1437, 1, 28, 28)
+    assert data.test.inputs.shape == (360, 1, 28, 28)
     assert data.num_classes == 10
-    assert data.train_images.dtype == torch.float32
-    assert float(data.train_images.min()) == 0
-    assert float(data.train_images.max()) <= 1
+    assert data.train.inputs.dtype == torch.float32
+    assert float(data.train.inputs.min()) == 0
+    assert float(data.train.inputs.max()) <= 1
     # stratified: every class has its fifth in the test set, up to rounding
     in_total = np.bincount(load_digits().target)
-    in_test = np.bincount(data.test_labels.numpy())
+    in_test = np.bincount(data.test.targets.numpy())
     assert np.abs(in_test - in_total * 360 / 1797).max() < 1
 
 
 def test_digits_are_all_there_once_scaled_bilinearly():
     data = DATASETS["digits"]
-    images = torch.cat([data.train_images, data.test_images])[:, 0].double().numpy()
-    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+    images = torch.cat([data.train.inputs, data.test.inputs])[:, 0].double().numpy()
+    labels = torch.cat([data.train.targets, data.test.targets]).tolist()
 
     # pixel i of 28 has its centre at (i + 1/2) 8/28 - 1/2 of the 8, clamped at the border
     scale = np.zeros((28, 8))
@@ -61,362 +50,100 @@ def test_digits_are_all_there_once_scaled_bilinearly():
 def test_to_changes_the_type_of_images_only():
     data = DATASETS["digits"]
     double = data.to("cpu", torch.float64)
-    assert double.train_images.dtype == double.test_images.dtype == torch.float64
-    assert double.train_labels.dtype == double.test_labels.dtype == torch.int64
-    assert torch.equal(double.train_images, data.train_images.double())
-    assert torch.equal(double.test_labels, data.test_labels)
+    assert double.train.inputs.dtype == double.test.inputs.dtype == torch.float64
+    assert double.train.targets.dtype == double.test.targets.dtype == torch.int64
+    assert torch.equal(double.train.inputs, data.train.inputs.double())
+    assert torch.equal(double.test.targets, data.test.targets)
     assert double.num_classes == 10
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 1]), "shapes"),
-        (torch.tensor([[0], [1], [2]]), "shapes"),
-        (torch.tensor([0.0, 1.0, 2.0]), "int64"),
-        (torch.tensor([0, 1, 3]), "go from 0 to 3; allowed: 0 to 2"),
-        (torch.tensor([-1, 1, 2]), "go from -1 to 2"),
+        (torch.tensor([0, 1]), "targets int64 (2,); allowed: as many targets as inputs"),
+        (torch.tensor([0, 1, 3]), "the classes of `{0}` go from 0 to 3; allowed: 0 to 2"),
+        (torch.tensor([[0], [-1], [2]]), "the classes of `{0}` go from -1 to 2"),
+        ([0, 1, 2], "a int among the samples; allowed: tensors or arrays (N, ...)"),
+        (torch.tensor(1), "a number among the samples"),
     ],
 )
-def test_data_set_refuses_labels_that_do_not_fit(labels, message):
+def test_data_set_refuses_targets_that_do_not_fit(labels, message):
     images, good = torch.zeros(3, 1, 28, 28), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=f"`train_labels`.*{message}"):
-        Dataset(images, labels, images, good, num_classes=3)
-    with pytest.raises(ValueError, match=f"`test_labels`.*{message}"):
-        Dataset(images, good, images, labels, num_classes=3)
-
-
-# ---- MNIST
-
-FILES = {
-    "train-images-idx3-ubyte": 12,
-    "train-labels-idx1-ubyte": 12,
-    "t10k-images-idx3-ubyte": 5,
-    "t10k-labels-idx1-ubyte": 5,
-}
-
-
-def pixel(i, row, column):
-    return (7 * i + 28 * row + column) % 256
-
-
-def idx_file(name):
-    """The bytes of a tiny file of MNIST: labels 9, 0, 1, ...; pixels of a known pattern."""
-    count = FILES[name]
-    if "labels" in name:
-        return struct.pack(">2i", 2049, count) + bytes((9 + i) % 10 for i in range(count))
-    pixels = (pixel(i, r, c) for i in range(count) for r in range(28) for c in range(28))
-    return struct.pack(">4i", 2051, count, 28, 28) + bytes(pixels)
-
-
-def check_tiny(dataset):
-    """Assert that a data set has the content of the tiny files."""
-    for images, labels, count in (
-        (dataset.train_images, dataset.train_labels, 12),
-        (dataset.test_images, dataset.test_labels, 5),
-    ):
-        assert images.shape == (count, 1, 28, 28)
-        assert images.dtype == torch.float32
-        assert labels.dtype == torch.int64
-        assert labels.tolist() == [(9 + i) % 10 for i in range(count)]
-        assert float(images[4, 0, 3, 5]) == np.float32(pixel(4, 3, 5)) / np.float32(255)
-        assert float(images.min()) == 0
-        assert float(images.max()) == 1
-
-
-@pytest.fixture
-def raw(tmp_path):
-    """The folder MNIST/raw under tmp_path with four tiny files."""
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for name in FILES:
-        (folder / name).write_bytes(idx_file(name))
-    return folder
-
-
-@pytest.fixture
-def mirror(monkeypatch):
-    """A server with the tiny files in place of the mirrors, which records its requests.
-
-    `mirror.broken` holds the names that it truncates, `mirror.delay_s` slows it down.
-    """
-    packed = {f"{name}.gz": gzip.compress(idx_file(name)) for name in FILES}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.removeprefix("/")
-            self.server.requests.append(name)
-            time.sleep(self.server.delay_s)
-            content = packed[name]
-            if name in self.server.broken:
-                content = content[:-20]
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.broken, server.delay_s = [], set(), 0.0
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}/"
-    checksums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", checksums)
-    monkeypatch.setenv("no_proxy", "*")
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Mirrors whose names do not resolve: `.invalid` never does (RFC 2606)."""
-    monkeypatch.setattr(
-        torchvision.datasets.MNIST, "mirrors", ["https://mnist.invalid/", "http://mnist2.invalid/"]
-    )
-    monkeypatch.setenv("no_proxy", "*")
-
-
-def unavailable(root):
-    """The message of the error that `mnist(root)` must raise, which must be one line."""
-    with pytest.raises(DataUnavailableError) as caught:
-        DATASETS.make("mnist", root=str(root))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "`data.root`" in message
-    assert str(root.resolve() / "MNIST" / "raw") in message
-    assert "data=digits" in message
-    return message
-
-
-def leftovers(root):
-    """All files and folders below `root` except the lock."""
-    return sorted(path.name for path in root.rglob("*") if path.name != ".mnist.lock")
-
-
-def test_mnist_from_files(tmp_path, raw):
-    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-    assert leftovers(tmp_path) == sorted(["MNIST", "raw", *FILES])
-    assert not (tmp_path / ".mnist.lock").exists()
-
-
-@pytest.mark.parametrize(
-    ("folder", "rename", "packed"),
-    [
-        ("MNIST/raw", lambda name: f"{name}.gz", True),
-        ("MNIST/raw", lambda name: name.replace("-idx", ".idx"), False),
-        ("MNIST/raw", lambda name: name.replace("-idx", ".idx") + ".gz", True),
-        (".", lambda name: name, False),
-        (".", lambda name: f"{name}.gz" if "t10k" in name else name, None),
-    ],
-)
-def test_mnist_in_the_shapes_in_which_people_have_it(tmp_path, no_network, folder, rename, packed):
-    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        content, new = idx_file(name), rename(name)
-        packing = new.endswith(".gz")
-        assert packed in (None, packing)
-        (tmp_path / folder / new).write_bytes(gzip.compress(content) if packing else content)
-    before = sorted(tmp_path.rglob("*"))
-    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda x: x[:-9], lambda x: b"no gzip", lambda x: x[:40] + b"a"]
-)
-def test_a_damaged_archive_is_named(tmp_path, raw, damage):
-    path = raw / "t10k-labels-idx1-ubyte"
-    path.unlink()
-    archive = raw / f"{path.name}.gz"
-    archive.write_bytes(damage(gzip.compress(bytes(100_000))))
-    assert f"{archive} is damaged (" in unavailable(tmp_path)
-
-
-def test_a_refusal_lists_what_is_there(tmp_path, no_network):
-    assert f"({tmp_path / 'none'} has nothing)" in unavailable(tmp_path / "none")
-    (tmp_path / "mnist.npz").touch()
-    assert f"({tmp_path} has mnist.npz, none)" in unavailable(tmp_path)
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    assert f"({folder} has nothing)" in unavailable(tmp_path)
-    for i in range(7):
-        (folder / f"file{i}").touch()
-    assert f"({folder} has file0, file1, file2, file3, file4 and 2 more)" in unavailable(tmp_path)
-    (folder / "t10k-labels.idx1-ubyte.gz").touch()
-    assert "(only t10k-labels.idx1-ubyte.gz)" in unavailable(tmp_path)
-
-
-def test_mnist_from_files_needs_no_write_permission_and_no_lock(tmp_path, raw):
-    with open(tmp_path / ".mnist.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as if a download were under way
-        raw.chmod(0o555)
-        check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-        raw.chmod(0o755)
-
-
-def test_mnist_root_may_be_relative(tmp_path, raw, monkeypatch):
-    monkeypatch.chdir(tmp_path.parent)
-    check_tiny(DATASETS.make("mnist", root=tmp_path.name))
-
-
-def test_mnist_is_downloaded_quietly(tmp_path, mirror, capfd):
-    root = tmp_path / "not" / "yet"
-    check_tiny(DATASETS.make("mnist", root=str(root)))
-    assert sorted(mirror.requests) == sorted(f"{name}.gz" for name in FILES)
-    assert leftovers(root) == sorted(["MNIST", "raw", *FILES])
-    assert capfd.readouterr() == ("", "")
-    check_tiny(DATASETS.make("mnist", root=str(root)))
-    assert len(mirror.requests) == 4
-
-
-@pytest.mark.usefixtures("mirror")
-def test_mnist_is_downloaded_on_its_own_file_system(tmp_path, monkeypatch):
-    """Files cannot be moved into place from a temporary folder that lies elsewhere."""
-    with monkeypatch.context() as patch:  # pytest itself needs temporary files later
-        patch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-        check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-
-
-def test_mnist_is_downloaded_once_per_node(tmp_path, mirror):
-    mirror.delay_s = 0.05
-    with ThreadPoolExecutor(4) as pool:  # the lock belongs to the open file: threads exclude, too
-        datasets = list(pool.map(lambda _: DATASETS.make("mnist", root=str(tmp_path)), range(4)))
-    for dataset in datasets:
-        check_tiny(dataset)
-    assert len(mirror.requests) == 4
-
-
-def test_mnist_downloads_only_what_is_absent(tmp_path, raw, mirror):
-    (raw / "t10k-labels-idx1-ubyte").unlink()
-    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-    assert mirror.requests == ["t10k-labels-idx1-ubyte.gz"]
-
-
-def test_mnist_takes_the_next_mirror(tmp_path, mirror, monkeypatch):
-    mirrors = ["http://mnist.invalid/", *torchvision.datasets.MNIST.mirrors]
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
-    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-
-
-def test_a_broken_download_leaves_nothing_behind(tmp_path, mirror):
-    mirror.broken = {"t10k-labels-idx1-ubyte.gz"}
-    assert "wrong checksum of t10k-labels-idx1-ubyte.gz" in unavailable(tmp_path)
-    assert leftovers(tmp_path) == []
-    mirror.broken = set()
-    check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
-
-
-def test_waiting_processes_report_the_failed_download(tmp_path, mirror):
-    mirror.delay_s = 1.0  # time enough for all to be waiting
-    mirror.broken = {"train-images-idx3-ubyte.gz"}
-    with ThreadPoolExecutor(4) as pool:
-        messages = list(pool.map(lambda _: unavailable(tmp_path), range(4)))
-    assert len(set(messages)) == 1
-    assert mirror.requests == ["train-images-idx3-ubyte.gz"]
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path, mirror):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); "
-            "fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)",
-            str(tmp_path / ".mnist.lock"),
-        ],
-        stdout=subprocess.PIPE,
-    )
-    with holder, ThreadPoolExecutor(1) as pool:
-        assert holder.stdout.readline() == b"held\n"
-        waiting = pool.submit(DATASETS.make, "mnist", root=str(tmp_path))
-        time.sleep(0.2)
-        assert not waiting.done()
-        assert mirror.requests == []
-        holder.send_signal(signal.SIGKILL)
-        check_tiny(waiting.result(timeout=10))
-
-
-@pytest.mark.usefixtures("no_network")
-def test_no_network_is_one_line_within_seconds(tmp_path):
-    start = time.monotonic()
-    message = unavailable(tmp_path / "data")
-    assert time.monotonic() - start < 10
-    assert f"is {str(tmp_path / 'data')!r}" in message
-    assert "mnist.invalid" in message
-    assert leftovers(tmp_path / "data") == []
-
-
-@pytest.mark.usefixtures("no_network")
-def test_a_root_that_cannot_be_a_folder(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "cannot be downloaded" in unavailable(tmp_path / "file")
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:3],
-        lambda content: content[:7],
-        lambda content: content[:-1],
-        lambda content: content + b"\0",
-        lambda content: b"<html>" + content[6:],
-        lambda content: content[:2] + b"\x09" + content[3:],
-        lambda content: content[:4] + struct.pack(">I", 2**32 - 1) + content[8:],
-    ],
-    ids=["empty", "magic", "header", "truncated", "longer", "html", "type", "count"],
-)
-def test_damaged_files_are_one_line(tmp_path, raw, name, damage):
-    (raw / name).write_bytes(damage(idx_file(name)))
-    message = unavailable(tmp_path)
-    assert str(raw / name) in message
-    assert "damaged" in message
-
-
-def test_images_of_another_shape(tmp_path, raw):
-    images = raw / "train-images-idx3-ubyte"
-    images.write_bytes(struct.pack(">4i", 2051, 12, 14, 56) + images.read_bytes()[16:])
-    assert str(images) in unavailable(tmp_path)
-
-
-@pytest.mark.parametrize("split", ["train", "t10k"])
-def test_files_that_do_not_belong_together(tmp_path, raw, split):
-    labels = raw / f"{split}-labels-idx1-ubyte"
-    labels.write_bytes(struct.pack(">2i", 2049, 3) + bytes([0, 1, 2]))
-    assert "3 labels" in unavailable(tmp_path)
-    count = FILES[labels.name]
-    labels.write_bytes(struct.pack(">2i", 2049, count) + bytes([10] * count))
-    assert "damaged" in unavailable(tmp_path)
-
-
-def test_empty_files(tmp_path, raw):
-    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 0, 28, 28))
-    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 0))
-    assert "0 images" in unavailable(tmp_path)
-
-
-@pytest.mark.mnist
-def test_real_mnist_is_what_torchvision_reads(mnist_root):
-    data = DATASETS.make("mnist", root=mnist_root)
-    for images, labels, train in (
-        (data.train_images, data.train_labels, True),
-        (data.test_images, data.test_labels, False),
-    ):
-        reference = torchvision.datasets.MNIST(mnist_root, train=train, download=False)
-        assert torch.equal((images[:, 0] * 255).round().to(torch.uint8), reference.data)
-        assert torch.equal(labels, reference.targets)
-        assert float(images.max()) == 1
-    assert len(data.train_labels) == 60_000
-    # the mean and deviation of MNIST that everyone normalizes with
-    assert float(data.train_images.mean()) == pytest.approx(0.1307, abs=1e-4)
-    assert float(data.train_images.std()) == pytest.approx(0.3081, abs=1e-4)
-    assert torch.bincount(data.train_labels).tolist() == [
-        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
-    ]  # fmt: skip
+    for name in ("train", "test"):
+        given = {"train": (images, good), "test": (images, good), name: (images, labels)}
+        with pytest.raises(ValueError, match=re.escape(message.format(name))) as refusal:
+            Dataset(**given, num_classes=3)
+        assert f"`{name}`" in str(refusal.value)
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(3), (torch.zeros(3),), "train.npy"])
+def test_what_is_no_pair_is_refused(given):
+    with pytest.raises(ValueError, match=r"`train` of the data set has .*; allowed: Samples, or"):
+        Dataset(given, (torch.zeros(3), torch.zeros(3)))
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="`test` of the data set has no samples"):
+        Dataset((torch.zeros(3), torch.zeros(3)), (torch.zeros(0), torch.zeros(0)))
+
+
+def test_samples_are_trees_of_arrays():
+    """A dict of a float image and integer tokens, from NumPy; the targets are a pair."""
+    rng = np.random.default_rng(0)
+    image, tokens = rng.random((6, 2, 2)), rng.integers(0, 9, (6, 4), dtype=np.int32)
+    mask, weight = rng.random((6, 4)) < 0.5, rng.random(6, dtype=np.float32)
+    samples = Samples({"image": image, "tokens": tokens}, [mask, weight])
+    assert len(samples) == 6
+    moved = samples.to("cpu", torch.float32)
+    assert moved.inputs["image"].dtype == moved.targets[1].dtype == torch.float32
+    assert moved.inputs["tokens"].dtype == torch.int64
+    assert moved.targets[0].dtype == torch.bool
+    chosen = moved.select(torch.tensor([4, 1]))
+    assert torch.equal(chosen.inputs["tokens"], torch.tensor(tokens[[4, 1]]).long())
+    assert chosen.targets[0].tolist() == mask[[4, 1]].tolist()
+    parts = list(moved.split(4))
+    assert [len(part) for part in parts] == [4, 2]
+    assert torch.equal(parts[1].targets[1], torch.tensor(weight[4:]))
+    shares = [moved.share(rank, 4).inputs["image"] for rank in range(4)]
+    assert [len(share) for share in shares] == [2, 2, 1, 1]
+    assert torch.equal(torch.cat(shares), torch.tensor(image, dtype=torch.float32))
+    assert len(moved.share(7, 8)) == 0
+
+
+def test_pixels_of_uint8_become_numbers_in_0_to_1_and_this_is_said():
+    pixels = torch.tensor([[0, 51], [255, 102]], dtype=torch.uint8)
+    data = Dataset((pixels, torch.tensor([0, 1])), (pixels, torch.tensor([0, 1])))
+    moved = data.to("cpu", torch.float64)
+    expected = torch.tensor([[0.0, 0.2], [1.0, 0.4]], dtype=torch.float64)
+    torch.testing.assert_close(moved.train.inputs, expected)
+    assert [remark.partition(";")[0] for remark in moved.remarks] == [
+        "inputs of uint8 are scaled to [0, 1]"
+    ]
+    floats = Dataset((pixels.float(), pixels.float()), (pixels.float(), pixels.float()))
+    assert floats.to("cpu", torch.float32).remarks == ()
+
+
+def test_classes_are_counted_where_targets_are_classes():
+    x, labels = torch.zeros(4, 2), torch.tensor([0, 5, 1, 1])
+    assert Dataset((x, labels), (x, labels + 1)).num_classes == 7
+    assert Dataset((x, labels.to(torch.uint8)), (x, labels)).labels.tolist() == labels.tolist()
+    assert Dataset((x, labels.float()), (x, labels.float())).num_classes is None
+    tokens = labels.view(2, 2)
+    assert Dataset((x[:2], tokens), (x[:2], tokens)).num_classes is None
+    ignored = torch.tensor([[0, -100], [1, -100]])
+    assert Dataset((x[:2], ignored), (x[:2], ignored), num_classes=2).num_classes == 2
+
+
+def test_a_share_of_the_training_samples_is_held_out():
+    x = torch.arange(10.0).unsqueeze(1)
+    data = Dataset((x, torch.arange(10) % 2), (x[:2], torch.tensor([0, 1])))
+    split = data.hold_out(0.3)
+    assert (len(split.train), len(split.validation), len(split.test)) == (7, 3, 2)
+    both = torch.cat([split.train.inputs, split.validation.inputs]).flatten().tolist()
+    assert sorted(both) == list(range(10))
+    assert split.train.targets.tolist() == [int(i) % 2 for i in split.train.inputs.flatten()]
+    assert torch.equal(data.hold_out(0.3).validation.inputs, split.validation.inputs)
+    assert list(split.splits) == ["train", "validation", "test"]
+    for share in (0.01, 0.99):
+        with pytest.raises(ValueError, match=f"`data.validation` is {share}; allowed: a share of"):
+            data.hold_out(share)

@@ -44,7 +44,7 @@ def test_size_and_layers(name, size, layers):
     model = build_model(name, seed=0, dtype=torch.float64)
     assert len(flat(model)) == size
     if layers is not None:
-        assert FlatLayout.of(model).layers == layers
+        assert FlatLayout.trainable(model).layers == layers
     assert model(images()).shape == (3, 10)
 
 
@@ -151,21 +151,23 @@ def test_a_start_that_no_seed_determines_is_refused(user_models, draw):
         build_model("scaled", 0, torch.float32)
 
 
-def test_buffers_are_refused_with_a_remedy(user_models):
-    user_models.register("normed")(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
-    with pytest.raises(ValueError, match=r"`normed`.*`1\.running_mean`.*GroupNorm.*LayerNorm"):
-        build_model("normed", 0, torch.float32)
-
-
-def test_frozen_parameters_are_refused(user_models):
+def test_buffers_and_frozen_parameters_are_kept(user_models):
     def frozen():
-        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        model[1].bias.requires_grad_(False)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(784, 10))
+        model[2].bias.requires_grad_(False)
         return model
 
     user_models.register("frozen")(frozen)
-    with pytest.raises(ValueError, match=r"`frozen`.*`1\.bias`.*trainable"):
-        build_model("frozen", 0, torch.float32)
+    model = build_model("frozen", 0, torch.float64)
+    assert not model[2].bias.requires_grad
+    assert model[1].running_mean.dtype == torch.float64
+    assert model[1].num_batches_tracked.dtype == torch.int64
+
+
+def test_lazy_parameters_are_refused(user_models):
+    user_models.register("lazy")(lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)))
+    with pytest.raises(ValueError, match=r"`lazy` has the lazy parameter `1\.weight`; give its"):
+        build_model("lazy", 0, torch.float32)
 
 
 def test_a_model_without_parameters_is_refused(user_models):

@@ -21,6 +21,7 @@ from consensus.problem import (
     MinibatchRisk,
     PopulationRisk,
     Risk,
+    Samples,
     Way,
     build_model,
 )
@@ -95,24 +96,26 @@ def test_gradients_and_losses_are_those_of_each_model_alone(name, way, reduction
 @pytest.mark.parametrize("way", CONVOLUTIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluations_are_those_of_each_model_alone(name, way, monkeypatch):
-    monkeypatch.setattr("consensus.problem.population_risk.IMAGES_AT_ONCE", 4 * K)  # several chunks
+    monkeypatch.setattr(
+        "consensus.problem.population_risk.SAMPLES_AT_ONCE", 4 * K
+    )  # several chunks
     risk = BatchedRisk(MODELS[name], "sum", way)
     points, images, labels = block(risk, seed=1)
     images, labels = images.flatten(0, 1), labels.flatten()
-    found = risk.evaluate_each(points, images, labels)
+    found = risk.evaluate_each(points, Samples(images, labels))
     for k in range(K):
         logits = alone(MODELS[name], points[k])(images).detach()
         assert float(found[k, 0]) == pytest.approx(
             float(cross_entropy(logits, labels, reduction="sum")), rel=1e-12
         )
-        assert float(found[k, 1]) == int((logits.argmax(1) != labels).sum())
+        assert float(found[k, 1]) == 100 * int((logits.argmax(1) != labels).sum())
 
 
 def test_dropout_is_off_in_evaluations():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(784, 10)).double()
     risk = BatchedRisk(model, "sum", "grouped")
     points, images, labels = block(risk)
-    first, second = (risk.evaluate_each(points, images[0], labels[0]) for _ in range(2))
+    first, second = (risk.evaluate_each(points, Samples(images[0], labels[0])) for _ in range(2))
     assert torch.equal(first, second)
     assert model.training
 
@@ -173,7 +176,7 @@ def test_a_population_draws_like_separate_runs():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(12, 1, 28, 28, generator=generator, dtype=torch.float64)
     labels = torch.arange(12) % 3
-    dataset = Dataset(images, labels, images, labels, 3)
+    dataset = Dataset((images, labels), (images, labels), 3)
     risk = Risk(Dropping().double(), "sum")
     points = torch.stack([risk.layout.flatten(risk.model) * (1 + i / 10) for i in range(6)])
 
@@ -206,7 +209,7 @@ def make_oracle():
     """Makes the risk of 4 configurations of 3 workers each: 12 logistic models."""
     dataset = DATASETS["digits"].to("cpu", torch.float64)
     risk = Risk(build_model("logistic", 0, torch.float64), "sum")
-    everything = torch.arange(len(dataset.train_labels))
+    everything = torch.arange(len(dataset.train))
 
     def make():
         sources = {s: [Minibatches(everything, 20, s, j) for j in range(3)] for s in (0, 1)}
@@ -269,7 +272,7 @@ class Branching(nn.Module):
 def test_a_model_that_cannot_be_batched_is_evaluated_one_by_one():
     risk = Risk(Branching().double(), "sum")
     images, labels = torch.rand(40, 1, 28, 28, dtype=torch.float64), torch.arange(40) % 10
-    dataset = Dataset(images, labels, images, labels, 10)
+    dataset = Dataset((images, labels), (images, labels), 10)
     minibatches = [Minibatches(torch.arange(40), 5, 0, j) for j in range(2)]
     oracle = PopulationRisk(risk, dataset, [0] * 4, {0: minibatches})
     points = risk.layout.flatten(risk.model).repeat(8, 1)

@@ -16,6 +16,7 @@ from consensus.problem import (
     Minibatches,
     MinibatchRisk,
     Risk,
+    Samples,
     build_model,
 )
 
@@ -128,7 +129,7 @@ def test_evaluate_sums_the_loss_and_counts_errors(chunk, reduction):
     model, points, images, labels = problem("logistic")
     images, labels = images.flatten(0, 1), labels.flatten()  # 18 images
     point = points[0].clone().requires_grad_()
-    result = Risk(model, reduction).evaluate(point, images, labels, chunk=chunk)
+    result = Risk(model, reduction).evaluate(point, Samples(images, labels), chunk=chunk)
     assert result.shape == (2,)
     assert result.dtype == torch.float64
     assert not result.requires_grad
@@ -136,7 +137,7 @@ def test_evaluate_sums_the_loss_and_counts_errors(chunk, reduction):
     scores = images.reshape(18, 784) @ points[0, :7840].view(10, 784).T + points[0, 7840:]
     wrong = sum(scores[i].tolist().index(max(scores[i])) != labels[i] for i in range(18))
     assert 0 < wrong <= 18
-    assert int(result[1]) == wrong
+    assert int(result[1]) == 100 * wrong  # the sum of percents
 
 
 def test_evaluate_keeps_small_losses_in_single_precision():
@@ -145,7 +146,7 @@ def test_evaluate_keeps_small_losses_in_single_precision():
     point = torch.zeros(7850)
     point[7840] = 20.0
     images, labels = torch.zeros(5000, 1, 28, 28), torch.zeros(5000, dtype=torch.int64)
-    loss, wrong = Risk(model, "sum").evaluate(point, images, labels).tolist()
+    loss, wrong = Risk(model, "sum").evaluate(point, Samples(images, labels)).tolist()
     assert loss == pytest.approx(5000 * math.log1p(9 * math.exp(-20)), rel=1e-6)
     assert wrong == 0
 
@@ -156,7 +157,7 @@ def test_evaluate_turns_dropout_off_and_back_on():
     point = random(7850, seed=4) / 100
     images, labels = random(8, 1, 28, 28, seed=6), torch.arange(8)
     expected, _ = softmax_regression(point, images, labels)
-    torch.testing.assert_close(risk.evaluate(point, images, labels)[0], expected)
+    torch.testing.assert_close(risk.evaluate(point, Samples(images, labels))[0], expected)
     assert model.training
     assert model[1].training
 
@@ -170,10 +171,8 @@ def test_reduction_is_checked():
 def test_minibatch_risk_gives_each_worker_its_own_samples():
     model, points, _, _ = problem("logistic")
     pool = Dataset(
-        train_images=random(40, 1, 28, 28, seed=7),
-        train_labels=torch.arange(40) % 10,
-        test_images=random(2, 1, 28, 28),
-        test_labels=torch.tensor([0, 1]),
+        train=Samples(random(40, 1, 28, 28, seed=7), torch.arange(40) % 10),
+        test=Samples(random(2, 1, 28, 28), torch.tensor([0, 1])),
         num_classes=10,
     )
     shards = [torch.arange(10), torch.arange(10, 40), torch.arange(0, 40, 2)]
@@ -188,7 +187,7 @@ def test_minibatch_risk_gives_each_worker_its_own_samples():
         gradients = oracle.gradient(points.clone(), (images, labels))  # overwritten
         for j, twin in enumerate(twins):
             chosen = twin.draw().tolist()
-            expected_images = torch.stack([pool.train_images[i] for i in chosen])
+            expected_images = torch.stack([pool.train.inputs[i] for i in chosen])
             expected_labels = torch.tensor([i % 10 for i in chosen])
             assert torch.equal(images[j], expected_images)
             assert torch.equal(labels[j], expected_labels)
@@ -199,7 +198,7 @@ def test_minibatch_risk_gives_each_worker_its_own_samples():
 
 def test_minibatch_risk_needs_one_batch_size():
     model, _, images, labels = problem("logistic")
-    pool = Dataset(images[0], labels[0], images[0], labels[0], num_classes=10)
+    pool = Dataset((images[0], labels[0]), (images[0], labels[0]), num_classes=10)
     sources = [Minibatches(torch.arange(6), size, 0, 0) for size in (2, 3)]
     with pytest.raises(AssertionError, match="one batch size"):
         MinibatchRisk(Risk(model, "sum"), pool, sources)
@@ -239,7 +238,7 @@ def test_dropout_depends_on_seed_worker_and_draw_only(model):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(12, 1, 28, 28, generator=generator, dtype=torch.float64)
     labels = torch.arange(12) % 3
-    dataset = Dataset(images, labels, images, labels, 3)
+    dataset = Dataset((images, labels), (images, labels), 3)
     risk = Risk(model().double(), "sum")
     point = risk.layout.flatten(risk.model)
 
@@ -268,17 +267,17 @@ class AlwaysDropping(Dropping):
 
 def test_a_model_that_is_random_in_evaluation_mode_has_one_evaluation():
     images, labels = random(12, 1, 28, 28), torch.arange(12) % 3
-    dataset = Dataset(images, labels, images, labels, 3)
+    dataset = Dataset((images, labels), (images, labels), 3)
     for model, random_evaluation in ((Dropping, False), (AlwaysDropping, True)):
         risk = Risk(model().double(), "sum")
         MinibatchRisk(risk, dataset, [Minibatches(torch.arange(12), 4, 7, 0)])
         assert risk.random_evaluation == random_evaluation
         point = risk.layout.flatten(risk.model)
         before = torch.get_rng_state()
-        first = risk.evaluate(point, images, labels)
+        first = risk.evaluate(point, Samples(images, labels))
         assert torch.equal(torch.get_rng_state(), before)
         torch.rand(3)
-        assert torch.equal(risk.evaluate(point, images, labels), first)
+        assert torch.equal(risk.evaluate(point, Samples(images, labels)), first)
 
 
 class Skipping(nn.Module):

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from consensus.problem import build_model, stream, stream_seed
-from consensus.problem.streams import draws_random_numbers, restored_generators
+from consensus.problem.calls import draws_random_numbers
+from consensus.problem.streams import restored_generators
 
 
 def test_seed_is_the_hash_of_its_name():

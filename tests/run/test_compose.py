@@ -20,7 +20,7 @@ from consensus.run.plan import make_plan
 
 CONFIGS = Path(config_dir())
 
-GROUPS = ("algorithm", "data", "group", "model", "output", "potential")
+GROUPS = ("algorithm", "data", "group", "loss", "model", "output", "potential")
 
 
 def options_of(group):
@@ -126,7 +126,7 @@ def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_pa
 
 TOP = (
     "workers, seed, dtype, device, deterministic, cuda_graph, resume, plugins, potential, "
-    "algorithm, data, model, group, output, stationarity"
+    "algorithm, data, model, loss, group, output, stationarity"
 )
 
 IN_OUTPUT = (

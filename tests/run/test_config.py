@@ -88,7 +88,7 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
     [
         (["workers=0"], "`workers` is 0; allowed: null or >= 1"),
         (["seed=-1"], "`seed` is -1; allowed: a whole number >= 0"),
-        (["dtype=float16"], "`dtype` is float16; allowed: float32, float64"),
+        (["dtype=float16"], "`dtype` is float16; allowed: bfloat16, float32, float64"),
         (["device=tpu"], "`device` is tpu; allowed: auto, cpu, cuda"),
         (["potential.eta=0"], "`potential.eta` is 0.0; allowed: a finite number > 0"),
         (["potential.eta=inf"], "`potential.eta` is inf; allowed: a finite number > 0"),

@@ -85,7 +85,10 @@ CENTERS = {  # how u moves, and the local pull
 def loop(plan, center_of, local):
     """U and the copies after LENGTH iterations."""
     move_center = center_of()
-    images, labels = plan.dataset.train_images.flatten(1).numpy(), plan.dataset.train_labels.numpy()
+    images, labels = (
+        plan.dataset.train.inputs.flatten(1).numpy(),
+        plan.dataset.train.targets.numpy(),
+    )
     u = plan.start.numpy().copy()
     z = np.tile(u, (plan.num_workers, 1))
     v = np.zeros_like(z)

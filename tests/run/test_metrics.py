@@ -74,8 +74,8 @@ def expected_row(config):
     data = make_plan(config, Launch()).dataset
     row = {"iteration": 100, "epoch": 100 * 20 / 1437}
     for name, images, labels in (
-        ("train", data.train_images, data.train_labels),
-        ("test", data.test_images, data.test_labels),
+        ("train", data.train.inputs, data.train.targets),
+        ("test", data.test.inputs, data.test.targets),
     ):
         with torch.no_grad():
             logits = network(u)(images)
@@ -157,7 +157,7 @@ def test_an_objective_far_beyond_guessing_is_divergence(make_config, objective, 
 
 def test_no_progress_after_an_epoch(make_config):
     plan = make_plan(make_config("model=logistic", "device=cpu", "workers=2"), Launch())
-    largest = max((plan.dataset.test_labels == c).sum().item() for c in range(10))
+    largest = max((plan.dataset.test.targets == c).sum().item() for c in range(10))
     error = 100 * (1 - largest / 360)
     for epoch, test_error, said in (
         (0.9, 95.0, False),

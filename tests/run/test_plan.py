@@ -75,12 +75,12 @@ def test_msgd_is_one_worker_in_one_process(make_config):
     [
         (
             ["algorithm.batch_size=1438"],
-            "`algorithm.batch_size` is 1438; allowed: at most 1437, the images in the shard of "
+            "`algorithm.batch_size` is 1438; allowed: at most 1437, the samples in the shard of "
             "worker 0 (data.partition=full, 4 workers)",
         ),
         (
             ["algorithm.batch_size=360", "data.partition=sharded"],
-            "`algorithm.batch_size` is 360; allowed: at most 359, the images in the shard of "
+            "`algorithm.batch_size` is 360; allowed: at most 359, the samples in the shard of "
             "worker 0 (data.partition=sharded, 4 workers)",
         ),
         (
@@ -124,12 +124,12 @@ def test_shards_that_are_too_small_name_alpha_and_a_remedy(
     beginning, _, rest = line.partition(f"; with seed = {seed} worker ")
     assert beginning == (
         f"`data.alpha` is 0.1; allowed: a value for which each of the {workers} workers has at "
-        "least algorithm.batch_size = 20 images"
+        "least algorithm.batch_size = 20 samples"
     )
     worker, most, alpha = re.fullmatch(
         r"(\d+) has (\d+); data\.alpha=([\d.]+) works, or take fewer workers or another seed", rest
     ).groups()
-    labels = load_data(make_config()).train_labels
+    labels = load_data(make_config()).train.targets
     sizes = [len(shard) for shard in partition(labels, "label_skew", workers, seed, 0.1)]
     assert int(most) == sizes[int(worker)] == min(sizes) < 20
     assert make_plan(make_config(*own, f"data.alpha={alpha}", "device=cpu"), Launch())

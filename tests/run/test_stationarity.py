@@ -160,13 +160,13 @@ def test_what_is_measured_is_what_the_definitions_say(ranks, config, kind, size,
         assert bits == answers[0][1]
 
     data = make_plan(chosen, Launch()).dataset
-    shards = partition(data.train_labels, kind, WORKERS, 0, 1.0)
+    shards = partition(data.train.targets, kind, WORKERS, 0, 1.0)
     factor = BATCH if reduction == "sum" else 1
     u, z = (x.numpy() for x in points())
     envelope, force_sum, value_sum = np.zeros(SIZE), np.zeros(SIZE), 0.0
     for j, shard in enumerate(shards):
         if kind == "label_skew" or j == 0:
-            f = function(data.train_images[shard], data.train_labels[shard], factor)
+            f = function(data.train.inputs[shard], data.train.targets[shard], factor)
             p, value = by_scipy(f, u)
         force, gradient = slope_of_tan(u - z[j]) / LAM, f(z[j])[1]
         envelope += slope_of_tan(u - p) / LAM
@@ -202,7 +202,7 @@ def test_where_a_copy_is_the_prox_it_is_stationary(config):
     algorithm = at_points(plan, Solo())
     u = points()[0].numpy()
     data = plan.dataset
-    p, _ = by_scipy(function(data.train_images, data.train_labels, BATCH), u)
+    p, _ = by_scipy(function(data.train.inputs, data.train.targets, BATCH), u)
     algorithm.worker.z.copy_(torch.from_numpy(p))
     found = Stationarity(plan, Solo()).measure(algorithm, 10)
     assert max(found["worker_residual"]) < 1e-5 * found["force"][0]

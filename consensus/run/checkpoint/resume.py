@@ -20,7 +20,7 @@ from consensus.algorithm import Algorithm
 from consensus.comm import Group, GroupError, Launch
 from consensus.core.potentials import POTENTIALS
 from consensus.core.schedules import SCHEDULES
-from consensus.problem import DATASETS, MODELS
+from consensus.problem import DATASETS, LOSSES, MODELS
 from consensus.records import Row, rows_until
 from consensus.registry import Registry
 from consensus.run.checkpoint.directory import LOCK, MARKS, Origin, RunDirectory, lock_holder
@@ -46,6 +46,7 @@ _TABLES: dict[str, Registry[Any]] = {
     "potential": POTENTIALS,
     "model": MODELS,
     "data": DATASETS,
+    "loss": LOSSES,
     **{f"algorithm.schedule.{name}": SCHEDULES for name in ("tau", "sigma", "lam")},
 }
 

@@ -1,0 +1,93 @@
+"""The training problem of a run from its config: data, model, loss and shards, or one refusal."""
+
+import torch
+from torch import Tensor, nn
+
+from consensus.problem import (
+    DATASETS,
+    Dataset,
+    DataUnavailableError,
+    Loss,
+    Trial,
+    build_model,
+    partition,
+    try_model,
+)
+from consensus.run.checks import ConfigError, require
+from consensus.run.config import Config
+from consensus.run.limits import MachineError, exceeded
+
+TRIED = 2  # samples in the trial of a model, at most
+
+
+def load_data(config: Config) -> Dataset:
+    """The data set of the config, on the CPU, with its validation samples."""
+    options = {"root": config.data.root, **config.data.options}
+    try:
+        dataset = DATASETS.make(config.data.name, **options)
+        return dataset.hold_out(config.data.validation) if config.data.validation else dataset
+    except DataUnavailableError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"`data` is {config.data.name} {options}: {error}") from error
+
+
+def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module, Trial]:
+    """The model of the config, on the device and in the dtype of the data, after a trial."""
+    samples = dataset.train[: min(TRIED, config.algorithm.batch_size)]
+    options = dict(config.model.options)
+    if dataset.num_classes is not None:
+        options = {"num_classes": dataset.num_classes, **options}
+    try:
+        model = build_model(config.model.name, config.seed, config.dtype_of_u, **options)
+        model = model.to(next(samples.tensors()).device)
+        trial = try_model(model, loss, samples, dataset.num_classes)
+    except Exception as error:  # a user's model may do anything
+        if limit := exceeded(error):
+            raise MachineError(limit) from error
+        expected = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError)
+        cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
+    return model, trial
+
+
+def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
+    """The training indices of each of the M workers, at least a minibatch each.
+
+    Every rank checks every shard, so all ranks refuse alike.
+    """
+    data, batch_size = config.data, config.algorithm.batch_size
+    classes = dataset.labels is not None or data.partition != "label_skew"
+    found = "label_skew without classes"
+    require(classes, "data.partition", found, "full, sharded for targets that are no classes (N,)")
+    labels = torch.zeros(len(dataset.train)) if dataset.labels is None else dataset.labels.cpu()
+    try:
+        shards = partition(labels, data.partition, num_workers, config.seed, data.alpha)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    smallest = min(range(num_workers), key=lambda j: len(shards[j]))
+    most = len(shards[smallest])
+    if most < batch_size and data.partition == "label_skew":
+        allowed = (
+            f"a value for which each of the {num_workers} workers has at least algorithm.batch_size"
+            f" = {batch_size} samples; with seed = {config.seed} worker {smallest} has {most}"
+            f"{_larger_alpha(config, labels, num_workers)}"
+        )
+        raise ConfigError(f"`data.alpha` is {data.alpha:g}; allowed: {allowed}")
+    allowed = (
+        f"at most {most}, the samples in the shard of worker {smallest} "
+        f"(data.partition={data.partition}, {num_workers} workers)"
+    )
+    require(batch_size <= most, "algorithm.batch_size", batch_size, allowed)
+    return shards
+
+
+def _larger_alpha(config: Config, labels: Tensor, num_workers: int) -> str:
+    """A remedy for shards that are too small: a larger alpha, found by trying, or fewer workers."""
+    data, batch_size = config.data, config.algorithm.batch_size
+    alpha = data.alpha
+    while batch_size * num_workers <= len(labels) and (alpha := 2 * alpha) <= 1e9:
+        shards = partition(labels, data.partition, num_workers, config.seed, alpha)
+        if min(map(len, shards)) >= batch_size:
+            return f"; data.alpha={alpha:g} works, or take fewer workers or another seed"
+    return "; take fewer workers or a smaller batch"
