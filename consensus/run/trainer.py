@@ -17,8 +17,9 @@ from consensus.run.checkpoint.directory import RunDirectory
 from consensus.run.checkpoint.manifest import as_hex
 from consensus.run.checkpoint.resume import resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
+from consensus.run.diagnosis import divergence, no_progress
 from consensus.run.health import HealthCheck
-from consensus.run.metrics import divergence, measure, no_progress
+from consensus.run.metrics import measure
 from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
