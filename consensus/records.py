@@ -42,6 +42,7 @@ class Row(TypedDict, total=False):
     wall_s: float  # seconds since the start, those before a resume included
     samples_per_s: float  # training throughput of all workers since the previous evaluation
     digest: str  # hash of the bits of u, in hexadecimal
+    diverged: bool  # true at the evaluation that ended the run as diverged, absent elsewhere
     stationarity: Measurement  # of run/stationarity.py, at the evaluations that have one
 
 
