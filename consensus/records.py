@@ -53,6 +53,21 @@ COLUMNS = REQUIRED
 """The keys that tables of evaluations show; a row may lack one that is not required."""
 
 
+BEYOND_DOUBT = 7e13
+"""An objective of a diverged run: 1e6 times the loss of guessing 1,000 classes of 10^7 images."""
+
+
+def diverged(row: Mapping[str, Any]) -> bool:
+    """Whether a run has diverged at this evaluation.
+
+    A run marks the evaluation at which it ends by the rule of run/diagnosis.py. Runs of versions
+    without the mark have diverged where a number is not finite or the objective is beyond doubt.
+    """
+    numbers = [number(row, key) for key in REQUIRED]
+    finite = all(map(math.isfinite, numbers))
+    return bool(row.get("diverged")) or not finite or number(row, "objective") > BEYOND_DOUBT
+
+
 # ---- reading
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from consensus.records import Row, cells, headings, text_table
+from consensus.records import Row, cells, diverged, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, labels, read_all
@@ -105,7 +105,13 @@ def comparison_table(runs: Mapping[str, Sequence[Row]], screen: int = 80) -> Tab
     """The last evaluation of each run."""
     return text_table(
         "last evaluation of each run",
-        [["run", *headings()], *([label, *cells(rows[-1])] for label, rows in runs.items())],
+        [
+            ["run", *headings()],
+            *(
+                [f"{label} (diverged)" if diverged(rows[-1]) else label, *cells(rows[-1])]
+                for label, rows in runs.items()
+            ),
+        ],
         left=("run",),
         screen=screen,
     )

@@ -42,8 +42,9 @@ DEFINITIONS = {
     "train loss, test loss": "data loss of u, summed over the set",
     "train error, test error": "percent of the set that u classifies wrongly",
     "configurations": "settings that differ in more than their seed",
-    "runs": "finished / diverged (a number of the last evaluation is not finite) or unfinished (no "
-    "summary.json); the latter two enter no other number",
+    "runs": "finished / diverged (at the last evaluation a number is not finite, or the objective "
+    "is more than 1e6 times that of guessing) or unfinished (no summary.json); the latter two "
+    "enter no other number",
     "seeds": "how many seeds finished, of how many that were tried",
 }
 

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from consensus.records import at_commas, last_row, number
+from consensus.records import at_commas, diverged, last_row, number
 from consensus.report.runs import is_run, read_config
 from consensus.sweep.earlier import Found
 from consensus.sweep.grid import Job
@@ -138,8 +138,12 @@ class Dashboard:
         return line if math.isnan(error) else f"{line}  test error {error:.2f} %"
 
     def _test_error(self, name: str) -> float:
-        """The test error of the last evaluation of a run, in percent; nan without one."""
-        return number(self._lasts[name] or {}, "test_error")
+        """The test error of the last evaluation of a run, in percent.
+
+        nan without one, or if the run has diverged.
+        """
+        last = self._lasts[name]
+        return math.nan if last is None or diverged(last) else number(last, "test_error")
 
     def counts(self) -> str:
         """One line: the number of jobs in each state, and the estimated time left."""

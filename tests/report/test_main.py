@@ -292,7 +292,7 @@ def test_comparison_table_shows_the_last_row_of_each_run():
     table = comparison_table(runs)
     shown = {str(c.header): list(c.cells) for c in table.columns}
     assert shown == {
-        "run": ["a", "b"],
+        "run": ["a", "b (diverged)"],
         "iteration": ["20", "30"],
         "epoch": ["0.20", "0.30"],
         "objective": ["45", "overflow"],

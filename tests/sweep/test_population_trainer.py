@@ -1,6 +1,7 @@
 """Grouping of runs, and population training against separate runs: files, numbers, resume."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -191,6 +192,30 @@ def test_diverged_members_fail_and_the_others_continue(tmp_path):
     assert "failed  lam=1e-20,sigma=1e+19" in out
     assert "became non-finite, by iteration 20 at the latest" in out
     assert Status.read(tmp_path / "lam=0.1,sigma=0.005").state == "done"
+
+
+def test_a_member_far_beyond_guessing_has_diverged(tmp_path):
+    """Its numbers stay finite: the gradients of the logistic loss are bounded, and it hardly pulls.
+
+    The line is that of a separate run.
+    """
+    own = ["potential=quad", "algorithm.lam=1e9", "algorithm.iterations=40"]
+    wild = [*GRID, *own, "algorithm.sigma=0.005,1e8"]
+    code, out, err = call_population(*wild, f"sweep.dir={tmp_path}")
+    assert code == 1
+    assert err.startswith("consensus.sweep: 1 of 2 runs are not done")
+    (run_dir,) = tmp_path.glob("sigma=1*")
+    *before, last = rows(run_dir)
+    assert last["diverged"] is True
+    assert not any("diverged" in row for row in before)
+    assert 1e6 * 1437 * math.log(10) < last["objective"] < math.inf
+    found = f"iteration {last['iteration']}: the run has diverged: the objective is "
+    assert Status.read(run_dir, 40).state == "failed"
+    assert Status.read(run_dir, 40).message.startswith(found)
+    assert found in out
+    assert not (run_dir / "summary.json").exists()
+    assert (tmp_path / "sigma=0.005" / "summary.json").exists()
+    assert out.count("(diverged)") == 1
 
 
 def test_throughput_excludes_evaluations(tmp_path, monkeypatch):
