@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from signal import Signals
 
 import torch
 
@@ -36,15 +37,9 @@ from consensus.run.config import Config
 from consensus.run.diagnosis import ADVICE, divergence
 from consensus.run.limits import memory_of
 from consensus.run.metrics import measure
-from consensus.run.plan import (
-    Plan,
-    count_workers,
-    make_phi,
-    make_plan,
-    set_determinism,
-)
+from consensus.run.plan import Plan, count_workers, make_phi, make_plan, set_determinism
 from consensus.run.results import environment, finish_run
-from consensus.run.signals import StopSignals
+from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.server import digest
 from consensus.sweep.job import Status, allow_open_files, finished
@@ -121,7 +116,7 @@ def train_populations(
 
     The members are all runs of the sweep that the engine can train, and `folder` holds the
     checkpoints. Raises a ConfigError if the directory of a member holds another run, or a plan
-    cannot be made, and KeyboardInterrupt after a stop signal.
+    cannot be made, and RunStopped after a stop signal and a checkpoint.
     """
     known: dict[str, Way] = {}
     found = populations(members)
@@ -227,7 +222,7 @@ class PopulationTrainer:
         return known[same]
 
     def run(self) -> None:
-        """Train to the end, or to a stop signal: KeyboardInterrupt, after a checkpoint."""
+        """Train to the end, or to a stop signal: RunStopped, after a checkpoint."""
         signals = StopSignals(600.0)
         running = Status.running()
         for i in self.population.active.tolist():
@@ -244,6 +239,8 @@ class PopulationTrainer:
             for directory in self.directories:
                 directory.close()
         self.checkpoint.unlink(missing_ok=True)
+        if signals.received:  # during the last iteration
+            raise KeyboardInterrupt
 
     def _train(self, signals: StopSignals) -> None:
         output = self.members[0].config.output
@@ -265,7 +262,9 @@ class PopulationTrainer:
             elif save or signals.received:
                 self._save(done)
             if signals.received and not last:
-                raise KeyboardInterrupt
+                name = Signals(signals.received).name
+                how = f"{name}: stopped at iteration {done} with a checkpoint"
+                raise RunStopped(f"{how}; the same command continues it", TRY_AGAIN)
 
     def _freeze_non_finite(self, done: int) -> None:
         """Freeze the members that hold a number that is not finite."""

@@ -156,19 +156,21 @@ def test_measured_gradients_have_the_numbers_of_separate_runs(separate, tmp_path
     assert f"\ngradients {environment['gradients']}\n" in out
 
 
-def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkeypatch, number):
     step = Population.step
 
     def stopping(self, t):
         step(self, t)
         if t == 33 and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Population, "step", stopping)
     code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
-    assert code == 130
-    assert err == "consensus.sweep: stopped; the same command continues it\n"
+    assert code == 75
+    stopped = f"{number.name}: stopped at iteration 34 with a checkpoint"
+    assert err == f"consensus.sweep: {stopped}; the same command continues it\n"
     first = tmp_path / "potential=quad,lam=0.1"
     assert Status.read(first).state == "stopped"
     assert [row["iteration"] for row in rows(first)] == [20]
@@ -182,6 +184,22 @@ def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkey
     )
     assert found == expected
     assert len(set(expected.values())) == 4
+
+
+def test_a_stop_in_the_last_iteration_stops_the_next_population(tmp_path, monkeypatch):
+    step = Population.step
+
+    def stopping(self, t):
+        step(self, t)
+        if t == 59:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Population, "step", stopping)
+    code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
+    assert (code, err) == (130, "consensus.sweep: stopped; the same command continues it\n")
+    states = {path.name: Status.read(path, 60).state for path in tmp_path.glob("potential=*")}
+    done = ("potential=quad,lam=0.1", "potential=quad,lam=0.05")
+    assert states == dict.fromkeys(done, "done")
 
 
 def test_diverged_members_fail_and_the_others_continue(tmp_path):
