@@ -49,16 +49,18 @@ def report(
     figure: Path | None = None,
     folder: Path | None = None,
     paths: Sequence[Path] | None = None,
+    damaged: Mapping[Path, str] | None = None,
 ) -> None:
     """Compare runs, or those in folders, on the screen and in files; `main` explains the paths.
 
-    `paths` are the run directories to compare, by default all that are found in the named ones.
+    `paths` are the run directories to compare, by default all that are found in the named ones;
+    `damaged` maps others, which were left out, to the reasons.
 
     Raises:
         ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.
         OSError: If a file cannot be written.
     """
-    first, left_out = named[0], dict[Path, str]()
+    first, left_out = named[0], dict(damaged or {})
     if paths is None:
         paths = find_runs(named, left_out)
     by_path = read_all(paths, named, left_out)
@@ -74,7 +76,8 @@ def report(
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
     draw_convergence(evaluated, figure)
     if folder is not None:
-        write_report(runs, folder, [path.resolve().name for path in named])
+        sources, reasons = [path.resolve().name for path in named], list(left_out.values())
+        write_report(runs, folder, sources, reasons)
     analysed, second = measured(shown), figure.with_stem(f"{figure.stem}_stationarity")
     if analysed:
         draw_stationarity(analysed, second)

@@ -92,7 +92,7 @@ def main() -> None:
         leave(f"stopped{jobs}; the same command continues it", 130)
     if dashboard.number("done"):
         try:
-            report([sweep.path], paths=dashboard.run_dirs())
+            report([sweep.path], paths=dashboard.run_dirs(), damaged=dashboard.damaged())
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
     if failed := len(sweep.jobs) - dashboard.number("done"):

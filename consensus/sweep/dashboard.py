@@ -71,6 +71,10 @@ class Dashboard:
         readable = (job.name for job, found in self.earlier.items() if found.state != "damaged")
         return [self.path / name for name in readable if is_run(self.path / name)]
 
+    def damaged(self) -> dict[Path, str]:
+        """The directories of the damaged runs, with the reasons."""
+        return {self.path / job.name: f.problem for job, f in self.earlier.items() if f.problem}
+
     def list_runs(self) -> None:
         """Print what there is of each run, for `--dry-run`."""
         self.print(self._heading())
