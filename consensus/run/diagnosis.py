@@ -105,7 +105,8 @@ class Diagnosis:
         if number(row, "epoch") < 1.0 or self._majority == 0.0 or not error >= self._majority:
             return None
         found = f"test error {error:.2f} %, that of the largest class alone {self._majority:.2f} %"
-        return f"no better than guessing after {row['epoch']:.3g} epochs: {found}; {ADVICE}"
+        remedy = "`python -m consensus.doctor step_size=true` with these overrides proposes a sigma"
+        return f"no better than guessing after {row['epoch']:.3g} epochs: {found}; {remedy}"
 
     def _growth(self, row: Row) -> str | None:
         """A remark if the train loss, the coupling or a distance grows without bound.
