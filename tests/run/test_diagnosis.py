@@ -65,6 +65,10 @@ def test_no_progress_after_an_epoch(plan):
         # Beyond ten times guessing, and more than in all of the first half.
         ([row(20, loss=1e3), row(40, loss=4e4)], "train loss 4e+04, 12.1 times the loss of gu"),
         ([row(20), row(40, coupling=9e4)], "coupling 9e+04, 27.2 times the loss of guessing; a"),
+        (
+            [row(30), row(60, coupling=9e4, distance=1.1)],
+            "coupling 9e+04, 27.2 times the loss of guessing; a smaller",
+        ),
         ([row(20, loss=5e4), row(30, loss=6e4), row(40, loss=4e4)], None),
         ([row(20, loss=1e3), row(40, loss=3e4)], None),
         ([row(40, loss=4e4)], None),  # the first evaluation has nothing to compare with
