@@ -126,7 +126,8 @@ class Diagnosis:
             f"{key.replace('_', ' ')} {values[key]:.3g}, {values[key] / self._guessing:.3g} times "
             "the loss of guessing"
             for key in large
-            if first and all(values[key] > number(old, key) for old in first)
+            # A run begins at coupling 0, and at some loss.
+            if (first or key == "coupling") and all(values[key] > number(old, key) for old in first)
         ]
         distances = row.get("distance") or [math.nan]
         before = max(

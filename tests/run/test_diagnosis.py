@@ -72,6 +72,11 @@ def test_no_progress_after_an_epoch(plan):
         ([row(20, loss=5e4), row(30, loss=6e4), row(40, loss=4e4)], None),
         ([row(20, loss=1e3), row(40, loss=3e4)], None),
         ([row(40, loss=4e4)], None),  # the first evaluation has nothing to compare with
+        (
+            [row(40, coupling=9e4)],
+            "coupling 9e+04, 27.2 times",
+        ),  # but the coupling, which began at 0
+        ([row(8, coupling=9e4)], None),
         ([row(4, loss=1e3), row(8, loss=4e4)], None),  # the first iterations
         # A distance tenfold that of the first half, after an epoch, where u is worse than guessing.
         ([row(90), row(180, loss=4e3, distance=1.1)], "distance |u - z_j| of layer fc 1.1, be"),
