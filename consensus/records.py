@@ -44,6 +44,7 @@ class Row(TypedDict, total=False):
     wall_s: float  # seconds since the start, those before a resume included
     samples_per_s: float  # training throughput of all workers since the previous evaluation
     digest: str  # hash of the bits of u, in hexadecimal
+    diverged: bool  # true at the evaluation that ended the run as diverged, absent elsewhere
     stationarity: Measurement  # of run/stationarity.py, at the evaluations that have one
 
 
@@ -61,6 +62,21 @@ def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     known = dict.fromkeys(key for row in rows for key in row)
     found = [[key for key in known if key.startswith(f"{name}_")] for name in SPLITS]
     return ["iteration", "epoch", "objective", *(key for keys in found for key in keys)]
+
+
+BEYOND_DOUBT = 7e13
+"""An objective of a diverged run: 1e6 times the loss of guessing 1,000 classes of 10^7 images."""
+
+
+def diverged(row: Mapping[str, Any]) -> bool:
+    """Whether a run has diverged at this evaluation.
+
+    A run marks the evaluation at which it ends by the rule of run/diagnosis.py. Runs of versions
+    without the mark have diverged where a number is not finite or the objective is beyond doubt.
+    """
+    numbers = [number(row, key) for key in REQUIRED]
+    finite = all(map(math.isfinite, numbers))
+    return bool(row.get("diverged")) or not finite or number(row, "objective") > BEYOND_DOUBT
 
 
 # ---- reading

@@ -3,15 +3,17 @@
 python -m consensus.doctor KEY=VALUE ...               this machine
 torchrun ... -m consensus.doctor KEY=VALUE ...         the processes of a launch
 MODULE=consensus.doctor launch/node.sh KEY=VALUE ...   the nodes of a job, then their processes
+python -m consensus.doctor step_size=true KEY=VALUE ...   short runs, which propose algorithm.sigma
 
 It takes the overrides of the run, and leaves no files behind.
 
-Exit codes: 0 no fault; 1 a fault; 2 the config was refused.
+Exit codes: 0 no fault; 1 a fault, or no step trains; 2 the config was refused.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from consensus.startup import answer_signals, interrupt_on_signals, protect_streams
 
@@ -23,7 +25,8 @@ from consensus.comm import Launch, LaunchError
 from consensus.doctor.examination import end, examine, here
 from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
-from consensus.run.checks import ConfigError
+from consensus.doctor.step_size import search
+from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, composing, explain, register_schema, to_config
 from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
@@ -39,21 +42,20 @@ def main() -> None:
     try:
         register_schema()
         with composing("doctor", take_as_text(sys.argv[1:])) as (overrides, _):
-            for text in overrides:
-                if text.startswith("-"):
-                    allowed = "the doctor takes nothing else but --config-dir=FOLDER"
-                    raise ConfigError(f"`{text}` is no KEY=VALUE, and {allowed}")
             job = Nodes.from_environment() or Launch.from_environment()
+            overrides, tries_steps = read(overrides, job)
             cfg = compose("train", overrides=overrides)
-            config = to_config(continued(cfg, overrides, job.size))
+            cfg = continued(cfg, overrides, job.size)
+            config = to_config(cfg)
     except (*REFUSALS, LaunchError) as error:
-        print(f"consensus.doctor: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(refuse(error))
     interrupt_on_signals()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are removed
     code = 1
     try:
-        code = examine(config, job)
+        code = search(cfg) if tries_steps else examine(config, job)
+    except REFUSALS as error:
+        code = refuse(error)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:
@@ -61,6 +63,31 @@ def main() -> None:
     except Exception as error:
         print_report([here()], [[unexpected("doctor", error)]])
     end(code)
+
+
+def read(words: Sequence[str], job: Nodes | Launch) -> tuple[list[str], bool]:
+    """The overrides of the run, and whether `step_size=true` is among the words."""
+    overrides, value = [], "false"
+    for word in words:
+        key, _, text = word.partition("=")
+        if word.startswith("-"):
+            allowed = "the doctor takes nothing else but --config-dir=FOLDER"
+            raise ConfigError(f"`{word}` is no KEY=VALUE, and {allowed}")
+        if key == "step_size":
+            value = text
+        else:
+            overrides.append(word)
+    require(value in ("true", "false"), "step_size", value, "true, false")
+    alone = isinstance(job, Launch) and job.size == 1
+    allowed = "false on several processes: `python -m consensus.doctor step_size=true workers=M`"
+    require(value == "false" or alone, "step_size", value, allowed)
+    return overrides, value == "true"
+
+
+def refuse(error: Exception) -> int:
+    """Print the line of a refusal; return the exit code."""
+    print(f"consensus.doctor: {explain(error)}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from consensus.comm import Launch, backends, choose_backend
 from consensus.comm.shared_memory import FOLDER, available, num_bytes
 from consensus.doctor.finding import Finding, amount, count, fault, run_check, unexpected, warning
 from consensus.doctor.folder import check_disk, check_in_use
+from consensus.doctor.step_size import meaning
 from consensus.run.checks import ConfigError
 from consensus.run.compose import config_dir
 from consensus.run.config import Config
@@ -218,7 +219,8 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
     text = f"{config.data.name}, {text}; {count(plan.num_workers, 'worker')}"
     text += f", the smallest shard {min(plan.shard_sizes):,}"
     model = f"{config.model.name}, n = {layout.size:,}, L = {len(layout.layers)}"
-    return plan, [Finding("data", text), Finding("model", model)]
+    sigma = f"{meaning(config)}; step_size=true tries others"
+    return plan, [Finding("data", text), Finding("model", model), Finding("sigma", sigma)]
 
 
 def check_memory(plan: Plan) -> Iterator[Finding]:

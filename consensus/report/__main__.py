@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from consensus.records import Row, cells, columns, headings, text_table
+from consensus.records import Row, cells, columns, diverged, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, labels, read_all
@@ -49,16 +49,18 @@ def report(
     figure: Path | None = None,
     folder: Path | None = None,
     paths: Sequence[Path] | None = None,
+    damaged: Mapping[Path, str] | None = None,
 ) -> None:
     """Compare runs, or those in folders, on the screen and in files; `main` explains the paths.
 
-    `paths` are the run directories to compare, by default all that are found in the named ones.
+    `paths` are the run directories to compare, by default all that are found in the named ones;
+    `damaged` maps others, which were left out, to the reasons.
 
     Raises:
         ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.
         OSError: If a file cannot be written.
     """
-    first, left_out = named[0], dict[Path, str]()
+    first, left_out = named[0], dict(damaged or {})
     if paths is None:
         paths = find_runs(named, left_out)
     by_path = read_all(paths, named, left_out)
@@ -74,7 +76,8 @@ def report(
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
     draw_convergence(evaluated, figure)
     if folder is not None:
-        write_report(runs, folder, [path.resolve().name for path in named])
+        sources, reasons = [path.resolve().name for path in named], list(left_out.values())
+        write_report(runs, folder, sources, reasons)
     analysed, second = measured(shown), figure.with_stem(f"{figure.stem}_stationarity")
     if analysed:
         draw_stationarity(analysed, second)
@@ -108,7 +111,10 @@ def comparison_table(runs: Mapping[str, Sequence[Row]], screen: int = 80) -> Tab
         "last evaluation of each run",
         [
             ["run", *headings(keys)],
-            *([label, *cells(rows[-1], keys)] for label, rows in runs.items()),
+            *(
+                [f"{label} (diverged)" if diverged(rows[-1]) else label, *cells(rows[-1], keys)]
+                for label, rows in runs.items()
+            ),
         ],
         left=("run",),
         screen=screen,

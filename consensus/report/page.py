@@ -42,17 +42,20 @@ DEFINITIONS = {
     "train loss, test loss": "data loss of u, summed over the set",
     "train error, test error": "percent of the set that u classifies wrongly",
     "configurations": "settings that differ in more than their seed",
-    "runs": "finished / diverged (a number of the last evaluation is not finite) or unfinished (no "
-    "summary.json); the latter two enter no other number",
+    "runs": "finished / diverged (at the last evaluation a number is not finite, or the objective "
+    "is more than 1e6 times that of guessing) or unfinished (no summary.json); the latter two "
+    "enter no other number",
     "seeds": "how many seeds finished, of how many that were tried",
 }
 
 
-def write_report(runs: Sequence[Run], folder: Path, sources: Sequence[str]) -> None:
+def write_report(
+    runs: Sequence[Run], folder: Path, sources: Sequence[str], left_out: Sequence[str] = ()
+) -> None:
     """Write table1.md, table1.csv, runs.csv, the figures and report.md of two or more runs.
 
     Creates the folder if it is absent, and replaces files of these names. The sources are the names
-    of the folders that hold the runs.
+    of the folders that hold the runs, `left_out` the reasons why some are not among these.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = table1(runs)
@@ -65,7 +68,7 @@ def write_report(runs: Sequence[Run], folder: Path, sources: Sequence[str]) -> N
         "table1.md": f"# Table 1\n\n{tables}\n\n",
         "table1.csv": table1_csv(lines),
         "runs.csv": runs_csv(runs),
-        "report.md": page(runs, sources, tables, figures, analysed),
+        "report.md": page(runs, sources, tables, figures, analysed, left_out),
     }.items():
         write_whole(folder / name, text.encode("utf-8", errors="replace"))
 
@@ -76,6 +79,7 @@ def page(
     tables: str,
     figures: Mapping[str, str],
     analysed: Mapping[str, Sequence[Row]],
+    left_out: Sequence[str],
 ) -> str:
     """The text of report.md, from Table 1, name -> caption, and label -> measurements."""
     statuses = [run.status for run in runs]
@@ -93,10 +97,12 @@ def page(
             "\n".join(f"- `{label}`: {verdict(rows)}" for label, rows in analysed.items()),
             "![stationarity.png](stationarity.png)",
         ]
+    missing = ["Left out:", "\n".join(f"- {escape(reason)}" for reason in left_out)]
     return "\n\n".join(
         [
             "# Report",
             f"{len(runs)} runs from {named}: {counts}. [runs.csv](runs.csv) has a row for each.",
+            *(missing if left_out else ()),
             "## Table 1",
             tables,
             "As numbers: [table1.csv](table1.csv).",

@@ -4,6 +4,7 @@ matplotlib is imported where a figure is made: the import takes most of a second
 above 0 do not spend. `Figure` instead of pyplot needs no window system and no global state.
 """
 
+import math
 import os
 import re
 import warnings
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consensus.records import Row, number
+from consensus.records import Row, diverged, number
 from consensus.report.stationarity import SERIES, accuracy
 from consensus.report.table1 import MSGD, PAPER_ORDER, Configuration, Record, sensitivity
 
@@ -127,7 +128,9 @@ def _draw_lines(
     """Draw a value of each run, with error bars if it has a spread. Returns whether one is > 0."""
     positive = False
     for rows in runs.values():
-        x, y = [row["iteration"] for row in rows], [value(row) for row in rows]
+        x = [row["iteration"] for row in rows]
+        # A number of a diverged run would take the axis of all others to its magnitude.
+        y = [math.nan if diverged(row) else value(row) for row in rows]
         positive |= any(height > 0 for height in y)
         (line,) = axis.plot(x, y, ".-", label="run")
         if spread is not None:

@@ -1,7 +1,6 @@
 """Runs: finding run directories, and reading their config, rows and status."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from consensus.records import METRICS, NoEvaluationError, Row, number, read_rows
+from consensus.records import METRICS, NoEvaluationError, Row, diverged, read_rows
 
 RESULTS = ("objective", "train_loss", "train_error", "test_loss", "test_error")
-"""The columns of Table 1; a run has diverged where one is not finite."""
+"""The columns of Table 1."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,8 @@ class Run:
 
     @property
     def status(self) -> str:
-        """finished, diverged (a result of the last evaluation is not finite) or unfinished."""
-        last = [number(row, key) for row in self.rows[-1:] for key in RESULTS if key in row]
-        if not all(map(math.isfinite, last)):
+        """finished, diverged (at the last evaluation) or unfinished."""
+        if self.rows and diverged(self.rows[-1]):
             return "diverged"
         return "finished" if self.finished and self.rows else "unfinished"
 

@@ -55,9 +55,14 @@ def check_fields(section: Any, path: str = "") -> None:
     """Refuse the first field of a dataclass that breaks its rule; `path` precedes its name."""
     for entry in fields(section):
         if entry.metadata:
-            value, allowed = getattr(section, entry.name), entry.metadata["allowed"]
-            text = allowed if isinstance(allowed, str) else ", ".join(sorted(allowed))
-            require(entry.metadata["test"](value), f"{path}{entry.name}", value, text)
+            value, good = getattr(section, entry.name), entry.metadata["test"]
+            require(good(value), f"{path}{entry.name}", value, allowed_by(entry.metadata))
+
+
+def allowed_by(metadata: Rule) -> str:
+    """The allowed values of a rule as text."""
+    allowed = metadata["allowed"]
+    return allowed if isinstance(allowed, str) else ", ".join(sorted(allowed))
 
 
 class Section:

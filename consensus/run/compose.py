@@ -11,17 +11,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, get_args, get_origin
 
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from consensus.private_api import add_config_source, has_content, hydra_argument_parser
-from consensus.run.checks import ConfigError, require
+from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
 
@@ -127,9 +133,50 @@ def explain(error: BaseException) -> str:
             if ".options." in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 hint = "an option that its YAML file does not list takes a +"
                 return f"unknown key `{key}`; {hint}{key}=..."
-            return unknown_key(key) or f"`{key}`: {str(cause).strip().splitlines()[0]}"
+            return unknown_key(key) or _refused_value(key, cause)
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"
+
+
+def _refused_value(key: str, error: BaseException) -> str:
+    """The line about a value that the type of its key excludes, or that cannot be found."""
+    allowed = _allowed(key)
+    value, problem = getattr(error, "value", None), str(error).strip().splitlines()[0]
+    known = value is not None or "not Optional" in problem
+    if allowed and known and isinstance(error, ValidationError):
+        shown = {None: "null", True: "true", False: "false"}
+        text = shown[value] if value is None or isinstance(value, bool) else repr(value)
+        return f"`{key}` is {text}; allowed: {allowed}"
+    return f"`{key}`: {problem}" + (f"; allowed: {allowed}" if allowed else "")
+
+
+def _allowed(key: str) -> str:
+    """The allowed values of a key of `Config`, by the rule of its field or else by its type."""
+    kind: Any = Config
+    entry = None
+    for part in key.split("."):
+        own = {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
+        if (entry := own.get(part)) is None:
+            return ""
+        kind = entry.type
+    assert entry is not None
+    if entry.metadata and get_origin(kind) is not dict:
+        return allowed_by(entry.metadata)
+    if is_dataclass(kind):
+        return f"a section with {', '.join(field.name for field in fields(kind))}"
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return ", or ".join(_TYPES.get(get_origin(one) or one, "any value") for one in kinds)
+
+
+_TYPES = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, as [NAME,NAME]",
+    dict: "options, as {NAME: VALUE}",
+    NoneType: "null",
+}
 
 
 def full_key(error: BaseException) -> str:

@@ -94,30 +94,3 @@ def better(best: Best, row: Row, plan: Plan) -> Best:
     if best is None or key not in best or sign * value < sign * best[key]:
         return {"iteration": row["iteration"], key: value}
     return best
-
-
-ADVICE = "a smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
-HOPELESS = 1e6
-
-
-def divergence(row: Row, plan: Plan) -> str | None:
-    """The message about an objective far beyond that of guessing; None below it."""
-    guess = plan.risk.loss.guess(plan.dataset).get("loss", 1.0)
-    guessing = len(plan.dataset.train) * guess
-    objective = row["objective"]
-    if objective <= HOPELESS * max(1.0, guessing):
-        return None
-    found = f"the objective is {objective:.3g}, more than 1e6 times that of guessing"
-    return f"iteration {row['iteration']}: the run has diverged: {found}; {ADVICE}"
-
-
-def no_progress(row: Row, plan: Plan) -> str | None:
-    """A remark if u is no better than a constant output after an epoch; None otherwise."""
-    name, goal = plan.risk.loss.best
-    guess = plan.risk.loss.guess(plan.dataset).get(name)
-    found = number(row, f"test_{name}")
-    if guess is None or row["epoch"] < 1.0 or (found < guess if goal == "min" else found > guess):
-        return None
-    unit = " %" if name == "error" else ""
-    text = f"test {name} {found:.4g}{unit}, that of the best constant output {guess:.4g}{unit}"
-    return f"no better than guessing after {row['epoch']:.3g} epochs: {text}; {ADVICE}"

@@ -17,15 +17,9 @@ from consensus.run.checkpoint.directory import RunDirectory
 from consensus.run.checkpoint.manifest import as_hex
 from consensus.run.checkpoint.resume import resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
+from consensus.run.diagnosis import Diagnosis, divergence
 from consensus.run.health import HealthCheck
-from consensus.run.metrics import (
-    Best,
-    better,
-    divergence,
-    measure,
-    no_progress,
-    share_buffers,
-)
+from consensus.run.metrics import Best, better, measure, share_buffers
 from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
@@ -51,7 +45,7 @@ class Trainer:
         self.stationarity = Stationarity(plan, group) if every is not None else None
         self.rows: list[Row] = []  # the evaluations so far, those before a resume included
         self.best: Best = None
-        self.unremarked = True  # no remark about a run that makes no progress so far
+        self.diagnosis = Diagnosis(plan)
         self.sinks = Sink()  # writes nothing: rank 0 gets others in `start`
         output = plan.config.output
         self.writer: CheckpointWriter | None = None
@@ -123,6 +117,8 @@ class Trainer:
         complete = start == self.iterations and bool(self.rows)
         if complete and self.stationarity is not None and "stationarity" not in self.rows[-1]:
             self.rows.pop()  # evaluated again, with the measurement
+        for row in self.rows:
+            self.diagnosis.remarks(row)  # they were made before
         if self.group.rank == 0:
             rows, layers = tuple(self.rows), plan.risk.layout.layer_names
             after = start if plan.origin.continues else None
@@ -206,16 +202,17 @@ class Trainer:
                 row["stationarity"] = found
             else:
                 self.screen.say("stationarity not measured: asked to stop")
+        if message := divergence(row, self.plan):
+            row["diverged"] = True
         self.rows.append(row)
         self.best = better(self.best, row, self.plan)
         with self.directory.writing():
             self.sinks.evaluation(row)
         self.agree()
-        if message := divergence(row, self.plan):
+        if message:
             raise GroupError(message)  # on all ranks: they have the same row
-        if self.unremarked and (remark := no_progress(row, self.plan)):
+        for remark in self.diagnosis.remarks(row):
             self.screen.say(remark)
-            self.unremarked = False
         # Evaluations do not count as training: the next samples_per_s starts here.
         self._clock, self._counted = time.perf_counter(), done
 

@@ -38,6 +38,7 @@ from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, composing, explain, register_schema
 from consensus.run.config import Config
 from consensus.run.overrides import override
+from consensus.run.signals import RunStopped
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.earlier import Found, find_earlier
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
@@ -47,7 +48,11 @@ from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
 
 def main() -> None:
-    """The command line. Exit codes: 0 all done, 1 some failed, 2 refused, 130 stopped."""
+    """The command line.
+
+    Exit codes: 0 all done, 1 some failed, 2 refused, 75 a population has stopped with a checkpoint,
+    130 stopped.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"
     protect_streams("consensus.sweep")
     interrupt_on_signals()  # the runs write checkpoints and stop
@@ -80,12 +85,14 @@ def main() -> None:
         leave(explain(error), 2)
     except (OSError, GroupError) as error:
         leave(str(error), 1)
+    except RunStopped as stopped:
+        leave(str(stopped), stopped.code)
     except KeyboardInterrupt:
         jobs = f", the jobs {', '.join(cancelled)} cancelled" if cancelled else ""
         leave(f"stopped{jobs}; the same command continues it", 130)
     if dashboard.number("done"):
         try:
-            report([sweep.path], paths=dashboard.run_dirs())
+            report([sweep.path], paths=dashboard.run_dirs(), damaged=dashboard.damaged())
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
     if failed := len(sweep.jobs) - dashboard.number("done"):

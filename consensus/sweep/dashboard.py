@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from consensus.records import at_commas, last_row, number
+from consensus.records import at_commas, diverged, last_row, number
 from consensus.report.runs import is_run, read_config
 from consensus.sweep.earlier import Found
 from consensus.sweep.grid import Job
@@ -70,6 +70,10 @@ class Dashboard:
         """The directories of the jobs that have begun and can be read."""
         readable = (job.name for job, found in self.earlier.items() if found.state != "damaged")
         return [self.path / name for name in readable if is_run(self.path / name)]
+
+    def damaged(self) -> dict[Path, str]:
+        """The directories of the damaged runs, with the reasons."""
+        return {self.path / job.name: f.problem for job, f in self.earlier.items() if f.problem}
 
     def list_runs(self) -> None:
         """Print what there is of each run, for `--dry-run`."""
@@ -138,8 +142,12 @@ class Dashboard:
         return line if math.isnan(error) else f"{line}  test error {error:.2f} %"
 
     def _test_error(self, name: str) -> float:
-        """The test error of the last evaluation of a run, in percent; nan without one."""
-        return number(self._lasts[name] or {}, "test_error")
+        """The test error of the last evaluation of a run, in percent.
+
+        nan without one, or if the run has diverged.
+        """
+        last = self._lasts[name]
+        return math.nan if last is None or diverged(last) else number(last, "test_error")
 
     def counts(self) -> str:
         """One line: the number of jobs in each state, and the estimated time left."""

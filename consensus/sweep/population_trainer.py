@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from signal import Signals
 
 import torch
 
@@ -33,17 +34,12 @@ from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
 from consensus.run.config import Config
+from consensus.run.diagnosis import ADVICE, divergence
 from consensus.run.limits import memory_of
 from consensus.run.metrics import Best, better, measure
-from consensus.run.plan import (
-    Plan,
-    count_workers,
-    make_phi,
-    make_plan,
-    set_determinism,
-)
+from consensus.run.plan import Plan, count_workers, make_phi, make_plan, set_determinism
 from consensus.run.results import environment, finish_run
-from consensus.run.signals import StopSignals
+from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.server import digest
 from consensus.sweep.job import Status, allow_open_files, finished
@@ -125,7 +121,7 @@ def train_populations(
 
     The members are all runs of the sweep that the engine can train, and `folder` holds the
     checkpoints. Raises a ConfigError if the directory of a member holds another run, or a plan
-    cannot be made, and KeyboardInterrupt after a stop signal.
+    cannot be made, and RunStopped after a stop signal and a checkpoint.
     """
     known: dict[str, Way] = {}
     found = populations(members)
@@ -233,7 +229,7 @@ class PopulationTrainer:
         return known[same]
 
     def run(self) -> None:
-        """Train to the end, or to a stop signal: KeyboardInterrupt, after a checkpoint."""
+        """Train to the end, or to a stop signal: RunStopped, after a checkpoint."""
         signals = StopSignals(600.0)
         running = Status.running()
         for i in self.population.active.tolist():
@@ -250,6 +246,8 @@ class PopulationTrainer:
             for directory in self.directories:
                 directory.close()
         self.checkpoint.unlink(missing_ok=True)
+        if signals.received:  # during the last iteration
+            raise KeyboardInterrupt
 
     def _train(self, signals: StopSignals) -> None:
         output = self.members[0].config.output
@@ -261,32 +259,41 @@ class PopulationTrainer:
             evaluate = done % output.eval_every == 0 or last
             save = output.checkpoint_every is not None and done % output.checkpoint_every == 0
             if evaluate or save or done % output.log_every == 0:
-                self._freeze_diverged(done)
-                if not len(self.population.active):
-                    return
-            if evaluate:
+                self._freeze_non_finite(done)
+            if evaluate and len(self.population.active):
                 self._evaluate(done)
+            if not len(self.population.active):
+                return
             if last:
                 self._finish()
             elif save or signals.received:
                 self._save(done)
             if signals.received and not last:
-                raise KeyboardInterrupt
+                name = Signals(signals.received).name
+                how = f"{name}: stopped at iteration {done} with a checkpoint"
+                raise RunStopped(f"{how}; the same command continues it", TRY_AGAIN)
 
-    def _freeze_diverged(self, done: int) -> None:
-        """Freeze diverged members, and set their status to failed."""
+    def _freeze_non_finite(self, done: int) -> None:
+        """Freeze the members that hold a number that is not finite."""
+        message = f"became non-finite, by iteration {done} at the latest; {ADVICE}"
+        self._freeze([message if wild else None for wild in self.population.diverged().tolist()])
+
+    def _freeze(self, messages: Sequence[str | None]) -> None:
+        """Freeze each active member with a message, and set its status to failed."""
         seconds = time.perf_counter() - self._began
-        message = f"became non-finite, by iteration {done} at the latest"
-        failed = Status("failed", seconds=seconds, code=1, message=message)
-        for i in self.population.freeze(self.population.diverged()).tolist():
+        wild = torch.tensor([text is not None for text in messages], dtype=torch.bool)
+        frozen = self.population.freeze(wild)
+        for i, message in zip(frozen.tolist(), filter(None, messages), strict=True):
+            failed = Status("failed", seconds=seconds, code=1, message=message)
             failed.write(self.members[i].run_dir)
 
     def _evaluate(self, done: int) -> None:
-        """Append an evaluation to metrics.jsonl of each active member."""
+        """Append an evaluation to metrics.jsonl of each active member; freeze what diverged."""
         data, block = self.plans[0].dataset, self.population
         now = time.perf_counter()  # evaluation is not training
         found = [self.oracle.evaluate(block.u, samples) for samples in data.splits.values()]
         seconds, passed = now - self._clock, done - self._done
+        messages: list[str | None] = []
         for row, i in enumerate(block.active.tolist()):
             member, plan, phi = self.members[i], self.plans[i], self.phis[i]
             u, z, cuts = block.u[row], block.z[row], block.cuts[row]
@@ -296,10 +303,14 @@ class PopulationTrainer:
             numbers["wall_s"] = now - self._began
             numbers["samples_per_s"] = samples / seconds
             numbers["digest"] = f"{int(digest(u)) & (2**64 - 1):016x}"
+            messages.append(divergence(numbers, plan))
+            if messages[-1] is not None:
+                numbers["diverged"] = True
             sink = JsonlSink(RunInfo(member.run_dir, plan.risk.layout.layer_names, member.rows))
             sink.evaluation(numbers)
             sink.close()
             member.rows.append(numbers)
+        self._freeze(messages)
         self._clock, self._done = time.perf_counter(), done
 
     def _finish(self) -> None:

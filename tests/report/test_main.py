@@ -251,12 +251,17 @@ def test_a_damaged_run_costs_itself_and_a_line(command, sweep, write_run, name, 
     """Six runs, and a seventh, which is damaged: the others are in the table."""
     run = write_run("quad/d", config(lam=0.1, workers=None, seed=1), [FIRST])
     assert command(sweep)[0] == 0
+    assert "Left out" not in (sweep / "report" / "report.md").read_text(encoding="utf-8")
     path = run / name
     path.unlink() if content is None else path.write_text(content, encoding="utf-8")
     code, out, err = command(sweep)
     assert (code, err) == (0, "")
     (line,) = [line for line in out.splitlines() if line.startswith("left out: ")]
     assert line.startswith(f"left out: {reason.format(run=run)}")
+    page = (sweep / "report" / "report.md").read_text(encoding="utf-8")
+    (listed,) = [text for text in page.splitlines() if text.startswith(f"- {run}")]
+    assert listed == line.replace("left out: ", "- ")
+    assert page.index("6 runs from") < page.index("Left out:") < page.index(listed)
     shown = [run["run"] for run in read_csv(sweep / "report" / "runs.csv")]
     assert len(shown) == 6
     assert not [label for label in shown if label in ("d", "quad/d")]
@@ -281,6 +286,7 @@ def test_a_folder_that_may_not_be_read_is_left_out(command, sweep, monkeypatch):
     code, out, err = command(sweep)
     assert (code, err) == (0, "")
     assert f"left out: {closed}: Permission denied" in out.splitlines()
+    assert f"\n- {closed}: Permission denied\n" in (sweep / "report" / "report.md").read_text()
     assert len(read_csv(sweep / "report" / "runs.csv")) == 6
     code, out, err = command(sweep, closed)
     assert (code, out) == (2, "")
@@ -292,7 +298,7 @@ def test_comparison_table_shows_the_last_row_of_each_run():
     table = comparison_table(runs)
     shown = {str(c.header): list(c.cells) for c in table.columns}
     assert shown == {
-        "run": ["a", "b"],
+        "run": ["a", "b (diverged)"],
         "iteration": ["20", "30"],
         "epoch": ["0.20", "0.30"],
         "objective": ["45", "overflow"],

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from consensus.report.plots import (
@@ -59,6 +60,17 @@ def test_draw_shows_every_run(tmp_path):
 def test_draw_accepts_gaps_zeros_and_negative_numbers(tmp_path, rows):
     draw_convergence({"a": rows}, tmp_path / "figure.png")
     assert pixels_of(tmp_path / "figure.png", BLUE) > 50  # the errors are always there
+
+
+def test_a_diverged_run_leaves_the_axes_to_the_others(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    wild = [row_at(10), row_at(20, objective=5e21, train_loss=5e21, diverged=True)]
+    older = [row_at(10), row_at(20, objective=5e21, train_loss=5e21)]
+    draw_convergence({"good": [row_at(10), row_at(20)], "wild": wild, "older": older}, tmp_path)
+    tops = [axis.get_ylim()[1] for axis in drawn[0].axes]
+    largest = [row_at(10)[key] for key in ("objective", "train_loss", "train_error", "test_error")]
+    assert all(top < 2 * most for top, most in zip(tops, largest, strict=True))
 
 
 def test_many_runs_leave_room_for_their_lines(tmp_path):

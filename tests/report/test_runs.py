@@ -168,6 +168,9 @@ def test_status():
         (good | {"test_loss": None}, False, "diverged"),
         (good | {"train_loss": float("inf")}, True, "diverged"),
         (good | {"train_loss": float("nan")}, True, "diverged"),
+        (good | {"diverged": True}, True, "diverged"),  # by the rule of the run
+        (good | {"objective": 1e12}, True, "finished"),
+        (good | {"objective": 5.9e36}, True, "diverged"),  # of a version without the mark
     ]:
         assert run(config(), last, finished).status == status
     early = Run("r", flatten(config()), [good | {"train_loss": None}, good], True)

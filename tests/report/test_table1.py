@@ -27,12 +27,14 @@ def test_means_leave_out_diverged_and_unfinished_runs():
         run(config(seed=2), row(1, 1, 1, 1, 50.0), finished=False),
         run(config(seed=3), row(1, 1, 1, 1, 2.0)),
         run(config(seed=4), None, finished=False),
+        run(config(seed=5), row(5.9e36, 5.9e36, 0.5, 1, 0.5)),
     ]
     (c,) = group_seeds(runs)
     assert c.mean("test_error").mean == 1.5
-    assert c.seeds == "2 of 5"
+    assert c.seeds == "2 of 6"
     (line,) = table1(runs)
-    assert (line.finished, line.others) == (2, 3)
+    assert (line.finished, line.others) == (2, 4)
+    assert line.lowest["test_error"].mean == 1.5
 
 
 def test_a_repeated_seed_counts_once():

@@ -178,22 +178,38 @@ def test_misspelt_keys_and_names(refusal, override, line):
 
 
 @pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("algorithm.lam=abc", "'abc'; allowed: a number > 0 (inf uncouples the workers)"),
+        ("algorithm.lam=true", "true; allowed: a number > 0 (inf uncouples the workers)"),
+        ("algorithm.sigma=null", "null; allowed: a finite number > 0"),
+        ("algorithm.iterations=1.5", "1.5; allowed: a whole number >= 1"),
+        ("algorithm.iterations=1e3", "1000.0; allowed: a whole number >= 1"),
+        ("algorithm.batch_size=${algorithm.sigma}", "0.005; allowed: a whole number >= 1"),
+        ("algorithm.schedule=3", "3; allowed: a section with tau, sigma, lam"),
+        ("workers=abc", "'abc'; allowed: null or >= 1"),
+        ("stationarity.every=x", "'x'; allowed: a whole number >= 1, or null for never"),
+        ("dtype=[1]", "[1]; allowed: float32, float64"),
+        ("model.name=[1]", "[1]; allowed: lenet5, logistic, mlp"),
+        ("deterministic=maybe", "'maybe'; allowed: true or false"),
+        ("plugins=abc", "'abc'; allowed: a list, as [NAME,NAME]"),
+        ("data.root=null", "null; allowed: text"),
+        ("output.run_dir=[1]", "[1]; allowed: text, or null"),
+        ("model.options=3", "3; allowed: options, as {NAME: VALUE}"),
+    ],
+)
+def test_values_of_another_type(refusal, override, line):
+    assert refusal(override).startswith(f"`{override.partition('=')[0]}` is {line}")
+
+
+@pytest.mark.parametrize(
     ("override", "key", "fragment"),
     [
-        ("algorithm.lam=abc", "`algorithm.lam`: ", "'abc'"),
-        ("algorithm.sigma=null", "`algorithm.sigma`: ", "not Optional"),
-        ("algorithm.iterations=1.5", "`algorithm.iterations`: ", "'1.5'"),
-        ("algorithm.iterations=1e3", "`algorithm.iterations`: ", "1000.0"),
-        ("algorithm.schedule=3", "`algorithm.schedule`: ", "int"),
-        ("workers=abc", "`workers`: ", "'abc'"),
-        ("deterministic=maybe", "`deterministic`: ", "'maybe'"),
-        ("plugins=abc", "`plugins`: ", "str"),
-        ("data.root=null", "`data.root`: ", "not Optional"),
-        ("model.options=3", "`model.options`: ", "int"),
         ("algorithm.lam=???", "`algorithm.lam`: ", "missing mandatory value"),
-        ("~algorithm.lam", "`algorithm.lam`: ", "deletion"),
-        ("~potential", "`potential`: ", "missing mandatory value"),
-        ("algorithm.lam=${nope}", "`algorithm.lam`: ", "'nope' not found"),
+        ("~algorithm.lam", "`algorithm.lam`: ", "; allowed: a number > 0 (inf"),
+        ("~potential", "`potential`: ", "; allowed: a section with name, eta, options"),
+        ("algorithm.lam=${nope}", "`algorithm.lam`: ", "'nope' not found; allowed: a number > 0"),
+        ("plugins={a:b}", "`plugins`: ", "; allowed: a list, as [NAME,NAME]"),
         ("potential.options.p=3", "unknown key `potential.options.p`; ", "+potential.options.p="),
         ("hydra.foo=1", "`hydra.foo`: ", "'foo'"),
         ("algorithm.lam", "", "missing EQUAL"),
@@ -233,7 +249,7 @@ def test_a_users_experiment_file(make_config, experiment_file):
     [
         ("algorithm: {lamm: 0.2}", "unknown key `algorithm.lamm` (did you mean `lam`?); allowed"),
         ("worker: 3", "unknown key `worker` (did you mean `workers`?); allowed in the top level:"),
-        ("algorithm: {lam: abc}", "`algorithm.lam`: Value 'abc'"),
+        ("algorithm: {lam: abc}", "`algorithm.lam` is 'abc'; allowed: a number > 0"),
         ("defaults: [override /potential: cubik]", "`potential` is cubik; allowed: cubic, log, "),
         ("defaults: [nothere]", "In 'experiment/mine': Could not load 'experiment/nothere'."),
         ("algorithm: 3", "In 'experiment/mine': ValidationError"),

@@ -22,10 +22,10 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def evaluated(run_dir, iteration, error, iterations=4000):
+def evaluated(run_dir, iteration, error, iterations=4000, **others):
     """The files of a run that has evaluated once."""
     run_dir.mkdir(exist_ok=True)
-    row = dict.fromkeys(REQUIRED, 0.0) | {"iteration": iteration, "test_error": error}
+    row = dict.fromkeys(REQUIRED, 0.0) | {"iteration": iteration, "test_error": error} | others
     (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     config = f"algorithm: {{iterations: {iterations}}}\npotential: {{name: quad}}\n"
     (run_dir / "config.yaml").write_text(config)
@@ -46,6 +46,7 @@ def test_lines_counts_and_table(tmp_path):
         evaluated(tmp_path / "b", 4000, 1.25)
         (tmp_path / "b" / "summary.json").write_text('{"iteration": 4000}')
         Status("done", seconds=7.0, code=0).write(tmp_path / "b")
+        evaluated(tmp_path / "c", 0, 0.5, objective=9e9, diverged=True)  # not the best
         Status("failed", seconds=3.0, code=2, message="[no] luck").write(tmp_path / "c")
         Status.running().write(tmp_path / "d")
         evaluated(tmp_path / "d", 2000, 1.5)
@@ -59,7 +60,7 @@ def test_lines_counts_and_table(tmp_path):
             ["2,000", "0", "0"],
             ["1.50", "", ""],
         ]
-        assert dashboard.run_dirs() == [tmp_path / "b", tmp_path / "d"]
+        assert dashboard.run_dirs() == [tmp_path / name for name in "bcd"]
     lines = output.getvalue().splitlines()
     assert lines[0].startswith("5 runs in ")
     assert lines[0].endswith(", 1 of them done before")

@@ -149,6 +149,8 @@ def test_a_damaged_run_costs_itself_and_a_line(done, tmp_path, content):
     (line,) = [line for line in out.splitlines() if line.startswith(" failed")]
     assert line.startswith(" failed  seed=1  many/seed=1/config.yaml cannot be read (")
     assert line.endswith("); remove many/seed=1 to run it again")
+    page = (tmp_path / "many" / "report" / "report.md").read_text()
+    assert f"\n- {line.removeprefix(' failed  seed=1  ')}\n" in page
     assert Status.read(tmp_path / "many" / "seed=3").state == "done"
     assert len(started(tmp_path / "many" / "seed=1")) == 1
 

@@ -1,6 +1,7 @@
 """Grouping of runs, and population training against separate runs: files, numbers, resume."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -155,19 +156,21 @@ def test_measured_gradients_have_the_numbers_of_separate_runs(separate, tmp_path
     assert f"\ngradients {environment['gradients']}\n" in out
 
 
-def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkeypatch, number):
     step = Population.step
 
     def stopping(self, t):
         step(self, t)
         if t == 33 and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Population, "step", stopping)
     code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
-    assert code == 130
-    assert err == "consensus.sweep: stopped; the same command continues it\n"
+    assert code == 75
+    stopped = f"{number.name}: stopped at iteration 34 with a checkpoint"
+    assert err == f"consensus.sweep: {stopped}; the same command continues it\n"
     first = tmp_path / "potential=quad,lam=0.1"
     assert Status.read(first).state == "stopped"
     assert [row["iteration"] for row in rows(first)] == [20]
@@ -183,6 +186,22 @@ def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkey
     assert len(set(expected.values())) == 4
 
 
+def test_a_stop_in_the_last_iteration_stops_the_next_population(tmp_path, monkeypatch):
+    step = Population.step
+
+    def stopping(self, t):
+        step(self, t)
+        if t == 59:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Population, "step", stopping)
+    code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
+    assert (code, err) == (130, "consensus.sweep: stopped; the same command continues it\n")
+    states = {path.name: Status.read(path, 60).state for path in tmp_path.glob("potential=*")}
+    done = ("potential=quad,lam=0.1", "potential=quad,lam=0.05")
+    assert states == dict.fromkeys(done, "done")
+
+
 def test_diverged_members_fail_and_the_others_continue(tmp_path):
     wild = [*GRID, "potential=quad", "algorithm.lam=0.1,1e-20", "algorithm.sigma=0.005,1e19"]
     code, out, err = call_population(*wild, f"sweep.dir={tmp_path}")
@@ -191,6 +210,30 @@ def test_diverged_members_fail_and_the_others_continue(tmp_path):
     assert "failed  lam=1e-20,sigma=1e+19" in out
     assert "became non-finite, by iteration 20 at the latest" in out
     assert Status.read(tmp_path / "lam=0.1,sigma=0.005").state == "done"
+
+
+def test_a_member_far_beyond_guessing_has_diverged(tmp_path):
+    """Its numbers stay finite: the gradients of the logistic loss are bounded, and it hardly pulls.
+
+    The line is that of a separate run.
+    """
+    own = ["potential=quad", "algorithm.lam=1e9", "algorithm.iterations=40"]
+    wild = [*GRID, *own, "algorithm.sigma=0.005,1e8"]
+    code, out, err = call_population(*wild, f"sweep.dir={tmp_path}")
+    assert code == 1
+    assert err.startswith("consensus.sweep: 1 of 2 runs are not done")
+    (run_dir,) = tmp_path.glob("sigma=1*")
+    *before, last = rows(run_dir)
+    assert last["diverged"] is True
+    assert not any("diverged" in row for row in before)
+    assert 1e6 * 1437 * math.log(10) < last["objective"] < math.inf
+    found = f"iteration {last['iteration']}: the run has diverged: the objective is "
+    assert Status.read(run_dir, 40).state == "failed"
+    assert Status.read(run_dir, 40).message.startswith(found)
+    assert found in out
+    assert not (run_dir / "summary.json").exists()
+    assert (tmp_path / "sigma=0.005" / "summary.json").exists()
+    assert out.count("(diverged)") == 1
 
 
 def test_throughput_excludes_evaluations(tmp_path, monkeypatch):
