@@ -68,7 +68,7 @@ class Algorithm(ABC):
 
     @property
     def closed_form(self) -> bool:
-        """Whether no line solves an equation by iterations that the host controls."""
+        """Whether no line is a solver or an optimizer of torch, which read numbers on the host."""
         return all(part.kernel.closed_form for part in self.parts.values())
 
     @property

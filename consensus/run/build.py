@@ -23,14 +23,16 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     config = plan.config.algorithm
     # Equal on all ranks already, unless their versions of torch differ.
     u = group.broadcast_(plan.start)
+    z = u.repeat(len(plan.local_workers), 1)
     worker = Worker(
-        u.repeat(len(plan.local_workers), 1),
+        z,
         plan.oracle,
         plan.phi,
         kappa=config.momentum,
         nu=config.weight_decay,
         momentum_on=config.momentum_on,
-        kernel=worker_kernel(config.coupling, plan.phi, u),
+        kernel=config.own_kernel(worker_kernel(config.coupling, plan.phi, u), plan.phi, z),
+        clip=config.clip_grad_norm,
     )
     if config.name == "msgd":
         return Msgd(worker, group, sigma=scheduled(config, "sigma"))

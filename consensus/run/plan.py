@@ -30,6 +30,7 @@ from consensus.run.checkpoint.directory import Origin
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
+from consensus.run.config_algorithm import as_call
 from consensus.run.limits import MachineError, exceeded, memory_of
 from consensus.theory.descent import VECTORS
 
@@ -78,11 +79,13 @@ class Plan:
         config, layout, size = self.config, self.risk.layout, self.launch.size
         where = f"{size} processes" if size > 1 else "1 process"
         where += f" on {self.device}" + (f" over {self.backend}" if size > 1 else "")
+        optimizer = config.algorithm.optimizer
+        step = "" if optimizer is None else f", {as_call(optimizer)}"
         return (
             f"{config.algorithm.name} with {config.potential.name}: {self.num_workers} worker"
             f"{'s' if self.num_workers > 1 else ''}, {where}, {config.model.name} "
             f"(n = {layout.size:,}, L = {len(layout.layers)}) on {config.data.name}, "
-            f"{config.algorithm.iterations:,} iterations{self._rates()}"
+            f"{config.algorithm.iterations:,} iterations{step}{self._rates()}"
         )
 
     def _rates(self) -> str:
@@ -99,8 +102,7 @@ class Plan:
                 outer *= 0.5 * (pull or 0.0) * eta * eta / algorithm.sigma
         of_u = "u exact" if algorithm.u_update == "exact" else f"outer {outer:.3g}"
         if isinstance(algorithm.outer, dict):
-            options = [f"{k}={x}" for k, x in algorithm.outer.items() if k != "optimizer"]
-            of_u = f"outer {algorithm.outer['optimizer']}({', '.join(options)})"
+            of_u = f"outer {as_call(algorithm.outer)}"
         rates = ["", f"pull {pull:.3g}", of_u]
         if algorithm.local_pull:
             rates.append(f"local_pull {algorithm.local_pull:.3g}")

@@ -114,10 +114,11 @@ def has_checkpoints(sweep: Sweep, job: Job) -> bool:
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train it: explicit steps of u and z_j, no mSGD, no measurements."""
+    """Whether a population can train it: explicit steps without optimizers of torch, no mSGD."""
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
     explicit = explicit and not isinstance(algorithm.outer, dict)
+    explicit = explicit and algorithm.optimizer is None and algorithm.clip_grad_norm is None
     measured = config.stationarity.every is not None and config.coupled
     return algorithm.name != "msgd" and explicit and not measured
 

@@ -47,7 +47,7 @@ class StateTensors:
         optimizer = make([trial])
         try:
             optimizer.step()
-        except (RuntimeError, TypeError) as error:  # such as LBFGS, which needs a closure
+        except (RuntimeError, TypeError, AssertionError) as error:  # LBFGS needs a closure
             raise ValueError(f"{name} cannot step over one flat vector ({error})") from error
         # Optimizers make their state in the first step. Its shapes are known from this trial.
         self._shapes = _tensors_of(optimizer.state[trial])
