@@ -25,7 +25,7 @@ from consensus.run.checks import (
     require,
     rule,
 )
-from consensus.run.config_algorithm import AlgorithmConfig
+from consensus.run.config_algorithm import ALONE, AlgorithmConfig
 
 RESUME = ("never", "auto")  # or a path
 
@@ -197,4 +197,4 @@ class Config:
         pulled = algorithm.lam is not None and algorithm.lam < math.inf
         between = algorithm.local_pull > 0 and algorithm.period > 1
         pulled = pulled or bool(algorithm.pull) or between
-        return algorithm.name != "msgd" and pulled
+        return algorithm.name not in ALONE and pulled

@@ -106,11 +106,15 @@ AVERAGING: dict[
 }
 
 
+ALONE = ("msgd", "ddp")
+"""Methods that train one model: nothing is coupled."""
+
+
 @dataclass
 class AlgorithmConfig(Section, key="algorithm"):
     """Algorithm 1 and its baselines."""
 
-    name: str = field(metadata=one_of(("consensus", "easgd", "msgd", *AVERAGING)))
+    name: str = field(metadata=one_of(("consensus", "easgd", *ALONE, *AVERAGING)))
     lam: float | None = field(
         metadata=rule(lambda x: x is None or x > 0, "a number > 0 (inf uncouples the workers)")
     )
@@ -143,8 +147,9 @@ class AlgorithmConfig(Section, key="algorithm"):
         self._require_optimizers()
         if self.name != "consensus":
             self._require_point()
-        self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
-        self._require_one_of("tau", "outer", "outer = 2 M tau / eta^2")
+        if self.name != "ddp":
+            self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
+            self._require_one_of("tau", "outer", "outer = 2 M tau / eta^2")
         if self.outer is not None:
             where = "with algorithm.outer, the step of u"
             self._require_implied("u_step_on", "coupling", f"coupling {where}")
@@ -213,9 +218,10 @@ class AlgorithmConfig(Section, key="algorithm"):
             sigma = self.schedule.sigma
             self._require_implied("schedule.tau", sigma, f"the schedule of sigma, {where}")
         implied: dict[str, object] = {}
-        if self.name == "msgd":
+        if self.name in ALONE:
             implied = {"period": 1, "pull": None, "outer": None, "local_pull": 0}
-            implied |= {"optimizer": None}
+            only = {"msgd": {"optimizer": None}, "ddp": {"lam": None, "tau": None}}
+            implied |= only[self.name]
         elif self.name in AVERAGING:
             implied = {"pull": 1, "tau": None, "order": "gauss_seidel", "momentum_on": "loss"}
             implied |= AVERAGING[self.name]

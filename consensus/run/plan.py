@@ -30,7 +30,7 @@ from consensus.run.checkpoint.directory import Origin
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
-from consensus.run.config_algorithm import as_call
+from consensus.run.config_algorithm import ALONE, as_call
 from consensus.run.limits import MachineError, exceeded, memory_of
 from consensus.theory.descent import VECTORS
 
@@ -121,7 +121,7 @@ class Plan:
             why = "without a coupling there is no envelope"
             lines.append(f"stationarity.every has no effect: {why}")
         alone = config.workers is None and self.num_workers == self.launch.size == 1
-        if alone and config.algorithm.name != "msgd":
+        if alone and config.algorithm.name not in ALONE:
             how = "workers=4, or four processes (torchrun --nproc-per-node=4), train four"
             lines.append(f"one worker is coupled to itself alone: {how}")
         if self.risk.random_evaluation:
