@@ -152,7 +152,8 @@ class Config:
         name, potential = self.algorithm.name, self.potential.name
         allowed = f"quad for algorithm={name} (algorithm=consensus takes any)"
         require(name == "consensus" or potential == "quad", "potential", potential, allowed)
-        known = self.algorithm.optimizer is None or self.stationarity.every is None
+        known = self.algorithm.optimizer is None or not self.coupled
+        known = known or self.stationarity.every is None
         allowed = "a number > 0 with algorithm.optimizer, or stationarity.every=null"
         require(known or self.stationarity.lam is not None, "stationarity.lam", "null", allowed)
         movable = self.device != "cpu" or self.group.name != "nccl"
