@@ -14,7 +14,7 @@ from torch import Tensor
 from consensus.comm import Group
 from consensus.core.flat import Scalar, part_of
 from consensus.core.layerwise import Layerwise
-from consensus.server import Server, digest
+from consensus.server import Server, digest, verify_replicas
 from consensus.worker import Worker
 
 ORDERS = ("gauss_seidel", "jacobi")
@@ -68,7 +68,7 @@ class Algorithm(ABC):
 
     @property
     def closed_form(self) -> bool:
-        """Whether no line solves an equation by iterations that the host controls."""
+        """Whether no line is a solver or an optimizer of torch, which read numbers on the host."""
         return all(part.kernel.closed_form for part in self.parts.values())
 
     @property
@@ -231,6 +231,43 @@ class Msgd(Algorithm):
     def verify(self) -> int:
         """The digest of u; one process holds the only copy."""
         return int(digest(self.u))
+
+
+class Ddp(Algorithm):
+    """Synchronous data-parallel training of one model, as torch's DistributedDataParallel.
+
+    The gradient is the mean over all M workers of those of their minibatches, and every worker
+    makes the same step: the z_j are replicas of u, and each has the same state.
+    """
+
+    def __init__(self, worker: Worker, group: Group, *, sigma: StepSize) -> None:
+        assert not worker.phi.bounded
+        self.worker, self.group = worker, group
+        self.phi = worker.phi
+        self.sigma = sigma
+        self.lam = float("inf")
+        self.num_workers = group.size * len(worker.z)
+        self._sum = group.repeated_sum(worker.z.shape[1], worker.z)
+
+    def step(self, t: int) -> None:
+        """Iteration t: an all-reduce of the gradients, and one step of the optimizer."""
+        delta = self.worker.gradient(self.worker.draw())
+        torch.sum(delta, 0, out=self._sum.message)
+        delta.copy_(self._sum.start().wait()).div_(self.num_workers)
+        self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
+
+    @property
+    def u(self) -> Tensor:
+        """The model. (n,)."""
+        return self.worker.z[0]
+
+    def verify(self) -> int:
+        """Check that all replicas agree bit for bit."""
+        own = digest(self.u)
+        others = [j for j, z in enumerate(self.worker.z) if digest(z) != own]
+        problem = f"the model of workers {others} of this process differs from its first"
+        self.group.raise_together(problem if others else None)
+        return verify_replicas(self.u, self.group)
 
 
 def half_square(eta: float) -> float:

@@ -37,7 +37,7 @@ def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
     if processes > 1:
         return f"there are {processes} processes, and their messages are not recorded"
     if not algorithm.closed_form:
-        return "the solver checks convergence on the host"
+        return "a solver or an optimizer of torch reads numbers on the host"
     oracle = algorithm.worker.oracle
     if not isinstance(oracle, MinibatchRisk):
         return f"{type(oracle).__name__} does not provide the indices of its minibatches"

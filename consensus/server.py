@@ -115,16 +115,21 @@ class Server:
             self.kernel.load_state_dict(part_of(state, "outer"))
 
     def verify_replicas(self) -> int:
-        """Check that all ranks hold the same bits of u; return their digest.
+        """`verify_replicas` of u."""
+        return verify_replicas(self.u, self.group)
 
-        Raises:
-            GroupError: On every rank, naming the ranks whose u differs from rank 0's.
-        """
-        digests = self.group.gather(digest(self.u)).tolist()
-        wrong = [rank for rank, value in enumerate(digests) if value != digests[0]]
-        if wrong:
-            raise GroupError(f"u on rank {wrong} differs from u on rank 0: the replicas diverged")
-        return int(digests[0])
+
+def verify_replicas(u: Tensor, group: Group) -> int:
+    """Check that all ranks hold the same bits of u (n,); return their digest. A collective.
+
+    Raises:
+        GroupError: On every rank, naming the ranks whose u differs from rank 0's.
+    """
+    digests = group.gather(digest(u)).tolist()
+    wrong = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    if wrong:
+        raise GroupError(f"u on rank {wrong} differs from u on rank 0: the replicas diverged")
+    return int(digests[0])
 
 
 def digest(u: Tensor) -> Tensor:

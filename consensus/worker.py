@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consensus.core.flat import Scalar, part_of
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, WorkerKernel, choose_kernel
+from consensus.core.kernels.worker_step import WorkerOptimizerStep, clip_norms
 from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead
 
@@ -48,6 +49,8 @@ class Worker:
         momentum_on: "loss": the velocity carries loss and R, the coupling acts outside it, which is
             mEASGD; "objective": the coupling passes through the velocity as well.
         kernel: Line 6; None: the fastest implementation of the explicit step.
+        clip: The largest norm of a worker's minibatch gradient; above it the gradient is scaled to
+            this norm. None: no limit.
 
     Attributes:
         z: (K, n).
@@ -67,6 +70,7 @@ class Worker:
         nu: Scalar = 0.0,
         momentum_on: str = "loss",
         kernel: WorkerKernel | None = None,
+        clip: float | None = None,
     ) -> None:
         assert momentum_on in MOMENTUM_ON, momentum_on
         self.z = z.clone()
@@ -74,14 +78,19 @@ class Worker:
         self.scratch = torch.empty_like(z)
         self.oracle, self.phi = oracle, phi
         self.kappa, self.nu = kappa, nu
-        self.momentum_on = momentum_on
+        self.momentum_on, self.clip = momentum_on, clip
         self.kernel = choose_kernel(phi, z) if kernel is None else kernel
         self.step = z.new_ones(())
         self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that survives an iteration, a row per worker: `z`, `v`, `cuts`, `oracle/*`."""
+        """The state that survives an iteration, a row per worker: `z`, `v`, `cuts`, `oracle/*`.
+
+        And `optimizer/*`, the state of an optimizer of torch.
+        """
         own = {"z": self.z, "v": self.v, "cuts": self.cuts}
+        if isinstance(self.kernel, WorkerOptimizerStep):
+            own |= {f"optimizer/{key}": rows for key, rows in self.kernel.state_dict().items()}
         return own | {f"oracle/{key}": rows for key, rows in self.oracle.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -90,6 +99,8 @@ class Worker:
         self.v.copy_(state["v"])
         self.cuts.copy_(state["cuts"])
         self.oracle.load_state_dict(part_of(state, "oracle"))
+        if isinstance(self.kernel, WorkerOptimizerStep):
+            self.kernel.load_state_dict(part_of(state, "optimizer"))
 
     def draw(self) -> Any:
         """Line 4: the next minibatch of every worker."""
@@ -115,6 +126,8 @@ class Worker:
             u: u+, against which u - z_j stays feasible. (n,)
             anchor: The center of the coupling: u+ (Gauss-Seidel) or u (Jacobi). (n,)
         """
+        if self.clip is not None:
+            clip_norms(delta, self.clip)
         through = self.momentum_on == "objective"
         numbers = Hyperparameters(self.kappa, sigma, self.nu, pull, through)
         block = Block(self.z, self.v, delta, self.scratch)

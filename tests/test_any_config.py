@@ -906,7 +906,7 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     algorithm = config.algorithm
     pulled = algorithm.pull if algorithm.lam is None else algorithm.lam < math.inf
     pulled = pulled or (algorithm.local_pull and algorithm.period > 1)
-    coupled = algorithm.name != "msgd" and pulled
+    coupled = algorithm.name not in ("msgd", "ddp") and pulled
     every = config.stationarity.every if coupled and config.stationarity.every else math.inf
     files |= {"stationarity.png"} if every < math.inf else set()
     made = {path.name for path in run_dir.iterdir()}
@@ -1099,6 +1099,9 @@ EDGES = [
     refused(f"algorithm.iterations={BIG}", "workers=0"),
     runs("algorithm.pull=1", "algorithm.outer=1", "potential=tan", "algorithm.local_pull=1"),
     runs("algorithm=fedprox", "workers=2", "algorithm.period=2"),
+    runs("algorithm=ddp", "workers=2", "algorithm.clip_grad_norm=1", "stationarity.every=1"),
+    runs("algorithm.optimizer={optimizer: AdamW, lr: 0.01}", "potential=tan", "workers=2"),
+    refused("algorithm.optimizer={optimizer: AdamW, lr: 0.01}", "algorithm.sigma=0.1"),
     runs("algorithm.pull=0", "stationarity.every=1"),
     either("algorithm.pull=1", "potential.eta=1e-18", "algorithm.outer=1"),
     runs("algorithm.lam=inf", "potential=tan", "algorithm.momentum_on=objective"),

@@ -1,6 +1,7 @@
 """README and docs/coupling.md: their code runs, overrides compose, the tree and links exist."""
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def override_cells():
 
 @pytest.mark.parametrize("overrides", override_cells())
 def test_every_combination_of_overrides_composes(make_config, overrides):
-    make_config(*overrides.split())
+    make_config(*shlex.split(overrides))
 
 
 def test_there_are_overrides_to_test():

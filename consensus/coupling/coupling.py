@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from consensus.comm import PeerLostError, num_ranks
-from consensus.core.kernels.outer_step import MakeOptimizer
+from consensus.core.kernels.optimizers import MakeOptimizer
 from consensus.core.potentials import Potential
 from consensus.coupling.checks import Watch, check_model
 from consensus.coupling.part import Part, problem_of_state

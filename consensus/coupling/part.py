@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from consensus.comm import Group, Pending
-from consensus.core.flat import local
 from consensus.core.kernels import ConsensusKernel
+from consensus.core.kernels.optimizers import scale_momentum
 from consensus.core.kernels.outer_step import OptimizerStep
 from consensus.core.kernels.pulls import Copy
 from consensus.coupling.plan import Plan
@@ -175,9 +175,7 @@ class Part:
         step, states = self._puller.search.step, self._optimizer.state
         if step.device.type == "cpu" and step == 1:
             return  # as nearly always; on another device the question would wait for it
-        found = [states[p].get("momentum_buffer") for p in self.parameters.originals if p in states]
-        if velocities := [local(velocity) for velocity in found if velocity is not None]:
-            torch._foreach_mul_(velocities, step)
+        scale_momentum([states[p] for p in self.parameters.originals if p in states], step)
 
 
 def problem_of_state(state: Mapping[str, Any], parts: Sequence[Part]) -> str | None:

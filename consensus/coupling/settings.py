@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from consensus.core.kernels.outer_step import MakeOptimizer
+from consensus.core.kernels.optimizers import MakeOptimizer
 from consensus.core.potentials import POTENTIALS, Potential
 
 CHOICES = {"buffers": ("local", "mean"), "order": ("gauss_seidel", "jacobi")}

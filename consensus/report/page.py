@@ -12,7 +12,17 @@ from consensus.records import Row, columns
 from consensus.report.plots import draw_stationarity, draw_table1
 from consensus.report.runs import RESULTS, Run, varying
 from consensus.report.stationarity import measured, stationarity_cells, verdict
-from consensus.report.table1 import HEADINGS, Mean, Record, of_the_paper, show, show_mean, table1
+from consensus.report.table1 import (
+    HEADINGS,
+    Configuration,
+    Mean,
+    Record,
+    of_several_methods,
+    of_the_paper,
+    show,
+    show_mean,
+    table1,
+)
 
 LAST_EVALUATION = (
     "The last evaluation of each run counts, if the run finished and did not diverge. Seeds of one "
@@ -29,6 +39,11 @@ FROM_THE_PAPER = (
 PART_TWO = (
     "For each potential, the configuration with the lowest test error (on ties, the lowest test "
     "loss), and its values of the keys that differ between the runs."
+)
+PART_THREE = (
+    "The same configurations at their last evaluation: the passes of a worker over its data, the "
+    "seconds of the run with its evaluations, and the samples of all workers in a second between "
+    "the last two evaluations."
 )
 STATIONARITY = (
     "The last measurement of each run, for the lam of its problem. f_j is the expected minibatch "
@@ -47,6 +62,10 @@ DEFINITIONS = {
     "enter no other number",
     "seeds": "how many seeds finished, of how many that were tried",
 }
+
+
+SPEED = {"epoch": "epochs", "wall_s": "seconds", "samples_per_s": "samples/s"}
+"""Columns of a row -> headings."""
 
 
 def write_report(
@@ -122,7 +141,8 @@ def table1_markdown(records: Sequence[Record]) -> str:
     """Both parts, with a sentence on each."""
     first, second = markdown_table(part_one(records)), markdown_table(part_two(records))
     part_one_text = PART_ONE + (FROM_THE_PAPER if of_the_paper(records) else "")
-    return "\n\n".join([LAST_EVALUATION, part_one_text, first, PART_TWO, second])
+    third = [PART_THREE, markdown_table(part_three(records))] if of_several_methods(records) else []
+    return "\n\n".join([LAST_EVALUATION, part_one_text, first, PART_TWO, second, *third])
 
 
 def part_one(records: Sequence[Record]) -> list[list[str]]:
@@ -149,6 +169,20 @@ def part_two(records: Sequence[Record]) -> list[list[str]]:
         chosen = [value or "" if r.best else "-" for value in r.chosen.values()]
         rows.append([r.label, r.best.seeds if r.best else "-", *means, *chosen])
     return rows
+
+
+def part_three(records: Sequence[Record]) -> list[list[str]]:
+    """What the configuration best in test error needed."""
+    columns = {"test_error": HEADINGS["test_error"]} | SPEED
+    rows = [["potential or method", *columns.values()]]
+    for r in records:
+        rows.append([r.label, *(show_mean(_mean_if_known(r.best, c), c) for c in columns)])
+    return rows
+
+
+def _mean_if_known(best: Configuration | None, column: str) -> Mean | None:
+    known = best is not None and all(column in run.rows[-1] for run in best.kept.values())
+    return best.mean(column) if best is not None and known else None
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

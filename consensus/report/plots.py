@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from consensus.records import Row, diverged, number
 from consensus.report.stationarity import SERIES, accuracy
-from consensus.report.table1 import MSGD, PAPER_ORDER, Configuration, Record, sensitivity
+from consensus.report.table1 import (
+    MSGD,
+    PAPER_ORDER,
+    Configuration,
+    Record,
+    of_several_methods,
+    sensitivity,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +38,7 @@ PANELS = (
     ("train_error", "train error (%)"),
     ("test_error", "test error (%)"),
 )
+SPEED = ("epoch", "wall_s")
 LOGARITHMIC = ("objective", "train_loss")
 MOST_IN_LEGEND = 20  # more names would cover the panel
 MOST_IN_SMALL_LEGEND = 10
@@ -145,6 +153,7 @@ def _draw_lines(
 def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
     """Draw Figure 1, and the sensitivity if lam or eta varies. Returns PNG -> caption."""
     captions = {}
+    several = of_several_methods(records)
     for suffix, title, best in figure1_groups(records):
         name = f"figure1{suffix}"
         curves = {
@@ -156,6 +165,13 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
             f"Figure 1{title}: of each potential the configuration best in final test error; with "
             "several seeds their mean, in a band of one sample standard deviation"
         )
+        if several:
+            name = f"methods{suffix}"
+            draw_figure1(curves, [folder / f"{name}.{ending}" for ending in ENDINGS], over=SPEED)
+            captions[f"{name}.png"] = (
+                f"The same runs{title} over the passes of a worker over its data, and over the "
+                "seconds of a run, with its evaluations"
+            )
     panels = {r.label: found for r in records if r.name != MSGD and (found := sensitivity(r))}
     places = {(e, lam) for of in panels.values() for e, of_lam in of.items() for lam in of_lam}
     if len(places) > 1:
@@ -198,19 +214,23 @@ def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, 
     return found
 
 
-def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[Path]) -> None:
-    """Figure 1: objective, train loss and the two errors, over iterations and over epochs.
+def draw_figure1(
+    curves: Mapping[str, Sequence[Sequence[Row]]],
+    paths: Sequence[Path],
+    over: Sequence[str] = ("iteration", "epoch"),
+) -> None:
+    """Figure 1: objective, train loss and the two errors, over two columns of the evaluations.
 
     A curve is the evaluations of each seed, drawn as their mean, with a band of one sample standard
     deviation around it. The paths select the formats.
     """
     figure, axes = _figure(2, len(PANELS), 16, 7)
     for j, (key, title) in enumerate(PANELS):
-        for axis, over in zip(axes[:, j], ("iteration", "epoch"), strict=True):
+        for axis, along in zip(axes[:, j], over, strict=True):
             positive = False
             for i, (name, seeds) in enumerate(curves.items()):
-                x, mean, std = curve(seeds, over, key)
-                positive |= bool((mean > 0).any())
+                x, mean, std = curve(seeds, along, key)
+                positive |= bool((mean[np.isfinite(x)] > 0).any())
                 style = line_style(name, i)
                 marker = "." if len(x) <= MOST_MARKERS else None
                 axis.plot(x, mean, marker=marker, label="run", **style)
@@ -220,7 +240,8 @@ def draw_figure1(curves: Mapping[str, Sequence[Sequence[Row]]], paths: Sequence[
                         low = np.where(low > 0, low, np.nanmin(mean))
                     colour = style["color"]
                     axis.fill_between(x, low, mean + std, color=colour, alpha=0.2, linewidth=0)
-            _style(axis, title, over, log=key in LOGARITHMIC and positive)
+            label = "seconds" if along == "wall_s" else along
+            _style(axis, title, label, log=key in LOGARITHMIC and positive)
     name_lines(axes[0][-1].legend(), curves)
     _write(figure, *paths)
 

@@ -15,7 +15,17 @@ from consensus.records import format_cell, number
 from consensus.report.runs import RESULTS, Run, canonical, varying
 
 PAPER_ORDER = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
-EASGD, MSGD = "EASGD", "mSGD"
+MSGD = "mSGD"
+METHODS = {
+    "easgd": "EASGD",
+    "local_sgd": "local SGD",
+    "fedprox": "FedProx",
+    "lookahead": "Lookahead",
+    "diloco": "DiLoCo",
+    "ddp": "DDP",
+    "msgd": MSGD,
+}
+"""`algorithm.name` -> the name of a method with records of its own, in their order."""
 
 # Copied from the paper's Table 1 as printed: the best over 72 settings each. The paper's numbers
 # for other potentials are not copied, and it prints no objective.
@@ -83,7 +93,7 @@ class Record:
     """One line of Table 1. A mean is None where no run finished."""
 
     label: str  # the name, followed by the problem where the runs have several problems
-    name: str  # of the potential; mSGD or EASGD for these baselines
+    name: str  # of the potential, or of a method in METHODS
     problem: tuple[str, str]  # names of the data and the model
     configurations: Sequence[Configuration]  # all, also those without a finished run
     finished: int  # runs
@@ -96,16 +106,18 @@ class Record:
 
 
 def table1(runs: Sequence[Run]) -> list[Record]:
-    """The records of Table 1: the paper's potentials in its order, then others, EASGD, mSGD."""
+    """The records of Table 1: the paper's potentials in its order, then others, then METHODS."""
     groups: dict[tuple[tuple[str, str], str], list[Run]] = {}
     for run in runs:
-        baseline = {"easgd": EASGD, "msgd": MSGD}.get(str(run.config.get("algorithm.name")))
+        baseline = METHODS.get(str(run.config.get("algorithm.name")))
         name = baseline or str(run.config["potential.name"])
         groups.setdefault((run.problem, name), []).append(run)
 
+    last_places = {name: i for i, name in enumerate(METHODS.values(), start=1)}
+
     def place(key: tuple[tuple[str, str], str]) -> tuple[Any, ...]:
         problem, name = key
-        last = {EASGD: 1, MSGD: 2}.get(name, 0)
+        last = last_places.get(name, 0)
         known = PAPER_ORDER.index(name) if name in PAPER_ORDER else len(PAPER_ORDER)
         return problem, last, known, name
 
@@ -158,6 +170,11 @@ def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
         )
         for group in groups.values()
     ]
+
+
+def of_several_methods(records: Iterable[Record]) -> bool:
+    """Whether the runs differ in `algorithm.name`."""
+    return len({str(c.config.get("algorithm.name")) for r in records for c in r.configurations}) > 1
 
 
 def of_the_paper(records: Iterable[Record]) -> bool:

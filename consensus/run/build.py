@@ -8,11 +8,11 @@ q(w) = (eta^2 / 2) grad phi(w). Rates are translated here:
 
 import math
 
-from consensus.algorithm import Algorithm, Consensus, Msgd, StepSize, half_square
+from consensus.algorithm import Algorithm, Consensus, Ddp, Msgd, StepSize, half_square
 from consensus.comm import Group
 from consensus.core.kernels import consensus_kernel, worker_kernel
 from consensus.run.config import Config
-from consensus.run.config_algorithm import AlgorithmConfig
+from consensus.run.config_algorithm import ALONE, AlgorithmConfig
 from consensus.run.plan import Plan
 from consensus.server import Server
 from consensus.worker import Worker
@@ -23,17 +23,20 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     config = plan.config.algorithm
     # Equal on all ranks already, unless their versions of torch differ.
     u = group.broadcast_(plan.start)
+    z = u.repeat(len(plan.local_workers), 1)
     worker = Worker(
-        u.repeat(len(plan.local_workers), 1),
+        z,
         plan.oracle,
         plan.phi,
         kappa=config.momentum,
         nu=config.weight_decay,
         momentum_on=config.momentum_on,
-        kernel=worker_kernel(config.coupling, plan.phi, u),
+        kernel=config.own_kernel(worker_kernel(config.coupling, plan.phi, u), plan.phi, z),
+        clip=config.clip_grad_norm,
     )
-    if config.name == "msgd":
-        return Msgd(worker, group, sigma=scheduled(config, "sigma"))
+    if config.name in ALONE:
+        one_model = {"msgd": Msgd, "ddp": Ddp}[config.name]
+        return one_model(worker, group, sigma=scheduled(config, "sigma"))
     line_3 = consensus_kernel(config.u_update, plan.phi, u, group.sum_)
     return Consensus(
         Server(u, plan.phi, group, config.outer_kernel(line_3, plan.phi, u)),

@@ -7,7 +7,7 @@ wrong type in any file. `to_config` converts once; no module below the entries s
 import difflib
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -39,14 +39,21 @@ def register_schema() -> None:
     """Store the types in Hydra under the name that configs/train.yaml lists first.
 
     `${unless:${.other},VALUE}` in a YAML file is a default: VALUE unless the other key is given,
-    and null beside it. A value of the user replaces it, so that both are seen.
+    and null beside it, or the third argument. `${lr:${.optimizer},VALUE}` is the `lr` of a given
+    optimizer. A value of the user replaces it, so that both are seen.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("unless", _unless, replace=True)
+    OmegaConf.register_new_resolver("lr", _lr, replace=True)
 
 
-def _unless(other: object, value: object) -> object:
-    return value if other is None else None
+def _unless(other: object, value: object, beside: object = None) -> object:
+    return value if other is None else beside
+
+
+def _lr(optimizer: object, value: object) -> object:
+    lr = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
+    return lr if isinstance(lr, int | float) else value  # the optimizer is refused without one
 
 
 def config_dir() -> str:

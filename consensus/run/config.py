@@ -25,7 +25,7 @@ from consensus.run.checks import (
     require,
     rule,
 )
-from consensus.run.config_algorithm import AlgorithmConfig
+from consensus.run.config_algorithm import ALONE, AlgorithmConfig
 
 RESUME = ("never", "auto")  # or a path
 DTYPES = ("float32", "float64", "bfloat16")  # bfloat16: of passes; u and z_j are float32
@@ -172,6 +172,10 @@ class Config:
         name, potential = self.algorithm.name, self.potential.name
         allowed = f"quad for algorithm={name} (algorithm=consensus takes any)"
         require(name == "consensus" or potential == "quad", "potential", potential, allowed)
+        known = self.algorithm.optimizer is None or not self.coupled
+        known = known or self.stationarity.every is None
+        allowed = "a number > 0 with algorithm.optimizer, or stationarity.every=null"
+        require(known or self.stationarity.lam is not None, "stationarity.lam", "null", allowed)
         movable = self.device != "cpu" or self.group.name != "nccl"
         allowed = "auto or gloo with device=cpu: NCCL moves CUDA tensors only"
         require(movable, "group", self.group.name, allowed)
@@ -219,4 +223,4 @@ class Config:
         pulled = algorithm.lam is not None and algorithm.lam < math.inf
         between = algorithm.local_pull > 0 and algorithm.period > 1
         pulled = pulled or bool(algorithm.pull) or between
-        return algorithm.name != "msgd" and pulled
+        return algorithm.name not in ALONE and pulled

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from consensus.algorithm import ORDERS, U_STEP_ON
-from consensus.core.kernels import COUPLINGS, U_UPDATES, ConsensusKernel, choose_kernel
+from consensus.core.kernels import (
+    COUPLINGS,
+    U_UPDATES,
+    ConsensusKernel,
+    WorkerKernel,
+    choose_kernel,
+)
 from consensus.core.kernels.outer_step import FlatOptimizerStep
+from consensus.core.kernels.worker_step import WorkerOptimizerStep
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
 from consensus.core.schedules import SCHEDULES, Schedule
@@ -61,9 +68,32 @@ OUTER = rule(
 )
 
 
+OPTIMIZER = rule(
+    lambda x: isinstance(x, dict) and isinstance(x.get("optimizer"), str) and is_rate(x.get("lr")),
+    "{optimizer: NAME IN torch.optim, lr: A FINITE NUMBER > 0, OPTION: VALUE}",
+)
+
+
 def number(x: object) -> bool:
     """Whether it is a finite number >= 0."""
     return isinstance(x, float) and 0 <= x < math.inf
+
+
+def is_rate(x: object) -> bool:
+    """Whether it is a finite number > 0."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+
+
+def name_and_options(optimizer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The two parts of {optimizer: NAME, OPTION: VALUE}."""
+    options = {key: value for key, value in optimizer.items() if key != "optimizer"}
+    return optimizer["optimizer"], options
+
+
+def as_call(optimizer: dict[str, Any]) -> str:
+    """NAME(OPTION=VALUE, ...) of {optimizer: NAME, OPTION: VALUE}."""
+    name, options = name_and_options(optimizer)
+    return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
 
 
 AVERAGING: dict[
@@ -76,11 +106,15 @@ AVERAGING: dict[
 }
 
 
+ALONE = ("msgd", "ddp")
+"""Methods that train one model: nothing is coupled."""
+
+
 @dataclass
 class AlgorithmConfig(Section, key="algorithm"):
     """Algorithm 1 and its baselines."""
 
-    name: str = field(metadata=one_of(("consensus", "easgd", "msgd", *AVERAGING)))
+    name: str = field(metadata=one_of(("consensus", "easgd", *ALONE, *AVERAGING)))
     lam: float | None = field(
         metadata=rule(lambda x: x is None or x > 0, "a number > 0 (inf uncouples the workers)")
     )
@@ -90,6 +124,8 @@ class AlgorithmConfig(Section, key="algorithm"):
     pull: float | None = field(metadata=or_null(RATE, "lam in its place"))
     outer: Any = field(metadata=or_null(OUTER, "tau in its place"))
     local_pull: float = field(metadata=RATE)
+    optimizer: Any = field(metadata=or_null(OPTIMIZER, "Nesterov momentum"))
+    clip_grad_norm: float | None = field(metadata=or_null(POSITIVE, "no limit"))
     sigma: float = field(metadata=POSITIVE)
     momentum: float = field(metadata=rule(lambda x: 0 <= x < 1, "a number in [0, 1)"))
     weight_decay: float = field(metadata=rule(lambda x: 0 <= x < math.inf, "a finite number >= 0"))
@@ -108,12 +144,12 @@ class AlgorithmConfig(Section, key="algorithm"):
         if isinstance(self.outer, int) and not isinstance(self.outer, bool):
             self.outer = float(self.outer) if abs(self.outer) < 1e308 else math.inf
         super().__post_init__()
-        if isinstance(self.outer, dict):
-            self._require_optimizer()
+        self._require_optimizers()
         if self.name != "consensus":
             self._require_point()
-        self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
-        self._require_one_of("tau", "outer", "outer = 2 M tau / eta^2")
+        if self.name != "ddp":
+            self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
+            self._require_one_of("tau", "outer", "outer = 2 M tau / eta^2")
         if self.outer is not None:
             where = "with algorithm.outer, the step of u"
             self._require_implied("u_step_on", "coupling", f"coupling {where}")
@@ -126,14 +162,32 @@ class AlgorithmConfig(Section, key="algorithm"):
             if not possible:
                 self._require_implied("coupling", "explicit", f"explicit with {where}")
 
-    def _require_optimizer(self) -> None:
-        """Refuse an optimizer over u that cannot be made."""
+    def _require_optimizers(self) -> None:
+        """Refuse optimizers that cannot be made, and what contradicts that of the workers."""
         like = torch.zeros(2)
         phi = Layerwise(POTENTIALS["quad"], [(0, 2)])
+        kernel, key = choose_kernel(phi, like), "outer"
         try:
-            self.outer_kernel(choose_kernel(phi, like), phi, like)
+            self.outer_kernel(kernel, phi, like)
+            key = "optimizer"
+            self.own_kernel(kernel, phi, like.unsqueeze(0))
         except ValueError as error:
-            raise ConfigError(f"`algorithm.outer` is {self.outer}: {error}") from error
+            shown = getattr(self, key)
+            raise ConfigError(f"`algorithm.{key}` is {shown}: {error}") from error
+        if self.optimizer is None:
+            return
+        where = "with algorithm.optimizer"
+        name, lr = self.optimizer["optimizer"], float(self.optimizer["lr"])
+        self._require_implied("sigma", lr, f"{lr} {where}, whose lr it is")
+        for option in ("momentum", "weight_decay"):
+            self._require_implied(option, 0, f"0 {where}: an option of {name}, if it has one")
+        self._require_implied("momentum_on", "loss", f"loss {where}")
+
+    def own_kernel(self, kernel: WorkerKernel, phi: Layerwise, z: Tensor) -> WorkerKernel:
+        """Line 6 of workers z (K, n) with their optimizer; the given one where there is none."""
+        if self.optimizer is None:
+            return kernel
+        return WorkerOptimizerStep(kernel, z, *name_and_options(self.optimizer), cut=phi.bounded)
 
     def outer_kernel(
         self, kernel: ConsensusKernel, phi: Layerwise, like: Tensor
@@ -141,9 +195,7 @@ class AlgorithmConfig(Section, key="algorithm"):
         """Line 3 with the optimizer over u; the given one where `outer` is none."""
         if not isinstance(self.outer, dict):
             return kernel
-        options = {key: value for key, value in self.outer.items() if key != "optimizer"}
-        name = self.outer["optimizer"]
-        return FlatOptimizerStep(kernel, like, name, options, cut=phi.bounded)
+        return FlatOptimizerStep(kernel, like, *name_and_options(self.outer), cut=phi.bounded)
 
     @property
     def outer_rate(self) -> float | None:
@@ -166,8 +218,10 @@ class AlgorithmConfig(Section, key="algorithm"):
             sigma = self.schedule.sigma
             self._require_implied("schedule.tau", sigma, f"the schedule of sigma, {where}")
         implied: dict[str, object] = {}
-        if self.name == "msgd":
+        if self.name in ALONE:
             implied = {"period": 1, "pull": None, "outer": None, "local_pull": 0}
+            only = {"msgd": {"optimizer": None}, "ddp": {"lam": None, "tau": None}}
+            implied |= only[self.name]
         elif self.name in AVERAGING:
             implied = {"pull": 1, "tau": None, "order": "gauss_seidel", "momentum_on": "loss"}
             implied |= AVERAGING[self.name]

@@ -27,6 +27,7 @@ from consensus.run.checkpoint.directory import Origin
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
+from consensus.run.config_algorithm import ALONE, as_call
 from consensus.run.limits import memory_of
 from consensus.run.problem import load_data, make_model, make_shards
 from consensus.theory.descent import VECTORS
@@ -77,11 +78,13 @@ class Plan:
         config, layout, size = self.config, self.risk.layout, self.launch.size
         where = f"{size} processes" if size > 1 else "1 process"
         where += f" on {self.device}" + (f" over {self.backend}" if size > 1 else "")
+        optimizer = config.algorithm.optimizer
+        step = "" if optimizer is None else f", {as_call(optimizer)}"
         return (
             f"{config.algorithm.name} with {config.potential.name}: {self.num_workers} worker"
             f"{'s' if self.num_workers > 1 else ''}, {where}, {config.model.name} "
             f"(n = {layout.size:,}, L = {len(layout.layers)}) on {config.data.name}, "
-            f"{config.algorithm.iterations:,} iterations{self._rates()}"
+            f"{config.algorithm.iterations:,} iterations{step}{self._rates()}"
         )
 
     def _rates(self) -> str:
@@ -98,8 +101,7 @@ class Plan:
                 outer *= 0.5 * (pull or 0.0) * eta * eta / algorithm.sigma
         of_u = "u exact" if algorithm.u_update == "exact" else f"outer {outer:.3g}"
         if isinstance(algorithm.outer, dict):
-            options = [f"{k}={x}" for k, x in algorithm.outer.items() if k != "optimizer"]
-            of_u = f"outer {algorithm.outer['optimizer']}({', '.join(options)})"
+            of_u = f"outer {as_call(algorithm.outer)}"
         rates = ["", f"pull {pull:.3g}", of_u]
         if algorithm.local_pull:
             rates.append(f"local_pull {algorithm.local_pull:.3g}")
@@ -118,7 +120,7 @@ class Plan:
             why = "without a coupling there is no envelope"
             lines.append(f"stationarity.every has no effect: {why}")
         alone = config.workers is None and self.num_workers == self.launch.size == 1
-        if alone and config.algorithm.name != "msgd":
+        if alone and config.algorithm.name not in ALONE:
             how = "workers=4, or four processes (torchrun --nproc-per-node=4), train four"
             lines.append(f"one worker is coupled to itself alone: {how}")
         if self.risk.random_evaluation:

@@ -37,6 +37,7 @@ from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, composing, explain, register_schema
 from consensus.run.config import Config
+from consensus.run.config_algorithm import ALONE
 from consensus.run.overrides import override
 from consensus.run.signals import RunStopped
 from consensus.sweep.dashboard import Dashboard
@@ -121,12 +122,13 @@ def has_checkpoints(sweep: Sweep, job: Job) -> bool:
 
 
 def can_be_member(config: Config) -> bool:
-    """Whether a population can train it: explicit steps of u and z_j, no mSGD, no measurements."""
+    """Whether a population can train it: explicit steps without optimizers of torch, coupled."""
     algorithm = config.algorithm
     explicit = algorithm.coupling == "explicit" and algorithm.u_update == "gradient"
     explicit = explicit and not isinstance(algorithm.outer, dict)
+    explicit = explicit and algorithm.optimizer is None and algorithm.clip_grad_norm is None
     measured = config.stationarity.every is not None and config.coupled
-    return algorithm.name != "msgd" and explicit and not measured
+    return algorithm.name not in ALONE and explicit and not measured
 
 
 def member_of(sweep: Sweep, job: Job) -> Member | None:

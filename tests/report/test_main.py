@@ -76,7 +76,7 @@ def test_the_command_on_a_sweep(command, sweep):
     folder = sweep / "report"
     assert {path.name for path in folder.iterdir()} == {
         "table1.md", "table1.csv", "runs.csv", "report.md", "figure1.png", "figure1.pdf",
-        "sensitivity.png", "sensitivity.pdf",
+        "sensitivity.png", "sensitivity.pdf", "methods.png", "methods.pdf",
     }  # fmt: skip
     assert "last evaluation of each run" in out
     assert "1 without an evaluation" in out
@@ -95,9 +95,14 @@ def test_the_command_on_a_sweep(command, sweep):
         "| cubic | - | - | - | - | - | - | - | - |",
         "| mSGD | 1 | 50 | 50 | 5.00 | 500 | 5.00 | 0.1 | 1 |",
     ]
+    part_three_rows = [
+        "| quad | 0.70 ± 0.28 | 1.00 ± 0.00 | - | - |",
+        "| cubic | - | - | - | - |",
+        "| mSGD | 5.00 | 1.00 | - | - |",
+    ]
     table = (folder / "table1.md").read_text(encoding="utf-8")
     assert [line for line in table.splitlines() if re.match(r"\| (quad|cubic|mSGD)", line)] == (
-        part_one_rows + part_two_rows
+        part_one_rows + part_two_rows + part_three_rows
     )
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert "6 runs from `sweep`: 4 finished, 1 diverged, 1 unfinished." in page

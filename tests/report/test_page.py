@@ -2,7 +2,14 @@
 
 import pytest
 
-from consensus.report.page import markdown_table, part_one, part_two, write_report
+from consensus.report.page import (
+    markdown_table,
+    part_one,
+    part_three,
+    part_two,
+    table1_markdown,
+    write_report,
+)
 from consensus.report.table1 import table1
 from tests.testing.made_runs import FIRST, SECOND, config, row, run
 
@@ -54,6 +61,21 @@ def test_part_two_is_one_configuration():
         ["quad", "1", "7", "6", "0.50", "120", "0.80", "0.2"],
         ["tan", "-", "-", "-", "-", "-", "-", "-"],
     ]  # fmt: skip
+
+
+def test_part_three_compares_methods_per_sample_and_per_second():
+    runs = [
+        run(config(algorithm__name=name), FIRST | {"wall_s": wall, "samples_per_s": 1e4 / wall})
+        for name, wall in (("consensus", 10.0), ("ddp", 20.0))
+    ]
+    records = table1(runs)
+    assert part_three(records) == [
+        ["potential or method", "test error %", "epochs", "seconds", "samples/s"],
+        ["quad", "0.90", "1.00", "10", "1000"],
+        ["DDP", "0.90", "1.00", "20", "500"],
+    ]
+    assert "| DDP | 0.90 | 1.00 | 20 | 500 |" in table1_markdown(records)
+    assert "samples/s" not in table1_markdown(table1(runs[:1]))
 
 
 def test_the_papers_numbers_stand_beside_its_own_problem_only():

@@ -52,10 +52,13 @@ def test_a_repeated_seed_counts_once():
 
 def test_the_order_of_lines():
     names = ["log_cosh", "log_sep", "tan", "quad", "tan_sep", "aaa", "log", "cubic"]
-    runs = [run(config(algorithm__name=name), None) for name in ("msgd", "easgd")]
+    runs = [
+        run(config(algorithm__name=name), None) for name in ("msgd", "ddp", "easgd", "local_sgd")
+    ]
     runs += [run(config(potential=name), None) for name in names]
     assert [line.label for line in table1(runs)] == [
-        "quad", "cubic", "tan", "tan_sep", "log", "log_sep", "aaa", "log_cosh", "EASGD", "mSGD",
+        "quad", "cubic", "tan", "tan_sep", "log", "log_sep", "aaa", "log_cosh", "EASGD",
+        "local SGD", "DDP", "mSGD",
     ]  # fmt: skip
 
 

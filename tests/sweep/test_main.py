@@ -37,6 +37,14 @@ def test_runs_are_started_once_and_reported(sweep, tmp_path):
     assert [len(started(tmp_path / "many" / f"seed={seed}")) for seed in (1, 2, 3)] == [1, 1, 1]
 
 
+def test_methods_are_compared_in_one_report(sweep, tmp_path):
+    code, _, err = sweep("algorithm=ddp,local_sgd,easgd,consensus", "seed=1", "sweep.dir=many")
+    assert (code, err) == (0, "")
+    table = (tmp_path / "many" / "report" / "table1.md").read_text(encoding="utf-8")
+    lines = [line.split(" | ")[0] for line in table.splitlines() if " 1.00 " in line]
+    assert lines == 3 * ["| quad", "| EASGD", "| local SGD", "| DDP"]
+
+
 def test_a_failed_run_is_reported_and_started_again(sweep, tmp_path):
     for times in (1, 2):
         code, out, err = sweep("seed=1,13,2", "sweep.dir=many")

@@ -9,9 +9,9 @@ They agree up to rounding. Plain and Triton kernels also take S configurations i
 block (population.py), each with M workers and hyperparameters of its own. n parameters, K workers
 in a block, G groups of a size.
 
-outer_step.py is line 3 by an optimizer of torch. weighted.py is another pair of lines: proximal
-steps and a weighted mean. pulls.py is line 6 with the displacement of any optimizer in place of a
-velocity.
+outer_step.py is line 3 by an optimizer of torch (optimizers.py), worker_step.py is line 6 by one.
+weighted.py is another pair of lines: proximal steps and a weighted mean. pulls.py is line 6 after
+the optimizer of a user has displaced the parameters of a module.
 """
 
 import importlib.util

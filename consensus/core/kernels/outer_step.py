@@ -15,9 +15,7 @@ from torch.optim import Optimizer
 
 from consensus.core.flat import Scalar, scaled
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce
-
-MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-"""Makes an optimizer for parameters that are u, in some shapes."""
+from consensus.core.kernels.optimizers import MakeOptimizer, StateTensors, named, scale_momentum
 
 
 class OptimizerStep:
@@ -28,7 +26,7 @@ class OptimizerStep:
 
     Args:
         kernel: The sums of forces, the step without an optimizer, and the line search.
-        make: Makes the optimizer.
+        make: Makes the optimizer for parameters that are u, in some shapes.
         like: A vector with the size, type and device of u. (n,)
         views_of: The pieces of a vector (n,) that become the parameters; None: the vector.
         cut: Whether `kernel` has a line search.
@@ -92,9 +90,7 @@ class OptimizerStep:
         d = torch.sub(u, before, out=out)
         u.copy_(before)
         self.kernel.move_consensus(u, z, TotalForce(d, total.reach), -1.0, search, out)
-        found = (state.get("momentum_buffer") for state in self.optimizer.state.values())
-        if momenta := [momentum for momentum in found if momentum is not None]:
-            torch._foreach_mul_(momenta, search.step)
+        scale_momentum(self.optimizer.state.values(), search.step)
 
     def restart(self) -> None:
         """Forget momentum and the like."""
@@ -124,49 +120,14 @@ class FlatOptimizerStep(OptimizerStep):
         *,
         cut: bool,
     ) -> None:
-        make = _maker(name, options)
-        trial = nn.Parameter(torch.zeros_like(like))
-        trial.grad = torch.zeros_like(like)
-        optimizer = make([trial])
-        try:
-            optimizer.step()
-        except (RuntimeError, TypeError) as error:  # such as LBFGS, which needs a closure
-            raise ValueError(f"{name} cannot step over one flat vector ({error})") from error
-        # Optimizers make their state in the first step. Its shapes are known from this trial.
-        self._shapes = _tensors_of(optimizer.state[trial])
+        make = named(name, options)
+        self._state = StateTensors(name, make, like)
         super().__init__(kernel, make, like, cut=cut)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the optimizer, equal on all ranks; `started` is 0 before its first step."""
-        own = _tensors_of(self.optimizer.state[self._parameters[0]])
-        return {"started": torch.tensor(int(bool(own))), **self._shapes, **own}
+        return self._state.read(self.optimizer, self._parameters[0])
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`."""
-        self.restart()
-        if state["started"]:
-            self.optimizer.state[self._parameters[0]].update(
-                {key: state[key].to(own, copy=True) for key, own in self._shapes.items()}
-            )
-
-
-def _maker(name: str, options: Mapping[str, Any]) -> MakeOptimizer:
-    kind = getattr(torch.optim, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, Optimizer) or kind is Optimizer:
-        raise ValueError(f"`optimizer` is {name}; allowed: the name of a class in torch.optim")
-
-    def make(parameters: list[nn.Parameter]) -> Optimizer:
-        try:
-            made: Optimizer = kind(parameters, **options)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} refuses its options: {error}") from error
-        return made
-
-    return make
-
-
-def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key, value in state.items():
-        if not isinstance(value, Tensor | None):
-            raise ValueError(f"`{key}` in the state of the optimizer is no tensor")
-    return {key: value for key, value in state.items() if value is not None}
+        self._state.write(self.optimizer, self._parameters[0], state)

@@ -188,8 +188,8 @@ def _with_defaults(config: Any) -> Any:
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> value; an empty dictionary is a value."""
-    if not isinstance(node, dict) or not node:
+    """Dotted key -> value; an empty dictionary is a value, and {optimizer: NAME, ...} is one."""
+    if not isinstance(node, dict) or not node or isinstance(node.get("optimizer"), str):
         return {path: node}
     return {
         key: value
