@@ -77,7 +77,7 @@ class Dataset:
         )
 
 
-DATASETS: Registry[Dataset] = Registry("data set")
+DATASETS: Registry[Dataset] = Registry("data set", Dataset)
 """The table of data sets. A factory takes `root`, the folder of files, and its own options."""
 
 

@@ -7,6 +7,7 @@ mistake alike, and none waits for another.
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ def count_workers(config: Config, launch: Launch) -> int:
 
 def load_data(config: Config) -> Dataset:
     """The data set of the config, on the CPU."""
-    options = {"root": config.data.root, **config.data.options}
+    options = DATASETS.completed(config.data.name, config.data.options, root=config.data.root)
     try:
         return DATASETS.make(config.data.name, **options)
     except DataUnavailableError as error:
@@ -190,7 +191,7 @@ def load_data(config: Config) -> Dataset:
 def make_model(config: Config, dataset: Dataset) -> nn.Module:
     """The model of the config, on the device and in the dtype of the data."""
     images, labels = dataset.test_images[:1], dataset.test_labels[:1]
-    options = {"num_classes": dataset.num_classes, **config.model.options}
+    options = model_options(config, dataset)
     try:
         model = build_model(config.model.name, config.seed, images.dtype, **options)
         model = model.to(images.device)
@@ -202,6 +203,12 @@ def make_model(config: Config, dataset: Dataset) -> nn.Module:
         cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
     return model
+
+
+def model_options(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The options of the model: those of the config, after those that follow from the data."""
+    model = config.model
+    return MODELS.completed(model.name, model.options, num_classes=dataset.num_classes)
 
 
 def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:
@@ -307,7 +314,8 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
     """
     try:
         with torch.device("meta"):
-            model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
+            name, options = config.model.name, config.model.options
+            model = MODELS.make(name, **MODELS.completed(name, options, num_classes=10))
         bytes_each = bytes_of_worker(model.to(getattr(torch, config.dtype)))
         beside = bytes_of_measurement(config, model)
     except Exception:  # a user's model may do anything
