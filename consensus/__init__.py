@@ -6,32 +6,60 @@ if TYPE_CHECKING:
     from consensus.core.layerwise import Layerwise
     from consensus.core.potentials import POTENTIALS, Potential
     from consensus.core.profiles import Profile
+    from consensus.core.schedules import SCHEDULES
     from consensus.core.sizes import Radial, Separable
     from consensus.coupling import Coupling
+    from consensus.problem import DATASETS, MODELS, PARTITIONS, Dataset
+    from consensus.records import Row
+    from consensus.run.checks import ConfigError
+    from consensus.run.config import Config
+    from consensus.run.sinks import SINKS, RunInfo, Sink
 
     __version__: str
 
 __all__ = [
+    "DATASETS",
+    "MODELS",
+    "PARTITIONS",
     "POTENTIALS",
+    "SCHEDULES",
+    "SINKS",
+    "Config",
+    "ConfigError",
     "Coupling",
+    "Dataset",
     "Layerwise",
     "Potential",
     "Profile",
     "Radial",
+    "Row",
+    "RunInfo",
     "Separable",
+    "Sink",
     "__version__",
 ]
 
 # Names are imported when they are used: torch takes seconds, in which a command could not answer
 # a signal.
 _HOMES = {
+    "DATASETS": "consensus.problem",
+    "MODELS": "consensus.problem",
+    "PARTITIONS": "consensus.problem",
     "POTENTIALS": "consensus.core.potentials",
+    "SCHEDULES": "consensus.core.schedules",
+    "SINKS": "consensus.run.sinks",
+    "Config": "consensus.run.config",
+    "ConfigError": "consensus.run.checks",
     "Coupling": "consensus.coupling",
+    "Dataset": "consensus.problem",
     "Layerwise": "consensus.core.layerwise",
     "Potential": "consensus.core.potentials",
     "Profile": "consensus.core.profiles",
     "Radial": "consensus.core.sizes",
+    "Row": "consensus.records",
+    "RunInfo": "consensus.run.sinks",
     "Separable": "consensus.core.sizes",
+    "Sink": "consensus.run.sinks",
 }
 
 if not TYPE_CHECKING:

@@ -35,9 +35,9 @@ from consensus.run.compose import (
     REFUSALS,
     config_dir,
     explain,
-    full_key,
+    is_refusal,
     refuse_unknown_switches,
-    register_schema,
+    register_for_main,
     to_config,
 )
 from consensus.run.continued import continued
@@ -46,8 +46,6 @@ from consensus.run.overrides import take_as_text
 from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
-
-register_schema()
 
 PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 
@@ -88,6 +86,7 @@ def main() -> None:
         multirun = not {"-m", "--multirun"}.isdisjoint(sys.argv)
         sys.argv[1:] = take_as_text(sys.argv[1:], sweeping=multirun)
         warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
+        register_for_main(sys.argv[1:])
         train()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Modules of torch that are imported while a group is open keep its threads alive until
@@ -122,10 +121,7 @@ def failures_in_one_line() -> Iterator[None]:
         # An interrupt reaches all ranks, so none waits for another.
         leave("interrupted" if rank == "0" else None, 130)
     except Exception as error:
-        # Hydra passes a few errors on, as for `algorithm=3` or a YAML file that it cannot parse.
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in ("hydra", "yaml") or full_key(error):
+        if is_refusal(error):
             leave(explain(error), 2, speak=local_rank == "0")
         traceback.print_exc()
         leave(f"rank {rank}: this is a bug, see the traceback", 1, speak=True)

@@ -61,9 +61,7 @@ def test_the_plugin_example_runs(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(POTENTIALS, "_factories", dict(POTENTIALS._factories))
     (tmp_path / "my_potentials.py").write_text(PLUGIN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    overrides = re.search(
-        r"consensus\.train '(plugins=.*?)' (potential\.name=\w+)", README
-    ).groups()
+    overrides = re.search(r"consensus\.train '(plugins=.*?)' (potential=\w+)", README).groups()
     config = make_config(*overrides)
     assert config.potential.make().profile.bound == float("inf")
 

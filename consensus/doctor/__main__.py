@@ -24,7 +24,7 @@ from consensus.doctor.examination import end, examine, here
 from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
 from consensus.run.checks import ConfigError
-from consensus.run.compose import REFUSALS, composing, explain, register_schema, to_config
+from consensus.run.compose import REFUSALS, composing, explain, to_config
 from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
 
@@ -37,7 +37,6 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        register_schema()
         with composing("doctor", take_as_text(sys.argv[1:])) as (overrides, _):
             for text in overrides:
                 if text.startswith("-"):

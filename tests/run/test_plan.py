@@ -204,8 +204,9 @@ def test_a_model_that_is_random_in_evaluation_mode_is_mentioned(
         "        return super().forward(x)\n"
         f"MODELS.register('{name}')(lambda num_classes=10: Model(784, num_classes))\n"
     )
+    monkeypatch.setattr(MODELS, "_factories", dict(MODELS._factories))
     monkeypatch.syspath_prepend(tmp_path)
-    config = make_config(f"plugins=[{name}]", f"model.name={name}", "device=cpu")
+    config = make_config(f"plugins=[{name}]", f"model={name}", "device=cpu")
     remarks = [line for line in make_plan(config, Launch()).remarks() if "evaluation" in line]
     assert len(remarks) == said
     assert all(line.startswith(f"model {name} draws random numbers in ev") for line in remarks)
