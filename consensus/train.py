@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
+from consensus.comm import GroupError, Launch, LaunchError, PeerLostError
 from consensus.private_api import run_exit_handlers
+from consensus.run.api import run
 from consensus.run.checks import ConfigError
 from consensus.run.compose import (
     REFUSALS,
@@ -41,9 +41,8 @@ from consensus.run.compose import (
     to_config,
 )
 from consensus.run.continued import continued
-from consensus.run.limits import MachineError, machine_failures
+from consensus.run.limits import MachineError
 from consensus.run.overrides import take_as_text
-from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
 
@@ -52,26 +51,13 @@ PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def train(cfg: DictConfig) -> None:
-    """Make the plan, open the process group and train."""
+    """Train with a composed config."""
     with failures_in_one_line():
         launch = Launch.from_environment()
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
         config = to_config(continued(cfg, HydraConfig.get().overrides.task, launch.size))
-        set_determinism(config)
-        try:
-            with machine_failures():
-                plan = make_plan(config, launch)
-        except MachineError as error:  # as all ranks of this machine, before a group opens
-            raise ConfigError(str(error)) from error
-        if plan.device.type == "cuda":
-            torch.cuda.set_device(plan.device)
-        how = config.group
-        where = launch, plan.backend, plan.device
-        group = open_group(*where, how.timeout_s, how.shared_memory, how.compress)
-        with group.publish_failure(), machine_failures():
-            Trainer(plan, group).run()
-        group.close()  # not after a failure: peers may hang in the group
+        run(config, launch, lambda plan, group: Trainer(plan, group).run())
 
 
 def main() -> None:
