@@ -1,8 +1,11 @@
 """Consensus training: M workers, one model, and a Legendre potential that couples them."""
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from consensus.comm import GroupError
     from consensus.core.layerwise import Layerwise
     from consensus.core.potentials import POTENTIALS, Potential
     from consensus.core.profiles import Profile
@@ -11,8 +14,10 @@ if TYPE_CHECKING:
     from consensus.coupling import Coupling
     from consensus.problem import DATASETS, MODELS, PARTITIONS, Dataset
     from consensus.records import Row
+    from consensus.run.api import Result, compose, load, train
     from consensus.run.checks import ConfigError
     from consensus.run.config import Config
+    from consensus.run.signals import RunStopped
     from consensus.run.sinks import SINKS, RunInfo, Sink
 
     __version__: str
@@ -28,15 +33,21 @@ __all__ = [
     "ConfigError",
     "Coupling",
     "Dataset",
+    "GroupError",
     "Layerwise",
     "Potential",
     "Profile",
     "Radial",
+    "Result",
     "Row",
     "RunInfo",
+    "RunStopped",
     "Separable",
     "Sink",
     "__version__",
+    "compose",
+    "load",
+    "train",
 ]
 
 # Names are imported when they are used: torch takes seconds, in which a command could not answer
@@ -52,14 +63,20 @@ _HOMES = {
     "ConfigError": "consensus.run.checks",
     "Coupling": "consensus.coupling",
     "Dataset": "consensus.problem",
+    "GroupError": "consensus.comm",
     "Layerwise": "consensus.core.layerwise",
     "Potential": "consensus.core.potentials",
     "Profile": "consensus.core.profiles",
     "Radial": "consensus.core.sizes",
+    "Result": "consensus.run.api",
     "Row": "consensus.records",
     "RunInfo": "consensus.run.sinks",
+    "RunStopped": "consensus.run.signals",
     "Separable": "consensus.core.sizes",
     "Sink": "consensus.run.sinks",
+    "compose": "consensus.run.api",
+    "load": "consensus.run.api",
+    "train": "consensus.run.api",
 }
 
 if not TYPE_CHECKING:
@@ -76,6 +93,19 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
         return value
+
+    class _Package(ModuleType):
+        """This module, in which the function `train` outlasts the module of its name.
+
+        `python -m consensus.train` and the script consensus-train run the module. Its import would
+        replace the function: Python sets each module as an attribute of its package.
+        """
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not (name in _HOMES and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
+
+    sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -926,7 +926,7 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
         assert [row["iteration"] for row in rows] == sorted(wanted | analysed)
         assert {row["iteration"] for row in rows if "stationarity" in row} == analysed
         assert seen.iterations == list(range(-1, total))
-    assert {*summary} - {*rows[-1]} == {"best", "environment"} | (files & {"checkpoints"})
+    assert {*summary} - {*rows[-1]} == {"best", "environment", "model"} | (files & {"checkpoints"})
     assert {key: summary[key] for key in rows[-1]} == rows[-1]
     for row in rows:
         assert 0 <= row["train_error"] <= 100

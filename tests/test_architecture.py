@@ -15,8 +15,8 @@ ALGORITHM = {"comm", "server", "worker", "algorithm", "replay"}
 # Module -> what it may import of ours. A folder speaks for its modules unless one has a line of its
 # own; each may import within itself. A new module at the top needs a line here.
 MAY_IMPORT = {
-    "consensus": {"core", "coupling", "problem", "records"}
-    | {"run.checks", "run.config", "run.sinks"},
+    "consensus": {"comm", "core", "coupling", "problem", "records"}
+    | {"run.api", "run.checks", "run.config", "run.signals", "run.sinks"},
     "consensus.registry": set(),
     "consensus.private_api": set(),
     "consensus.startup": set(),
@@ -235,14 +235,20 @@ def test_public_names():
         "ConfigError",
         "Coupling",
         "Dataset",
+        "GroupError",
         "Layerwise",
         "Potential",
         "Profile",
         "Radial",
+        "Result",
         "Row",
         "RunInfo",
+        "RunStopped",
         "Separable",
         "Sink",
+        "compose",
+        "load",
+        "train",
         "__version__",
     }
     for name in consensus.__all__:

@@ -14,7 +14,7 @@ from tests.testing import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COUPLING = (ROOT / "docs" / "coupling.md").read_text(encoding="utf-8")
-MODEL_SNIPPET, PLUGIN, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MODEL_SNIPPET, PLUGIN, LIBRARY, PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def section(title):
@@ -43,6 +43,15 @@ def test_the_model_snippet_repeats_the_test_error_of_the_run(
 
 def test_the_library_example_runs():
     exec(LIBRARY, {})
+
+
+def test_training_from_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.zeros(3, 1, 28, 28)}
+    exec(PYTHON, names)
+    assert names["logits"].shape == (3, 10)
+    assert names["result"].run_dir.parent == tmp_path / "runs"
+    assert f"{names['result'].best} " in capsys.readouterr().out
 
 
 def test_the_snippets_about_coupling_run_one_after_another(capsys):

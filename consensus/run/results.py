@@ -13,7 +13,7 @@ from consensus.atomic_files import write_whole
 from consensus.records import Row, to_json
 from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.stationarity import measurements
-from consensus.run.plan import Plan
+from consensus.run.plan import Plan, model_options
 
 
 def finish_run(
@@ -26,13 +26,22 @@ def finish_run(
 ) -> None:
     """Write model.pt, the state dict of u (n,), and summary.json, which marks a run as finished.
 
-    The summary repeats the last of the rows; `extra` entries replace others of the same name.
+    The summary repeats the last of the rows, and has what makes the model again; `extra` entries
+    replace others of the same name.
     """
     buffer = io.BytesIO()
-    torch.save(plan.risk.layout.state_dict(u), buffer)
+    torch.save(state_dict_of(plan, u), buffer)
     write_whole(run_dir / "model.pt", buffer.getvalue())
-    summary = {**rows[-1], "best": best, "environment": environment(plan), **extra}
+    options = model_options(plan.config, plan.dataset)
+    model = {"name": plan.config.model.name, "options": options}
+    own = {"best": best, "model": model, "environment": environment(plan)}
+    summary = {**rows[-1], **own, **extra}
     write_whole(run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
+
+
+def state_dict_of(plan: Plan, u: Tensor) -> dict[str, Tensor]:
+    """The state dict of the model at u (n,), on the CPU."""
+    return plan.risk.layout.state_dict(u)
 
 
 def draw_pictures(run_dir: Path, rows: Sequence[Row], say: Callable[[str], None]) -> None:

@@ -36,6 +36,7 @@ def test_the_model_and_the_summary(plan, tmp_path):
         **ROW,
         "train_loss": None,  # JSON has no infinity
         "best": best,
+        "model": {"name": "logistic", "options": {"num_classes": 10}},
         "environment": environment(plan),
         "checkpoints": {"written": 1},
     }
