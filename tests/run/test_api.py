@@ -271,6 +271,19 @@ def test_a_hydra_of_the_caller_is_left_alone(reference, folder):
         store.repo = repo
 
 
+class ZMQInteractiveShell:
+    """The shell of a notebook, by whose name rich recognizes one."""
+
+
+def test_a_notebook_shows_lines_of_text(reference, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    consensus.train(*OWN)
+    lines, own = capsys.readouterr().out.splitlines(), reference[1].splitlines()
+    assert len(lines) == len(own)
+    assert lines[1].split("coupling")[0] == own[1].split("coupling")[0]
+    assert lines[1].startswith("iteration      4  epoch ")
+
+
 def test_quiet_prints_nothing(capsys):
     consensus.train(*OWN, quiet=True)
     assert capsys.readouterr() == ("", "")
