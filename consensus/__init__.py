@@ -1,37 +1,99 @@
 """Consensus training: M workers, one model, and a Legendre potential that couples them."""
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from consensus.comm import GroupError
     from consensus.core.layerwise import Layerwise
     from consensus.core.potentials import POTENTIALS, Potential
     from consensus.core.profiles import Profile
+    from consensus.core.schedules import SCHEDULES
     from consensus.core.sizes import Radial, Separable
     from consensus.coupling import Coupling
+    from consensus.problem import (
+        DATASETS,
+        LOSSES,
+        MODELS,
+        PARTITIONS,
+        Dataset,
+        Loss,
+        Metric,
+        Samples,
+    )
+    from consensus.records import Row
+    from consensus.run.api import Result, compose, load, train
+    from consensus.run.checks import ConfigError
+    from consensus.run.config import Config
+    from consensus.run.signals import RunStopped
+    from consensus.run.sinks import SINKS, RunInfo, Sink
 
     __version__: str
 
 __all__ = [
+    "DATASETS",
+    "LOSSES",
+    "MODELS",
+    "PARTITIONS",
     "POTENTIALS",
+    "SCHEDULES",
+    "SINKS",
+    "Config",
+    "ConfigError",
     "Coupling",
+    "Dataset",
+    "GroupError",
     "Layerwise",
+    "Loss",
+    "Metric",
     "Potential",
     "Profile",
     "Radial",
+    "Result",
+    "Row",
+    "RunInfo",
+    "RunStopped",
+    "Samples",
     "Separable",
+    "Sink",
     "__version__",
+    "compose",
+    "load",
+    "train",
 ]
 
 # Names are imported when they are used: torch takes seconds, in which a command could not answer
 # a signal.
 _HOMES = {
+    "DATASETS": "consensus.problem",
+    "LOSSES": "consensus.problem",
+    "MODELS": "consensus.problem",
+    "PARTITIONS": "consensus.problem",
     "POTENTIALS": "consensus.core.potentials",
+    "SCHEDULES": "consensus.core.schedules",
+    "SINKS": "consensus.run.sinks",
+    "Config": "consensus.run.config",
+    "ConfigError": "consensus.run.checks",
     "Coupling": "consensus.coupling",
+    "Dataset": "consensus.problem",
+    "GroupError": "consensus.comm",
     "Layerwise": "consensus.core.layerwise",
+    "Loss": "consensus.problem",
+    "Metric": "consensus.problem",
     "Potential": "consensus.core.potentials",
     "Profile": "consensus.core.profiles",
     "Radial": "consensus.core.sizes",
+    "Result": "consensus.run.api",
+    "Row": "consensus.records",
+    "RunInfo": "consensus.run.sinks",
+    "RunStopped": "consensus.run.signals",
+    "Samples": "consensus.problem",
     "Separable": "consensus.core.sizes",
+    "Sink": "consensus.run.sinks",
+    "compose": "consensus.run.api",
+    "load": "consensus.run.api",
+    "train": "consensus.run.api",
 }
 
 if not TYPE_CHECKING:
@@ -48,6 +110,19 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
         return value
+
+    class _Package(ModuleType):
+        """This module, in which the function `train` outlasts the module of its name.
+
+        `python -m consensus.train` and the script consensus-train run the module. Its import would
+        replace the function: Python sets each module as an attribute of its package.
+        """
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not (name in _HOMES and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
+
+    sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

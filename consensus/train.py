@@ -23,57 +23,41 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from consensus.comm import GroupError, Launch, LaunchError, PeerLostError, open_group
+from consensus.comm import GroupError, Launch, LaunchError, PeerLostError
 from consensus.private_api import run_exit_handlers
+from consensus.run.api import run
 from consensus.run.checks import ConfigError
 from consensus.run.compose import (
     REFUSALS,
     config_dir,
     explain,
-    full_key,
+    is_refusal,
     refuse_unknown_switches,
-    register_schema,
+    register_for_main,
     to_config,
 )
 from consensus.run.continued import continued
-from consensus.run.limits import MachineError, machine_failures
+from consensus.run.limits import MachineError
 from consensus.run.overrides import take_as_text
-from consensus.run.plan import make_plan, set_determinism
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
-
-register_schema()
 
 PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="train")
 def train(cfg: DictConfig) -> None:
-    """Make the plan, open the process group and train."""
+    """Train with a composed config."""
     with failures_in_one_line():
         launch = Launch.from_environment()
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
         config = to_config(continued(cfg, HydraConfig.get().overrides.task, launch.size))
-        set_determinism(config)
-        try:
-            with machine_failures():
-                plan = make_plan(config, launch)
-        except MachineError as error:  # as all ranks of this machine, before a group opens
-            raise ConfigError(str(error)) from error
-        if plan.device.type == "cuda":
-            torch.cuda.set_device(plan.device)
-        how = config.group
-        where = launch, plan.backend, plan.device
-        group = open_group(*where, how.timeout_s, how.shared_memory, how.compress)
-        with group.publish_failure(), machine_failures():
-            Trainer(plan, group).run()
-        group.close()  # not after a failure: peers may hang in the group
+        run(config, launch, lambda plan, group: Trainer(plan, group).run())
 
 
 def main() -> None:
@@ -88,6 +72,7 @@ def main() -> None:
         multirun = not {"-m", "--multirun"}.isdisjoint(sys.argv)
         sys.argv[1:] = take_as_text(sys.argv[1:], sweeping=multirun)
         warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
+        register_for_main(sys.argv[1:])
         train()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Modules of torch that are imported while a group is open keep its threads alive until
@@ -122,10 +107,7 @@ def failures_in_one_line() -> Iterator[None]:
         # An interrupt reaches all ranks, so none waits for another.
         leave("interrupted" if rank == "0" else None, 130)
     except Exception as error:
-        # Hydra passes a few errors on, as for `algorithm=3` or a YAML file that it cannot parse.
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in ("hydra", "yaml") or full_key(error):
+        if is_refusal(error):
             leave(explain(error), 2, speak=local_rank == "0")
         traceback.print_exc()
         leave(f"rank {rank}: this is a bug, see the traceback", 1, speak=True)

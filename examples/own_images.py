@@ -1,7 +1,7 @@
 """Plugin of the trainer: a network of torchvision on the images of a NumPy file.
 
-python -m consensus.train workers=4 plugins=[own_images] data.name=own_images data.root=images.npz \
-    model.name=torchvision +model.options.name=resnet18 data.validation=0.1
+python -m consensus.train workers=4 plugins=[own_images] data=own_images data.root=images.npz \
+    model=torchvision model.options.name=resnet18 data.validation=0.1
 
 The file has `x` (N, height, width, 3) uint8 and `y` (N,), the class of each image.
 """
@@ -9,7 +9,7 @@ The file has `x` (N, height, width, 3) uint8 and `y` (N,), the class of each ima
 import numpy as np
 from torchvision.models import get_model
 
-from consensus.problem import DATASETS, MODELS, Dataset, Samples
+from consensus import DATASETS, MODELS, Dataset, Samples
 
 
 @DATASETS.register("own_images")

@@ -1,7 +1,7 @@
 """Plugin of the trainer: regression on the columns of a CSV file, with a loss of one's own.
 
-python -m consensus.train workers=4 plugins=[own_regression] data.name=table data.root=table.csv \
-    model.name=regression loss.name=huber
+python -m consensus.train workers=4 plugins=[own_regression] data=table data.root=table.csv \
+    model=regression loss=huber
 
 The last column of the file is the target.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from torch.nn.functional import huber_loss
 
-from consensus.problem import DATASETS, LOSSES, MODELS, Dataset, Loss, Metric, Samples
+from consensus import DATASETS, LOSSES, MODELS, Dataset, Loss, Metric, Samples
 
 
 @DATASETS.register("table")

@@ -1,7 +1,7 @@
 """Plugin of the trainer: a recurrent model of the characters of a text file.
 
-python -m consensus.train workers=4 plugins=[own_text] data.name=own_text data.root=my.txt \
-    model.name=char_gru loss=token_cross_entropy
+python -m consensus.train workers=4 plugins=[own_text] data=own_text data.root=my.txt \
+    model=char_gru loss=token_cross_entropy
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from consensus.problem import DATASETS, MODELS, Dataset, Samples
+from consensus import DATASETS, MODELS, Dataset, Samples
 
 
 @DATASETS.register("own_text")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
-from consensus.run.compose import config_dir, register_schema, to_config
+from consensus.run.compose import composing, to_config
 from consensus.run.config import Config
 from tests.testing import ROOT, container, hosts, slurm
 from tests.testing.ranks import RankPool
@@ -92,11 +92,10 @@ def ranks(rank_pool: RankPool, tmp_path: Path) -> Callable[..., list]:
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Config]:
     """`make_config("potential=tan", ...)`: a checked config whose run would go to tmp_path."""
-    register_schema()
 
     def make(*overrides: str) -> Config:
-        with initialize_config_dir(config_dir(), version_base="1.3"):
+        with composing("test", overrides) as (own, _):
             where = [f"output.root={tmp_path / 'runs'}", "output.tensorboard=false"]
-            return to_config(compose("train", overrides=[*where, *overrides]))
+            return to_config(compose("train", overrides=[*where, *own]))
 
     return make

@@ -15,7 +15,7 @@ from tests.testing import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COUPLING = (ROOT / "docs" / "coupling.md").read_text(encoding="utf-8")
-MODEL_SNIPPET, PLUGIN, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MODEL_SNIPPET, PLUGIN, LIBRARY, PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def section(title):
@@ -46,6 +46,15 @@ def test_the_library_example_runs():
     exec(LIBRARY, {})
 
 
+def test_training_from_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.zeros(3, 1, 28, 28)}
+    exec(PYTHON, names)
+    assert names["logits"].shape == (3, 10)
+    assert names["result"].run_dir.parent == tmp_path / "runs"
+    assert f"{names['result'].best} " in capsys.readouterr().out
+
+
 def test_the_snippets_about_coupling_run_one_after_another(capsys):
     snippets = re.findall(r"```python\n(.*?)```", COUPLING, re.DOTALL)
     names = {}
@@ -62,9 +71,7 @@ def test_the_plugin_example_runs(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(POTENTIALS, "_factories", dict(POTENTIALS._factories))
     (tmp_path / "my_potentials.py").write_text(PLUGIN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    overrides = re.search(
-        r"consensus\.train '(plugins=.*?)' (potential\.name=\w+)", README
-    ).groups()
+    overrides = re.search(r"consensus\.train '(plugins=.*?)' (potential=\w+)", README).groups()
     config = make_config(*overrides)
     assert config.potential.make().profile.bound == float("inf")
 

@@ -1,5 +1,6 @@
 """Tables of names: entries, options, and messages that list what is allowed."""
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 
@@ -67,7 +68,7 @@ def test_a_lookup_of_a_name_does_not_make_the_entry():
 def test_unknown_name(shapes, method):
     with pytest.raises(ValueError, match="unknown shape `square`; known: circle, dot") as caught:
         getattr(shapes, method)("square")
-    assert caught.value.__suppress_context__  # one line for the user, not two tracebacks
+    assert caught.value.__context__ is None  # one line for the user, not two tracebacks
 
 
 def test_unknown_option(shapes):
@@ -96,6 +97,87 @@ def test_a_name_is_not_taken_twice(shapes):
     with pytest.raises(ValueError, match=r"shape `dot` is already registered by <function .*dot"):
         shapes.register("dot")(other)
     assert shapes["dot"] == ["dot"]
+
+
+def test_one_function_defined_twice_may_register_again(shapes):
+    """As a cell of a notebook that runs again, or a module that is reloaded."""
+
+    def define(size):
+        def mine():
+            return size
+
+        return mine
+
+    shapes.register("mine")(define(1))
+    shapes.register("mine")(define(2))
+    assert shapes["mine"] == 2
+    shapes.register("short")(lambda: 1)
+    shapes.register("short")(lambda: 1)
+    with pytest.raises(ValueError, match=r"`short` is already registered by <function .*lambda"):
+        shapes.register("short")(lambda: 2)
+    shapes.register("half")(functools.partial(define(1)))
+    with pytest.raises(ValueError, match=r"`half` is already registered by functools\.partial"):
+        shapes.register("half")(functools.partial(define(1)))
+    assert (shapes["short"], shapes["half"]) == (1, 1)
+
+
+def test_repr_lists_the_names(shapes):
+    assert repr(shapes) == "Registry(shape: circle, dot)"
+
+
+def test_an_option_of_any_name_and_any_other_options():
+    table = Registry("thing")
+
+    @table.register("open")
+    def anything(size: int = 1, *rest, **others):
+        return size, others
+
+    assert table.options("open") == {"size": 1}
+    assert table.make("open", name="x", self=3) == (1, {"name": "x", "self": 3})
+    assert table.completed("open", {"depth": 2}, root="data") == {"root": "data", "depth": 2}
+    with pytest.raises(ValueError, match=r"`size` is 0\.5; allowed: a whole number"):
+        table.make("open", size=0.5)
+
+
+def test_a_factory_gets_the_offered_options_that_it_has(shapes):
+    offered = {"radius": 5.0, "root": "data"}
+    assert shapes.completed("circle", {"filled": True}, **offered) == {
+        "radius": 5.0,
+        "filled": True,
+    }
+    assert shapes.completed("circle", {"radius": 2.0}, **offered) == {"radius": 2.0}
+    assert shapes.completed("dot", {}, **offered) == {}
+    assert shapes.completed("dot", {"size": 1}) == {"size": 1}, "refused by `make`"
+    with pytest.raises(ValueError, match="unknown shape `square`; known: circle, dot"):
+        shapes.completed("square", {})
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (None, "None"),
+        ((1, 2), "a value of type tuple"),
+        (int, "the class int"),
+        (True, None),
+        (7, None),
+    ],
+)
+def test_a_factory_that_returns_something_else_is_refused(returned, found):
+    table = Registry("number", int, "an int")
+
+    @table.register("mine")
+    def build():
+        return returned
+
+    if found is None:
+        assert table["mine"] == returned
+        return
+    where = f"{__name__}.{build.__qualname__}"
+    with pytest.raises(ValueError, match="allowed: an int") as caught:
+        table["mine"]
+    assert str(caught.value) == (
+        f"the factory of number `mine`, {where}, returned {found}; allowed: an int"
+    )
 
 
 def test_tables_are_independent(shapes):

@@ -6,6 +6,7 @@ only where the result depends on them.
 
 import contextlib
 import errno
+import importlib
 import json
 import math
 import os
@@ -28,7 +29,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 
-from consensus import train as entry
 from consensus.comm import GroupError, Launch
 from consensus.problem import DATASETS
 from consensus.run.config import Config
@@ -38,6 +38,9 @@ from consensus.run.sinks import JsonlSink
 from consensus.run.trainer import Trainer
 from consensus.server import digest
 from tests.testing.launch import Ranks
+from tests.testing.plugins import MINE
+
+entry = importlib.import_module("consensus.train")  # the attribute of that name is a function
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MARK = "CONSENSUS_TEST_MARK"
@@ -191,6 +194,7 @@ def test_smoke_metrics_and_summary(smoke):
     summary = json.loads((run_dir / "summary.json").read_text())
     facts = summary.pop("environment")
     assert summary.pop("best") == {"iteration": 20, "test_error": rows[1]["test_error"]}
+    assert summary.pop("model") == {"name": "lenet5", "options": {"num_classes": 10}}
     assert summary.pop("checkpoints").keys() == {"written", "wait_s", "write_s"}
     assert summary == rows[1]
     assert facts["torch"] == torch.__version__
@@ -322,7 +326,7 @@ TWO = {
         ("resume=runs/lam=0.1,é", "`resume` is %s/runs/lam=0.1,é; allowed: never, auto, or the"),
         ("output.name=a=b/c", "`output.name` is 'a=b/c'; allowed: a word without `/`"),
         ("algorithm.batch_size=5000", "`algorithm.batch_size` is 5000; allowed: at most 1437, "),
-        ("plugins=[nowhere]", "`plugins` names nowhere; allowed: modules on the Python path"),
+        ("plugins=[nowhere]", "`plugins` is nowhere; allowed: a module on the Python path or in "),
         ("~algorithm", "`algorithm`: "),
         ("+model.options.depth=2", "`model` is lenet5 {'num_classes': 10, 'depth': 2}: "),
     ],
@@ -566,3 +570,26 @@ def test_the_survivor_of_a_killed_rank_exits_by_itself(tmp_path):
         assert "Traceback" not in ranks.err(0)
     assert re.match(r"consensus\.train: rank 0: lost a peer in `\w+`: ", line)
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# ---- a plugin on several processes
+
+
+@pytest.mark.ranks
+def test_a_plugin_of_the_current_folder_on_several_processes(tmp_path, monkeypatch):
+    own = ["plugins=[mine]", "potential=quartic", "data=stripes", "model=tiny", "dtype=float64"]
+    own += ["model.options.depth=1", "workers=4", "algorithm.batch_size=4", "device=cpu"]
+    own += ["algorithm.iterations=6", "output.tensorboard=false", "output.run_dir=run"]
+    found = []
+    for size in (1, 2, 4):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / "mine.py").write_text(MINE)
+        with Ranks(size, own, folder) as ranks:
+            assert ranks.wait(120) == [0] * size, ranks.err(0)
+        found.append(json.loads((folder / "run" / "summary.json").read_text()))
+    for key in ("objective", "train_loss", "coupling"):  # u is compared across the ranks by the run
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-9)
+        assert found[0][key] == pytest.approx(found[2][key], rel=1e-9)
+    assert found[0]["environment"]["processes"] == 1
+    assert found[2]["environment"]["processes"] == 4

@@ -259,13 +259,20 @@ def open_group(
 ) -> Group:
     """Open the group of a run: `Solo` for one process, else torch's default group. A collective.
 
-    `close` destroys it. `timeout_s` holds for the connection (then PeerLostError) and for each
-    collective. `backend` is "gloo" or "nccl", the other arguments are those of `ProcessGroup`, and
-    `init_method` is the rendezvous: "env://" for the address that torchrun sets.
+    Where the caller has opened torch's default group, it is another group of the same ranks; a
+    GroupError if these are not all ranks of the launch.
+
+    `close` destroys what was opened here. `timeout_s` holds for the connection (then PeerLostError)
+    and for each collective. `backend` is "gloo" or "nccl", `init_method` is the rendezvous
+    ("env://": the address that torchrun sets), and the other arguments are those of `ProcessGroup`.
     """
     if launch.size == 1:
         return Solo(device)
     rank, size = launch.rank, launch.size
+    given = dist.group.WORLD if dist.is_initialized() else None
+    if given is not None and given.size() != size:
+        found = f"the default group of torch.distributed has {given.size()} processes"
+        raise GroupError(f"{found}, the launch has {size} (WORLD_SIZE)")
     with _reporting("start", rank, None):
         store = open_store(rank, size, timeout_s, init_method)
         heartbeat = Heartbeat(dist.PrefixStore("alive", store), rank, size)
@@ -279,19 +286,23 @@ def open_group(
         device_id=device if backend == "nccl" else None,  # binds NCCL to its device
     )
     with _reporting("start", rank, heartbeat):
-        if backend == "nccl":  # needs the thread whose device is set, and has a watchdog
+        if given is not None:
+            handle = _same_ranks(given, timeout_s, backend)
+        elif backend == "nccl":  # needs the thread whose device is set, and has a watchdog
             connect()
         else:  # Gloo waits for each peer in turn, and the timeout is for all of them
             in_time(connect, timeout_s, _LATE)
-    assert dist.group.WORLD is not None
+    if given is None:
+        assert dist.group.WORLD is not None
+        handle = dist.group.WORLD
     group = ProcessGroup(
-        dist.group.WORLD,
+        handle,
         device,
         timeout_s,
         shared_memory=may_share_memory(launch, shared_memory),
         compress=compress,
         heartbeat=heartbeat,
     )
-    group._owned.callback(_destroy)
+    group._owned.callback(_destroy, None if given is None else handle)
     group._owned.callback(heartbeat.stop)
     return group

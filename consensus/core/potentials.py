@@ -24,6 +24,7 @@ To add a potential, register a function that makes it; its keyword arguments bec
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Potential(Domain):
             equation (18), and the root of the diagonal of Q in a scaled potential.
     """
 
-    name = ""  # that of a config, for messages
+    name = ""  # that in POTENTIALS, for messages
 
     def __init__(self, profile: Profile, size: Size, scale: float | Tensor = 1.0) -> None:
         self.profile = profile
@@ -253,10 +254,21 @@ class Potential(Domain):
 
     def __repr__(self) -> str:
         scale = "tensor" if isinstance(self.scale, Tensor) else self.scale
-        return f"{type(self).__name__}(size={self.size!r}, scale={scale})"
+        name = f"{self.name!r}, " if self.name else ""
+        return f"{type(self).__name__}({name}size={self.size!r}, scale={scale})"
 
 
-POTENTIALS: Registry[Potential] = Registry("potential")
+class Potentials(Registry[Potential]):
+    """A table of potentials, which gives each its name."""
+
+    def make(self, name: str, /, **options: Any) -> Potential:
+        """The potential with the given options; ValueError as for every table."""
+        potential = super().make(name, **options)
+        potential.name = name
+        return potential
+
+
+POTENTIALS = Potentials("potential", Potential)
 
 
 @POTENTIALS.register("quad")

@@ -11,7 +11,9 @@ from consensus.registry import Registry
 
 Schedule = Callable[[int, int], float]
 
-SCHEDULES: Registry[Schedule] = Registry("schedule")
+SCHEDULES: Registry[Schedule] = Registry(
+    "schedule", Callable, "a function (t, iterations) -> factor"
+)
 
 
 @SCHEDULES.register("constant")

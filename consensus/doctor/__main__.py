@@ -27,7 +27,7 @@ from consensus.doctor.exchange import Nodes
 from consensus.doctor.finding import print_report, unexpected
 from consensus.doctor.step_size import search
 from consensus.run.checks import ConfigError, require
-from consensus.run.compose import REFUSALS, composing, explain, register_schema, to_config
+from consensus.run.compose import REFUSALS, composing, explain, to_config
 from consensus.run.continued import continued
 from consensus.run.overrides import take_as_text
 
@@ -40,7 +40,6 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        register_schema()
         with composing("doctor", take_as_text(sys.argv[1:])) as (overrides, _):
             job = Nodes.from_environment() or Launch.from_environment()
             overrides, tries_steps = read(overrides, job)

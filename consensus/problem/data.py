@@ -124,7 +124,7 @@ def _samples(name: str, given: Samples | Sequence[object]) -> Samples:
     return given
 
 
-DATASETS: Registry[Dataset] = Registry("data set")
+DATASETS: Registry[Dataset] = Registry("data set", Dataset)
 """The table of data sets. A factory takes `root`, the folder of files, and its own options."""
 
 

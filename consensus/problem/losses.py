@@ -73,7 +73,7 @@ class Loss:
         return self.function(outputs, targets)
 
 
-LOSSES: Registry[Loss] = Registry("loss")
+LOSSES: Registry[Loss] = Registry("loss", Loss)
 """The table of losses. A factory takes the options of its loss."""
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import max_pool2d, relu
 from consensus.problem.streams import restored_generators, seed_all, stream_seed
 from consensus.registry import Registry
 
-MODELS: Registry[nn.Module] = Registry("model")
+MODELS: Registry[nn.Module] = Registry("model", nn.Module, "a torch.nn.Module")
 """The table of models. A factory takes `num_classes` and its own options."""
 
 PIXELS = 28 * 28

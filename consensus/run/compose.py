@@ -5,23 +5,28 @@ wrong type in any file. `to_config` converts once; no module below the entries s
 """
 
 import difflib
-import importlib
 import re
+import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
 )
@@ -30,6 +35,7 @@ from consensus.private_api import add_config_source, has_content, hydra_argument
 from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
+from consensus.run.plugins import TABLES, choices, files_of_names, import_plugin
 
 REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 """The errors that are mistakes of the user: the entries print one line and exit with code 2."""
@@ -65,14 +71,20 @@ def config_dir() -> str:
     raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
 
 
+_ONE_AT_A_TIME = threading.RLock()  # Hydra is global
+
+
 @contextmanager
 def composing(command: str, arguments: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Hydra, initialized for `compose` with all folders of YAML files that a command line names.
+    """Hydra, initialized for `compose` with all that a command line names beside the configs.
 
-    Yields the arguments without `--config-dir=FOLDER` and `hydra.searchpath=[...]`, and these two,
-    for another command. ConfigError if there is no such folder.
+    These are folders of YAML files, and the names that its plugins register. Yields the arguments
+    without `--config-dir=FOLDER` and `hydra.searchpath=[...]`, and these two, for another command.
+    ConfigError if there is no such folder or plugin. A Hydra of the caller is set aside meanwhile.
     """
-    with initialize_config_dir(config_dir(), version_base="1.3", job_name=command):
+    initialized = initialize_config_dir
+    with _own_hydra(), initialized(config_dir(), version_base="1.3", job_name=command):
+        register_schema()
         others, searched, words = [], [], iter(arguments)
         for word in words:
             switch, _, folder = word.partition("=")
@@ -87,7 +99,68 @@ def composing(command: str, arguments: Sequence[str]) -> Iterator[tuple[list[str
                 searched.append(word)
             else:
                 others.append(word)
+        import_plugins(others)
         yield others, searched
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Set aside the state of Hydra, which belongs to the caller, and restore it at the end."""
+    with _ONE_AT_A_TIME:
+        of_hydra, store = GlobalHydra.instance(), ConfigStore.instance()
+        runtime, base = JobRuntime.instance(), VersionBase.instance()
+        hydra, repo, name = of_hydra.hydra, store.repo, runtime.get("name")
+        version = base.getbase()
+        of_hydra.clear()
+        store.repo = repo | {group: {} for group in TABLES}
+        try:
+            yield
+        finally:
+            GlobalHydra.set_instance(of_hydra)
+            of_hydra.hydra, store.repo, base.version_base = hydra, repo, version
+            runtime.set("name", name)
+
+
+def import_plugins(overrides: Sequence[str]) -> None:
+    """Import the plugins of overrides and of their experiments, and offer the registered names.
+
+    `potential=NAME` then works without a YAML file. Hydra must be initialized with the configs.
+    ConfigError if there is no such plugin.
+    """
+    for found in choices(overrides, "plugins"):
+        _import_all(found)
+    offer_names()
+    # The experiment may name an entry of its plugins, which is not there yet.
+    others = [f"{group}={min(Path(config_dir(), group).glob('*.yaml')).stem}" for group in TABLES]
+    for experiment in choices(overrides, "experiment"):
+        plugins = None
+        with suppress(*REFUSALS):  # explained when the whole command line is composed
+            cfg = compose("train", overrides=[f"experiment={experiment}", *others])
+            plugins = OmegaConf.to_container(cfg.plugins)
+        _import_all(plugins)
+        offer_names()
+
+
+def _import_all(plugins: object) -> None:
+    for name in plugins if isinstance(plugins, list) else ():
+        if isinstance(name, str):
+            import_plugin(name)
+
+
+def offer_names() -> None:
+    """Give Hydra a file for each registered name without one. Hydra must be initialized."""
+    loader = GlobalHydra.instance().config_loader()
+    known = {group: loader.get_group_options(group) for group in TABLES}
+    for group, name, content in files_of_names(known):
+        ConfigStore.instance().store(name=name, node=content, group=group)
+
+
+def register_for_main(arguments: Sequence[str]) -> None:
+    """Register with Hydra what `composing` would, for `@hydra.main`, which initializes its own."""
+    with composing("train", arguments):
+        offered = {group: ConfigStore.instance().repo[group] for group in TABLES}
+    register_schema()
+    ConfigStore.instance().repo |= offered
 
 
 def _search(key: str, place: str) -> None:
@@ -109,17 +182,23 @@ def refuse_unknown_switches() -> None:
 def to_config(cfg: DictConfig) -> Config:
     """The typed form of a composed config. Imports its plugins first: they may register names."""
     _refuse_added_keys(cfg)
-    for plugin in cfg.plugins:
-        named = all(part.isidentifier() for part in plugin.split("."))
-        require(named, "plugins", repr(plugin), "names of modules on the Python path")
-        try:
-            importlib.import_module(plugin)
-        except (ImportError, SyntaxError, ValueError) as error:
-            allowed = f"modules on the Python path ({error})"
-            raise ConfigError(f"`plugins` names {plugin}; allowed: {allowed}") from error
+    plugins = [import_plugin(name) for name in cfg.plugins]
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
+    config.plugins = plugins
     return config
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is a mistake of the user, such as `explain` puts into one line.
+
+    Hydra passes a few errors on, as for `algorithm=3` or a YAML file that it cannot parse.
+    """
+    if isinstance(error, REFUSALS):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    package = str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+    return package in ("hydra", "yaml") or full_key(error) != ""
 
 
 def explain(error: BaseException) -> str:
@@ -140,6 +219,8 @@ def explain(error: BaseException) -> str:
             if ".options." in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 hint = "an option that its YAML file does not list takes a +"
                 return f"unknown key `{key}`; {hint}{key}=..."
+            if ".options." in key and isinstance(cause, MissingMandatoryValue):
+                return f"`{key}` has no default; set {key}=VALUE"
             return unknown_key(key) or _refused_value(key, cause)
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or f"Hydra refuses the command line ({error!r})"

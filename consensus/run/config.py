@@ -45,9 +45,7 @@ class PotentialConfig(Section, key="potential"):
 
     def make(self) -> Potential:
         """The potential."""
-        potential: Potential = made("potential", POTENTIALS, self.name, self.options)
-        potential.name = self.name
-        return potential
+        return made("potential", POTENTIALS, self.name, self.options)
 
 
 @dataclass

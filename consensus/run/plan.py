@@ -249,7 +249,8 @@ def require_memory_for_many(config: Config, processes: int, jobs: int) -> None:
     """
     try:
         with torch.device("meta"):
-            model = MODELS.make(config.model.name, num_classes=10, **config.model.options)
+            name, options = config.model.name, config.model.options
+            model = MODELS.make(name, **MODELS.completed(name, options, num_classes=10))
         bytes_each = bytes_of_worker(model.to(config.dtype_of_u))
         beside = bytes_of_measurement(config, model)
     except Exception:  # a user's model may do anything

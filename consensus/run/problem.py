@@ -1,10 +1,13 @@
 """The training problem of a run from its config: data, model, loss and shards, or one refusal."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from consensus.problem import (
     DATASETS,
+    MODELS,
     Dataset,
     DataUnavailableError,
     Loss,
@@ -22,7 +25,7 @@ TRIED = 2  # samples in the trial of a model, at most
 
 def load_data(config: Config) -> Dataset:
     """The data set of the config, on the CPU, with its validation samples."""
-    options = {"root": config.data.root, **config.data.options}
+    options = DATASETS.completed(config.data.name, config.data.options, root=config.data.root)
     try:
         dataset = DATASETS.make(config.data.name, **options)
         return dataset.hold_out(config.data.validation) if config.data.validation else dataset
@@ -35,9 +38,7 @@ def load_data(config: Config) -> Dataset:
 def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module, Trial]:
     """The model of the config, on the device and in the dtype of the data, after a trial."""
     samples = dataset.train[: min(TRIED, config.algorithm.batch_size)]
-    options = dict(config.model.options)
-    if dataset.num_classes is not None:
-        options = {"num_classes": dataset.num_classes, **options}
+    options = model_options(config, dataset)
     try:
         model = build_model(config.model.name, config.seed, config.dtype_of_u, **options)
         model = model.to(next(samples.tensors()).device)
@@ -49,6 +50,16 @@ def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module,
         cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
     return model, trial
+
+
+def model_options(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The options of the model: those of the config, after those that follow from the data."""
+    return MODELS.completed(config.model.name, config.model.options, **offered(dataset))
+
+
+def offered(dataset: Dataset) -> dict[str, Any]:
+    """The options of a model that follow from the data."""
+    return {} if dataset.num_classes is None else {"num_classes": dataset.num_classes}
 
 
 def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Progress of a run on the screen of rank 0: a live line in a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +22,9 @@ class Screen(Sink):
     """Progress of a run on standard output, `enabled` on rank 0 alone. A context manager."""
 
     def __init__(self, iterations: int, enabled: bool, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False, quiet=not enabled)
+        # Lines of text in a notebook too, where rich would make a block of HTML of each.
+        how: dict[str, Any] = {"soft_wrap": True, "highlight": False, "force_jupyter": False}
+        self.console = console or Console(**how, quiet=not enabled)
         if console is None and not self.console.is_terminal:
             self.console.width = 120  # a log file: 80 columns would fold the tables
         self._live = Progress(

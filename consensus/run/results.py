@@ -15,6 +15,7 @@ from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.stationarity import measurements
 from consensus.run.metrics import selection
 from consensus.run.plan import Plan
+from consensus.run.problem import model_options
 
 
 def finish_run(
@@ -27,14 +28,21 @@ def finish_run(
 ) -> None:
     """Write model.pt, the state dict of u (n,), and summary.json, which marks a run as finished.
 
-    The summary repeats the last of the rows; `extra` entries replace others of the same name.
+    The summary repeats the last of the rows, and has what makes the model again; `extra` entries
+    replace others of the same name.
     """
     buffer = io.BytesIO()
     torch.save(plan.risk.state_dict(u), buffer)
     write_whole(run_dir / "model.pt", buffer.getvalue())
+    options = model_options(plan.config, plan.dataset)
     key, goal = selection(plan)
-    chosen = {"best": best, "selection": {"column": key, "goal": goal}}
-    summary = {**rows[-1], **chosen, "environment": environment(plan), **extra}
+    own = {
+        "best": best,
+        "selection": {"column": key, "goal": goal},
+        "model": {"name": plan.config.model.name, "options": options},
+        "environment": environment(plan),
+    }
+    summary = {**rows[-1], **own, **extra}
     write_whole(run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
 
 

@@ -4,7 +4,9 @@ SIGTERM, SIGUSR1 (preemption, requeue, `scancel --signal`), SIGINT (Ctrl+C) and 
 terminal's session, unless it is ignored, as under nohup) request a stop: at the end of an iteration
 the ranks agree on it, write a checkpoint and exit. Further signals change nothing, except SIGINT
 after a second, which ends the process at once. A thread ends a process that has not exited after a
-timeout. A rank whose launcher is gone sends itself SIGTERM, so no rank outlives its run.
+timeout. A process that belongs to a caller, such as a notebook, is not ended: there the second
+SIGINT raises KeyboardInterrupt. A rank whose launcher is gone sends itself SIGTERM, so no rank
+outlives its run.
 """
 
 import os
@@ -38,20 +40,25 @@ class StopSignals:
 
     AGAIN_S = 1.0  # torchrun passes on the SIGINT that the terminal has sent to the ranks as well
 
-    def __init__(self, patience_s: float) -> None:
-        self.patience_s = patience_s  # from the first signal to a forced exit
+    def __init__(self, patience_s: float | None) -> None:
+        self.patience_s = patience_s  # from the first signal to a forced exit; None: never
         self.received = 0  # the number of the first signal
         self._done = threading.Event()
         self._first_s = 0.0  # the time of the first signal
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # else Python forbids it
-            self._before = {number: signal.signal(number, self._record) for number in heeded()}
+            # Python cannot restore a handler that is not its own, for which it has None.
+            known = [number for number in heeded() if signal.getsignal(number) is not None]
+            self._before = {number: signal.signal(number, self._record) for number in known}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == 0:
             self.received, self._first_s = number, time.monotonic()
-            threading.Thread(target=self._force_exit, daemon=True).start()
+            if self.patience_s is not None:
+                threading.Thread(target=self._force_exit, daemon=True).start()
         elif number == signal.SIGINT and time.monotonic() > self._first_s + self.AGAIN_S:
+            if self.patience_s is None:
+                raise KeyboardInterrupt
             os._exit(128 + number)
 
     def _force_exit(self) -> None:

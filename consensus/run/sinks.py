@@ -48,8 +48,8 @@ class Sink:
         """Flush and close."""
 
 
-SINKS: Registry[Sink] = Registry("sink")
-"""Name -> factory with one argument, `info: RunInfo`."""
+SINKS: Registry[Sink] = Registry("sink", Sink)
+"""Name -> factory, which may have the argument `info: RunInfo`."""
 
 
 @SINKS.register("jsonl")
@@ -158,7 +158,7 @@ class Sinks(Sink):
         for name in SINKS:
             if name != "tensorboard" or tensorboard:
                 with self._dropping(name):
-                    self._sinks[name] = SINKS.make(name, info=info)
+                    self._sinks[name] = SINKS.make(name, **SINKS.completed(name, {}, info=info))
         if screen is not None:
             self._sinks["screen"] = screen
 

@@ -31,15 +31,25 @@ from consensus.server import digest
 
 
 class Trainer:
-    """One run, on every rank. Rank 0 alone prints, and writes all files but checkpoints."""
+    """One run, on every rank. Rank 0 alone prints, and writes all files but checkpoints.
 
-    def __init__(self, plan: Plan, group: Group) -> None:
+    Args:
+        plan: The plan of the run.
+        group: The processes of the run.
+        quiet: Whether rank 0 prints nothing either.
+        owns_process: Whether a stop signal that has no effect in time may end the process.
+    """
+
+    def __init__(
+        self, plan: Plan, group: Group, *, quiet: bool = False, owns_process: bool = True
+    ) -> None:
         self.plan, self.config, self.group = plan, plan.config, group
         self.algorithm = build_algorithm(plan, group)
         self.directory = RunDirectory(plan.origin, plan.config, plan.launch, group)
         self.run_dir = self.directory.path
         self.iterations = plan.config.algorithm.iterations
-        self.screen = Screen(self.iterations, enabled=group.rank == 0)
+        self.screen = Screen(self.iterations, enabled=group.rank == 0 and not quiet)
+        self.patience_s = plan.config.group.timeout_s if owns_process else None
         every = plan.config.stationarity.every if plan.config.coupled else None
         self.analyse_every = every  # iterations, None: never
         self.stationarity = Stationarity(plan, group) if every is not None else None
@@ -70,7 +80,7 @@ class Trainer:
 
     def run(self) -> Row:
         """Train to the end; return the last evaluation. All ranks raise alike."""
-        self.signals = StopSignals(self.config.group.timeout_s)
+        self.signals = StopSignals(self.patience_s)
         try:
             with self.screen:
                 self._run()

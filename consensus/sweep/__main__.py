@@ -35,7 +35,7 @@ from consensus.private_api import hydra_callbacks
 from consensus.report.__main__ import report
 from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checks import ConfigError, require
-from consensus.run.compose import REFUSALS, composing, explain, register_schema
+from consensus.run.compose import REFUSALS, composing, explain
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE
 from consensus.run.overrides import override
@@ -61,7 +61,6 @@ def main() -> None:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(__doc__, file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
-    register_schema()
     register_sweep_schema()
     cancelled: list[str] = []
     try:

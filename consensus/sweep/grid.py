@@ -7,6 +7,7 @@ ranges, choices and globs work.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -23,7 +24,7 @@ from omegaconf import OmegaConf
 from consensus.private_api import expand_sweep
 from consensus.problem import WAYS
 from consensus.run.checks import ConfigError, require, require_one_of
-from consensus.run.compose import to_config
+from consensus.run.compose import import_plugins, to_config
 from consensus.run.config import Config
 from consensus.run.overrides import take_as_text
 from consensus.run.plan import require_memory_for_many
@@ -138,6 +139,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     assert isinstance(grid, dict)
     parts = [_overrides_of(part) for part in grid["parts"]]
     require(len(parts) > 0, "grid.parts", "[]", "at least one part")
+    import_plugins([*itertools.chain(*parts), *others])
     path = Path(f"runs/{grid['name']}" if options.dir is None else options.dir)
     return Sweep(path, options, tuple(_jobs([[*part, *others] for part in parts])), launcher)
 

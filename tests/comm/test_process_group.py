@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from consensus import POTENTIALS, Layerwise
 from consensus.comm import (
+    GroupError,
     Launch,
     PeerLostError,
     ProcessGroup,
@@ -342,3 +343,23 @@ def another_host(group, folder):
 @pytest.mark.ranks
 def test_ranks_on_two_hosts_do_not_share_memory(ranks, tmp_path):
     assert ranks(2, another_host, str(tmp_path)) == ["SentSum"] * 2
+
+
+def within_the_group_of_the_user(group, folder):
+    """Another group of a launch, in a script that has opened torch's default group."""
+    with pytest.raises(GroupError, match="has 2 processes, the launch has 3") as refused:
+        open_group(Launch(group.rank, 3, group.rank, 3), "gloo", CPU, 60.0)
+    assert "\n" not in str(refused.value)
+    sums = []
+    for name in "ab":
+        launch, method = Launch(group.rank, 2, group.rank, 2), f"file://{folder}/{name}"
+        other = open_group(launch, "gloo", CPU, 60.0, init_method=method)
+        sums.append(float(other.sum_(torch.tensor([1.0 + other.rank]))))
+        other.close()
+    return sums, float(group.sum_(torch.ones(1))), dist.is_initialized()
+
+
+@pytest.mark.ranks
+def test_a_group_within_the_default_group_of_the_user(ranks, tmp_path):
+    found = ranks(2, within_the_group_of_the_user, str(tmp_path))
+    assert found == 2 * [([3.0, 3.0], 2.0, True)]

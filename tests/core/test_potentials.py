@@ -49,8 +49,16 @@ def test_every_potential_of_the_package_is_in_the_table():
 
 
 @bounded
-def test_repr_names_the_size(case):
-    assert ("Separable" in repr(case.make())) == case.separable
+def test_repr_has_the_name_and_the_size(case):
+    shown = repr(case.make())
+    assert f"{case.name!r}" in shown
+    assert ("Separable" in shown) == case.separable
+
+
+def test_a_potential_without_a_name_and_a_table_in_repr():
+    potential = Potential(power_profile(2.0, 0.0), Radial())
+    assert repr(potential) == "Potential(size=Radial(layers=None), scale=1.0)"
+    assert {"quad", "tan_sep"} <= set(repr(POTENTIALS).partition(": ")[2][:-1].split(", "))
 
 
 # --------------------------------------------------------------------------- derivatives

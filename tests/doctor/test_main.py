@@ -3,6 +3,7 @@ import sys
 import pytest
 
 from consensus.doctor import __main__ as doctor
+from tests.testing.plugins import plugin_in
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,20 @@ def test_the_doctor_finds_experiments_in_a_folder_outside(monkeypatch, tmp_path)
         monkeypatch.setattr(sys, "argv", ["doctor", search, "experiment=mine"])
         doctor.main()
     assert examined == [0.07, 0.07]
+
+
+def test_the_doctor_takes_the_names_of_a_plugin(monkeypatch, tmp_path):
+    examined = []
+    monkeypatch.setattr(doctor, "examine", lambda config, job: examined.append(config) or 0)
+    monkeypatch.setattr(doctor, "end", lambda code: None)
+    monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
+    own = ["plugins=[mine.py]", "potential=quartic", "data=stripes"]
+    monkeypatch.setattr(sys, "argv", ["doctor", *own])
+    with plugin_in(tmp_path, monkeypatch):
+        doctor.main()
+    (config,) = examined
+    assert (config.potential.name, config.data.options) == ("quartic", {"count": 60})
+    assert config.plugins == [f"{tmp_path}/mine.py"]
 
 
 @pytest.mark.parametrize(

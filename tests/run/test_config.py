@@ -351,11 +351,17 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (
             ["plugins=[no.such.module]"],
-            "`plugins` names no.such.module; allowed: modules on the Python path "
-            "(No module named 'no')",
+            "`plugins` is no.such.module; allowed: a module on the Python path or in the current "
+            "folder, or the path of a file NAME.py (No module named 'no')",
         ),
-        (["plugins=['']"], "`plugins` is ''; allowed: names of modules on the Python path"),
-        (["plugins=[.mine]"], "`plugins` is '.mine'; allowed: names of modules on the Python path"),
+        *(
+            (
+                [f"plugins=[{name}]"],
+                f"`plugins` is {name}; allowed: a module on the Python path or in the current "
+                "folder, or the path of a file NAME.py",
+            )
+            for name in ("''", ".mine", "nowhere.py", "a.b.py")
+        ),
     ],
 )  # fmt: skip
 def test_refusals_of_the_config(refusal, overrides, line):

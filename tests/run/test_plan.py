@@ -7,7 +7,7 @@ import torch
 
 from consensus import POTENTIALS, Potential, Profile, Radial
 from consensus.comm import Launch
-from consensus.problem import partition
+from consensus.problem import DATASETS, MODELS, Dataset, partition
 from consensus.run.checks import ConfigError
 from consensus.run.compose import explain
 from consensus.run.plan import choose_device, count_workers, load_data, make_plan
@@ -204,8 +204,9 @@ def test_a_model_that_is_random_in_evaluation_mode_is_mentioned(
         "        return super().forward(x)\n"
         f"MODELS.register('{name}')(lambda num_classes=10: Model(784, num_classes))\n"
     )
+    monkeypatch.setattr(MODELS, "_factories", dict(MODELS._factories))
     monkeypatch.syspath_prepend(tmp_path)
-    config = make_config(f"plugins=[{name}]", f"model.name={name}", "device=cpu")
+    config = make_config(f"plugins=[{name}]", f"model={name}", "device=cpu")
     remarks = [line for line in make_plan(config, Launch()).remarks() if "evaluation" in line]
     assert len(remarks) == said
     assert all(line.startswith(f"model {name} draws random numbers in ev") for line in remarks)
@@ -229,3 +230,61 @@ def test_a_potential_with_a_wrong_derivative_is_refused(plan_refusal, monkeypatc
     monkeypatch.setitem(POTENTIALS._factories, "wrong", wrong)
     line = plan_refusal(Launch(), "potential.name=wrong")
     assert line.startswith("`potential` is wrong {}: psi' is 1.5 and not 1 at s = ")
+
+
+# ---- factories of the user
+
+
+PIXELS = torch.zeros(6, 1, 28, 28)
+CLASSES = torch.arange(6) % 3
+
+
+def test_a_data_set_without_root_and_a_model_without_num_classes(make_config, monkeypatch):
+    def blobs(count: int = 6):
+        return Dataset((PIXELS[:count], CLASSES[:count]), (PIXELS, CLASSES), num_classes=3)
+
+    def net(width: int = 3):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, width))
+
+    monkeypatch.setitem(DATASETS._factories, "blobs", blobs)
+    monkeypatch.setitem(MODELS._factories, "net", net)
+    own = ["data.name=blobs", "+data.options.count=4", "model.name=net", "algorithm.batch_size=1"]
+    plan = make_plan(make_config(*own, "device=cpu"), Launch())
+    assert (len(plan.dataset.train), plan.start.numel()) == (4, 785 * 3)
+
+
+def test_what_a_factory_returns_wrongly_is_refused(make_config, monkeypatch):
+    monkeypatch.setitem(DATASETS._factories, "pair", lambda root: (PIXELS, CLASSES))
+    monkeypatch.setitem(MODELS._factories, "none", lambda num_classes: None)
+    monkeypatch.setitem(MODELS._factories, "class", lambda: torch.nn.Linear)
+    monkeypatch.setitem(POTENTIALS._factories, "psi", lambda: Profile)
+    here = f"{__name__}.test_what_a_factory_returns_wrongly_is_refused.<locals>.<lambda>"
+    for override, start, found in (
+        (
+            "data.name=pair",
+            "`data` is pair {'root': ",
+            f"the factory of data set `pair`, {here}, returned a value of type tuple; allowed: "
+            "a Dataset",
+        ),
+        (
+            "model.name=none",
+            "`model` is none {'num_classes': 10}: ",
+            f"the factory of model `none`, {here}, returned None; allowed: a torch.nn.Module",
+        ),
+        (
+            "model.name=class",
+            "`model` is class {}: ",
+            f"the factory of model `class`, {here}, returned the class Linear; allowed: "
+            "a torch.nn.Module",
+        ),
+        (
+            "potential.name=psi",
+            "`potential.options` is {}: ",
+            f"the factory of potential `psi`, {here}, returned the class Profile; allowed: "
+            "a Potential",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make_plan(make_config(override, "device=cpu"), Launch())
+        assert str(caught.value).startswith(start)
+        assert str(caught.value).endswith(found)

@@ -54,3 +54,32 @@ def test_a_signal_stops_unless_it_is_ignored(number, ignored):
         assert signal.getsignal(number) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
     finally:
         signal.signal(number, before)
+
+
+def test_a_process_of_a_caller_is_not_ended(monkeypatch):
+    """Of a notebook, say: the second Ctrl+C interrupts the call."""
+    clock = [100.0]
+    monkeypatch.setattr("consensus.run.signals.time.monotonic", lambda: clock[0])
+    before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    signals = StopSignals(patience_s=None)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert threading.active_count() == threads, "none that would end the process"
+        clock[0] += 1.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+    finally:
+        signals.close()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_handler_that_python_cannot_restore_is_kept(monkeypatch):
+    """That of a program in C that has Python inside, for which Python has None."""
+    real = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGHUP else real(n))
+    before = real(signal.SIGHUP)
+    signals = StopSignals(patience_s=None)
+    assert real(signal.SIGHUP) is before
+    assert real(signal.SIGTERM) == signals._record
+    signals.close()

@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 
-from consensus import train
 from consensus.sweep.job import Status
+from consensus.train import main as train
 from tests.testing.sweeps import call_sweep, started
 
 BASE = ["experiment=smoke", "workers=2", "model=logistic", "seed=1,2", "sweep.dir=many"]
@@ -106,7 +106,7 @@ def test_more_iterations_continue_a_finished_run(sweep, tmp_path):
     own = [text for text in BASE if "seed" not in text and "sweep" not in text]
     argv = [*own, "seed=1", "output.run_dir='many/seed=1'", "output.tensorboard=false"]
     with mock.patch.object(sys, "argv", ["consensus.train", *argv]):
-        train.main()
+        train()
     assert sweep(*BASE, "--dry-run")[1].count("     done  seed=1\n") == 1
     more = ["algorithm.iterations=40", "output.eval_every=3"]  # free, as in a single run
     code, out, _ = sweep(*BASE, *more, "--dry-run", "sweep.engine=population")

@@ -10,7 +10,8 @@ import pytest
 from consensus.sweep import __main__ as entry
 from consensus.sweep import job
 from consensus.sweep.job import Status
-from tests.testing.sweeps import started
+from tests.testing.plugins import forget, plugin_in
+from tests.testing.sweeps import call_sweep, started
 
 
 def test_runs_are_started_once_and_reported(sweep, tmp_path):
@@ -278,3 +279,51 @@ def test_momentum_sgd_is_a_separate_run(sweep, tmp_path):
 )
 def test_configs_that_a_population_can_train(make_config, overrides, can):
     assert entry.can_be_member(make_config(*overrides)) == can
+
+
+# ---- plugins
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with the plugin mine.py."""
+    with plugin_in(tmp_path, monkeypatch):
+        yield tmp_path
+
+
+def test_a_sweep_over_the_names_of_a_plugin(sweep, folder):
+    own = ["plugins=[mine]", "data=stripes", "model=tiny", "model.options.depth=1", "device=cpu"]
+    code, out, err = sweep(*own, "potential=quad,quartic", "seed=1", "sweep.dir=many")
+    assert (code, err) == (0, "")
+    assert "\n2 done\n" in out
+    (once,) = started(folder / "many" / "potential=quartic")
+    assert {"plugins=[mine]", "potential=quartic"} <= set(once["argv"])
+    names = sorted(path.name for path in folder.glob("many/potential=*"))
+    assert names == ["potential=quad", "potential=quartic"]
+    forget(folder)
+    code, _, err = sweep("plugins=[mine]", "potential=quad,quartik", "sweep.dir=few")
+    assert code == 2
+    assert "`potential` is quartik; allowed: cubic, " in err
+    assert ", quartic, " in err
+
+
+def test_a_grid_names_its_plugin(sweep, folder):
+    (folder / "own" / "grid").mkdir(parents=True)
+    (folder / "own" / "grid" / "mine.yaml").write_text(
+        "parts:\n  - plugins: [[mine]]\n    potential: glob(quart*)\n    seed: [1, 2]\n"
+    )
+    code, out, err = sweep("grid=mine", "--config-dir=own", "sweep.dir=many")
+    assert (code, err) == (0, "")
+    assert "\n2 done\n" in out
+    (once,) = started(folder / "many" / "seed=2")
+    assert "potential=quartic" in once["argv"]
+
+
+def test_a_population_of_a_plugin(folder):
+    own = ["plugins=[mine]", "data=stripes", "model=tiny", "model.options.depth=1", "device=cpu"]
+    own += ["potential=quartic", "algorithm.lam=0.1,0.05", "algorithm.iterations=4", "workers=2"]
+    own += ["algorithm.batch_size=4", "sweep.engine=population", "sweep.dir=many"]
+    code, out, err = call_sweep(*own)
+    assert (code, err) == (0, "")
+    assert "2 runs of 2 advance together" in out
+    assert (folder / "many" / "lam=0.05" / "summary.json").exists()

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from consensus import train
 from consensus.population import Population
 from consensus.problem import PopulationRisk
 from consensus.sweep.job import Status
 from consensus.sweep.population_trainer import Member, key_of, populations
+from consensus.train import main as train
 from tests.testing.sweeps import call_sweep, rows
 
 SMOKE = [
@@ -53,7 +53,7 @@ def separate(tmp_path_factory):
     own = [text for text in GRID if "," not in text]
     own += ["potential=tan", "algorithm.lam=0.05", f"output.run_dir={folder}"]
     with mock.patch.object(sys, "argv", ["consensus.train", *own]):
-        train.main()
+        train()
     return rows(folder)
 
 
@@ -136,7 +136,7 @@ def test_rates_of_many_runs(tmp_path):
     assert out.count("4 runs of 4 advance together") == 1
     alone = ["algorithm.pull=0.3", "algorithm.local_pull=0.1", f"output.run_dir={tmp_path}/alone"]
     with mock.patch.object(sys, "argv", ["consensus.train", *own, *alone]):
-        train.main()
+        train()
     require_equal_runs(rows(tmp_path / "pull=0.3,local_pull=0.1"), rows(tmp_path / "alone"))
     couplings = {rows(tmp_path / f"pull={p},local_pull=0.1")[-1]["coupling"] for p in (0.1, 0.3)}
     assert len(couplings) == 2

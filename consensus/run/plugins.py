@@ -1,0 +1,139 @@
+"""Plugins: modules of the user that register potentials, models, data sets and other entries.
+
+Hydra chooses `potential=NAME` among the YAML files of the group. For a registered name without a
+file, `file_of` makes what the file would hold.
+"""
+
+import importlib
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from consensus.core.potentials import POTENTIALS
+from consensus.problem import DATASETS, LOSSES, MODELS
+from consensus.registry import Registry
+from consensus.run.checks import ConfigError, absolute, require
+
+TABLES: dict[str, Registry[Any]] = {
+    "potential": POTENTIALS,
+    "data": DATASETS,
+    "model": MODELS,
+    "loss": LOSSES,
+}
+"""The groups of the config whose names are those of a table."""
+
+_KEYS: dict[str, dict[str, Any]] = {
+    "potential": {"eta": 1.0},
+    "data": {"root": "data", "partition": "full", "alpha": 0.5, "validation": 0.0},
+    "model": {},
+    "loss": {},
+}
+"""The keys of a file of each group beside `name` and `options`, with their defaults."""
+
+_OFFERED = {"data": ("root",), "model": ("num_classes",)}
+"""Arguments of factories that are no options: a key of the config or the data determine them."""
+
+MUST = inspect.Parameter.empty  # the default of an option without one
+
+ALLOWED = "a module on the Python path or in the current folder, or the path of a file NAME.py"
+
+
+def import_plugin(name: str) -> str:
+    """Import a module, or a file NAME.py as the module NAME. Returns its name for any folder.
+
+    A module of the current folder is found as well. ConfigError if there is none, or it fails.
+    """
+    module, file = name, None
+    if name.endswith(".py"):
+        file = Path(absolute("plugins", name))
+        require(file.is_file() and "." not in file.stem, "plugins", name, ALLOWED)
+        module = file.stem
+    else:
+        named = all(part.isidentifier() for part in name.split("."))
+        require(named, "plugins", name or "''", ALLOWED)
+    folder = str(file.parent if file is not None else Path.cwd())
+    if folder not in sys.path:  # last, so that it hides no other module
+        sys.path.append(folder)
+    importlib.invalidate_caches()  # the file may be new
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        if _is_absent(error, module):
+            raise ConfigError(f"`plugins` is {name}; allowed: {ALLOWED} ({error})") from error
+        raise ConfigError(f"`plugins` is {name}, which fails: {_described(error)}") from error
+    if file is None:
+        return name
+    other = _file_of(found)
+    allowed = f"a file of another name: there is a module {module} already ({other})"
+    require(other == file, "plugins", file, allowed)
+    return str(file)
+
+
+def _is_absent(error: Exception, module: str) -> bool:
+    """Whether an error says that there is no such module, and not one that the module imports."""
+    absent = error.name if isinstance(error, ModuleNotFoundError) else None
+    return absent is not None and f"{module}.".startswith(f"{absent}.")
+
+
+def _described(error: Exception) -> str:
+    """The error, and the innermost line outside of the import system."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    where = [f"{f.filename}, line {f.lineno}" for f in frames if "importlib" not in f.filename]
+    return f"{type(error).__name__}: {error}" + (f" ({where[-1]})" if where else "")
+
+
+def _file_of(module: ModuleType) -> Path | None:
+    name = getattr(module, "__file__", None)
+    return None if name is None else Path(name).resolve()
+
+
+def choices(overrides: Sequence[str], key: str) -> Iterator[Any]:
+    """The values of a key in overrides, which may sweep over several. Hydra must be initialized.
+
+    Overrides that cannot be read are left to Hydra, which explains them.
+    """
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    for text in overrides:
+        if text.lstrip("+").partition("=")[0] != key:
+            continue
+        with suppress(HydraException):
+            override = parser.parse_override(text)
+            if not override.is_sweep_override():
+                yield override.value()
+            elif override.is_discrete_sweep():
+                yield from override.sweep_iterator()
+
+
+def files_of_names(known: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Group, name and content of a file for each registered name without one.
+
+    `known` are the names of each group that have a file.
+    """
+    for group, table in TABLES.items():
+        for name in table:
+            if name not in known[group]:
+                yield group, name, {"name": name, **_KEYS[group], "options": _options(group, name)}
+
+
+def _options(group: str, name: str) -> dict[str, Any]:
+    """The options of a factory with their defaults; `???` where the user has to choose.
+
+    A default that is no plain data is left out, and stays that of the factory.
+    """
+    found = {}
+    for key, value in TABLES[group].options(name).items():
+        if key not in _OFFERED.get(group, ()):
+            with suppress(TypeError, ValueError):
+                plain = json.loads(json.dumps(value if value is not MUST else "???"))
+                found[key] = plain
+    return found
