@@ -12,16 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Elementwise = Callable[[Tensor], Tensor]
+from consensus.core.scalar_equation import Elementwise, solve_increasing
+
 OfNumber = Callable[[float], float]
 
 _SMALLEST, _STEPS = 1e-30, 16  # of `Profile.fraction`
 _CONVERGED = 1e-8  # convergence is quadratic: the next step would be below rounding
-
-
-class NotConvergedError(ArithmeticError):
-    """An inner solver ended above its tolerance; the message has the residual."""
-
 
 ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
 """Assumptions of the theory on phi (the paper, section 3):
@@ -67,12 +63,12 @@ class Profile:
                     break
                 high = torch.where(short, 2.0 * high, high)
         reachable = (r < math.inf) & ((self.bound < math.inf) | (self._d_rho(high) >= r))
-        return _solve_increasing(self._d_rho, self._d2_rho, r, high, reachable)
+        return solve_increasing(self._d_rho, self._d2_rho, r, high, reachable)
 
     def shrink(self, r: Tensor, c: float | Tensor) -> Tensor:
         """The rho >= 0 with rho + 2 c psi'(rho^2) rho = r; always one, inside the domain."""
         high = r if math.isinf(self.bound) else r.clamp(max=math.sqrt(self.bound))
-        return _solve_increasing(
+        return solve_increasing(
             lambda rho: rho + c * self._d_rho(rho),
             lambda rho: 1.0 + c * self._d2_rho(rho),
             r,
@@ -157,32 +153,6 @@ class Profile:
                 if largest <= end:
                     return form
         return self.dpsi
-
-
-def _solve_increasing(
-    g: Elementwise, dg: Elementwise, r: Tensor, high: Tensor, reachable: Tensor
-) -> Tensor:
-    """Solve g(rho) = r for 0 <= rho <= high where that is possible; nan elsewhere.
-
-    Newton acts on log g = log r as an equation in log rho, nearly linear near 0, and converges fast
-    next to a pole; a step that leaves the bracket is replaced by bisection. Not for hot paths: the
-    stopping test looks at the values.
-    """
-    low = torch.zeros_like(r)
-    rho = 0.5 * high
-    for _ in range(200):
-        value = g(rho)
-        below = value < r
-        low, high = torch.where(below, rho, low), torch.where(below, high, rho)
-        step = value * (torch.log(value) - torch.log(r)) / dg(rho)
-        newton = rho * torch.exp(-step / rho)
-        inside = (newton > low) & (newton < high)
-        proposal = torch.where(inside, newton, 0.5 * (low + high))
-        done = (step.abs() <= torch.finfo(r.dtype).eps * rho) | (proposal == rho) | (r == 0)
-        rho = torch.where(done, rho, proposal)
-        if bool((done | ~reachable).all()):
-            break
-    return torch.where(reachable, torch.where(r == 0, 0.0, rho), math.nan)
 
 
 # -------------------------------------------------------------------------------- Table 2
