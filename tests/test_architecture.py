@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "consensus.run.checks": {"registry"},
     "consensus.run.overrides": set(),
     "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "private_api"},
-    "consensus.train": {"comm", "run", "private_api", "startup"},
+    "consensus.train": {"comm", "core.scalar_equation", "run", "private_api", "startup"},
     "consensus.sweep": MATHEMATICS
     | FILES
     | ALGORITHM
