@@ -257,11 +257,17 @@ def evaluation_lines(row: Row) -> list[str]:
         found = row["stationarity"]
         lines.append(
             f"    stationarity  |sum grad e f_j (u)| {number(found, 'envelope_gradient'):.3g} "
-            f"± {number(found, 'accuracy'):.1g}  (5a) {number(found, 'consensus_residual'):.3g}  "
+            f"± {number(found, 'accuracy'):.1g}{unconverged(found)}  "
+            f"(5a) {number(found, 'consensus_residual'):.3g}  "
             f"(5b) {largest(found['worker_residual']):.3g}  "
             f"(9) {largest(found['translation_gap']):.3g}  in {number(found, 'seconds'):.1f} s"
         )
     return lines
+
+
+def unconverged(found: Measurement) -> str:
+    """The remark on a measurement in which a phi-prox is above its tolerance; "" otherwise."""
+    return "" if found.get("converged", True) else " (not converged)"
 
 
 def _on_sets(row: Row) -> str:

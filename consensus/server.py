@@ -18,7 +18,7 @@ from consensus.core.flat import Scalar, part_of
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
 from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.core.layerwise import Layerwise
-from consensus.core.profiles import NotConvergedError
+from consensus.core.scalar_equation import NotConvergedError
 
 PendingForce = tuple[Pending, Tensor]
 """The sum of line 3 on its way, (n,) with the reach of each rank on the CPU; and z (K, n)."""

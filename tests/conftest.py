@@ -28,6 +28,7 @@ SLOWEST = (  # beginnings of paths; with pytest-xdist the longest files must sta
     "tests/test_kill.py",
     "tests/doctor/",
     "tests/test_any_config.py",
+    "tests/test_differential.py",
     "tests/run/checkpoint/",
     "tests/launch/test_container.py",
     "tests/benchmarks/",

@@ -86,6 +86,8 @@ def test_a_run_of_today_stays_readable():
         "    stationarity  |sum grad e f_j (u)| 6.89 ± 0.06  (5a) 15  (5b) 28.8  (9) 6.08  "
         "in 0.1 s",
     ]
+    rows[1]["stationarity"]["converged"] = False
+    assert " 6.89 ± 0.06 (not converged)  (5a) 15  " in evaluation_lines(rows[1])[1]
 
 
 @pytest.mark.parametrize("added", [None, "test_new"])

@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 
 from consensus.comm import GroupError, Launch
+from consensus.core.scalar_equation import NotConvergedError
 from consensus.problem import DATASETS
 from consensus.run.config import Config
 from consensus.run.limits import LESS
@@ -402,6 +403,7 @@ def test_cfg_shows_the_config_and_does_not_train(main, tmp_path):
         ),
         (MemoryError(), 1, f"rank 0: out of memory: {LESS}, or a higher limit of the job"),
         (GroupError("iteration 3: worker 1"), 1, "iteration 3: worker 1"),
+        (NotConvergedError("psi' is"), 1, "rank 0: psi' is"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

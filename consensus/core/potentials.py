@@ -32,7 +32,8 @@ from torch import Tensor
 from consensus.core import profiles, sizes
 from consensus.core.feasibility import Domain
 from consensus.core.flat import Scalar, column
-from consensus.core.profiles import Elementwise, Profile, power_profile
+from consensus.core.profiles import Profile, power_profile
+from consensus.core.scalar_equation import Elementwise
 from consensus.core.sizes import Radial, Separable, Size
 from consensus.registry import Registry
 

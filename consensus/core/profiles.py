@@ -12,16 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Elementwise = Callable[[Tensor], Tensor]
+from consensus.core.scalar_equation import Elementwise, NotConvergedError, solve_increasing
+
 OfNumber = Callable[[float], float]
 
-_SMALLEST, _STEPS = 1e-30, 16  # of `Profile.fraction`
+_SMALLEST = 1e-30  # of `Profile.fraction`
+_STEPS = 16  # likewise; enough for any r and c, by tests/core/test_scalar_equation.py
 _CONVERGED = 1e-8  # convergence is quadratic: the next step would be below rounding
-
-
-class NotConvergedError(ArithmeticError):
-    """An inner solver ended above its tolerance; the message has the residual."""
-
+_LAST = 1e-4  # the effect of a last step, so that the next one's would be its square
 
 ALL_ASSUMPTIONS = frozenset({"A1", "A2", "A3", "A4", "A5"})
 """Assumptions of the theory on phi (the paper, section 3):
@@ -67,12 +65,13 @@ class Profile:
                     break
                 high = torch.where(short, 2.0 * high, high)
         reachable = (r < math.inf) & ((self.bound < math.inf) | (self._d_rho(high) >= r))
-        return _solve_increasing(self._d_rho, self._d2_rho, r, high, reachable)
+        return solve_increasing(self._d_rho, self._d2_rho, r, high, reachable)
 
     def shrink(self, r: Tensor, c: float | Tensor) -> Tensor:
         """The rho >= 0 with rho + 2 c psi'(rho^2) rho = r; always one, inside the domain."""
-        high = r if math.isinf(self.bound) else r.clamp(max=math.sqrt(self.bound))
-        return _solve_increasing(
+        high = r * (1.0 + 4.0 * torch.finfo(r.dtype).eps)  # for small c, rho is r up to rounding
+        high = high if math.isinf(self.bound) else high.clamp(max=math.sqrt(self.bound))
+        return solve_increasing(
             lambda rho: rho + c * self._d_rho(rho),
             lambda rho: 1.0 + c * self._d2_rho(rho),
             r,
@@ -86,8 +85,10 @@ class Profile:
         For hot paths, which `shrink` is not for, and accurate where 1 - rho / r would cancel.
         Newton's method for log(rho + 2 c psi'(rho^2) rho) = log r as an equation in log tau, with
         tau = rho / sqrt(1 - rho^2 / bound): nearly linear near 0 and near a pole, so it takes 3 to
-        7 steps. On a CPU it stops when it has converged. Elsewhere it takes a fixed number of
-        steps, so no value is read on the host.
+        7 steps. On a CPU it stops when it has converged; a NotConvergedError if it does not, which
+        a psi' that is not increasing may cause. Elsewhere it takes a fixed number of steps, so no
+        value is read on the host, and the result is nan where they are not enough. The result is
+        nan as well where psi'(r^2) overflows.
         """
         r = r.double().clamp(min=_SMALLEST)
         tau = r
@@ -100,11 +101,20 @@ class Profile:
             slope = (factor + 4.0 * c * self.d2psi(s) * s) / (factor * stretch)
             step = (torch.log(rho / r * factor) / slope).clamp(-8.0, 8.0)
             tau = tau * torch.exp(-step)
-            if r.device.type == "cpu" and not bool((step.abs() > _CONVERGED).any()):
+            converged = r.device.type == "cpu" and not bool((step.abs() > _CONVERGED).any())
+            if converged:
                 break
         rho = self._below_bound(tau / (1.0 + tau.square() / self.bound).sqrt())
         pull = 2.0 * c * self.dpsi(rho * rho)
-        return torch.where(rho < 0.5 * r, 1.0 - rho / r, pull / (1.0 + pull))
+        # Outside the domain the boundary decides, whatever psi' is at the last number before it.
+        far = (rho < 0.5 * r) | (r > self._below_bound(r))
+        found = torch.where(far, 1.0 - rho / r, pull / (1.0 + pull))
+        if converged:
+            return found
+        effect = step.abs() * torch.where(far, rho / (r * stretch), found)
+        if r.device.type == "cpu" and bool((effect > _LAST).any()):
+            raise _no_fraction(float(effect.amax()))
+        return torch.where(effect > _LAST, math.nan, found)
 
     def fractions(self, r: Sequence[float], c: float, dtype: torch.dtype) -> list[float]:
         """`fraction` of a few numbers of this type; needs `numbers`.
@@ -137,7 +147,12 @@ class Profile:
                 break
         rho = min(tau / math.sqrt(1.0 + tau * tau / self.bound), end)
         pull = 2.0 * c * dpsi(rho * rho)
-        return 1.0 - rho / r if rho < 0.5 * r else pull / (1.0 + pull)
+        far = rho < 0.5 * r or r > end
+        found = 1.0 - rho / r if far else pull / (1.0 + pull)
+        effect = abs(step) * (rho / (r * stretch) if far else found)
+        if effect > _LAST:
+            raise _no_fraction(effect)
+        return found
 
     def _below_bound(self, rho: Tensor) -> Tensor:
         return rho.clamp(max=math.sqrt(self.bound) * (1.0 - 1e-15))
@@ -159,30 +174,11 @@ class Profile:
         return self.dpsi
 
 
-def _solve_increasing(
-    g: Elementwise, dg: Elementwise, r: Tensor, high: Tensor, reachable: Tensor
-) -> Tensor:
-    """Solve g(rho) = r for 0 <= rho <= high where that is possible; nan elsewhere.
-
-    Newton acts on log g = log r as an equation in log rho, nearly linear near 0, and converges fast
-    next to a pole; a step that leaves the bracket is replaced by bisection. Not for hot paths: the
-    stopping test looks at the values.
-    """
-    low = torch.zeros_like(r)
-    rho = 0.5 * high
-    for _ in range(200):
-        value = g(rho)
-        below = value < r
-        low, high = torch.where(below, rho, low), torch.where(below, high, rho)
-        step = value * (torch.log(value) - torch.log(r)) / dg(rho)
-        newton = rho * torch.exp(-step / rho)
-        inside = (newton > low) & (newton < high)
-        proposal = torch.where(inside, newton, 0.5 * (low + high))
-        done = (step.abs() <= torch.finfo(r.dtype).eps * rho) | (proposal == rho) | (r == 0)
-        rho = torch.where(done, rho, proposal)
-        if bool((done | ~reachable).all()):
-            break
-    return torch.where(reachable, torch.where(r == 0, 0.0, rho), math.nan)
+def _no_fraction(effect: float) -> NotConvergedError:
+    return NotConvergedError(
+        f"a proximal step did not converge in {_STEPS} steps: the last one changed it by "
+        f"{effect:.1e}; allowed: a psi' with psi'(s) s increasing"
+    )
 
 
 # -------------------------------------------------------------------------------- Table 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from consensus.core.feasibility import largest_halving_below
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import Potential
-from consensus.core.profiles import Elementwise
+from consensus.core.scalar_equation import Elementwise
 from consensus.core.sizes import Radial, Separable, larger_root
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from consensus.records import Row, largest, number, text_table
+from consensus.records import Row, largest, number, text_table, unconverged
 
 SAME = 1e-3  # largest |u - z_j| / |u| at which z_j counts as equal to u
 AGREEING = 0.5  # least `agreement` at which the f_j count as pulling u the same way
@@ -65,7 +65,8 @@ SERIES: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
 def stationarity_cells(runs: Mapping[str, Sequence[Row]]) -> list[list[str]]:
     """The last measurement of each run; the first row holds the headings.
 
-    The envelope gradient of the first measurement stands beside that of the last.
+    The envelope gradient of the first measurement stands beside that of the last. Where a phi-prox
+    was above its tolerance, there is a column with the number of such measurements of each run.
     """
     (name, _, first), *others = SERIES
     cells = [["run", "iteration", f"{name}: first", "last", "±", *(h for h, _, _ in others)]]
@@ -73,6 +74,11 @@ def stationarity_cells(runs: Mapping[str, Sequence[Row]]) -> list[list[str]]:
         last = rows[-1]
         numbers = [first(rows[0]), first(last), accuracy(last), *(v(last) for _, _, v in others)]
         cells.append([label, str(last["iteration"]), *(f"{x:.2g}" for x in numbers)])
+    short = [sum(bool(unconverged(r["stationarity"])) for r in rows) for rows in runs.values()]
+    if any(short):
+        cells[0].append("not converged")
+        for row, count, rows in zip(cells[1:], short, runs.values(), strict=True):
+            row.append(f"{count} of {len(rows)}")
     return cells
 
 
@@ -96,8 +102,9 @@ def verdict(rows: Sequence[Row]) -> str:
     last = rows[-1]
     apart = f"|u - z_j| is up to {distance(last):.1e} of |u|"
     value = SERIES[0][2]
-    fallen = f"|sum grad e f_j (u)| from {value(rows[0]):.2g} to {value(last):.2g}"
-    fallen += f" ± {accuracy(last):.1g}"
+    remark_first, remark_last = (unconverged(row["stationarity"]) for row in (rows[0], last))
+    fallen = f"|sum grad e f_j (u)| from {value(rows[0]):.2g}{remark_first} to {value(last):.2g}"
+    fallen += f" ± {accuracy(last):.1g}{remark_last}"
     if math.isnan(agreement(last)) or math.isnan(distance(last)):
         return f"whether u = z_j is not known, a number is not finite; {fallen}"
     if agreement(last) < AGREEING:

@@ -65,12 +65,13 @@ class Coupling:
 
 @dataclass
 class Block:
-    """A block u or z: its function, its value, a subgradient of the function there, a step size."""
+    """A block u or z."""
 
     function: Function
-    x: Tensor
-    subgradient: Tensor
-    step: float
+    x: Tensor  # its value
+    subgradient: Tensor  # of the function at x
+    step: float  # step size
+    unsolved: int = 0  # the subproblems that `minimize` left above their tolerance
 
     def forward_backward(self, coupling: Coupling) -> bool:
         """One proximal gradient step. Returns whether x has moved.
@@ -128,7 +129,7 @@ class Block:
 
         The solver is the closed form if there is one, else L-BFGS for a smooth function, else
         proximal gradient steps. The tolerance of the residual is `reduction` times the first one,
-        or `enough` if that is larger.
+        or `enough` if that is larger; `unsolved` counts where it was not reached.
         """
         function, start = self.function, self.x
         if function.coupled is not None and coupling.weight == 0.0:
@@ -156,13 +157,15 @@ class Block:
             found = descend(total, start.flatten(), tolerance, max_step=max_step, budget=budget)
             self.x = found.point.view_as(start)
             self.subgradient = gradient(self.x)[1]
+            self.unsolved += not bool(found.converged)
         else:
-            target = math.nan
+            target, solved = math.nan, False
             for _ in range(budget):
-                if not self.forward_backward(coupling):
-                    break
+                moved = self.forward_backward(coupling)
                 residual = float((self.subgradient + coupling.gradient(self.x)[1]).norm())
                 target = max(reduction * residual, enough) if math.isnan(target) else target
-                if residual <= target:
+                solved = residual <= target
+                if solved or not moved:
                     break
+            self.unsolved += not solved
         return not torch.equal(self.x, start)

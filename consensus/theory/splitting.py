@@ -42,7 +42,7 @@ class Status(Enum):
 
     CONVERGED = "(5a) and (5b) are below the tolerance"
     BUDGET = "the largest number of iterations is reached"
-    STUCK = "u and z cannot move, or F and the residuals no longer decrease"
+    STUCK = "u and z did not move in `inner_budget` steps, or F and the residuals do not decrease"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Result:
     residuals: list[tuple[float, float]]  # (5a) and (5b) after each iteration
     status: Status
     evaluations: int  # calls of g and f: values, gradients and proximal steps
+    unsolved: int
+    """The subproblems (14a) and (14b) that ended above their tolerance: where there are some, a
+    larger `inner_budget` follows the scheme more closely. 0 of PALM, which has none."""
 
     @property
     def iterations(self) -> int:
@@ -202,7 +205,15 @@ class Iteration:
                 break
             self.enough = min(allowed)
         return Result(
-            u.x, z.x, u.subgradient, z.subgradient, objective, residuals, status, self.evaluations
+            u.x,
+            z.x,
+            u.subgradient,
+            z.subgradient,
+            objective,
+            residuals,
+            status,
+            self.evaluations,
+            u.unsolved + z.unsolved,
         )
 
     def _coupling(self, block: Block) -> Coupling:

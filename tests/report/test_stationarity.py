@@ -1,14 +1,23 @@
 """Measurements of stationarity in the report: table, verdict, figure, page."""
 
+import io
 import json
 import sys
 
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
 from consensus.report import __main__ as report
 from consensus.report.plots import draw_stationarity
-from consensus.report.stationarity import SERIES, distance, measured, stationarity_cells, verdict
+from consensus.report.stationarity import (
+    SERIES,
+    distance,
+    measured,
+    stationarity_cells,
+    stationarity_table,
+    verdict,
+)
 
 
 def row(t, envelope, gaps, **others):
@@ -64,6 +73,20 @@ def test_the_table_has_the_largest_of_the_workers():
         "force": "6",
         "|u - z_j| / |u|": "0.05",
     }
+
+
+def test_a_prox_above_its_tolerance_is_said():
+    rough = [row(10, 8.0, [[3.0, 4.0]], converged=False), row(20, 0.04, [[0.3, 0.4]])]
+    rough.append(row(30, 0.02, [[0.3, 0.4]], converged=False))
+    headings, first, second = stationarity_cells({"rough": rough, "fine": APART})
+    assert headings[-1] == "not converged"
+    assert (first[-1], second[-1]) == ("2 of 3", "0 of 2")
+    assert "from 8 (not converged) to 0.02 ± 0.003 (not converged)" in verdict(rough)
+    assert "from 8 (not converged) to 0.04 ± 0.003" in verdict(rough[:2])
+    assert "not converged" not in verdict(rough[1:2])
+    console = Console(width=80, file=io.StringIO())
+    console.print(stationarity_table({"rough": rough}))
+    assert "2 of 3" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,30 @@ def test_one_iteration_is_14a_and_14b(weight, way):
     )
     u, z = half_steps(weight)
     assert found.status is Status.BUDGET
+    assert found.unsolved == 0
     np.testing.assert_allclose(found.u, u, atol=1e-8)
     np.testing.assert_allclose(found.z, z, atol=1e-8)
 
 
+@pytest.mark.parametrize("way", ["gradient", "prox"])
+def test_subproblems_above_their_tolerance_are_counted(way):
+    """A few steps reduce no residual of these models to a millionth; both runs still converge."""
+    options = {"relative": 1e-8, "inner_reduction": 1e-6}
+    hasty = alternating_minimization(
+        linear_model(way, way), tensor(U0), tensor(Z0), inner_budget=6 if way == "gradient" else 1,
+        **options,
+    )  # fmt: skip
+    whole = alternating_minimization(linear_model(way, way), tensor(U0), tensor(Z0), **options)
+    assert hasty.unsolved > 0
+    assert whole.unsolved == 0
+    for found in (hasty, whole):
+        assert found.status is Status.CONVERGED
+        np.testing.assert_allclose(found.u, linear_solution()[0], atol=1e-6)
+
+
 def test_the_closed_form_is_used():
     once = alternating_minimization(closed_form_model(), tensor(U0), tensor(Z0), budget=1)
+    assert once.unsolved == 0
     np.testing.assert_allclose(once.u, half_steps(0.0)[0], atol=1e-13)
     np.testing.assert_allclose(once.z, half_steps(0.0)[1], atol=1e-13)
     found = alternating_minimization(closed_form_model(), tensor(U0), relative=1e-11)

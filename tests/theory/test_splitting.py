@@ -46,6 +46,7 @@ def test_the_linear_system(run, g_way, f_way):
     found = run(linear_model(g_way, f_way), tensor(np.zeros(N)), relative=1e-8)
     u, z = linear_solution()
     assert found.status is Status.CONVERGED
+    assert found.unsolved == 0
     np.testing.assert_allclose(found.u, u, atol=1e-6)
     np.testing.assert_allclose(found.z, z, atol=1e-6)
 
@@ -104,6 +105,7 @@ def test_logistic_losses_are_minimized_as_scipy_does(run, name):
     start = np.zeros(N + M)
     other = minimize(total, start, method="BFGS", options={"gtol": 1e-6})
     assert found.status is Status.CONVERGED
+    assert found.unsolved == 0
     assert found.objective[-1] == pytest.approx(other.fun, abs=1e-8)
     assert total(np.concatenate([found.u, found.z])) == pytest.approx(
         found.objective[-1], abs=1e-12
@@ -217,6 +219,7 @@ def test_residuals_bound_the_distances(run, relative):
     of_u = distance_of_zero(u, C, 0.5, A.T @ y)
     of_z = distance_of_zero(z, B, 1.0, -y)
     assert found.status is Status.CONVERGED
+    assert found.unsolved == 0
     assert of_u <= found.residuals[-1][0] + 1e-13
     assert of_z <= found.residuals[-1][1] + 1e-13
     # dg and df are subgradients, and the residuals follow the formulas.

@@ -18,7 +18,7 @@ from consensus.core.flat import Scalar, add_scaled, column, scaled
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce, WorkerKernel
 from consensus.core.layerwise import Layerwise
 from consensus.core.mean import Reduce, phi_mean
-from consensus.core.profiles import NotConvergedError
+from consensus.core.scalar_equation import NotConvergedError
 from consensus.core.sizes import Separable
 
 
