@@ -42,24 +42,24 @@ class Copy:
     z: Tensor  # (n,)
     memory: Callable[[], Tensor]  # (n,), may be overwritten
 
-    def difference(self, anchor: Tensor, displaced: bool) -> Tensor:
-        """Anchor - z (n,), in memory for `add`, which follows.
+    def operands(self, anchor: Tensor, displaced: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Two vectors whose difference is anchor - z, and memory for it; `add` must follow.
 
         `displaced`: whether an optimizer has displaced the parameters from z.
         """
         z = self.z
         if self.parameters.exact:
-            return torch.sub(anchor, z, out=z)  # z is kept by the parameters
+            return anchor, z, z  # z is kept by the parameters
         if not displaced:
-            return torch.sub(anchor, z, out=self.memory())
+            return anchor, z, self.memory()
         d = self.parameters.displacement(z, self.memory())
         z += d
-        return d.add_(anchor).sub_(z)
+        return d.add_(anchor), z, d
 
     def add(self, step: Tensor, factors: float | Sequence[float]) -> None:
         """Move z by its displacement and by a step times factors, and write it.
 
-        The step is in the memory of `difference`. One factor, or one for each layer.
+        The step is in the memory of `operands`. One factor, or one for each layer.
         """
         if self.parameters.exact:
             self.parameters.add(step, factors)
@@ -180,7 +180,8 @@ class Linear:
         if pull == 1.0:
             copy.replace(anchor, displaced)
         else:
-            copy.add(copy.difference(anchor, displaced), float(pull))
+            center, z, w = copy.operands(anchor, displaced)
+            copy.add(torch.sub(center, z, out=w), float(pull))
 
 
 class Proximal:
@@ -210,8 +211,8 @@ class Proximal:
         if pull == 1.0:
             copy.replace(anchor, displaced)
         else:
-            w = copy.difference(anchor, displaced)
-            copy.add(w, self._weighted.factors(w, self._strength(pull)))
+            center, z, w = copy.operands(anchor, displaced)
+            copy.add(w, self._weighted.factors(center, z, w, self._strength(pull)))
 
     def _strength(self, pull: float) -> float:
         """The step of a proximal operator that removes the part `pull` of w where q(w) = w."""

@@ -25,8 +25,8 @@ from consensus.core.sizes import CHUNK, Separable
 class Message(NamedTuple):
     """The parts of a message."""
 
-    row: Tensor  # the sum of c w, (1, n)
-    force: Tensor  # the same, (n,)
+    force: Tensor  # the sum of c w, (n,)
+    row: Tensor  # the same, (1, n)
     weights: Tensor  # the sum of c, (G,)
     numbers: Any  # a memoryview, the same on the host, if they are in its memory
 
@@ -59,7 +59,8 @@ class WeightedProximal:
             for layer, (start, stop) in enumerate(layers)
             for at in range(start, stop, tile)
         ]
-        self._along = ViewsOf(lambda x: x.split_with_sizes([length for _, length in self._tiles]))
+        lengths = [length for _, length in self._tiles]
+        self._along = ViewsOf(lambda x: x.view(-1).split_with_sizes(lengths))  # in tiles
         # On a CPU norms and fractions of radial layers are numbers, which take less time there.
         radial = not self._separable and not phi.sharded
         self._by_numbers = on_cpu and radial and isinstance(phi.scale, float)
@@ -72,46 +73,49 @@ class WeightedProximal:
     def _cut(self, message: Tensor) -> Message:
         """The parts of a message (n + G,)."""
         force, weights = message[: self._n], message[self._n :]
-        return Message(force.unsqueeze(0), force, weights, _numbers(weights))
+        return Message(force, force.unsqueeze(0), weights, _numbers(weights))
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> None:
         """C w and c of the worker z (1, n), to `out` (n + G,)."""
         del scratch
         message = self._message(out)
-        torch.sub(u, z, out=message.row)
         if not self._by_numbers or math.isinf(self.strength):
-            return self._weigh(message.force, self.strength, message.weights)
-        c_of = self._fractions(message.force, self.strength)
+            return self._weigh(u, z, message.row, self.strength, message.weights)
+        c_of = self._fractions(u, z, message.row, self.strength)
         for (layer, _), part in zip(self._tiles, self._along(message.force), strict=True):
             part.mul_(c_of[layer])
         for layer, c in enumerate(c_of):
             message.numbers[layer] = c
         return None
 
-    def factors(self, w: Tensor, strength: float) -> float | list[float]:
-        """C(w) of each layer, for w (n,); or 1, and w is multiplied by c in place."""
+    def factors(self, u: Tensor, z: Tensor, out: Tensor, strength: float) -> float | list[float]:
+        """c(w) of each layer, and w = u - z to `out`; or 1, and c w to `out`. (n,), (n,)."""
         if self._by_numbers and not math.isinf(strength):
-            return self._fractions(w, strength)
-        self._weigh(w, strength, None)
+            return self._fractions(u, z, out, strength)
+        self._weigh(u, z, out, strength, None)
         return 1.0
 
-    def _weigh(self, w: Tensor, strength: float, weights: Tensor | None) -> None:
-        """Multiply w (n,) by c(w) in place; c also to `weights` (G,)."""
-        if math.isinf(strength):
-            if weights is not None:
-                weights.fill_(1.0)
-        elif self._separable:
-            self._weigh_coordinates(w, strength, weights)
-        else:
+    def _weigh(
+        self, u: Tensor, z: Tensor, out: Tensor, strength: float, weights: Tensor | None
+    ) -> None:
+        """C(w) w to `out`, and c(w) to `weights` (G,), with w = u - z."""
+        if self._separable and not math.isinf(strength):
+            return self._weigh_coordinates(u, z, out, strength, weights)
+        w, c = torch.sub(u, z, out=out), u.new_ones(())
+        if not math.isinf(strength):
             c = self.phi.fraction_of(self.phi.size.norm(w) * self.phi.scale, strength)
             self.phi.size.scale_(c, w)
-            if weights is not None:
-                weights.copy_(c)
+        if weights is not None:
+            weights.copy_(c.view(-1))
+        return None
 
-    def _weigh_coordinates(self, w: Tensor, strength: float, weights: Tensor | None) -> None:
+    def _weigh_coordinates(
+        self, u: Tensor, z: Tensor, out: Tensor, strength: float, weights: Tensor | None
+    ) -> None:
         """`_weigh` of a separable potential; no weight is 0, as (x^2)' may be near 0."""
         others = [None] * len(self._tiles) if weights is None else self._along(weights)
-        for part, weight in zip(self._along(w), others, strict=True):
+        for own, own_z, part, weight in zip(*map(self._along, (u, z, out)), others, strict=True):
+            torch.sub(own, own_z, out=part)
             common = self.phi.common_fraction(part, strength)
             if common is not None:
                 part.mul_(common)
@@ -123,18 +127,25 @@ class WeightedProximal:
                 if weight is not None:
                     torch.clamp(c, min=self._tiny, out=weight)
 
-    def _fractions(self, w: Tensor, strength: float) -> list[float]:
-        """c(w) of each radial layer, by numbers."""
-        for slot, part in zip(self._slots, self._along(w), strict=True):
-            torch.dot(part, part, out=slot)
+    def _fractions(self, u: Tensor, z: Tensor, out: Tensor, strength: float) -> list[float]:
+        """c(w) of each radial layer, by numbers, and w = u - z to `out`."""
+        if self._n <= CHUNK:
+            torch.sub(u, z, out=out)
+            for slot, part in zip(self._slots, self._along(out), strict=True):
+                torch.dot(part, part, out=slot)
+        else:  # so that a tile is still in the cache
+            tiles = zip(*map(self._along, (u, z, out)), self._slots, strict=True)
+            for own, own_z, part, slot in tiles:
+                torch.sub(own, own_z, out=part)
+                torch.dot(part, part, out=slot)
         squares = [0.0] * len(self.phi.layers)
         for (layer, _), square in zip(self._tiles, self._squares, strict=True):
             squares[layer] += square
         scale, profile = float(self.phi.scale), self.phi.profile
         r = [scale * math.sqrt(square) for square in squares]
         if profile.numbers is not None:
-            return profile.fractions(r, strength * scale * scale, w.dtype)
-        found: list[float] = self.phi.fraction_of(torch.tensor(r, dtype=w.dtype), strength).tolist()
+            return profile.fractions(r, strength * scale * scale, u.dtype)
+        found: list[float] = self.phi.fraction_of(torch.tensor(r, dtype=u.dtype), strength).tolist()
         return found
 
     def move_consensus(

@@ -81,7 +81,7 @@ def test_a_rounded_model_is_displaced_from_what_was_written():
     moved = nn.utils.parameters_to_vector(model.parameters()).detach().float() - written.float()
     wanted = z + moved + 1.0
     copy = Copy(parameters, z, lambda: torch.full_like(z, 7.0))
-    step = copy.difference(z + 2.0, displaced=True)
-    copy.add(step, 0.5)
+    center, own, step = copy.operands(z + 2.0, displaced=True)
+    copy.add(torch.sub(center, own, out=step), 0.5)
     torch.testing.assert_close(z, wanted, rtol=1e-6, atol=0.0)
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), wanted.bfloat16())
