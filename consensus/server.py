@@ -48,6 +48,7 @@ class Server:
         self.kernel = choose_kernel(phi, u) if kernel is None else kernel
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
+        self._search = LineSearch(self.step, self.cuts, group.min_)
         size = self.kernel.force_size + group.size * self.kernel.reach_size
         self._sum = group.repeated_sum(size, u)
 
@@ -90,9 +91,8 @@ class Server:
         if self.kernel.reach_size:
             force, reaches = force.tensor_split([n])
             reach, out = reaches.view(self.group.size, -1).amax(0), out[:n]
-        search = LineSearch(self.step, self.cuts, self.group.min_)
         try:
-            self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, search, out)
+            self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, self._search, out)
         except NotConvergedError as error:  # on all ranks, which decide from the same sums
             raise GroupError(f"rank {self.group.rank}: {error}") from error
         return self.u

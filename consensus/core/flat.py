@@ -5,10 +5,10 @@ block of shape (..., n) whose leading axes are workers (or, later, runs). A *lay
 with its weight and bias together, equation (18); it is a slice of the vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,29 @@ def local(tensor: Tensor) -> Tensor:
     """The shard of this process of a DTensor, in its memory; any other tensor itself."""
     shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return shard
+
+
+T = TypeVar("T")
+
+
+class ViewsOf(Generic[T]):
+    """Views of vectors that are used again and again, made once for each vector, which is kept.
+
+    Args:
+        make: Makes the views of a vector.
+    """
+
+    def __init__(self, make: Callable[[Tensor], T]) -> None:
+        self._make = make
+        self._made: dict[int, T] = {}
+
+    def __call__(self, vector: Tensor) -> T:
+        """The views of `vector`."""
+        # A view keeps its memory allocated, so no other vector can get this address.
+        key = vector.data_ptr()
+        if key not in self._made:
+            self._made[key] = self._make(vector)
+        return self._made[key]
 
 
 @dataclass(frozen=True)

@@ -204,29 +204,19 @@ class Potential(Domain):
         c = step * scale * scale
         if isinstance(self.size, Radial) and isinstance(c, Tensor) and c.ndim and c.shape[-1] > 1:
             raise ValueError("a proximal step of a radial potential with several weights")
-        few = self._few_fractions(r, step)
-        if few is not None:
-            return r.new_tensor(few).view_as(r)
+        if self._takes_numbers(r):
+            found = self.profile.fractions(r.flatten().tolist(), float(c), r.dtype)
+            return r.new_tensor(found).view_as(r)
         slope = self._slope_within(r)
         if slope is not None:
             pull = 2.0 * slope * c
             return torch.ones_like(r) * (pull / (1.0 + pull))
         return self.profile.fraction(r, c).to(r.dtype)
 
-    def fraction_numbers(self, r: Tensor, step: float) -> list[float]:
-        """`fraction_of` as numbers on the host. (G,) -> G."""
-        few = self._few_fractions(r, step)
-        found: list[float] = self.fraction_of(r, step).tolist() if few is None else few
-        return found
-
-    def _few_fractions(self, r: Tensor, step: float) -> list[float] | None:
-        """`fraction_of` by numbers, where that takes less time."""
-        if r.device.type != "cpu" or r.numel() > _FEW or math.isinf(step):
-            return None
-        if self.profile.numbers is None or isinstance(self.scale, Tensor):
-            return None
-        c = step * self.scale * self.scale
-        return self.profile.fractions(r.flatten().tolist(), c, r.dtype)
+    def _takes_numbers(self, r: Tensor) -> bool:
+        """Whether Python computes the fractions in less time than operations on tensors."""
+        few = r.device.type == "cpu" and r.numel() <= _FEW
+        return few and self.profile.numbers is not None and not isinstance(self.scale, Tensor)
 
     def common_fraction(self, w: Tensor, step: float) -> float | None:
         """`fraction` if it is known to be one number for all groups, otherwise None."""
@@ -235,8 +225,9 @@ class Potential(Domain):
         if isinstance(self.scale, Tensor):
             return None
         profile, slope = self.profile, self.profile.slope
-        if slope is None and profile.near_zero and w.device.type == "cpu":
-            slope = self._slope_within(self.reach(w))
+        if profile.near_zero and w.device.type == "cpu" and isinstance(self.size, Separable):
+            form = profile.dpsi_up_to((self.scale * self.size.furthest(w)) ** 2, w.dtype)
+            slope = None if callable(form) else form
         if slope is None:
             return None
         pull = 2.0 * slope * step * self.scale * self.scale

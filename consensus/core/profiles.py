@@ -49,6 +49,7 @@ class Profile:
     near_zero: tuple[tuple[float, Elementwise | float], ...] = ()
     assumptions: frozenset[str] = ALL_ASSUMPTIONS  # those of (A1) to (A5) that hold
     numbers: tuple[OfNumber, OfNumber] | None = None  # psi' and psi'' of a number, if at hand
+    shrunk: Callable[[float, float], float] | None = None  # `shrink` of numbers in closed form
     kernel: Literal["quad", "cube", "tan", "log"] | None = None
 
     def invert(self, r: Tensor) -> Tensor:
@@ -126,13 +127,18 @@ class Profile:
             if not callable(slope):
                 pull = 2.0 * slope * c
                 return [pull / (1.0 + pull)] * len(r)
-        return [self._fraction_of_number(x, c) for x in r]
+        # The step after one of this size would be below rounding.
+        converged = _CONVERGED if dtype == torch.float64 else _CONVERGED**0.5
+        return [self._fraction_of_number(x, c, converged) for x in r]
 
-    def _fraction_of_number(self, r: float, c: float) -> float:
+    def _fraction_of_number(self, r: float, c: float, converged: float) -> float:
         assert self.numbers is not None
         if not r < math.inf:
             return math.nan
         dpsi, d2psi = self.numbers
+        if self.shrunk is not None:
+            pull = 2.0 * c * dpsi(self.shrunk(r, c) ** 2)
+            return pull / (1.0 + pull)
         r = tau = max(r, _SMALLEST)
         end = math.sqrt(self.bound) * (1.0 - 1e-15)
         for _ in range(_STEPS):
@@ -143,7 +149,7 @@ class Profile:
             slope = (factor + 4.0 * c * d2psi(s) * s) / (factor * stretch)
             step = min(max(math.log(rho / r * factor) / slope, -8.0), 8.0)
             tau *= math.exp(-step)
-            if abs(step) <= _CONVERGED:
+            if abs(step) <= converged:
                 break
         rho = min(tau / math.sqrt(1.0 + tau * tau / self.bound), end)
         pull = 2.0 * c * dpsi(rho * rho)
@@ -254,6 +260,16 @@ def _power_radius(p: float, eps: float) -> Elementwise | None:
     return None
 
 
+def _cubic_shrunk(eps: float) -> Callable[[float, float], float]:
+    """The root rho of 3 c rho^2 + (1 + 2 c eps) rho = r, without cancellation."""
+
+    def shrunk(r: float, c: float) -> float:
+        b = 1.0 + 2.0 * c * eps
+        return 2.0 * r / (b + math.sqrt(b * b + 12.0 * c * r))
+
+    return shrunk
+
+
 def power_profile(p: float, eps: float = 0.0) -> Profile:
     """psi(s) = s^(p/2) + eps s. (A3) fails at 0 unless p = 2, or p > 2 and eps > 0.
 
@@ -278,6 +294,7 @@ def power_profile(p: float, eps: float = 0.0) -> Profile:
             lambda s: (0.5 * p) * _power_of_number(s, 0.5 * p - 1.0) + eps,
             lambda s: (0.5 * p) * (0.5 * p - 1.0) * _power_of_number(s, 0.5 * p - 2.0),
         ),
+        shrunk=_cubic_shrunk(eps) if p == 3.0 else None,
         kernel="cube" if p == 3.0 and eps == 0.0 else None,
     )
 

@@ -50,10 +50,6 @@ class ShardedRadial(Radial):
         own = torch.broadcast_tensors(*(super(ShardedRadial, self).inner(x, y) for x, y in pairs))
         return self._shards.total(torch.stack(own)).unbind()
 
-    def apart_squared(self, x: Tensor, y: Tensor) -> Tensor:
-        """|x_l - y_l|^2."""
-        return self._shards.total(super().apart_squared(x, y))
-
     def length(self, x: Tensor) -> Tensor:
         """|x|, of all layers together."""
         return self.inner(x, x).sum(-1, keepdim=True).sqrt()

@@ -48,6 +48,11 @@ class Separable:
 
     length = largest
 
+    def furthest(self, x: Tensor) -> float:
+        """max_i |x_i| on the host. (n,)."""
+        low, high = torch.aminmax(x)
+        return max(-low.item(), high.item())
+
     def exit(self, x: Tensor, d: Tensor, bound: float | Tensor) -> Tensor:
         """(R - x_i sign d_i) / |d_i|, R = sqrt(bound): a linear equation for each coordinate."""
         radius = bound.sqrt() if isinstance(bound, Tensor) else math.sqrt(bound)
@@ -99,19 +104,6 @@ class Radial:
         """|x_l|."""
         return self.inner(x, x).sqrt()
 
-    def apart(self, x: Tensor, y: Tensor) -> Tensor:
-        """|x_l - y_l|, on a CPU without the vector x - y. (..., n), (..., n) -> (..., L)."""
-        return self.apart_squared(x, y).sqrt()
-
-    def apart_squared(self, x: Tensor, y: Tensor) -> Tensor:
-        """The square of `apart`."""
-        if x.device.type != "cpu" or x.shape[-1] <= CHUNK:
-            w = x - y
-            return Radial.inner(self, w, w)
-        lengths = self._lengths or [x.shape[-1]]
-        pieces = zip(x.split(lengths, -1), y.split(lengths, -1), strict=True)
-        return torch.stack([_inner_apart(a, b) for a, b in pieces], -1)
-
     largest = norm
 
     def length(self, x: Tensor) -> Tensor:
@@ -146,10 +138,6 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.shape[-1] <= CHUNK:
         return (x * y).sum(-1)
     pairs = zip(torch.split(x, CHUNK, -1), torch.split(y, CHUNK, -1), strict=True)
-    return torch.stack([(a * b).sum(-1) for a, b in pairs], -1).sum(-1)
-
-
-def _inner_apart(x: Tensor, y: Tensor) -> Tensor:
-    """|x - y|^2 along the last axis, piece by piece. (..., n), (..., n) -> (...)."""
-    pairs = zip(torch.split(x, CHUNK, -1), torch.split(y, CHUNK, -1), strict=True)
-    return torch.stack([(a - b).square_().sum(-1) for a, b in pairs], -1).sum(-1)
+    # Of two vectors without a product in memory.
+    inner = torch.dot if x.ndim == y.ndim == 1 else lambda a, b: (a * b).sum(-1)
+    return torch.stack([inner(a, b) for a, b in pairs], -1).sum(-1)

@@ -44,20 +44,24 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._seen = [
-            (owner, name, f"{path}.{name}" if path else name, own)
+            (
+                owner._parameters,
+                name,
+                own,
+                (own.dtype, own.device, own.requires_grad),
+                f"{path}.{name}" if path else name,
+            )
             for path, owner in model.named_modules()
             for name, own in owner.named_parameters(recurse=False)
         ]
-        self._kinds = [(own.dtype, own.device, own.requires_grad) for *_, own in self._seen]
 
     def check(self) -> None:
         """Raise a RuntimeError that names the first change."""
-        for (owner, name, path, own), kind in zip(self._seen, self._kinds, strict=True):
-            now = (own.dtype, own.device, own.requires_grad)
+        for places, name, own, kind, path in self._seen:
             change = ""
-            if getattr(owner, name, None) is not own:
+            if places.get(name) is not own:
                 change = "replaced by another"
-            elif now != kind:
+            elif (own.dtype, own.device, own.requires_grad) != kind:
                 then = " on ".join(map(str, kind[:2])) + (", frozen" if not kind[2] else "")
                 change = f"changed; it was {then}"
             if change:

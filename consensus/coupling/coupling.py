@@ -336,7 +336,8 @@ class Coupling:
             part.finish(displaced)
         if finished:
             self._communications += 1
-            self._processes.mean_(self._buffers)  # a late mean could make a variance negative
+            if self._buffers:  # only here: a late mean could make a variance negative
+                self._processes.mean_(self._buffers)
         return finished
 
     def __reduce__(self) -> NoReturn:

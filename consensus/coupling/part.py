@@ -51,6 +51,7 @@ class Part:
         self._t_u = plan.puller.t_u(rate, group.size)
         self._server = Server(plan.z[0], plan.phi, group, kernel)
         self.u = self._server.u
+        self._copy = Copy(self.parameters, self.z[0], lambda: self._server.memory)
         self._before = torch.empty_like(self.u) if settings.order == "jacobi" else None
         self.pending: PendingForce | None = None
         self.waited_s = 0.0
@@ -150,9 +151,8 @@ class Part:
 
     def _move(self, pull: float, displaced: bool, anchor: Tensor) -> None:
         """Move z_j by its displacement, if it was `displaced`, and to `anchor`; write it."""
-        copy = Copy(self.parameters, self.z, self._server.memory, displaced)
         self._moves += 1
-        self._puller.move(copy, self.u, anchor, pull)
+        self._puller.move(self._copy, self.u, anchor, pull, displaced)
         if self._puller.cuts_steps:
             self._scale_momentum()
 

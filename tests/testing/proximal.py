@@ -3,6 +3,7 @@
 import math
 
 import scipy.optimize
+import torch
 
 SLOPES = {  # psi'(s) of Table 2 and beyond, and the end of the domain of s
     "quad": (lambda s: 1.0, math.inf),
@@ -31,3 +32,14 @@ def groups(name: str, layers: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The slices of the groups of coordinates: layers, or single coordinates."""
     separable = name.endswith("_sep") or name == "pseudo_huber"
     return [(i, i + 1) for i in range(layers[-1][1])] if separable else layers
+
+
+def pulled(kernel, z, d, u, strength):
+    """z + d + c(u - z) (u - z) of one worker by `WeightedProximal.factors`. (n,)."""
+    w = torch.empty_like(u)
+    factors = kernel.factors(u, z, w, strength)
+    if isinstance(factors, list):
+        for (start, stop), c in zip(kernel.phi.layers, factors, strict=True):
+            w[start:stop] *= c
+        factors = 1.0
+    return z + d + factors * w

@@ -51,25 +51,26 @@ def test_z_moves_by_its_displacement_and_by_the_fraction_of_the_way(
     for module in (flat_parameters, sizes, weighted):
         monkeypatch.setattr(module, "CHUNK", tile)
     model, layout, z, u, d = displaced_model()
-    wanted = z + d if displaced else z.copy()
+    if not displaced:
+        z, d = z + d, 0.0 * d
+    wanted = z + d
     strength = 0.5 * ETA**2 * PULL / (1.0 - PULL)
     for a, b in groups(name, list(layout.layers)):
         c = removed(name, np.linalg.norm((u - z)[a:b]), strength, ETA)
         wanted[a:b] += c * (u - z)[a:b]
     parameters = FlatParameters(model, layout)
     own, center = torch.from_numpy(z.copy()), torch.from_numpy(u)
-    copy = Copy(parameters, own.unsqueeze(0), torch.full_like(own, 7.0), displaced)
+    copy = Copy(parameters, own, lambda: torch.full_like(own, 7.0))
     pull = choose_pull(Layerwise(POTENTIALS[name], layout.layers, ETA), own[None], PULL, None)
     with torch.no_grad():
-        pull.move(copy, center, center, PULL)
+        pull.move(copy, center, center, PULL, displaced)
     np.testing.assert_allclose(own.numpy(), wanted, rtol=1e-12, atol=1e-12)
     written = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert torch.equal(written, own)
 
 
-def test_a_rounded_model_is_displaced_from_what_was_written(monkeypatch):
+def test_a_rounded_model_is_displaced_from_what_was_written():
     """bfloat16: z in float32 keeps what a parameter cannot hold."""
-    monkeypatch.setattr(flat_parameters, "CHUNK", 3)
     model = nn.Linear(4, 2).bfloat16()
     layout = FlatLayout.trainable(model)
     z = torch.linspace(0.1, 1.0, layout.size)
@@ -79,8 +80,8 @@ def test_a_rounded_model_is_displaced_from_what_was_written(monkeypatch):
         model.bias += 0.5
     moved = nn.utils.parameters_to_vector(model.parameters()).detach().float() - written.float()
     wanted = z + moved + 1.0
-    with torch.no_grad():
-        for own, _, d in parameters.moves(z, z, torch.empty_like(z)):
-            own.flat.add_(d).add_(1.0)
+    copy = Copy(parameters, z, lambda: torch.full_like(z, 7.0))
+    center, own, step = copy.operands(z + 2.0, displaced=True)
+    copy.add(torch.sub(center, own, out=step), 0.5)
     torch.testing.assert_close(z, wanted, rtol=1e-6, atol=0.0)
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), wanted.bfloat16())

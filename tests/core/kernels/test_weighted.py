@@ -8,11 +8,11 @@ import torch
 
 from consensus import POTENTIALS, Layerwise
 from consensus.core import potentials, profiles, sizes
-from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
+from consensus.core.kernels import LineSearch, TotalForce
 from consensus.core.kernels import weighted as module
 from consensus.core.kernels.pulls import Explicit, Linear, Proximal, choose_pull
 from consensus.core.kernels.weighted import WeightedProximal
-from tests.testing.proximal import groups, removed
+from tests.testing.proximal import groups, pulled, removed
 
 LAYERS = [(0, 3), (3, 7), (7, 8)]
 N, ETA = 8, 0.6
@@ -34,12 +34,15 @@ def phi(name, layers=LAYERS):
 
 
 def line_3(kernel, u, z, outer):
-    """u+ for a block of all workers. (n,)."""
-    moved, out = u.clone(), u.new_full((kernel.force_size,), math.nan)
-    assert kernel.forces(u, z, out, torch.empty_like(z)) is None
+    """u+ from the messages of all workers. (n,)."""
+    moved, total = u.clone(), u.new_zeros(kernel.force_size)
+    for own in z:
+        out = u.new_full((kernel.force_size,), math.nan)
+        assert kernel.forces(u, own[None], out, None) is None
+        total += out
     cuts = torch.zeros((), dtype=torch.int64)
-    search = LineSearch(u.new_zeros(()), cuts)
-    kernel.move_consensus(moved, z, TotalForce(out), outer, search, torch.empty_like(out))
+    search = LineSearch(u.new_ones(()), cuts)
+    kernel.move_consensus(moved, z[:1], TotalForce(total), outer, search, torch.empty_like(total))
     assert (float(search.step), int(cuts)) == (1.0, 0)
     return moved
 
@@ -60,7 +63,7 @@ def test_line_3_is_the_weighted_mean(name, spread, strength):
     moved = line_3(kernel, torch.from_numpy(u), torch.from_numpy(z), 0.7)
     np.testing.assert_allclose(moved.numpy(), u - 0.7 * top / bottom, rtol=1e-12, atol=1e-12)
     parts = [torch.empty(kernel.force_size, dtype=torch.float64) for _ in z]
-    for own, part in zip(torch.from_numpy(z), parts, strict=True):  # one worker in each block
+    for own, part in zip(torch.from_numpy(z), parts, strict=True):
         kernel.forces(torch.from_numpy(u), own[None], part, None)
     np.testing.assert_allclose(sum(parts)[:N].numpy(), top, rtol=1e-11, atol=1e-12)
 
@@ -77,28 +80,9 @@ def test_line_6_moves_by_the_fraction_of_the_way(name, strength):
         ):
             wanted[j, a:b] += c * (u - own)[a:b]
     kernel = WeightedProximal(phi(name), torch.from_numpy(u), 1.0)
-    moved = torch.from_numpy(z.copy())
-    kernel.pull(moved, torch.from_numpy(d), torch.from_numpy(u), strength)
-    np.testing.assert_allclose(moved.numpy(), wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_line_6_with_momentum():
-    """kappa v - sigma (delta + nu z), then the pull; the velocity has the pull if `through`."""
-    u, z = (torch.from_numpy(x) for x in points(3))
-    v, delta = torch.full_like(z, 0.2), torch.full_like(z, -1.0)
-    kernel = WeightedProximal(phi("tan"), u, 1.0)
-    for through in (False, True):
-        block = Block(z.clone(), v.clone(), delta.clone())
-        numbers = Hyperparameters(0.9, 0.1, 0.5, 2.0, through)
-        cuts = torch.zeros(3, dtype=torch.int64)
-        kernel.move_workers(block, u, u, numbers, LineSearch(z.new_zeros(()), cuts))
-        free = 0.9 * v - 0.1 * (delta + 0.5 * z)
-        wanted = z + free
-        for j, own in enumerate((u - z).numpy()):
-            for (a, b), c in zip(LAYERS, expected_c("tan", own, 2.0), strict=True):
-                wanted[j, a:b] += c * (u - z)[j, a:b]
-        torch.testing.assert_close(block.z, wanted, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(block.v, wanted - z if through else free, rtol=1e-12, atol=1e-12)
+    for own, own_d, own_wanted in zip(*map(torch.from_numpy, (z, d, wanted)), strict=True):
+        moved = pulled(kernel, own, own_d, torch.from_numpy(u), strength)
+        torch.testing.assert_close(moved, own_wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -106,10 +90,8 @@ def test_line_6_with_momentum():
 def test_equal_copies_stay_equal(name, dtype):
     u = torch.linspace(-1.0, 1.0, N, dtype=dtype)
     kernel = WeightedProximal(phi(name), u, 0.3)
-    moved, z = line_3(kernel, u, u.repeat(4, 1), 1.0), u.repeat(1, 1)
-    kernel.pull(z, torch.zeros_like(z), u, 0.3)
-    assert torch.equal(moved, u)
-    assert torch.equal(z[0], u)
+    assert torch.equal(line_3(kernel, u, u.repeat(4, 1), 1.0), u)
+    assert torch.equal(pulled(kernel, u, torch.zeros_like(u), u, 0.3), u)
 
 
 @pytest.mark.parametrize("name", ["tan", "tan_sep"])
@@ -117,14 +99,12 @@ def test_pieces_of_a_large_vector_change_nothing(name, monkeypatch):
     """float64: the same numbers with pieces of two coordinates."""
     u, z = (torch.from_numpy(x) for x in points(4))
     kernel = WeightedProximal(phi(name), u, 0.8)
-    whole, pulled = line_3(kernel, u, z, 1.0), z.clone()
-    kernel.pull(pulled, torch.zeros_like(z), u, 0.8)
+    whole = line_3(kernel, u, z, 1.0), pulled(kernel, z[0], z[1], u, 0.8)
     monkeypatch.setattr(module, "CHUNK", 2)
     monkeypatch.setattr(sizes, "CHUNK", 2)
-    again = z.clone()
-    kernel.pull(again, torch.zeros_like(z), u, 0.8)
-    torch.testing.assert_close(line_3(kernel, u, z, 1.0), whole, rtol=1e-14, atol=1e-15)
-    torch.testing.assert_close(again, pulled, rtol=1e-14, atol=1e-15)
+    kernel = WeightedProximal(phi(name), u, 0.8)
+    again = line_3(kernel, u, z, 1.0), pulled(kernel, z[0], z[1], u, 0.8)
+    torch.testing.assert_close(again, whole, rtol=1e-14, atol=1e-15)
 
 
 FRACTIONS = ["cubic", "tan", "log", "pseudo_huber", "power"]
@@ -141,6 +121,14 @@ def test_the_fraction_over_many_orders_of_magnitude(name, few, monkeypatch):
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-13)
     single = layer.fraction(torch.from_numpy(radius)[:, None].float(), strength)[:, 0].numpy()
     np.testing.assert_allclose(single, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fraction_of_a_cube_with_a_square():
+    """Numbers in closed form: rho + 2 c (1.5 rho + eps) rho = r at rho = (1 - fraction) r."""
+    profile, c, eps = POTENTIALS.make("cubic", eps=0.4).profile, 0.7, 0.4
+    radius = np.logspace(-6, 4, 41)
+    rho = (1.0 - np.array(profile.fractions(radius.tolist(), c, torch.float64))) * radius
+    np.testing.assert_allclose(rho + 2.0 * c * (1.5 * rho + eps) * rho, radius, rtol=1e-9)
 
 
 def test_a_fixed_number_of_steps_is_enough(monkeypatch):
