@@ -226,6 +226,7 @@ def test_public_names():
     # A name is added here when it is promised to users.
     assert set(consensus.__all__) == {
         "DATASETS",
+        "LOSSES",
         "MODELS",
         "PARTITIONS",
         "POTENTIALS",
@@ -237,6 +238,8 @@ def test_public_names():
         "Dataset",
         "GroupError",
         "Layerwise",
+        "Loss",
+        "Metric",
         "Potential",
         "Profile",
         "Radial",
@@ -244,6 +247,7 @@ def test_public_names():
         "Row",
         "RunInfo",
         "RunStopped",
+        "Samples",
         "Separable",
         "Sink",
         "compose",
