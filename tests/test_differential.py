@@ -43,7 +43,7 @@ FIRST = int(os.environ.get("CONSENSUS_FIRST_CASE", "0"))
 PARTS = 3  # for workers of pytest-xdist
 ON_RANKS = 24  # cases on two processes
 
-FACTOR = 50.0  # of the deviation of the perturbed plain runs
+FACTOR = 30.0  # of the deviation of the perturbed plain runs
 LOST = 1e-4  # a relative deviation that is allowed: beyond, the case is ill-conditioned
 PERTURBED = 3
 COMPARED = ("u", "z", "v", "objective")

@@ -55,12 +55,14 @@ LOG = Shape(
     1.0,
 )
 HUBER = Shape(
-    lambda r: np.sqrt(1 + r * r) - 1,
+    lambda r: r * r / (1 + np.sqrt(1 + r * r)),  # sqrt(1 + r^2) - 1 without cancellation
     lambda r: r / np.sqrt(1 + r * r),
     lambda r: (1 + r * r) ** -1.5,
 )
 LOG_COSH = Shape(
-    lambda r: np.logaddexp(r, -r) - math.log(2),
+    lambda r: np.where(
+        r < 1, np.log1p(2 * np.sinh(np.minimum(r, 1) / 2) ** 2), np.logaddexp(r, -r) - math.log(2)
+    ),
     np.tanh,
     lambda r: 1 / np.cosh(np.minimum(r, 300)) ** 2,
 )
