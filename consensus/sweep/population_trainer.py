@@ -34,7 +34,7 @@ from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
 from consensus.run.config import Config
-from consensus.run.diagnosis import ADVICE, divergence
+from consensus.run.diagnosis import ADVICE, Diagnosis, divergence
 from consensus.run.limits import memory_of
 from consensus.run.metrics import measure
 from consensus.run.plan import Plan, count_workers, make_phi, make_plan, set_determinism
@@ -167,6 +167,7 @@ class PopulationTrainer:
         self.record = cuda_graph if on_gpu and not self.oracle.model_draws else None
         plan.risk.side_by_side = self.record is not None
         self.population = self._make_population(plan)
+        self.diagnoses = [Diagnosis(own) for own in self.plans]
         self.iterations = first.algorithm.iterations
         self.start = self._restore()
         if self.start == 0:
@@ -277,16 +278,15 @@ class PopulationTrainer:
         wild = torch.tensor([text is not None for text in messages], dtype=torch.bool)
         frozen = self.population.freeze(wild)
         for i, message in zip(frozen.tolist(), filter(None, messages), strict=True):
-            failed = Status("failed", seconds=seconds, code=1, message=message)
-            failed.write(self.members[i].run_dir)
+            status = Status("failed", seconds=seconds, code=1, message=message)
+            status.write(self.members[i].run_dir)
 
     def _evaluate(self, done: int) -> None:
         """Append an evaluation to metrics.jsonl of each active member; freeze what diverged."""
-        data, block = self.plans[0].dataset, self.population
-        now = time.perf_counter()  # evaluation is not training
+        now, data, block = time.perf_counter(), self.plans[0].dataset, self.population
         on_train = self.oracle.evaluate(block.u, data.train_images, data.train_labels)
         on_test = self.oracle.evaluate(block.u, data.test_images, data.test_labels)
-        seconds, passed = now - self._clock, done - self._done
+        seconds, passed = now - self._clock, done - self._done  # evaluation is not training
         messages: list[str | None] = []
         for row, i in enumerate(block.active.tolist()):
             member, plan, phi = self.members[i], self.plans[i], self.phis[i]
@@ -298,12 +298,14 @@ class PopulationTrainer:
             numbers["samples_per_s"] = samples / seconds
             numbers["digest"] = f"{int(digest(u)) & (2**64 - 1):016x}"
             messages.append(divergence(numbers, plan))
-            if messages[-1] is not None:
+            if messages[-1]:
                 numbers["diverged"] = True
             sink = JsonlSink(RunInfo(member.run_dir, plan.risk.layout.layer_names, member.rows))
             sink.evaluation(numbers)
             sink.close()
             member.rows.append(numbers)
+            for remark in self.diagnoses[i].remarks(numbers):
+                self.log(f"{member.name}: {remark}")
         self._freeze(messages)
         self._clock, self._done = time.perf_counter(), done
 
@@ -340,7 +342,9 @@ class PopulationTrainer:
         done = int(state["iterations"])
         self.population.load_state_dict(part_of(state, "population"))
         self.oracle.load_state_dict(part_of(state, "oracle"))
-        for member in self.members:
+        for member, diagnosis in zip(self.members, self.diagnoses, strict=True):
             member.rows = rows_until(member.run_dir, done)
+            for row in member.rows:
+                diagnosis.remarks(row)  # they were made before
         self.log(f"continues {len(self.population.active)} runs at iteration {done:,}")
         return done
