@@ -34,7 +34,7 @@ from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
 from consensus.run.config import Config
-from consensus.run.diagnosis import ADVICE, divergence
+from consensus.run.diagnosis import ADVICE, Diagnosis, divergence
 from consensus.run.limits import memory_of
 from consensus.run.metrics import Best, better, measure
 from consensus.run.plan import Plan, count_workers, make_phi, make_plan, set_determinism
@@ -174,6 +174,7 @@ class PopulationTrainer:
         self.record = cuda_graph if on_gpu and not self.oracle.model_draws else None
         plan.risk.side_by_side = self.record is not None
         self.population = self._make_population(plan)
+        self.diagnoses = [Diagnosis(own) for own in self.plans]
         self.iterations = first.algorithm.iterations
         self.start = self._restore()
         if self.start == 0:
@@ -284,32 +285,33 @@ class PopulationTrainer:
         wild = torch.tensor([text is not None for text in messages], dtype=torch.bool)
         frozen = self.population.freeze(wild)
         for i, message in zip(frozen.tolist(), filter(None, messages), strict=True):
-            failed = Status("failed", seconds=seconds, code=1, message=message)
-            failed.write(self.members[i].run_dir)
+            status = Status("failed", seconds=seconds, code=1, message=message)
+            status.write(self.members[i].run_dir)
 
     def _evaluate(self, done: int) -> None:
         """Append an evaluation to metrics.jsonl of each active member; freeze what diverged."""
-        data, block = self.plans[0].dataset, self.population
-        now = time.perf_counter()  # evaluation is not training
-        found = [self.oracle.evaluate(block.u, samples) for samples in data.splits.values()]
-        seconds, passed = now - self._clock, done - self._done
+        now, data, block = time.perf_counter(), self.plans[0].dataset, self.population
+        of_sets = [self.oracle.evaluate(block.u, samples) for samples in data.splits.values()]
+        seconds, passed = now - self._clock, done - self._done  # evaluation is not training
         messages: list[str | None] = []
         for row, i in enumerate(block.active.tolist()):
             member, plan, phi = self.members[i], self.plans[i], self.phis[i]
             u, z, cuts = block.u[row], block.z[row], block.cuts[row]
-            lam, evaluated = lam_of(plan.config), [of_split[row] for of_split in found]
+            lam, evaluated = lam_of(plan.config), [of_set[row] for of_set in of_sets]
             numbers = measure(u, z, phi, lam, cuts, plan, self.group, done, evaluated)
             samples = passed * plan.num_workers * plan.config.algorithm.batch_size
             numbers["wall_s"] = now - self._began
             numbers["samples_per_s"] = samples / seconds
             numbers["digest"] = f"{int(digest(u)) & (2**64 - 1):016x}"
             messages.append(divergence(numbers, plan))
-            if messages[-1] is not None:
+            if messages[-1]:
                 numbers["diverged"] = True
             sink = JsonlSink(RunInfo(member.run_dir, plan.risk.layout.layer_names, member.rows))
             sink.evaluation(numbers)
             sink.close()
             member.rows.append(numbers)
+            for remark in self.diagnoses[i].remarks(numbers):
+                self.log(f"{member.name}: {remark}")
         self._freeze(messages)
         self._clock, self._done = time.perf_counter(), done
 
@@ -347,7 +349,9 @@ class PopulationTrainer:
         done = int(state["iterations"])
         self.population.load_state_dict(part_of(state, "population"))
         self.oracle.load_state_dict(part_of(state, "oracle"))
-        for member in self.members:
+        for member, diagnosis in zip(self.members, self.diagnoses, strict=True):
             member.rows = rows_until(member.run_dir, done)
+            for row in member.rows:
+                diagnosis.remarks(row)  # they were made before
         self.log(f"continues {len(self.population.active)} runs at iteration {done:,}")
         return done

@@ -158,15 +158,7 @@ def test_measured_gradients_have_the_numbers_of_separate_runs(separate, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkeypatch, number):
-    step = Population.step
-
-    def stopping(self, t):
-        step(self, t)
-        if t == 33 and not (tmp_path / "stopped").exists():
-            (tmp_path / "stopped").touch()
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Population, "step", stopping)
+    _stop_once_at(33, tmp_path / "stopped", monkeypatch, number)
     code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
     assert code == 75
     stopped = f"{number.name}: stopped at iteration 34 with a checkpoint"
@@ -187,14 +179,7 @@ def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkey
 
 
 def test_a_stop_in_the_last_iteration_stops_the_next_population(tmp_path, monkeypatch):
-    step = Population.step
-
-    def stopping(self, t):
-        step(self, t)
-        if t == 59:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Population, "step", stopping)
+    _stop_once_at(59, tmp_path / "stopped", monkeypatch)
     code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")
     assert (code, err) == (130, "consensus.sweep: stopped; the same command continues it\n")
     states = {path.name: Status.read(path, 60).state for path in tmp_path.glob("potential=*")}
@@ -234,6 +219,34 @@ def test_a_member_far_beyond_guessing_has_diverged(tmp_path):
     assert not (run_dir / "summary.json").exists()
     assert (tmp_path / "sigma=0.005" / "summary.json").exists()
     assert out.count("(diverged)") == 1
+
+
+def test_members_that_do_not_train_are_mentioned_once(tmp_path, monkeypatch):
+    """One of two cannot move: its domain is below the rounding of the weights."""
+    own = [*GRID, "potential=log", "algorithm.lam=0.1", "dtype=float32", f"sweep.dir={tmp_path}"]
+    own += ["potential.eta=1,1e-7", "output.eval_every=15"]
+    _stop_once_at(33, tmp_path / "stopped", monkeypatch)
+    code, out, _ = call_population(*own)
+    assert code == 75
+    said = "u has not moved in 15 iterations: 100% of the steps were cut at the boundary"
+    (line,) = [line for line in out.splitlines() if "has not moved" in line]
+    assert line.startswith(f"eta=1e-07: {said}")
+    code, out, _ = call_population(*own)
+    assert code == 0
+    assert "has not moved" not in out
+
+
+def _stop_once_at(t, mark, monkeypatch, number=signal.SIGTERM):
+    """Send a stop signal in iteration t of a population, in the first of several calls."""
+    step = Population.step
+
+    def stopping(self, now):
+        step(self, now)
+        if now == t and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Population, "step", stopping)
 
 
 def test_throughput_excludes_evaluations(tmp_path, monkeypatch):
