@@ -44,7 +44,8 @@ from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.earlier import Found, find_earlier
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
 from consensus.sweep.job import run_here, run_job
-from consensus.sweep.population_trainer import Member, train_populations
+from consensus.sweep.members import Member
+from consensus.sweep.population_trainer import train_populations
 from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
 

@@ -1,21 +1,16 @@
 """Population training of a sweep in this process: `sweep.engine=population`.
 
-Runs of one kind have equal configs except for the numbers that may differ within a `Population`:
-lam or pull, eta, tau or outer, sigma, momentum, weight decay, schedules and the seed. They are
-grouped into populations that fit the memory, which train one after another. Every run gets the
-files of a separate run except the figure and TensorBoard events. The checkpoint of a population is
-one file in the directory of the sweep, written atomically.
+Populations train one after another. Every run gets the files of a separate run except the figure
+and TensorBoard events. The checkpoint of a population is one file in the directory of the sweep,
+written atomically.
 """
 
-import hashlib
 import io
-import json
-import math
 import pickle
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from signal import Signals
 
@@ -27,89 +22,21 @@ from consensus.core.flat import part_of
 from consensus.core.layerwise import Layerwise
 from consensus.population import Population
 from consensus.problem import WAYS, PopulationRisk, Way
-from consensus.records import Row, rows_until
+from consensus.records import rows_until
 from consensus.replay import cuda_graph
 from consensus.run.build import lam_of, scheduled, tau_of
 from consensus.run.checkpoint.directory import Origin, RunDirectory
 from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError
-from consensus.run.config import Config
 from consensus.run.diagnosis import ADVICE, Diagnosis, divergence
-from consensus.run.limits import memory_of
 from consensus.run.metrics import Best, better, measure
-from consensus.run.plan import Plan, count_workers, make_phi, make_plan, set_determinism
+from consensus.run.plan import Plan, count_workers, make_phi, set_determinism
 from consensus.run.results import environment, finish_run
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.server import digest
 from consensus.sweep.job import Status, allow_open_files, finished
-
-FORMAT = 2  # of the checkpoint; it is part of the file name, so that no other format is read
-MOST_MODELS = 65_535  # in a population: the grid size of the Triton kernels
-VECTORS = 8  # (M, n) per configuration at most: z, v, look-ahead points, u - z, forces, directions
-SHARE_OF_MEMORY = 0.5  # that a population may use
-
-
-@dataclass
-class Member:
-    """A run that is a member of a population."""
-
-    name: str
-    run_dir: Path
-    config: Config
-    rows: list[Row] = field(default_factory=list)  # its evaluations so far
-
-
-def kind(config: Config) -> str:
-    """The part of a config that all members of a population share, as a key."""
-    shared = asdict(config)
-    for key in ("lam", "tau", "sigma", "pull", "outer", "momentum", "weight_decay", "schedule"):
-        del shared["algorithm"][key]
-    shared["algorithm"]["local_pull"] = config.algorithm.local_pull > 0
-    for key in ("root", "run_dir", "name"):
-        del shared["output"][key]
-    del shared["potential"]["eta"], shared["seed"], shared["resume"], shared["group"]
-    return json.dumps(shared, sort_keys=True, default=str)
-
-
-def key_of(members: Sequence[Member]) -> str:
-    """The name of the checkpoint of a population: a hash of its runs and their configs."""
-    configs = [asdict(member.config) for member in members]
-    for config in configs:
-        del config["output"]["root"], config["output"]["run_dir"]  # a sweep may be moved
-    names = [member.name for member in members]
-    content = json.dumps([FORMAT, names, configs], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def populations(members: Sequence[Member], memory: int | None = None) -> list[list[Member]]:
-    """Group the members into as few populations as fit the memory.
-
-    Members whose model has running buffers, such as BatchNorm, are left out: a population has none.
-    The result depends on all members, done or not, and on the machine. A restarted sweep therefore
-    finds the checkpoints of its populations. `memory`: bytes; None: SHARE_OF_MEMORY of the device.
-    """
-    groups: dict[str, list[Member]] = {}
-    for member in members:
-        groups.setdefault(kind(member.config), []).append(member)
-    found = []
-    for group in groups.values():
-        plan = plan_alone(group[0].config)
-        if plan.oracle.running:
-            continue
-        usable = int(SHARE_OF_MEMORY * memory_of(plan.device)) if memory is None else memory
-        each = VECTORS * plan.num_workers * plan.start.numel() * plan.start.element_size()
-        most = min(usable // each, MOST_MODELS // plan.num_workers)
-        parts = math.ceil(len(group) / max(1, most))
-        size = math.ceil(len(group) / parts)  # of even size
-        found += [group[i : i + size] for i in range(0, len(group), size)]
-    return found
-
-
-def plan_alone(config: Config) -> Plan:
-    """The plan of a config as if its run directory were empty."""
-    output = replace(config.output, run_dir=None)
-    return make_plan(replace(config, output=output, resume="never"), Launch())
+from consensus.sweep.members import Member, key_of, plan_alone, populations
 
 
 def train_populations(

@@ -15,7 +15,7 @@ import torch
 from consensus.population import Population
 from consensus.problem import PopulationRisk
 from consensus.sweep.job import Status
-from consensus.sweep.population_trainer import Member, key_of, populations
+from consensus.sweep.members import Member, key_of, populations
 from consensus.train import main as train
 from tests.testing.sweeps import call_sweep, rows
 
