@@ -54,7 +54,7 @@ class Worker:
 
     Attributes:
         z: (K, n).
-        v: The velocities, 0 at the start. (K, n)
+        v: The velocities, 0 at the start; the last displacements by an optimizer of torch. (K, n)
         scratch: Memory (K, n) for look-ahead points and temporaries; every method may overwrite it.
         cuts: The number of iterations with s_j < 1. int64 (K,), on the device.
         step: The smallest s_j of the last iteration, a tensor () on the device.

@@ -8,11 +8,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from consensus.comm import GroupError, Launch, Solo
+from consensus.replay import Replay
 from consensus.run.build import build_algorithm
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
 from consensus.server import digest
 from consensus.sweep.__main__ import can_be_member
+from tests.testing.tape import taped
 
 LENGTH, LR, KAPPA = 15, 0.01, 0.8
 SMALL = [
@@ -123,7 +125,24 @@ def test_replicas_that_differ_are_found(make_config):
         algorithm.verify()
 
 
-# ---- what is refused, and the report
+@pytest.mark.parametrize("name", ["ddp", "consensus"])
+def test_a_replay_is_the_step_of_a_run_with_clipping(make_config, name):
+    own = [f"algorithm={name}", "model=logistic", "algorithm.clip_grad_norm=0.5"]
+    own += ["algorithm.schedule.sigma.name=cosine", "workers=3"]
+    plain, replayed = (
+        build_algorithm(make_plan(make_config(*SMALL, *own), Launch()), Solo()) for _ in range(2)
+    )
+    assert plain.closed_form
+    replay = Replay(replayed, record=taped(replayed), refused=pytest.fail)
+    for t in range(LENGTH):
+        plain.step(t)
+        replay.step(t)
+    assert torch.equal(replayed.u, plain.u)
+    assert torch.equal(replayed.worker.v, plain.worker.v)
+    assert plain.worker.v.abs().max() > 1e-4
+
+
+# ---- what is refused
 
 
 def test_a_coupling_is_refused(make_config, refusal):
