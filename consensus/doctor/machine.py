@@ -215,7 +215,8 @@ def check_plan(config: Config, launch: Launch) -> tuple[Plan | None, list[Findin
     except Exception as error:  # as in `run_check`, whose checks return findings only
         return None, [unexpected("config", error)]
     data, layout = plan.dataset, plan.risk.layout
-    text = ", ".join(f"{len(s):,} {name} samples" for name, s in data.splits.items())
+    verbs = {"train": "samples to train", "validation": "to validate", "test": "to test"}
+    text = ", ".join(f"{len(samples):,} {verbs[name]}" for name, samples in data.splits.items())
     text = f"{config.data.name}, {text}; {count(plan.num_workers, 'worker')}"
     text += f", the smallest shard {min(plan.shard_sizes):,}"
     model = f"{config.model.name}, n = {layout.size:,}, L = {len(layout.layers)}"

@@ -20,7 +20,7 @@ def test_a_machine_without_faults(examine, tmp_path):
     assert code == 0
     assert "no faults, no warnings" in report
     assert f"torch {torch.__version__}" in report
-    assert "digits, 1,437 images to train and 360 to test" in report
+    assert "digits, 1,437 samples to train, 360 to test" in report
     assert "logistic, n = 7,850, L = 1" in report  # 784 x 10 + 10
     assert "sigma = 0.005 on a loss summed over 20 samples is lr = 0.1 of torch" in report
     assert not (tmp_path / "runs").exists()  # no files are left behind
