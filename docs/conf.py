@@ -20,27 +20,33 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_generated", "_build"]
 myst_heading_anchors = 3
 highlight_language = "text"
+smartquotes = False  # in formulas, ' is a derivative
 default_role = "code"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True}
-# Names outside the package have no page here, and nothing is downloaded.
-nitpick_ignore_regex = [("py:.*", r"(?!consensus\.).*|consensus\.registry\.[FT]")]
+# Names outside the package have no page here, and nothing is downloaded. The last ones are shown as
+# source text.
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!consensus\.).*"),
+    ("py:.*", r"consensus\.(registry\.[FT]|records\.Row|core\.profiles\.Profile)"),
+]
 
 html_theme = "furo"
 html_title = "Consensus training"
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
-_MARKUP = re.compile(r"(?<![\\\w])([|*])|([|*])|(?<=\w)(_)(?![\w`])")
+_MARKUP = re.compile(r"(?<!\S)\*\w+\*(?!\w)|[|*]|(?<=\w)_(?![\w`])")
 
 
 def _plain(line):
-    """A line of a docstring in which |, * and a final _ are no markup of reStructuredText."""
+    """A line of a docstring in which |, * and a final _ are no markup; *word* is."""
     parts = line.split("`")
     for i in range(0, len(parts), 2):
-        parts[i] = _MARKUP.sub(lambda match: "\\" + match[0], parts[i])
+        parts[i] = _MARKUP.sub(lambda m: m[0] if len(m[0]) > 1 else f"\\{m[0]}", parts[i])
     return "`".join(parts)
 
 

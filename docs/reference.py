@@ -239,6 +239,7 @@ def gallery():
             "Measures": of,
             "Domain": domain,
             "Assumptions": "all" if not missing else "all but " + ", ".join(missing),
+            "Inverse gradient": "Newton's method" if phi.profile.radius is None else "closed form",
             "Options": ", ".join(f"`{k}={shown(v)}`" for k, v in options.items()) or "none",
         }
         plotted = ", ".join(f"{k}={v}" for k, v in SHOWN.get(name, {}).items())

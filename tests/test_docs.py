@@ -16,7 +16,14 @@ from omegaconf import OmegaConf
 from consensus.comm import Launch, Solo
 from consensus.problem import DATASETS, MODELS
 from consensus.report.__main__ import report
-from consensus.run.compose import composing, config_dir, register_schema, to_config
+from consensus.run.compose import (
+    REFUSALS,
+    composing,
+    config_dir,
+    explain,
+    register_schema,
+    to_config,
+)
 from consensus.run.plan import make_plan
 from consensus.run.sinks import SINKS
 from consensus.run.trainer import Trainer
@@ -91,9 +98,7 @@ def run(make_config, where, *overrides):
     small = ["model=logistic", "algorithm.iterations=2", "output.eval_every=2"]
     small += ["output.log_every=2", f"output.run_dir={where}"]
     config = make_config(*overrides, *small)
-    if config.stationarity.every is not None:
-        config.stationarity.every, config.stationarity.samples = 2, 20
-        config.stationarity.budget = 4
+    config.stationarity.every = None  # costs more than the run
     Trainer(make_plan(config, Launch()), Solo()).run()
     return where
 
@@ -190,6 +195,32 @@ def test_every_combination_of_overrides_composes(make_config):
     assert len(cells()) >= 12
     for overrides in cells():
         make_config(*overrides.split())
+
+
+def test_the_message_that_is_shown_is_the_message(make_config):
+    shown = PAGES["quickstart"].split("```\n$ python -m consensus.train ")[1].split("\n```")[0]
+    override, message = shown.split("\n")
+    with pytest.raises(REFUSALS) as refusal:
+        make_config(override)
+    assert message == f"consensus.train: {explain(refusal.value)}"
+
+
+def test_the_saved_model_has_the_test_error_of_its_run(make_config, tmp_path, monkeypatch, capsys):
+    """By a program that knows torch and scikit-learn only."""
+    text = (ROOT / "examples" / "load_model.py").read_text(encoding="utf-8")
+    assert "import consensus" not in text
+    assert "from consensus" not in text
+    overrides = ["experiment=digits", "stationarity.every=null", "algorithm.iterations=60"]
+    where = f"output.run_dir={tmp_path / 'run'}"
+    config = make_config(*overrides, "output.eval_every=60", where)
+    row = Trainer(make_plan(config, Launch()), Solo()).run()
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from load_model import main
+
+    capsys.readouterr()
+    main([str(tmp_path / "run")])
+    assert capsys.readouterr().out == f"test error {row['test_error']:.2f} %\n"
+    assert row["test_error"] < 80.0, "60 iterations beat guessing, so the model is not the start"
 
 
 def test_the_yaml_of_a_plugin_composes(own_tables, tmp_path):

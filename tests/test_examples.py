@@ -38,7 +38,7 @@ def run(name, folder, *arguments):
 
 
 def test_every_example_is_tested():
-    names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2"}
+    names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2", "load_model"}
     assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED | PLUGINS
 
 
