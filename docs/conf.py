@@ -37,6 +37,8 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = "Consensus training"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 _MARKUP = re.compile(r"(?<!\S)\*\w+\*(?!\w)|[|*]|(?<=\w)_(?![\w`])")

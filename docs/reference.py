@@ -164,7 +164,7 @@ def entries(group):
         line = f"- `{group}={path.stem}`"
         introduction = comments(path)[1]
         if introduction:
-            line += f": {cell(introduction)}"
+            line += f": {cell(introduction.rstrip('.'))}."
         names = TABLES.get(group)
         if names is not None and path.stem in names:
             own = {k: v for k, v in names.options(path.stem).items() if k not in ("root",)}

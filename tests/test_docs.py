@@ -205,24 +205,6 @@ def test_the_message_that_is_shown_is_the_message(make_config):
     assert message == f"consensus.train: {explain(refusal.value)}"
 
 
-def test_the_saved_model_has_the_test_error_of_its_run(make_config, tmp_path, monkeypatch, capsys):
-    """By a program that knows torch and scikit-learn only."""
-    text = (ROOT / "examples" / "load_model.py").read_text(encoding="utf-8")
-    assert "import consensus" not in text
-    assert "from consensus" not in text
-    overrides = ["experiment=digits", "stationarity.every=null", "algorithm.iterations=60"]
-    where = f"output.run_dir={tmp_path / 'run'}"
-    config = make_config(*overrides, "output.eval_every=60", where)
-    row = Trainer(make_plan(config, Launch()), Solo()).run()
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from load_model import main
-
-    capsys.readouterr()
-    main([str(tmp_path / "run")])
-    assert capsys.readouterr().out == f"test error {row['test_error']:.2f} %\n"
-    assert row["test_error"] < 80.0, "60 iterations beat guessing, so the model is not the start"
-
-
 def test_the_yaml_of_a_plugin_composes(own_tables, tmp_path):
     (block,) = re.findall(r"^```yaml\n# my_configs/(\S+)\n(.*?)^```", PAGES["extend"], re.M | re.S)
     path = tmp_path / block[0]
