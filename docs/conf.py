@@ -20,7 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_generated", "_build"]
 myst_heading_anchors = 3
 highlight_language = "text"
-smartquotes = False  # in formulas, ' is a derivative
+smartquotes_action = "D"  # dashes; in formulas, ' is a derivative
 default_role = "code"
 
 autodoc_member_order = "bysource"

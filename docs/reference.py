@@ -85,7 +85,8 @@ def allowed(entry, kind):
     names = entry.metadata.get("allowed")
     if names is None:
         plain = isinstance(kind, type) and not get_args(kind)
-        return TYPES[kind.__name__ if plain else str(kind).replace("typing.", "")]
+        text = kind.__name__ if plain else str(kind).replace("typing.", "")
+        return TYPES.get(text, text)
     return names if isinstance(names, str) else ", ".join(sorted(names))
 
 
@@ -132,7 +133,7 @@ def keys_of_runs():
             key,
             shown(value),
             allowed(entry, kind),
-            said.get(key) or OF_ENTRIES[last].format(group),
+            said.get(key) or OF_ENTRIES.get(last, "").format(group),
         )
 
 
@@ -213,7 +214,8 @@ def figure(name):
             (axes[0], lambda p: p.value(rho), "potential  p(x)"),
             (axes[1], lambda p: p.grad(rho)[:, 0], "force  dp/dx"),
         ):
-            axis.plot(rho, function(quad), "--", color="0.5", label="quad")
+            if name != "quad":
+                axis.plot(rho, function(quad), "--", color="0.5", label="quad")
             axis.plot(rho, function(phi), color="#0072b2", label=name)
             if end < 2.0:
                 axis.axvline(end, ls=":", color="#d55e00", label="end of the domain")

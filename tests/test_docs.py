@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import consensus
 from consensus.comm import Launch, Solo
 from consensus.problem import DATASETS, MODELS
 from consensus.report.__main__ import report
@@ -131,10 +132,36 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert "cosine" in (tmp_path / "configuration.html").read_text(encoding="utf-8")
 
 
+def test_a_snippet_that_fails_and_a_link_to_nothing_are_reported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from build import broken_links, run_snippets
+
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nx = 1\n```\ntext\n```python\n>>> x + 1\n3\n```\n```python\nx.y\n```\n"
+    )
+    wrong, raised = run_snippets(page)
+    assert "Expected:\n    3\nGot:\n    2\n" in wrong
+    assert raised.startswith("page.md, snippet at line 9: AttributeError")
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top"><a href="b.html#here"></a><a href="b.html#gone"></a><a href="#top"></a>'
+        '<a href="c.html"></a><img src="d.png?v=1"><a href="https://example.org/e"></a>'
+    )
+    (tmp_path / "b.html").write_text('<p id="here">')
+    (tmp_path / "d.png").touch()
+    links = [f"a.html: {link} is not there" for link in ("b.html#gone", "c.html")]
+    assert broken_links(tmp_path) == links
+
+
 def test_every_page_is_in_the_contents():
     trees = re.findall(r"```{toctree}\n(.*?)```", PAGES["index"], re.DOTALL)
     named = [line for tree in trees for line in tree.splitlines() if re.fullmatch(r"\w+", line)]
     assert sorted(named) == sorted(PAGES.keys() - {"index"})
+
+
+def test_the_api_page_has_every_public_name():
+    absent = {name for name in consensus.__all__ if f"consensus.{name}" not in PAGES["api"]}
+    assert absent == set()
 
 
 def test_every_command_of_the_pages_is_taken(make_config):
