@@ -17,6 +17,7 @@ import consensus
 from consensus.comm import Launch, Solo
 from consensus.problem import DATASETS, MODELS
 from consensus.report.__main__ import report
+from consensus.run import trainer
 from consensus.run.compose import (
     REFUSALS,
     composing,
@@ -97,7 +98,7 @@ def own_tables(monkeypatch):
 def run(make_config, where, *overrides):
     """A run of few iterations of a small model in this process; its directory."""
     small = ["model=logistic", "algorithm.iterations=2", "output.eval_every=2"]
-    small += ["output.log_every=2", f"output.run_dir={where}"]
+    small += ["output.log_every=2", "output.checkpoint_every=null", f"output.run_dir={where}"]
     config = make_config(*overrides, *small)
     config.stationarity.every = None  # costs more than the run
     Trainer(make_plan(config, Launch()), Solo()).run()
@@ -192,8 +193,9 @@ def test_every_command_of_the_pages_is_taken(make_config):
     assert taken["report"] >= 4
 
 
-def test_the_first_commands_run_and_their_runs_compare(make_config, tmp_path, capsys):
+def test_the_first_commands_run_and_their_runs_compare(make_config, tmp_path, capsys, monkeypatch):
     """Every training of these pages, in few iterations of a small model and in one process."""
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *arguments: None)  # most of the time
     different = set()
     for page in ("quickstart", "checkpoints"):
         for words in commands(page):
@@ -206,7 +208,7 @@ def test_the_first_commands_run_and_their_runs_compare(make_config, tmp_path, ca
     ]
     assert all((path / "model.pt").is_file() for path in runs)
     capsys.readouterr()
-    report([tmp_path], tmp_path / "figure.png")
+    report(runs, tmp_path / "figure.png")
     printed = capsys.readouterr().out
     assert [path.name for path in runs if f"{path.name} " not in printed] == []
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
