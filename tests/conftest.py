@@ -33,6 +33,7 @@ SLOWEST = (  # beginnings of paths; with pytest-xdist the longest files must sta
     "tests/launch/test_container.py",
     "tests/benchmarks/",
     "tests/theory/",
+    "tests/test_docs.py",
     "tests/core/kernels/",
     "tests/coupling/",
     "tests/test_algorithm.py",

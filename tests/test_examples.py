@@ -18,6 +18,7 @@ from tests.testing.launch import Ranks
 
 FOLDER = ROOT / "examples"
 DISTRIBUTED = {"char_gpt", "batchnorm_cnn", "custom_potential"}
+PLUGINS = {"own_images", "own_text", "own_regression", "own_sink"}  # of consensus.train
 torch.set_num_threads(1)
 
 
@@ -37,15 +38,18 @@ def run(name, folder, *arguments):
 
 
 def test_every_example_is_tested():
-    names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2"}
-    assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED
+    names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2", "load_model"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED | PLUGINS
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_say_how_they_are_started(path):
     text = path.read_text(encoding="utf-8")
     start = "torchrun --standalone --nproc-per-node=4" if path.stem in DISTRIBUTED else ""
-    assert f"{start} examples/{path.name}" in text
+    if path.stem in PLUGINS:
+        assert f"python -m consensus.train workers=4 plugins=[{path.stem}]" in text
+    else:
+        assert f"{start} examples/{path.name}" in text
     assert len(text.splitlines()) < (80 if "torchrun" in text else 120)
 
 

@@ -36,9 +36,14 @@ def test_the_model_snippet_repeats_the_test_error_of_the_run(
     row = Trainer(make_plan(config, Launch()), Solo()).run()
     monkeypatch.setenv("RUN", str(run_dir))
     assert "consensus" not in MODEL_SNIPPET, "torch and scikit-learn suffice"
-    capsys.readouterr()
-    exec(MODEL_SNIPPET, {})
-    assert capsys.readouterr().out == f"test error {row['test_error']:.2f} %\n"
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import load_model
+
+    assert "consensus" not in vars(load_model), "likewise"
+    for program in (lambda: exec(MODEL_SNIPPET, {}), lambda: load_model.main([str(run_dir)])):
+        capsys.readouterr()
+        program()
+        assert capsys.readouterr().out == f"test error {row['test_error']:.2f} %\n"
     assert row["test_error"] < 80.0, "60 iterations beat guessing, so the model is not the start"
 
 
