@@ -508,10 +508,6 @@ def feasible_run(group, name, dtype, period, compress):
         def gradient(self, points, batch):  # steep enough to hit the boundary again and again
             return 40.0 * super().gradient(points.double(), batch).to(dtype)
 
-    worker = Worker(u.repeat(len(workers), 1), Rough(workers), phi, kappa=0.9)
-    algorithm = Consensus(
-        Server(u, phi, group), worker, tau=0.005, sigma=0.005, lam=0.1, period=period
-    )
     worst, asked, smallest = 0.0, 0, group.min_
 
     def counting(step):
@@ -520,6 +516,11 @@ def feasible_run(group, name, dtype, period, compress):
         return smallest(step)
 
     group.min_ = counting
+    worker = Worker(u.repeat(len(workers), 1), Rough(workers), phi, kappa=0.9)
+    algorithm = Consensus(
+        Server(u, phi, group), worker, tau=0.005, sigma=0.005, lam=0.1, period=period
+    )
+    asked = 0  # without that of the start
     for t in range(STIFF):
         algorithm.step(t)
         w = algorithm.u.double() - worker.z.double()  # exact differences of the stored numbers
