@@ -168,7 +168,7 @@ IN_OUTPUT = (
         ),
         ("model=lenet", "`model` is lenet; allowed: lenet5, logistic, mlp"),
         ("data=cifar", "`data` is cifar; allowed: digits, mnist"),
-        ("algorithm=adam", "`algorithm` is adam; allowed: consensus, diloco, easgd, fedprox, "
+        ("algorithm=adam", "`algorithm` is adam; allowed: consensus, ddp, diloco, easgd, fedprox, "
          "local_sgd, lookahead, msgd"),
         ("group=mpi", "`group` is mpi; allowed: auto, gloo, nccl"),
     ],
@@ -189,7 +189,7 @@ def test_misspelt_keys_and_names(refusal, override, line):
         ("algorithm.schedule=3", "3; allowed: a section with tau, sigma, lam"),
         ("workers=abc", "'abc'; allowed: null or >= 1"),
         ("stationarity.every=x", "'x'; allowed: a whole number >= 1, or null for never"),
-        ("dtype=[1]", "[1]; allowed: float32, float64"),
+        ("dtype=[1]", "[1]; allowed: bfloat16, float32, float64"),
         ("model.name=[1]", "[1]; allowed: lenet5, logistic, mlp"),
         ("deterministic=maybe", "'maybe'; allowed: true or false"),
         ("plugins=abc", "'abc'; allowed: a list, as [NAME,NAME]"),

@@ -112,7 +112,7 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         ),
         (
             ["algorithm.name=adam"],
-            "`algorithm.name` is adam; allowed: consensus, diloco, easgd, "
+            "`algorithm.name` is adam; allowed: consensus, ddp, diloco, easgd, "
             "fedprox, local_sgd, lookahead, msgd",
         ),
         (

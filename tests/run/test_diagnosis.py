@@ -55,7 +55,7 @@ def test_no_progress_after_an_epoch(plan):
     for t, test_error, said in ((71, 95.0, 0), (72, error - 0.1, 0), (72, error + 1e-9, 1)):
         assert list(map(len, remarks_on(plan, row(t, error=test_error)))) == [said]
     first, second = remarks_on(plan, row(72, error=95.0), row(144, error=95.0))
-    assert first[0].startswith("no better than guessing after 1 epochs: test error 95.00 %, that")
+    assert first[0].startswith("no better than guessing after 1 epochs: test error 95 %, that")
     assert second == [], "once"
 
 
