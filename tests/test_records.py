@@ -214,6 +214,8 @@ def test_json_is_strict():
         ("objective", 1.0e9, "1e+09"),
         ("objective", 0.000123456, "0.00012346"),
         ("epoch", 0.1234, "0.12"),
+        ("validation_error", 0.1234, "0.12"),
+        ("test_relative_error", 0.1234, "0.1234"),  # a metric of a user, not in percent
         ("iteration", 30000, "30000"),
         ("digest", "c6c8", "c6c8"),
     ],
