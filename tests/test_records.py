@@ -110,7 +110,7 @@ def test_a_run_of_today_is_reported_also_after_a_column_was_added(
     page = (old_runs / "report" / "report.md").read_text(encoding="utf-8")
     number = 3 if added else 2
     assert f"{number} runs from `old`: {number} finished, 0 diverged, 0 unfinished." in page
-    assert "| tan | 1 | 877.96 | 860.98 | 10.51 | 229.91 | 12.22 |" in page
+    assert f"| tan | 1 | {' | '.join(expected[2:])} |" in page
     assert "- `stationarity`: u is not z_j yet: " in page
 
 
