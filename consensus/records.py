@@ -239,9 +239,15 @@ def format_cell(column: str, value: Any) -> str:
     return format(value, ".2f" if column == "epoch" or is_percent(column) else ".5g")
 
 
+def set_and_metric(column: str) -> tuple[str, str]:
+    """The set of samples and the metric of a column, such as test and mae; "" without a set."""
+    samples, _, metric = column.partition("_")
+    return (samples, metric) if samples in SPLITS else ("", column)
+
+
 def is_percent(column: str) -> bool:
     """Whether the numbers of a column are percent."""
-    return column.endswith("_error")
+    return set_and_metric(column)[1] == "error"
 
 
 def evaluation_lines(row: Row) -> list[str]:

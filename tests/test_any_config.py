@@ -930,7 +930,7 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
         assert [row["iteration"] for row in rows] == sorted(wanted | analysed)
         assert {row["iteration"] for row in rows if "stationarity" in row} == analysed
         assert seen.iterations == list(range(-1, total))
-    known = {"best", "environment", "model", "selection"}
+    known = {"best", "environment", "goals", "model", "selection"}
     assert {*summary} - {*rows[-1]} == known | (files & {"checkpoints"})
     assert {key: summary[key] for key in rows[-1]} == rows[-1]
     for row in rows:

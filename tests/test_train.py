@@ -196,6 +196,7 @@ def test_smoke_metrics_and_summary(smoke):
     facts = summary.pop("environment")
     assert summary.pop("best") == {"iteration": 20, "test_error": rows[1]["test_error"]}
     assert summary.pop("selection") == {"column": "test_error", "goal": "min"}
+    assert summary.pop("goals") == {"error": "min"}
     assert summary.pop("model") == {"name": "lenet5", "options": {"num_classes": 10}}
     assert summary.pop("checkpoints").keys() == {"written", "wait_s", "write_s"}
     assert summary == rows[1]

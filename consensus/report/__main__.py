@@ -12,9 +12,21 @@ from rich.table import Table
 from consensus.records import Row, cells, columns, diverged, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
-from consensus.report.runs import RESULTS, comparable_runs, find_runs, is_run, labels, read_all
+from consensus.report.runs import comparable_runs, find_runs, is_run, labels, read_all
 from consensus.report.stationarity import measured, stationarity_table, verdict
-from consensus.report.table1 import HEADINGS, Record, of_the_paper, show_mean, table1
+from consensus.report.table1 import (
+    Record,
+    criteria,
+    deciding_columns,
+    heading,
+    highest_columns,
+    of_held_out,
+    of_the_paper,
+    result_columns,
+    show_mean,
+    table1,
+    words,
+)
 from consensus.startup import protect_streams
 
 MOST_RUNS_ON_SCREEN = 40
@@ -123,24 +135,29 @@ def comparison_table(runs: Mapping[str, Sequence[Row]], screen: int = 80) -> Tab
 
 def screen_tables(records: Sequence[Record], screen: int = 80) -> list[Table]:
     """Both parts of Table 1, the paper's numbers in brackets and hyperparameters as overrides."""
-    first = [["potential", *HEADINGS.values(), "finished / not"]]
-    second = [["potential", "seeds", HEADINGS["test_error"], HEADINGS["test_loss"], "with"]]
+    results, deciding = result_columns(records), [*deciding_columns(records), "test_loss"]
+    deciding = list(dict.fromkeys(deciding))  # the loss itself may decide
+    first = [["potential", *map(heading, results), "finished / not"]]
+    second = [["potential", "seeds", *map(heading, deciding), "with"]]
     for r in records:
         lowest = [
-            show_mean(r.lowest[key], key) + (f" ({r.paper[key]})" if key in r.paper else "")
-            for key in RESULTS
+            show_mean(r.lowest.get(key), key) + (f" ({r.paper[key]})" if key in r.paper else "")
+            for key in results
         ]
         first.append([r.label, *lowest, f"{r.finished} / {r.others}"])
-        means = [show_mean(r.at_best[key], key) for key in ("test_error", "test_loss")]
+        means = [show_mean(r.at_best.get(key), key) for key in deciding]
         chosen = " ".join(f"{k}={v}" for k, v in r.chosen.items() if v is not None)
         seeds, chosen = (r.best.seeds, chosen) if r.best else ("-", "-")
         second.append([r.label, seeds, *means, chosen])
+    highest = ", ".join(map(words, highest_columns(records)))
     title = "Table 1: the lowest of each column by itself"
+    title += f", the highest of {highest}" if highest else ""
     title += " (the paper's)" if of_the_paper(records) else ""
+    best = criteria(records, lambda *found: f"in {words(*found)}{of_held_out(found[0])}")
     left = ("potential", "with")
     return [
         text_table(title, first, left=left, screen=screen),
-        text_table("the best in test error", second, left=left, screen=screen),
+        text_table(f"the best {best}", second, left=left, screen=screen),
     ]
 
 

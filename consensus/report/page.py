@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from consensus.atomic_files import write_whole
-from consensus.records import Row, columns
+from consensus.records import Row, columns, set_and_metric
 from consensus.report.plots import draw_stationarity, draw_table1
-from consensus.report.runs import RESULTS, Run, varying
+from consensus.report.runs import Run, varying
 from consensus.report.stationarity import measured, stationarity_cells, verdict
 from consensus.report.table1 import (
-    HEADINGS,
-    Configuration,
+    PAPER_COLUMNS,
+    PAPER_JUDGED,
     Mean,
     Record,
+    criteria,
+    deciding_columns,
+    heading,
+    highest_columns,
+    loss_beside,
+    of_held_out,
     of_several_methods,
     of_the_paper,
+    result_columns,
     show,
     show_mean,
     table1,
+    words,
 )
 
 LAST_EVALUATION = (
@@ -29,16 +37,20 @@ LAST_EVALUATION = (
     "configuration are one entry, mean ± sample standard deviation."
 )
 PART_ONE = (
-    "The lowest value of each column by itself, over all configurations of a potential, as in the "
-    "paper's Table 1: the numbers of a row may come from different configurations."
+    "The lowest value of each column by itself{highest}, over all configurations of a potential, "
+    "as in the paper's Table 1: the numbers of a row may come from different configurations."
 )
 FROM_THE_PAPER = (
     " Columns `paper`: copied from the paper's Table 1 as printed, best over 72 settings for each "
     "potential; `-`: not copied."
 )
 PART_TWO = (
-    "For each potential, the configuration with the lowest test error (on ties, the lowest test "
-    "loss), and its values of the keys that differ between the runs."
+    "For each potential, the configuration {best}, and its values of the keys that differ "
+    "between the runs."
+)
+HELD_OUT = (
+    " Where a validation set decides, the configuration is chosen on it; test numbers are of that "
+    "configuration."
 )
 PART_THREE = (
     "The same configurations at their last evaluation: the passes of a worker over its data, the "
@@ -51,18 +63,19 @@ STATIONARITY = (
     "is stationary, and is known to ±; (9) is 0 where each z_j is the phi-prox of u. Columns of "
     "workers show the largest value."
 )
-DEFINITIONS = {
-    "objective": "train loss + R(u) + mean over workers j of (1 / lam) phi(u - z_j): F of (15) "
-    "over M",
-    "train loss, test loss": "data loss of u, summed over the set",
-    "train error, test error": "percent of the set that u classifies wrongly",
+OBJECTIVE = "train loss + R(u) + mean over workers j of (1 / lam) phi(u - z_j): F of (15) over M"
+METRICS = {
+    "loss": "data loss of u, summed over the set",
+    "error": "percent of the set that u classifies wrongly",
+}
+COUNTS = {
     "configurations": "settings that differ in more than their seed",
     "runs": "finished / diverged (at the last evaluation a number is not finite, or the objective "
     "is more than 1e6 times that of guessing) or unfinished (no summary.json); the latter two "
     "enter no other number",
     "seeds": "how many seeds finished, of how many that were tried",
 }
-
+"""Headings -> definitions."""
 
 SPEED = {"epoch": "epochs", "wall_s": "seconds", "samples_per_s": "samples/s"}
 """Columns of a row -> headings."""
@@ -87,13 +100,14 @@ def write_report(
         "table1.md": f"# Table 1\n\n{tables}\n\n",
         "table1.csv": table1_csv(lines),
         "runs.csv": runs_csv(runs),
-        "report.md": page(runs, sources, tables, figures, analysed, left_out),
+        "report.md": page(runs, lines, sources, tables, figures, analysed, left_out),
     }.items():
         write_whole(folder / name, text.encode("utf-8", errors="replace"))
 
 
 def page(
     runs: Sequence[Run],
+    records: Sequence[Record],
     sources: Sequence[str],
     tables: str,
     figures: Mapping[str, str],
@@ -131,7 +145,7 @@ def page(
             "## Settings shared by all runs",
             markdown_table([["key", "value"], *values]),
             "## Definitions",
-            "\n".join(f"- **{column}**: {meaning}" for column, meaning in DEFINITIONS.items()),
+            "\n".join(f"- **{name}**: {meaning}" for name, meaning in definitions(records).items()),
             "",
         ]
     )
@@ -140,49 +154,70 @@ def page(
 def table1_markdown(records: Sequence[Record]) -> str:
     """Both parts, with a sentence on each."""
     first, second = markdown_table(part_one(records)), markdown_table(part_two(records))
-    part_one_text = PART_ONE + (FROM_THE_PAPER if of_the_paper(records) else "")
+    highest = ", ".join(map(words, highest_columns(records)))
+    part_one_text = PART_ONE.format(highest=f" (the highest of {highest})" if highest else "")
+    part_one_text += FROM_THE_PAPER if of_the_paper(records) else ""
+    part_two_text = PART_TWO.format(best=criteria(records, the_best))
+    part_two_text += HELD_OUT if any(map(of_held_out, deciding_columns(records))) else ""
     third = [PART_THREE, markdown_table(part_three(records))] if of_several_methods(records) else []
-    return "\n\n".join([LAST_EVALUATION, part_one_text, first, PART_TWO, second, *third])
+    return "\n\n".join([LAST_EVALUATION, part_one_text, first, part_two_text, second, *third])
+
+
+def the_best(column: str, highest: bool) -> str:
+    """In words: the number that the best configuration has."""
+    loss = loss_beside(column)
+    ties = f" (on ties, the lowest {words(loss)})" if column != loss else ""
+    return f"with the {'highest' if highest else 'lowest'} {words(column)}{ties}"
+
+
+def definitions(records: Sequence[Record]) -> dict[str, str]:
+    """Headings of the tables -> definitions."""
+    sets: dict[str, list[str]] = {}
+    for column in result_columns(records)[1:]:  # after the objective
+        sets.setdefault(set_and_metric(column)[1], []).append(words(column))
+    metrics = {
+        ", ".join(of): METRICS.get(metric, f"`{metric}` of u, the mean over the set")
+        for metric, of in sets.items()
+    }
+    return {"objective": OBJECTIVE, **metrics, **COUNTS}
 
 
 def part_one(records: Sequence[Record]) -> list[list[str]]:
-    """The lowest value of each column, beside the paper's if a record has its problem."""
-    papers = [key for key in RESULTS if key != "objective"] if of_the_paper(records) else []
+    """The best value of each column, beside the paper's if a record has its problem."""
+    results = result_columns(records)
+    papers = PAPER_COLUMNS if of_the_paper(records) else ()
     header = ["potential", "configurations"]
-    for key in RESULTS:
-        header += [HEADINGS[key], "paper"] if key in papers else [HEADINGS[key]]
+    for key in results:
+        header += [heading(key), "paper"] if key in papers else [heading(key)]
     rows = [[*header, "runs: finished / diverged or unfinished"]]
     for r in records:
         row = [r.label, str(len(r.configurations))]
-        for key in RESULTS:
-            row.append(show_mean(r.lowest[key], key))
+        for key in results:
+            row.append(show_mean(r.lowest.get(key), key))
             row += [r.paper.get(key, "-")] if key in papers else []
         rows.append([*row, f"{r.finished} / {r.others}"])
     return rows
 
 
 def part_two(records: Sequence[Record]) -> list[list[str]]:
-    """The configuration best in test error, with its values of the varying keys."""
-    rows = [["potential", "seeds", *HEADINGS.values(), *records[0].chosen]]
+    """The best configuration, with its values of the varying keys."""
+    results = result_columns(records)
+    rows = [["potential", "seeds", *map(heading, results), *records[0].chosen]]
     for r in records:
-        means = [show_mean(r.at_best[key], key) for key in RESULTS]
+        means = [show_mean(r.at_best.get(key), key) for key in results]
         chosen = [value or "" if r.best else "-" for value in r.chosen.values()]
         rows.append([r.label, r.best.seeds if r.best else "-", *means, *chosen])
     return rows
 
 
 def part_three(records: Sequence[Record]) -> list[list[str]]:
-    """What the configuration best in test error needed."""
-    columns = {"test_error": HEADINGS["test_error"]} | SPEED
+    """The epochs and the seconds that the best configuration needed."""
+    columns = {key: heading(key) for key in deciding_columns(records)} | SPEED
     rows = [["potential or method", *columns.values()]]
     for r in records:
-        rows.append([r.label, *(show_mean(_mean_if_known(r.best, c), c) for c in columns)])
+        means = (r.best.mean(key) if r.best else None for key in columns)
+        rows.append([r.label, *map(show_mean, means, columns)])
     return rows
-
-
-def _mean_if_known(best: Configuration | None, column: str) -> Mean | None:
-    known = best is not None and all(column in run.rows[-1] for run in best.kept.values())
-    return best.mean(column) if best is not None and known else None
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -199,10 +234,13 @@ def escape(text: str) -> str:
 def table1_csv(records: Sequence[Record]) -> str:
     """Both parts side by side.
 
-    `lowest_COLUMN` and `COLUMN_at_best` are the parts, each followed by its `_std`; `paper_COLUMN`
-    is the paper's number. A missing number is empty.
+    `lowest_COLUMN` (or `highest_COLUMN`) and `COLUMN_at_best` are the parts, each followed by its
+    `_std`; `paper_COLUMN` is the paper's number, for losses and sets as in the paper. A missing
+    number is empty.
     """
-    rows = []
+    rows, results, highest = [], result_columns(records), highest_columns(records)
+    as_the_paper = any(r.judged == PAPER_JUDGED for r in records)
+    papers = ("objective", *PAPER_COLUMNS) if as_the_paper else ()
     for r in records:
         row: dict[str, Any] = {
             "potential": r.name,
@@ -212,11 +250,13 @@ def table1_csv(records: Sequence[Record]) -> str:
             "runs_finished": r.finished,
             "runs_diverged_or_unfinished": r.others,
         }
-        for key in RESULTS:
-            row |= _mean(f"lowest_{key}", r.lowest[key]) | {f"paper_{key}": r.paper.get(key)}
+        for key in results:
+            extreme = "highest" if key in highest else "lowest"
+            row |= _mean(f"{extreme}_{key}", r.lowest.get(key))
+            row |= {f"paper_{key}": r.paper.get(key)} if key in papers else {}
         row["seeds_at_best"] = len(r.best.kept) if r.best else None
-        for key in RESULTS:
-            row |= _mean(f"{key}_at_best", r.at_best[key])
+        for key in results:
+            row |= _mean(f"{key}_at_best", r.at_best.get(key))
         rows.append(row | {key: value or "" for key, value in r.chosen.items()})
     return csv_text(rows, rows[0])
 

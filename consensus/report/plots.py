@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consensus.records import Row, diverged, number
+from consensus.records import Row, diverged, is_percent, number, set_and_metric
+from consensus.report.runs import panels
 from consensus.report.stationarity import SERIES, accuracy
 from consensus.report.table1 import (
     MSGD,
     PAPER_ORDER,
     Configuration,
     Record,
+    of_held_out,
     of_several_methods,
     sensitivity,
+    words,
 )
 
 if TYPE_CHECKING:
@@ -32,14 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
-PANELS = (
-    ("objective", "objective"),
-    ("train_loss", "train loss (sum)"),
-    ("train_error", "train error (%)"),
-    ("test_error", "test error (%)"),
-)
 SPEED = ("epoch", "wall_s")
-LOGARITHMIC = ("objective", "train_loss")
 MOST_IN_LEGEND = 20  # more names would cover the panel
 MOST_IN_SMALL_LEGEND = 10
 MOST_MARKERS = 30  # a line with more evaluations needs no markers
@@ -93,23 +89,40 @@ def _write(figure: "Figure", *paths: Path) -> None:
             figure.savefig(path, dpi=150)
 
 
+def title_of(column: str) -> str:
+    """The title of the panel of a column, with its unit."""
+    unit = " (sum)" if set_and_metric(column)[1] == "loss" else " (%)" * is_percent(column)
+    return words(column) + unit
+
+
+def is_logarithmic(column: str) -> bool:
+    """Whether the panel of a column has a logarithmic axis, if its numbers are positive."""
+    return set_and_metric(column)[1] in ("objective", "loss")
+
+
 # ---- runs
 
 
 def draw_convergence(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw objective, train loss and the two errors of labelled runs over iterations."""
+    """Draw the columns of `panels` of labelled runs over iterations."""
     named = len(runs) <= MOST_IN_LEGEND
     below = named and (len(runs) > 4 or max(map(len, runs), default=0) > 40)
-    figure, axes = _figure(2, 2, 10, 7 + (0.1 * len(runs) if below else 0), sharex=True)
+    shown = panels(runs.values())
+    across = -(-len(shown) // 2)
+    height = 7 + (0.1 * len(runs) if below else 0)
+    figure, axes = _figure(2, across, 5 * across, height, sharex=True)
     from matplotlib import colormaps
 
     colors = [colormaps["tab20"](i) for i in range(20)]
-    for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
+    for i, (axis, key) in enumerate(zip(axes.flat, shown, strict=False)):
         if len(runs) > 10:  # matplotlib's own colors begin again after ten
             axis.set_prop_cycle(color=colors)
         positive = _draw_lines(axis, runs, partial(number, key=key))
-        xlabel = "iteration" if axis in axes[1] else ""
-        _style(axis, title, xlabel, log=key in LOGARITHMIC and positive)
+        lowest = i + across >= len(shown)  # of its column
+        _style(axis, title_of(key), "iteration" if lowest else "", is_logarithmic(key) and positive)
+        axis.tick_params(labelbottom=lowest)
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
     if below:
         lines = axes[0][0].lines
         name_lines(figure.legend(handles=lines, loc="outside lower center", ncols=2), runs)
@@ -156,14 +169,16 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
     several = of_several_methods(records)
     for suffix, title, best in figure1_groups(records):
         name = f"figure1{suffix}"
+        column, highest = next(iter(best.values())).criterion
         curves = {
             potential: [run.rows for run in configuration.kept.values()]
             for potential, configuration in best.items()
         }
         draw_figure1(curves, [folder / f"{name}.{ending}" for ending in ENDINGS])
         captions[f"{name}.png"] = (
-            f"Figure 1{title}: of each potential the configuration best in final test error; with "
-            "several seeds their mean, in a band of one sample standard deviation"
+            f"Figure 1{title}: of each potential the configuration best in final "
+            f"{words(column, highest)}{of_held_out(column)}; with several seeds their mean, in a "
+            "band of one sample standard deviation"
         )
         if several:
             name = f"methods{suffix}"
@@ -172,14 +187,26 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
                 f"The same runs{title} over the passes of a worker over its data, and over the "
                 "seconds of a run, with its evaluations"
             )
-    panels = {r.label: found for r in records if r.name != MSGD and (found := sensitivity(r))}
-    places = {(e, lam) for of in panels.values() for e, of_lam in of.items() for lam in of_lam}
-    if len(places) > 1:
-        draw_sensitivity(panels, [folder / f"sensitivity.{ending}" for ending in ENDINGS])
-        captions["sensitivity.png"] = (
-            "Test error of the last evaluation over lam, one line for each eta, the best over all "
-            "other keys; a cross at the top where no run finished without diverging"
-        )
+    return captions | _draw_sensitivities(records, folder)
+
+
+def _draw_sensitivities(records: Sequence[Record], folder: Path) -> dict[str, str]:
+    """Draw a sensitivity for each column that decides. Returns PNG -> caption."""
+    captions = {}
+    lines: dict[str, dict[str, dict[float, dict[float, float | None]]]] = {}
+    for r in records:
+        if r.name != MSGD and (found := sensitivity(r)):
+            lines.setdefault(r.column, {})[r.label] = found
+    for column, of_label in lines.items():
+        places = {(e, lam) for of in of_label.values() for e, lams in of.items() for lam in lams}
+        if len(places) > 1:
+            name = "sensitivity" + f"_{column}" * (len(lines) > 1)
+            draw_sensitivity(of_label, [folder / f"{name}.{e}" for e in ENDINGS], column)
+            captions[f"{name}.png"] = (
+                f"{words(column).capitalize()} of the last evaluation over lam, one line for each "
+                "eta, the best over all other keys; a cross at the top where no run finished "
+                "without diverging"
+            )
     return captions
 
 
@@ -187,9 +214,9 @@ def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, 
     """The contents of each Figure 1: one for each problem and each M, with mSGD in all of them.
 
     Each is the end of its file name and of its title, empty for a single figure, and potential ->
-    the configuration with the lowest test error. A group without a finished run is left out.
+    the best configuration. A group without a finished run is left out.
     """
-    groups: dict[tuple[tuple[str, str], Any], dict[str, list[Configuration]]] = {}
+    groups: dict[tuple[tuple[str, ...], Any], dict[str, list[Configuration]]] = {}
     for r in records:  # mSGD is the last of its problem
         finished = [c for c in r.configurations if c.kept]
         if r.name != MSGD:
@@ -219,13 +246,14 @@ def draw_figure1(
     paths: Sequence[Path],
     over: Sequence[str] = ("iteration", "epoch"),
 ) -> None:
-    """Figure 1: objective, train loss and the two errors, over two columns of the evaluations.
+    """Figure 1: the columns of `panels`, over two columns of the evaluations.
 
     A curve is the evaluations of each seed, drawn as their mean, with a band of one sample standard
     deviation around it. The paths select the formats.
     """
-    figure, axes = _figure(2, len(PANELS), 16, 7)
-    for j, (key, title) in enumerate(PANELS):
+    shown = panels(rows for seeds in curves.values() for rows in seeds)
+    figure, axes = _figure(2, len(shown), 4 * len(shown), 7)
+    for j, key in enumerate(shown):
         for axis, along in zip(axes[:, j], over, strict=True):
             positive = False
             for i, (name, seeds) in enumerate(curves.items()):
@@ -236,12 +264,12 @@ def draw_figure1(
                 axis.plot(x, mean, marker=marker, label="run", **style)
                 if std is not None:
                     low = mean - std
-                    if key in LOGARITHMIC:  # a band to below 0 ends at the lowest mean instead
+                    if is_logarithmic(key):  # a band to below 0 ends at the lowest mean instead
                         low = np.where(low > 0, low, np.nanmin(mean))
                     colour = style["color"]
                     axis.fill_between(x, low, mean + std, color=colour, alpha=0.2, linewidth=0)
             label = "seconds" if along == "wall_s" else along
-            _style(axis, title, label, log=key in LOGARITHMIC and positive)
+            _style(axis, title_of(key), label, log=is_logarithmic(key) and positive)
     name_lines(axes[0][-1].legend(), curves)
     _write(figure, *paths)
 
@@ -277,26 +305,29 @@ def line_style(name: str, i: int) -> dict[str, str]:
 
 
 def draw_sensitivity(
-    panels: Mapping[str, Mapping[float, Mapping[float, float | None]]], paths: Sequence[Path]
+    lines_of: Mapping[str, Mapping[float, Mapping[float, float | None]]],
+    paths: Sequence[Path],
+    column: str = "test_error",
 ) -> None:
-    """Test error over lam, a panel for each potential and a line for each eta.
+    """The column that decides over lam, a panel for each potential and a line for each eta.
 
     None is a cross at the top: no run with this lam finished without diverging.
     """
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
+    across = min(3, len(lines_of))
+    down = -(-len(lines_of) // across)
     figure, axes = _figure(down, across, 1.5 + 4 * across, 3.5 * down, sharex=True, sharey=True)
-    lams = sorted({lam for lines in panels.values() for of in lines.values() for lam in of})
-    etas = sorted({eta for lines in panels.values() for eta in lines})
-    errors = [e for lines in panels.values() for of in lines.values() for e in of.values() if e]
-    log = bool(errors) and max(errors) > 10 * min(errors)  # outliers would flatten the others
-    for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+    lams = sorted({lam for lines in lines_of.values() for of in lines.values() for lam in of})
+    etas = sorted({eta for lines in lines_of.values() for eta in lines})
+    heights = [y for lines in lines_of.values() for of in lines.values() for y in of.values() if y]
+    # Outliers would flatten the others.
+    log = min(heights, default=0.0) > 0.0 and max(heights) > 10 * min(heights)
+    for axis, (name, lines) in zip(axes.flat, lines_of.items(), strict=False):
         for eta, line in lines.items():
             i = etas.index(eta) % 10
-            known = {lam: error for lam, error in line.items() if error is not None}
+            known = {lam: value for lam, value in line.items() if value is not None}
             x, y = list(known), list(known.values())
             axis.plot(x, y, marker="o", color=f"C{i}", label=f"eta = {eta:g}")
-            crosses = [lam for lam, error in line.items() if error is None]
+            crosses = [lam for lam, value in line.items() if value is None]
             height = [0.97 - 0.05 * i] * len(crosses)  # crosses of several eta stay apart
             top = axis.get_xaxis_transform()
             axis.plot(crosses, height, "x", color=f"C{i}", transform=top)
@@ -308,8 +339,8 @@ def draw_sensitivity(
         _style(axis, printable(name), "lam", log, minor=True)
         axis.margins(y=0.15)  # room for the crosses
         axis.legend(fontsize="small")
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(lines_of) :]:
         axis.remove()
     for axis in axes[:, 0]:
-        axis.set_ylabel("test error (%)")
+        axis.set_ylabel(title_of(column))
     _write(figure, *paths)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from consensus.records import METRICS, NoEvaluationError, Row, diverged, read_rows
-
-RESULTS = ("objective", "train_loss", "train_error", "test_loss", "test_error")
-"""The columns of Table 1."""
+from consensus.records import (
+    METRICS,
+    SPLITS,
+    NoEvaluationError,
+    Row,
+    columns,
+    diverged,
+    read_rows,
+    set_and_metric,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,10 @@ class Run:
     config: Mapping[str, Any]
     rows: Sequence[Row]  # the evaluations; empty if it ended before the first
     finished: bool  # whether it has a summary.json
+    column: str = "test_error"  # decides which configuration is the best, by its last evaluation
+    highest: frozenset[str] = (
+        frozenset()
+    )  # metrics whose highest number is the best, not the lowest
 
     @property
     def status(self) -> str:
@@ -36,10 +46,21 @@ class Run:
             return "diverged"
         return "finished" if self.finished and self.rows else "unfinished"
 
+    def is_highest(self, column: str) -> bool:
+        """Whether the highest number of a column is the best."""
+        return set_and_metric(column)[1] in self.highest
+
     @property
     def problem(self) -> tuple[str, str]:
         """Names of the data and the model: losses of different problems are not comparable."""
         return str(self.config.get("data.name", "?")), str(self.config.get("model.name", "?"))
+
+    @property
+    def judged(self) -> tuple[str, str]:
+        """The loss, and the set of samples that decides: runs that differ here are not compared."""
+        held_out = bool(self.config.get("data.validation"))
+        loss = str(self.config.get("loss.name", "cross_entropy"))  # the only one of old versions
+        return loss, "validation" if held_out else "test"
 
 
 def find_runs(paths: Sequence[Path], left_out: dict[Path, str] | None = None) -> list[Path]:
@@ -155,12 +176,46 @@ def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
     # Keys that name files or select output do not distinguish configurations.
     ignored = re.compile(r"resume$|data\.root$|output\.|stationarity\.")
     config = {key: v for key, v in read_config(run_dir).items() if not ignored.match(key)}
-    if finished and config.get("workers") is None:
+    column, goals = "test_error" if finished else deciding_column(rows), {}
+    if finished:
         try:
-            config["workers"] = json.loads(path.read_bytes()).get("environment", {}).get("workers")
-        except (ValueError, AttributeError) as error:
+            summary = json.loads(path.read_bytes())
+            if config.get("workers") is None:
+                config["workers"] = summary.get("environment", {}).get("workers")
+            if "selection" in summary:  # earlier versions wrote none: by the test error
+                column, goal = summary["selection"]["column"], summary["selection"]["goal"]
+                goals = {set_and_metric(column)[1]: goal} | summary.get("goals", {})
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-    return Run(label, config, rows, finished)
+    highest = frozenset(metric for metric, goal in goals.items() if goal == "max")
+    return Run(label, config, rows, finished, column, highest)
+
+
+def deciding_column(rows: Sequence[Row]) -> str:
+    """The column that decides, from evaluations: the first metric, or without one the loss.
+
+    It is that of the validation set, if there is one. The evaluations do not tell its goal.
+    """
+    keys = columns(rows)
+    for samples in ("validation", "test"):
+        of_set = [key for key in keys if set_and_metric(key)[0] == samples]
+        metrics = [key for key in of_set if key != f"{samples}_loss"]
+        if of_set:
+            return (metrics or of_set)[0]
+    return "test_error"
+
+
+def panels(runs: Iterable[Sequence[Row]]) -> list[str]:
+    """The columns that the figures of some runs show.
+
+    They are the objective, the train loss, and the metric that decides in each run, on each set.
+    """
+    chosen = ["objective", "train_loss"]
+    for rows in runs:
+        _, metric = set_and_metric(deciding_column(rows))
+        present = {key for row in rows for key in row}
+        chosen += [key for samples in SPLITS if (key := f"{samples}_{metric}") in present]
+    return list(dict.fromkeys(chosen))
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """Table 1 as a list of records: runs -> configurations -> one record for each potential.
 
 The runs of a configuration differ in their seed alone. The last evaluation of a run counts, and
-only if the run is finished and has not diverged.
+only if the run is finished and has not diverged. Its columns are those of the runs, and the best
+configuration is that of the lowest or highest number in the column that decides in these runs.
 """
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consensus.records import format_cell, number
-from consensus.report.runs import RESULTS, Run, canonical, varying
+from consensus.records import columns, format_cell, is_percent, number, set_and_metric
+from consensus.report.runs import Run, canonical, varying
 
 PAPER_ORDER = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
 MSGD = "mSGD"
@@ -29,8 +30,9 @@ METHODS = {
 
 # Copied from the paper's Table 1 as printed: the best over 72 settings each. The paper's numbers
 # for other potentials are not copied, and it prints no objective.
+PAPER_COLUMNS = ("train_loss", "train_error", "test_loss", "test_error")
 PAPER = {
-    name: dict(zip(("train_loss", "train_error", "test_loss", "test_error"), numbers, strict=True))
+    name: dict(zip(PAPER_COLUMNS, numbers, strict=True))
     for name, numbers in {
         "quad": ("2.47", "0.00", "294", "0.65"),
         "cubic": ("6.87", "0.00", "231", "0.56"),
@@ -38,8 +40,7 @@ PAPER = {
     }.items()
 }
 PAPER_PROBLEM = ("mnist", "lenet5")
-
-HEADINGS = {key: key.replace("_", " ") + " %" * key.endswith("error") for key in RESULTS}
+PAPER_JUDGED = ("cross_entropy", "test")
 
 # Keys whose values the label of a record already states.
 _NAMES = ("potential.name", "algorithm.name", "data.name", "model.name")
@@ -77,15 +78,35 @@ class Configuration:
         kept = len(self.kept)
         return str(kept) if kept == tried else f"{kept} of {tried}"
 
-    def mean(self, column: str) -> Mean:
-        """Mean over the seeds of a column of the last evaluation; one must be finished."""
+    @property
+    def criterion(self) -> tuple[str, bool]:
+        """The column that decides, and whether its highest number is the best."""
+        run = next(iter((*self.kept.values(), *self.runs)))
+        return run.column, run.is_highest(run.column)
+
+    def mean(self, column: str) -> Mean | None:
+        """Mean over the seeds of a column of the last evaluation.
+
+        None where no seed is finished, or one has no finite number there.
+        """
         values = [number(run.rows[-1], column) for run in self.kept.values()]
+        if not values or not all(map(math.isfinite, values)):
+            return None
         std = statistics.stdev(values) if len(values) > 1 else None
         return Mean(statistics.fmean(values), std)
 
+    def rank(self, column: str) -> float:
+        """The mean of a column, negated if the highest is the best: the best has the least rank."""
+        mean = self.mean(column)
+        if mean is None:
+            return math.inf
+        sign = -1.0 if next(iter(self.kept.values())).is_highest(column) else 1.0
+        return sign * mean.mean
+
     def sort_key(self) -> tuple[float, float]:
-        """Mean test error, then mean test loss: the best configuration has the least."""
-        return self.mean("test_error").mean, self.mean("test_loss").mean
+        """The ranks in the column that decides, then in the loss on its set; the best has least."""
+        column, _ = self.criterion
+        return self.rank(column), self.rank(loss_beside(column))
 
 
 @dataclass(frozen=True)
@@ -94,68 +115,98 @@ class Record:
 
     label: str  # the name, followed by the problem where the runs have several problems
     name: str  # of the potential, or of a method in METHODS
-    problem: tuple[str, str]  # names of the data and the model
+    problem: tuple[
+        str, ...
+    ]  # names of the data and the model; the loss and the set where they vary
+    judged: tuple[str, str]  # the loss, and the set that decides
     configurations: Sequence[Configuration]  # all, also those without a finished run
     finished: int  # runs
     others: int  # runs that diverged or are unfinished
-    lowest: Mapping[str, Mean | None]  # column -> its lowest mean over the configurations
+    column: str  # decides which configuration is the best
+    highest: frozenset[str]  # the columns whose highest number is the best
+    lowest: Mapping[str, Mean | None]  # column -> its lowest or highest mean over configurations
     best: Configuration | None  # of the least `sort_key`
     at_best: Mapping[str, Mean | None]  # column -> its mean at `best`
     chosen: Mapping[str, str | None]  # varying key -> its value at `best`; None: it has no such key
     paper: Mapping[str, str]  # column -> the number printed in the paper, for its own problem only
 
 
+_Group = tuple[tuple[str, str], tuple[str, str], str]  # problem, judged and name of a record
+
+
 def table1(runs: Sequence[Run]) -> list[Record]:
     """The records of Table 1: the paper's potentials in its order, then others, then METHODS."""
-    groups: dict[tuple[tuple[str, str], str], list[Run]] = {}
+    groups: dict[_Group, list[Run]] = {}
     for run in runs:
         baseline = METHODS.get(str(run.config.get("algorithm.name")))
         name = baseline or str(run.config["potential.name"])
-        groups.setdefault((run.problem, name), []).append(run)
+        groups.setdefault((run.problem, run.judged, name), []).append(run)
 
     last_places = {name: i for i, name in enumerate(METHODS.values(), start=1)}
 
-    def place(key: tuple[tuple[str, str], str]) -> tuple[Any, ...]:
-        problem, name = key
+    def place(key: _Group) -> tuple[Any, ...]:
+        problem, judged, name = key
         last = last_places.get(name, 0)
         known = PAPER_ORDER.index(name) if name in PAPER_ORDER else len(PAPER_ORDER)
-        return problem, last, known, name
+        return problem, judged, last, known, name
 
     keys = chosen_keys(runs)
-    several = len({problem for problem, _ in groups}) > 1
+    several = len({(problem, judged) for problem, judged, _ in groups}) > 1
     records = []
-    for problem, name in sorted(groups, key=place):
-        label = f"{name} ({', '.join(problem)})" if several else name
-        paper = PAPER.get(name, {}) if problem == PAPER_PROBLEM else {}
-        records.append(_record(label, name, groups[problem, name], keys, paper))
+    for problem, judged, name in sorted(groups, key=place):
+        others = {other for of_problem, other, _ in groups if of_problem == problem}
+        varied = zip(judged, zip(*others, strict=True), strict=True)
+        full = (*problem, *(word for word, found in varied if len(set(found)) > 1))
+        label = f"{name} ({', '.join(full)})" if several else name
+        alike = [run for run in runs if (run.problem, run.judged) == (problem, judged)]
+        decided = max(alike, key=lambda run: (run.status == "finished", bool(run.rows)))
+        records.append(_record(label, name, full, groups[problem, judged, name], keys, decided))
     return records
 
 
 def _record(
-    label: str, name: str, runs: Sequence[Run], keys: Sequence[str], paper: Mapping[str, str]
+    label: str,
+    name: str,
+    problem: tuple[str, ...],
+    runs: Sequence[Run],
+    keys: Sequence[str],
+    decided: Run,
 ) -> Record:
+    """A record; the column that decides is that of the run `decided` of its problem."""
     configurations = group_seeds(runs)
-    kept = [c for c in configurations if c.kept]
-    best = min(kept, key=Configuration.sort_key, default=None)
-    finished = sum(run.status == "finished" for run in runs)
+    best = min((c for c in configurations if c.kept), key=Configuration.sort_key, default=None)
+    finished = [run for run in runs if run.status == "finished"]
+    shown = columns(run.rows[-1] for run in runs if run.rows)[2:]  # after iteration and epoch
+    of_paper = (runs[0].problem, runs[0].judged) == (PAPER_PROBLEM, PAPER_JUDGED)
     return Record(
         label,
         name,
-        runs[0].problem,
+        problem,
+        runs[0].judged,
         configurations,
-        finished,
-        others=len(runs) - finished,
-        lowest={
-            column: min((c.mean(column) for c in kept), key=lambda m: m.mean, default=None)
-            for column in RESULTS
-        },
+        len(finished),
+        others=len(runs) - len(finished),
+        column=decided.column,
+        highest=frozenset(filter(decided.is_highest, shown)),
+        lowest={column: best_mean(configurations, column) for column in shown},
         best=best,
-        at_best={column: best.mean(column) if best else None for column in RESULTS},
+        at_best={column: best.mean(column) if best else None for column in shown},
         chosen={
             key: show(best.config[key]) if best and key in best.config else None for key in keys
         },
-        paper=paper,
+        paper=PAPER.get(name, {}) if of_paper else {},
     )
+
+
+def best_mean(configurations: Iterable[Configuration], column: str) -> Mean | None:
+    """The lowest mean of a column, or the highest; None where no configuration has one."""
+    known = [c for c in configurations if c.mean(column) is not None]
+    return min(known, key=lambda c: c.rank(column)).mean(column) if known else None
+
+
+def loss_beside(column: str) -> str:
+    """The column of the loss on the set of samples of another column."""
+    return f"{set_and_metric(column)[0]}_loss"
 
 
 def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
@@ -179,11 +230,63 @@ def of_several_methods(records: Iterable[Record]) -> bool:
 
 def of_the_paper(records: Iterable[Record]) -> bool:
     """Whether a record has the problem of the paper's Table 1."""
-    return any(record.problem == PAPER_PROBLEM for record in records)
+    return any((r.problem[:2], r.judged) == (PAPER_PROBLEM, PAPER_JUDGED) for r in records)
+
+
+def result_columns(records: Iterable[Record]) -> list[str]:
+    """The columns of Table 1: the objective, and all losses and metrics of the runs."""
+    return columns(record.lowest for record in records)[2:]
+
+
+def highest_columns(records: Sequence[Record]) -> list[str]:
+    """The columns of Table 1 whose highest number is the best."""
+    return [key for key in result_columns(records) if any(key in r.highest for r in records)]
+
+
+def deciding_columns(records: Sequence[Record]) -> list[str]:
+    """The columns that decide, each with the same metric on the test set, which is to be read."""
+    found = [(r.column, f"test_{set_and_metric(r.column)[1]}") for r in _evaluated(records)]
+    return list(dict.fromkeys(column for pair in found for column in pair))
+
+
+def _evaluated(records: Sequence[Record]) -> Sequence[Record]:
+    """The records whose column that decides is known; if there are none, all."""
+    return [r for r in records if r.column in r.lowest] or records
+
+
+def criteria(records: Sequence[Record], phrase: Callable[[str, bool], str]) -> str:
+    """A phrase on what decides, from its column and whether the highest is the best.
+
+    Where it is not the same for all records, one for each, after the problems that it is for.
+    """
+    problems: dict[tuple[str, bool], list[str]] = {}
+    for r in _evaluated(records):
+        name = f"({', '.join(r.problem)})"
+        of = problems.setdefault((r.column, r.column in r.highest), [])
+        of += [name] if name not in of else []
+    if len(problems) == 1:
+        return phrase(*next(iter(problems)))
+    return "; ".join(f"for {' and '.join(of)} {phrase(*key)}" for key, of in problems.items())
+
+
+def heading(column: str) -> str:
+    """The heading of a column, with its unit."""
+    return words(column) + " %" * is_percent(column)
+
+
+def words(column: str, highest: bool = False) -> str:
+    """A column in words, such as `test error` or `test accuracy (highest)`."""
+    return column.replace("_", " ") + " (highest)" * highest
+
+
+def of_held_out(column: str) -> str:
+    """The remark that the validation set decides; "" if the test set does."""
+    held_out = set_and_metric(column)[0] == "validation"
+    return ", chosen on the validation set; test numbers are of that configuration" * held_out
 
 
 def show_mean(mean: Mean | None, column: str) -> str:
-    """A mean in a table; `-` where no run finished."""
+    """A mean in a table; `-` where there is none."""
     return "-" if mean is None else mean.show(column)
 
 
@@ -198,15 +301,17 @@ def show(value: Any) -> str:
 
 
 def sensitivity(record: Record) -> dict[float, dict[float, float | None]]:
-    """For each eta, lam -> the lowest mean test error, None where nothing finished.
+    """For each eta, lam -> the best mean in the column that decides, None where nothing finished.
 
     Configurations without a finite lam > 0, such as uncoupled workers, are left out.
     """
-    found: dict[float, dict[float, float | None]] = {}
+    at: dict[tuple[float, float], list[Configuration]] = {}
     for c in record.configurations:
         eta, lam = number(c.config, "potential.eta"), number(c.config, "algorithm.lam")
         if math.isfinite(eta) and 0.0 < lam < math.inf:
-            of_eta = found.setdefault(eta, {})
-            values = [of_eta.get(lam), c.mean("test_error").mean if c.kept else None]
-            of_eta[lam] = min((v for v in values if v is not None), default=None)
-    return {eta: dict(sorted(found[eta].items())) for eta in sorted(found)}
+            at.setdefault((eta, lam), []).append(c)
+    found: dict[float, dict[float, float | None]] = {}
+    for eta, lam in sorted(at):
+        mean = best_mean(at[eta, lam], record.column)
+        found.setdefault(eta, {})[lam] = mean.mean if mean else None
+    return found

@@ -39,6 +39,7 @@ def finish_run(
     own = {
         "best": best,
         "selection": {"column": key, "goal": goal},
+        "goals": {name: metric.goal for name, metric in plan.risk.loss.metrics.items()},
         "model": {"name": plan.config.model.name, "options": options},
         "environment": environment(plan),
     }

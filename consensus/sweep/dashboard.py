@@ -15,8 +15,18 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from consensus.records import at_commas, diverged, last_row, number
-from consensus.report.runs import is_run, read_config
+from consensus.problem.losses import LOSSES
+from consensus.records import (
+    at_commas,
+    diverged,
+    format_cell,
+    is_percent,
+    last_row,
+    number,
+    set_and_metric,
+)
+from consensus.report.runs import deciding_column, is_run, read_config
+from consensus.report.table1 import heading, words
 from consensus.sweep.earlier import Found
 from consensus.sweep.grid import Job
 from consensus.sweep.job import Status
@@ -44,6 +54,7 @@ class Dashboard:
         self.statuses = {job.name: self._read(job) for job in earlier}
         self.before = self.number("done")
         self._lasts = {job.name: last_row(path / job.name) for job in earlier}
+        self._signs: dict[str, float] = {}
         self._iterations: dict[str, int | None] = {
             j.name: f.iterations for j, f in earlier.items() if f.iterations
         }
@@ -138,16 +149,20 @@ class Dashboard:
         if status.state == "failed":
             code = "" if status.code is None else f"exit code {status.code}: "
             return f"{line}  {code}{status.message}"
-        error = self._test_error(job.name)
-        return line if math.isnan(error) else f"{line}  test error {error:.2f} %"
+        found = self._result(job.name)
+        return f"{line}  {_shown(*found)}" if found else line
 
-    def _test_error(self, name: str) -> float:
-        """The test error of the last evaluation of a run, in percent.
+    def _result(self, name: str) -> tuple[str, float] | None:
+        """The column that decides which run is the best, and its number at the last evaluation.
 
-        nan without one, or if the run has diverged.
+        None without a number, or if the run has diverged.
         """
         last = self._lasts[name]
-        return math.nan if last is None or diverged(last) else number(last, "test_error")
+        if last is None or diverged(last):
+            return None
+        column = deciding_column([last])
+        value = number(last, column)
+        return (column, value) if math.isfinite(value) else None
 
     def counts(self) -> str:
         """One line: the number of jobs in each state, and the estimated time left."""
@@ -177,32 +192,41 @@ class Dashboard:
         )
         return (time.monotonic() - self._started) / now * left if now and left > 0 else None
 
-    def best(self) -> tuple[float, str] | None:
-        """The lowest test error of the last evaluations so far, in percent, and its run."""
-        found = ((self._test_error(name), name) for name in self.statuses)
-        return min((pair for pair in found if not math.isnan(pair[0])), default=None)
+    def best(self) -> dict[str, tuple[float, str]]:
+        """Of each column that decides, the best number of the last evaluations, and its run."""
+        ranked: dict[str, list[tuple[float, str, float]]] = {}
+        for name in self.statuses:
+            if found := self._result(name):
+                column, value = found
+                sign = self._signs[name] = self._signs.get(name) or _sign_of(self.path / name)
+                if sign:
+                    ranked.setdefault(column, []).append((sign * value, name, value))
+        best = {column: min(of_column) for column, of_column in ranked.items()}
+        return {column: (value, name) for column, (_, name, value) in best.items()}
 
     def table(self) -> Table:
         """The running, failed and stopped jobs, in 80 columns."""
         title = self.counts()
-        if found := self.best():
-            title += f"\nbest so far: test error {found[0]:.2f} %, {found[1]}"
+        for column, (value, name) in self.best().items():
+            title += f"\nbest so far: {_shown(column, value)}, {name}"
+        found = {name: self._result(name) for name in self.statuses}
+        metrics = {set_and_metric(pair[0])[1] for pair in found.values() if pair}
+        result = heading(metrics.pop()) if len(metrics) == 1 else "result"
         table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 1))
         table.add_column("state", no_wrap=True)
         table.add_column("run", overflow="fold", max_width=NAME_WIDTH)
-        for column in ("iteration", "error %", "time"):
+        for column in ("iteration", result, "time"):
             table.add_column(column, justify="right", no_wrap=True)
         order = {"running": 0, "failed": 1, "stopped": 2}
         shown = [job for job in self.earlier if self.statuses[job.name].state in order]
         shown.sort(key=lambda job: order[self.statuses[job.name].state])
         for job in shown[:ROWS]:
             status, last = self.statuses[job.name], self._lasts[job.name]
-            error = self._test_error(job.name)
             table.add_row(
                 status.state,
                 escape("\n".join(filter(None, (at_commas(job.name, NAME_WIDTH), status.message)))),
                 f"{last['iteration'] if last else 0:,}",
-                "" if math.isnan(error) else f"{error:.2f}",
+                format_cell(*pair) if (pair := found[job.name]) else "",
                 duration(status.seconds) if status.seconds else "",
             )
         if len(shown) > ROWS:
@@ -216,6 +240,26 @@ def _iterations_of(run_dir: Path) -> int | None:
         return int(read_config(run_dir)["algorithm.iterations"])
     except (ValueError, KeyError):
         return None
+
+
+def _sign_of(run_dir: Path) -> float:
+    """1 if the lowest number in the column that decides is the best, -1 if the highest is.
+
+    0 if the loss is not known. From the config: a run has a summary.json only at its end.
+    """
+    prefix = "loss.options."
+    try:
+        config = read_config(run_dir)
+        options = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+        _, goal = LOSSES.make(config.get("loss.name", "cross_entropy"), **options).best
+    except Exception:  # a damaged config, or a loss of a plugin that is not there
+        return 0.0
+    return -1.0 if goal == "max" else 1.0
+
+
+def _shown(column: str, value: float) -> str:
+    """A number with its column and its unit."""
+    return f"{words(column)} {format_cell(column, value)}" + " %" * is_percent(column)
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from consensus.report import __main__ as report
 def write_run(tmp_path):
     """`write_run("a/b", config, rows)`: a run directory below tmp_path/sweep."""
 
-    def write(name, nested, rows, finished=True, workers=4):
+    def write(name, nested, rows, finished=True, workers=4, **summary):
         run_dir = tmp_path / "sweep" / name
         run_dir.mkdir(parents=True)
         if nested is not None:
@@ -22,7 +22,7 @@ def write_run(tmp_path):
         text = "".join(json.dumps(r) + "\n" for r in rows)
         (run_dir / "metrics.jsonl").write_text(text, encoding="utf-8")
         if finished:
-            summary = {"environment": {"workers": workers}}
+            summary |= {"environment": {"workers": workers}}
             (run_dir / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return run_dir
 

@@ -10,7 +10,20 @@ from rich.console import Console
 
 from consensus.report.__main__ import comparison_table, screen_tables
 from consensus.report.table1 import table1
-from tests.testing.made_runs import BLUE, FIRST, ORANGE, SECOND, config, pixels_of, row, row_at, run
+from tests.testing.made_runs import (
+    ACCURACY,
+    BLUE,
+    FIRST,
+    ORANGE,
+    SECOND,
+    accuracies,
+    config,
+    pixels_of,
+    regression,
+    row,
+    row_at,
+    run,
+)
 
 
 def test_the_command_on_two_runs(command, write_run):
@@ -334,3 +347,42 @@ def test_the_screen_shows_both_parts():
     assert "\ntan 7 6 (0.83) 0.50 (0.00) 120 (301) 0.80 (0.62) 1 / 0\n" in text
     assert "\n[red] 9 8 0.30 100 0.90 2 / 0\n" in text
     assert "\ntan 1 0.80 120 algorithm.lam=0.1" in text
+
+
+def test_the_command_on_a_regression(command, write_run):
+    """The lowest mse decides, not the lowest mae; columns and titles are those of the runs."""
+    choice = {"selection": {"column": "test_mse", "goal": "min"}, "goals": {"mse": "min"}}
+    for name, lam, last in [("a", 0.1, regression(3.0, 0.1)), ("b", 0.2, regression(2.0, 0.7))]:
+        run_dir = write_run(name, config(lam=lam, loss__name="mse"), [last], **choice)
+    code, out, err = command(run_dir.parent)
+    assert (code, err) == (0, "")
+    assert "error" not in out
+    assert "nan" not in out
+    assert re.search(r"\nthe best in test mse *\n", out)
+    (found,) = read_csv(run_dir.parent / "report" / "table1.csv")
+    assert (found["algorithm.lam"], found["test_mse_at_best"], found["lowest_test_mae"]) == (
+        "0.2", "2.0", "0.1",
+    )  # fmt: skip
+    assert "error" not in (run_dir.parent / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_screen_says_on_which_set_the_best_was_chosen():
+    runs = [run(config(lam=lam), accuracies(lam, 0.5), **ACCURACY) for lam in (0.25, 0.75)]
+    first, second = screen_tables(table1(runs), 200)
+    assert first.title == (
+        "Table 1: the lowest of each column by itself, the highest of train accuracy, "
+        "validation accuracy, test accuracy"
+    )
+    assert second.title == (
+        "the best in validation accuracy (highest), chosen on the validation set; test numbers "
+        "are of that configuration"
+    )
+    shown = {str(c.header): list(c.cells) for c in second.columns}
+    assert shown == {
+        "potential": ["quad"],
+        "seeds": ["1"],
+        "validation accuracy": ["0.75"],
+        "test accuracy": ["0.5"],
+        "test loss": ["3"],
+        "with": ["algorithm.lam=0.75"],
+    }

@@ -1,5 +1,7 @@
 """The folder of a report, and its tables."""
 
+import csv
+
 import pytest
 
 from consensus.report.page import (
@@ -7,11 +9,22 @@ from consensus.report.page import (
     part_one,
     part_three,
     part_two,
+    table1_csv,
     table1_markdown,
     write_report,
 )
 from consensus.report.table1 import table1
-from tests.testing.made_runs import FIRST, SECOND, config, row, run
+from tests.testing.made_runs import (
+    ACCURACY,
+    FIRST,
+    MSE,
+    SECOND,
+    accuracies,
+    config,
+    regression,
+    row,
+    run,
+)
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -108,4 +121,97 @@ def test_the_papers_numbers_stand_beside_its_own_problem_only():
 def test_markdown_escapes():
     assert markdown_table([["a|b", "c\nd"], ["\\|", "1"]]) == (
         "| a\\|b | c d |\n| --- | --- |\n| \\\\\\| | 1 |"
+    )
+
+
+MIXED = [
+    run(config(lam=0.1), FIRST),
+    run(config(lam=0.2), SECOND),
+    run(
+        config(data__name="table", model__name="linear", loss__name="mse"),
+        regression(2.0, 0.5),
+        **MSE,
+    ),
+]
+"""Two problems with different columns."""
+
+
+def test_a_table_of_accuracies_on_a_validation_set():
+    runs = [
+        run(config(lam=lam, loss__name="top", data__validation=0.2), last, **ACCURACY)
+        for lam, last in ((0.1, accuracies(0.75, 0.5)), (0.2, accuracies(0.5, 1.0)))
+    ]
+    records = table1(runs)
+    columns = [
+        "objective", "train loss", "train accuracy", "validation loss", "validation accuracy",
+        "test loss", "test accuracy",
+    ]  # fmt: skip
+    assert part_one(records) == [
+        ["potential", "configurations", *columns, "runs: finished / diverged or unfinished"],
+        ["quad", "2", "10", "8", "0.99", "2", "0.75", "3", "1", "2 / 0"],
+    ]
+    assert part_two(records) == [
+        ["potential", "seeds", *columns, "algorithm.lam"],
+        ["quad", "1", "10", "8", "0.99", "2", "0.75", "3", "0.5", "0.1"],
+    ]
+    assert part_three(records)[0][1:3] == ["validation accuracy", "test accuracy"]
+    text = table1_markdown(records)
+    assert (
+        "The lowest value of each column by itself (the highest of train accuracy, validation "
+        "accuracy, test accuracy), over all" in text
+    )
+    assert (
+        "the configuration with the highest validation accuracy (on ties, the lowest validation "
+        "loss), and its values of the keys that differ between the runs. Where a validation set "
+        "decides, the configuration is chosen on it; test numbers are of that configuration."
+        in text
+    )
+    (found,) = csv.DictReader(table1_csv(records).splitlines())
+    assert (found["highest_test_accuracy"], found["test_accuracy_at_best"]) == ("1.0", "0.5")
+    assert found["lowest_test_loss"] == "3.0"
+    assert not [key for key in found if "paper" in key or key == "lowest_test_accuracy"]
+
+
+def test_problems_with_other_columns_stand_in_one_table():
+    records = table1(MIXED)
+    assert part_two(records) == [
+        ["potential", "seeds", "objective", "train loss", "train error %", "train mse",
+         "train mae", "test loss", "test error %", "test mse", "test mae",
+         "algorithm.lam", "loss.name"],
+        ["quad (digits, lenet5)", "1", "7", "6", "0.50", "-", "-", "120", "0.80", "-", "-", "0.2",
+         ""],
+        ["quad (table, linear)", "1", "10", "8", "-", "0.25", "0.5", "1", "-", "2", "0.5", "0.1",
+         "mse"],
+    ]  # fmt: skip
+    assert (
+        "For each potential, the configuration for (digits, lenet5) with the lowest test error (on "
+        "ties, the lowest test loss); for (table, linear) with the lowest test mse (on ties, the "
+        "lowest test loss), and its values" in table1_markdown(records)
+    )
+    first, second = csv.DictReader(table1_csv(records).splitlines())
+    assert (first["lowest_test_mse"], second["lowest_test_mse"]) == ("", "2.0")
+    assert (first["lowest_test_error"], second["lowest_test_error"]) == ("0.8", "")
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_the_page_defines_the_columns_and_has_a_figure_for_each_that_decides(tmp_path):
+    more = run(
+        config(lam=0.9, data__name="table", model__name="linear", loss__name="mse"),
+        regression(3.0, 0.5),
+        **MSE,
+    )
+    write_report([*MIXED, more], tmp_path, ["x"])
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "- **train loss, test loss**: data loss of u, summed over the set\n" in page
+    assert "- **train mse, test mse**: `mse` of u, the mean over the set\n" in page
+    assert "- **train error, test error**: percent of the set" in page
+    for column, words in (("test_error", "Test error"), ("test_mse", "Test mse")):
+        assert (tmp_path / f"sensitivity_{column}.pdf").exists()
+        assert f"\n{words} of the last evaluation over lam" in page
+    assert "the configuration best in final test mse; with several seeds" in page
+    chosen = [run(config(lam=lam), accuracies(lam, 0.5), **ACCURACY) for lam in (0.1, 0.2)]
+    write_report(chosen, tmp_path / "chosen", ["x"])
+    assert (
+        "best in final validation accuracy (highest), chosen on the validation set; test numbers "
+        "are of that configuration; with" in (tmp_path / "chosen" / "report.md").read_text("utf-8")
     )

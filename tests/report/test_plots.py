@@ -24,8 +24,10 @@ from tests.testing.made_runs import (
     BLUE,
     BLUE_BAND,
     ORANGE,
+    accuracies,
     config,
     pixels_of,
+    regression,
     row,
     row_at,
     run,
@@ -71,6 +73,36 @@ def test_a_diverged_run_leaves_the_axes_to_the_others(tmp_path, monkeypatch):
     tops = [axis.get_ylim()[1] for axis in drawn[0].axes]
     largest = [row_at(10)[key] for key in ("objective", "train_loss", "train_error", "test_error")]
     assert all(top < 2 * most for top, most in zip(tops, largest, strict=True))
+
+
+def test_the_panels_are_those_of_the_problem(tmp_path, monkeypatch):
+    """Units, axes and one panel for each set; a run without a column has no line there."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+
+    def titles():
+        return [axis.get_title() for axis in drawn[-1].axes]
+
+    sets = ["train accuracy", "validation accuracy", "test accuracy"]
+    draw_convergence({"a": [accuracies(0.5, 0.5)]}, tmp_path)
+    assert titles() == ["objective", "train loss (sum)", *sets]
+    lowest = [axis.get_xlabel() for axis in drawn[-1].axes]
+    assert lowest == ["", "", "iteration", "iteration", "iteration"], "the third has none below"
+    assert [axis.get_yscale() for axis in drawn[-1].axes] == ["log", "log", *3 * ["linear"]]
+    (line,) = drawn[-1].axes[3].lines
+    assert line.get_ydata().tolist() == [0.5]
+
+    draw_convergence({"a": [row_at(10)], "b": [regression(2.0, 1.0)]}, tmp_path)
+    errors = ["train error (%)", "test error (%)", "train mse", "test mse"]
+    assert titles() == ["objective", "train loss (sum)", *errors]
+    ends = [line.get_ydata().tolist() for line in drawn[-1].axes[5].lines]
+    np.testing.assert_equal(ends, [[np.nan], [2.0]])
+
+    draw_figure1({"quad": [[regression(2.0, 1.0, t=t) for t in (10, 20)]]}, [tmp_path])
+    assert titles()[:4] == ["objective", "train loss (sum)", "train mse", "test mse"]
+    draw_sensitivity({"quad": {1.0: {0.1: -1.0, 1.0: 50.0}}}, [tmp_path], "test_r2")
+    (axis,) = drawn[-1].axes
+    assert (axis.get_ylabel(), axis.get_yscale()) == ("test r2", "linear")
 
 
 def test_many_runs_leave_room_for_their_lines(tmp_path):

@@ -7,9 +7,11 @@ from consensus.records import read_rows
 from consensus.report.runs import (
     Run,
     comparable_runs,
+    deciding_column,
     find_runs,
     flatten,
     labels,
+    panels,
     read_config,
     read_run,
     varying,
@@ -17,7 +19,7 @@ from consensus.report.runs import (
 from consensus.report.table1 import chosen_keys, table1
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
-from tests.testing.made_runs import config, row, row_at, run
+from tests.testing.made_runs import accuracies, config, evaluation, regression, row, row_at, run
 
 
 def test_find_runs(tmp_path, write_run):
@@ -126,7 +128,47 @@ def test_a_damaged_config_is_named_in_one_line(write_run, content, complaint):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["{", "3", '{"environment": 3}'])
+def test_the_summary_says_which_number_decides(write_run):
+    """Runs of earlier versions are judged by the test error; evaluations tell the column alone."""
+    rows = [accuracies(0.5, 0.5)]
+    chosen = {"selection": {"column": "validation_accuracy", "goal": "max"}}
+    for name, found, finished, column, highest in [
+        ("new", chosen | {"goals": {"accuracy": "max", "nll": "min"}}, True, None, {"accuracy"}),
+        ("other", chosen | {"goals": {"r2": "max"}}, True, None, {"accuracy", "r2"}),
+        ("without goals", chosen, True, None, {"accuracy"}),
+        ("unfinished", {}, False, None, set()),
+        ("old", {}, True, "test_error", set()),
+    ]:
+        made = read_run("a", write_run(name, config(), rows, finished=finished, **found), rows)
+        assert (made.column, made.highest) == (column or "validation_accuracy", highest)
+
+
+@pytest.mark.parametrize(
+    ("rows", "column"),
+    [
+        ([regression(1.0, 1.0)], "test_mse"),
+        ([row(1, 1, 1, 1, 1)], "test_error"),
+        ([evaluation({"train": {"loss": 1.0}, "test": {"loss": 1.0}})], "test_loss"),
+        ([], "test_error"),
+    ],
+)
+def test_the_column_that_decides(rows, column):
+    assert deciding_column(rows) == column
+
+
+def test_the_panels_of_a_figure():
+    """The objective and the train loss, and the metric that decides on each set, of all runs."""
+    losses = [evaluation({"train": {"loss": 1.0}, "test": {"loss": 1.0}})]
+    sets = ["train_accuracy", "validation_accuracy", "test_accuracy"]
+    both = ["objective", "train_loss"]
+    assert panels([[accuracies(1.0, 1.0)]]) == [*both, *sets]
+    assert panels([losses]) == [*both, "test_loss"]
+    assert panels([[row(1, 1, 1, 1, 1)], [regression(1.0, 1.0)], []]) == [
+        *both, "train_error", "test_error", "train_mse", "test_mse",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["{", "3", '{"environment": 3}', '{"selection": "error"}'])
 def test_a_damaged_summary_is_named(write_run, content):
     run_dir = write_run("a", config(workers=None), [])
     (run_dir / "summary.json").write_text(content, encoding="utf-8")

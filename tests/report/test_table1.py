@@ -3,7 +3,7 @@
 import pytest
 
 from consensus.report.table1 import group_seeds, sensitivity, table1
-from tests.testing.made_runs import config, row, run
+from tests.testing.made_runs import ACCURACY, MSE, accuracies, config, regression, row, run
 
 
 def test_mean_and_sample_deviation_over_seeds():
@@ -99,3 +99,72 @@ def test_sensitivity_takes_the_best_over_the_rest():
     assert sensitivity(line) == {0.5: {0.1: None}, 1.0: {0.1: 1.0, 0.2: 3.0}}
     (line,) = table1(runs[::-1])
     assert sensitivity(line) == {0.5: {0.1: None}, 1.0: {0.1: 1.0, 0.2: 3.0}}
+
+
+def test_a_regression_is_ranked_by_its_first_metric():
+    """By the mse, although the mae and the train loss say otherwise; ties go to the test loss."""
+    runs = [
+        run(config(lam=0.1), regression(3.0, 0.1), **MSE),
+        run(config(lam=0.2), regression(2.0, 0.7, test_loss=40.0), **MSE),
+        run(config(lam=0.3), regression(2.0, 0.6, test_loss=30.0), **MSE),
+        run(config(lam=0.4), regression(1.0, 0.5), finished=False, **MSE),
+    ]
+    (line,) = table1(runs)
+    assert line.best.config["algorithm.lam"] == 0.3
+    assert list(line.lowest) == [
+        "objective", "train_loss", "train_mse", "train_mae", "test_loss", "test_mse", "test_mae",
+    ]  # fmt: skip
+    assert (line.lowest["test_mse"].mean, line.lowest["test_mae"].mean) == (2.0, 0.1)
+    assert line.at_best["test_mae"].mean == 0.6
+    assert (line.column, line.highest) == ("test_mse", frozenset())
+    assert sensitivity(line) == {1.0: {0.1: 3.0, 0.2: 2.0, 0.3: 2.0, 0.4: None}}
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_highest_accuracy_on_the_validation_set_is_the_best(turn):
+    """0.8 and 0.9 are 0.85 over two seeds, above 0.84; that 0.84 tests at 0.99 does not count."""
+    runs = [
+        run(config(lam=0.1, seed=0), accuracies(0.8, 0.7), **ACCURACY),
+        run(config(lam=0.1, seed=1), accuracies(0.9, 0.6), **ACCURACY),
+        run(config(lam=0.2), accuracies(0.84, 0.99), **ACCURACY),
+        run(config(lam=0.3), accuracies(0.85, 0.5, validation_loss=2.5), **ACCURACY),
+        run(config(lam=0.4), accuracies(None, 0.98), **ACCURACY),  # not finite: never the best
+    ][::turn]
+    (line,) = table1(runs)
+    assert line.best.config["algorithm.lam"] == 0.1, "0.85 twice: the lower validation loss"
+    assert line.at_best["test_accuracy"].mean == pytest.approx(0.65)
+    assert line.lowest["test_accuracy"].mean == 0.99, "the best of the column by itself"
+    assert line.lowest["validation_loss"].mean == 2.0
+    assert line.highest == {"train_accuracy", "validation_accuracy", "test_accuracy"}
+    found = sensitivity(line)[1.0]
+    assert found == pytest.approx({0.1: 0.85, 0.2: 0.84, 0.3: 0.85, 0.4: None})
+
+
+def test_runs_with_other_losses_or_validation_are_not_compared():
+    runs = [
+        run(config(loss__name="mse"), regression(2.0, 1.0), **MSE),
+        run(config(loss__name="huber"), regression(2.0, 1.0), column="test_mae"),
+        run(config(loss__name="mse", data__validation=0.2), None, finished=False),
+    ]
+    lines = table1(runs)
+    assert [(line.label, line.column) for line in lines] == [
+        ("quad (digits, lenet5, huber, test)", "test_mae"),
+        ("quad (digits, lenet5, mse, test)", "test_mse"),
+        ("quad (digits, lenet5, mse, validation)", "test_error"),  # nothing is known of it
+    ]
+    smoothed = config(lam=1.0, loss__options={"label_smoothing": 0.1})
+    last = row(1, 1, 1, 1, 1)
+    assert len(table1([run(config(), last), run(smoothed, last)])) == 1, "options of one loss"
+
+
+def test_unfinished_runs_are_judged_by_the_column_of_the_others():
+    runs = [
+        run(config("tan"), None, finished=False),
+        run(config("cubic"), accuracies(0.9, 0.9), finished=False, column="validation_accuracy"),
+        run(config(), accuracies(0.8, 0.7), **ACCURACY),
+    ]
+    assert [(r.name, r.column, "test_accuracy" in r.highest) for r in table1(runs)] == [
+        ("quad", "validation_accuracy", True),
+        ("cubic", "validation_accuracy", True),
+        ("tan", "validation_accuracy", False),  # it has no columns
+    ]

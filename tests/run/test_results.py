@@ -37,6 +37,7 @@ def test_the_model_and_the_summary(plan, tmp_path):
         "train_loss": None,  # JSON has no infinity
         "best": best,
         "selection": {"column": "test_error", "goal": "min"},
+        "goals": {"error": "min"},
         "model": {"name": "logistic", "options": {"num_classes": 10}},
         "environment": environment(plan),
         "checkpoints": {"written": 1},

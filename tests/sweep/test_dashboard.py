@@ -7,6 +7,7 @@ import threading
 import pytest
 from rich.console import Console
 
+from consensus import LOSSES, Loss, Metric
 from consensus.records import REQUIRED, last_row
 from consensus.sweep.dashboard import Dashboard, duration
 from consensus.sweep.earlier import Found
@@ -52,7 +53,7 @@ def test_lines_counts_and_table(tmp_path):
         evaluated(tmp_path / "d", 2000, 1.5)
         dashboard.refresh()
         assert dashboard.seconds_left() is not None
-        assert dashboard.best() == (1.25, "b")
+        assert dashboard.best() == {"test_error": (1.25, "b")}
         table = dashboard.table()
         assert [list(column.cells) for column in table.columns][:4] == [
             ["running", "failed", "failed"],
@@ -70,6 +71,48 @@ def test_lines_counts_and_table(tmp_path):
         " failed  c  3 s  exit code 2: [no] luck",
     ]
     assert lines[4].startswith("2 done, 1 running, 2 failed; about ")
+
+
+def test_the_best_is_of_the_metric_of_the_loss(tmp_path, monkeypatch):
+    """The goals come from the losses: no run has finished. Runs a and b have the same number."""
+
+    def of_loss(name, **goals):
+        metrics = {key: Metric(lambda x, y: y, goal) for key, goal in goals.items()}
+        LOSSES.register(name)(lambda scale=1.0: Loss(lambda x, y: y, metrics))
+
+    def accuracies(validation, test):
+        found = {"validation_loss": 1.0, "validation_accuracy": validation, "test_accuracy": test}
+        return "{name: top, options: {scale: 2.0}}", found
+
+    monkeypatch.setattr(LOSSES, "_factories", dict(LOSSES._factories))
+    of_loss("top", accuracy="max", nll="min")
+    of_loss("distance", mae="min")
+    runs = {"a": accuracies(0.5, 0.9), "b": accuracies(0.5, 0.8), "c": accuracies(0.25, 1.0)}
+    runs |= {"d": ("{name: distance}", {"test_mae": 3.0})}
+    runs |= {"e": ("{name: distance}", {"test_mae": 2.0})}
+    runs |= {"f": ("{name: gone}", {"test_r2": 7.0})}
+    for name, (loss, found) in runs.items():
+        evaluated(tmp_path / name, 10, 0.0)
+        row = dict.fromkeys(REQUIRED, 0.0) | {"iteration": 10} | found
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        with (tmp_path / name / "config.yaml").open("a") as config:
+            config.write(f"loss: {loss}\n")
+        Status.running().write(tmp_path / name)
+    jobs = {name: Job(name, ()) for name in runs}
+    console = Console(file=io.StringIO())
+    dashboard = Dashboard(tmp_path, dict.fromkeys(jobs.values(), Found("new")), console)
+    assert dashboard.best() == {"validation_accuracy": (0.5, "a"), "test_mae": (2.0, "e")}
+    table = dashboard.table()
+    assert table.title.splitlines()[1:] == [
+        "best so far: validation accuracy 0.5, a",
+        "best so far: test mae 2, e",
+    ]
+    assert [str(column.header) for column in table.columns][2:4] == ["iteration", "result"]
+    assert list(table.columns[3].cells) == ["0.5", "0.5", "0.25", "3", "2", "7"]
+    line = dashboard.line(jobs["c"], Status("done", seconds=2.0))
+    assert line == "   done  c  2 s  validation accuracy 0.25"
+    alone = Dashboard(tmp_path, {jobs["d"]: Found("new")}, console)
+    assert str(alone.table().columns[3].header) == "mae"
 
 
 def test_the_time_left_is_proportional_to_the_iterations_left(tmp_path, monkeypatch):

@@ -1,15 +1,22 @@
 """The sweep command: exit codes, messages and the runs that it starts, with stand-ins for them."""
 
+import csv
 import os
+import re
 import signal
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 from consensus.sweep import __main__ as entry
 from consensus.sweep import job
 from consensus.sweep.job import Status
+from tests.testing import ROOT
 from tests.testing.plugins import forget, plugin_in
 from tests.testing.sweeps import call_sweep, started
 
@@ -327,3 +334,40 @@ def test_a_population_of_a_plugin(folder):
     assert (code, err) == (0, "")
     assert "2 runs of 2 advance together" in out
     assert (folder / "many" / "lam=0.05" / "summary.json").exists()
+
+
+def test_a_regression_is_trained_and_ranked_by_its_metric(tmp_path, monkeypatch):
+    """The report against mean absolute errors of the saved models, computed here by NumPy."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.write_bytes(b""))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 5))
+    y = x @ np.arange(5.0) + 0.1 * rng.standard_normal(60)
+    np.savetxt("table.csv", np.column_stack([x, y]), delimiter=",", header="a,b,c,d,e,y")
+    own = [f"plugins=[{ROOT}/examples/own_regression.py]", "data=table", "data.root=table.csv"]
+    own += ["model=regression", "loss=huber", "workers=2", "algorithm.batch_size=4", "device=cpu"]
+    own += ["dtype=float64", "algorithm.iterations=20", "sweep.engine=population"]
+    own += ["sweep.dir=many", "algorithm.lam=0.1,0.2", "algorithm.sigma=0.0001,0.005"]
+    code, out, err = call_sweep(*own)
+    assert (code, err) == (0, "")
+
+    def mae(run_dir):  # of the first fifth of the table, which the example tests on
+        state = torch.load(run_dir / "model.pt", weights_only=True)
+        w1, b1, w2, b2 = (value.double().numpy() for value in state.values())
+        outputs = np.maximum(x[:12] @ w1.T + b1, 0.0) @ w2.T + b2
+        return np.abs(outputs[:, 0] - y[:12]).mean()
+
+    by_hand = {path.parent.name: mae(path.parent) for path in tmp_path.glob("many/*/model.pt")}
+    assert len(by_hand) == 4
+    best = min(by_hand, key=by_hand.get)
+    (found,) = csv.DictReader((tmp_path / "many/report/table1.csv").read_text().splitlines())
+    assert f"lam={found['algorithm.lam']},sigma={found['algorithm.sigma']}" == best
+    for column in ("test_mae_at_best", "lowest_test_mae"):
+        assert float(found[column]) == pytest.approx(by_hand[best], rel=1e-6)
+    for name, value in by_hand.items():
+        assert re.search(rf"   done  {re.escape(name)}  \d+ s  test mae {value:.5g}\n", out)
+    assert "the best in test mae" in out
+    page = (tmp_path / "many/report/report.md").read_text(encoding="utf-8")
+    assert "with the lowest test mae (on ties, the lowest test loss), and its" in page
+    assert not re.search(r"nan|test_error|test error", page + out)

@@ -33,6 +33,34 @@ def row(objective, train_loss, train_error, test_loss, test_error, t=100):
     }
 
 
+def evaluation(metrics, objective=10.0, t=100):
+    """An evaluation of another problem: `{"test": {"loss": 1.0, "mae": 2.0}}` and so on."""
+    found = {f"{s}_{name}": value for s, of in metrics.items() for name, value in of.items()}
+    return {"iteration": t, "epoch": t / 100, "objective": objective, **found}
+
+
+def regression(test_mse, test_mae, test_loss=1.0, train_mse=0.25, **others):
+    """An evaluation of a regression without validation, whose first metric is the mse."""
+    train = {"loss": 8.0, "mse": train_mse, "mae": 0.5}
+    test = {"loss": test_loss, "mse": test_mse, "mae": test_mae}
+    return evaluation({"train": train, "test": test}, **others)
+
+
+def accuracies(validation, test, validation_loss=2.0, **others):
+    """An evaluation of a loss whose metric is an accuracy, with validation: higher is better."""
+    sets = {
+        "train": {"loss": 8.0, "accuracy": 0.99},
+        "validation": {"loss": validation_loss, "accuracy": validation},
+        "test": {"loss": 3.0, "accuracy": test},
+    }
+    return evaluation(sets, **others)
+
+
+MSE = {"column": "test_mse"}
+ACCURACY = {"column": "validation_accuracy", "highest": frozenset({"accuracy"})}
+"""The choice of the best configuration, as `run` takes it."""
+
+
 def config(potential="quad", lam=0.1, seed=0, **others):
     """A config, nested; `algorithm__sigma=1` sets algorithm.sigma."""
     nested = {
@@ -42,6 +70,7 @@ def config(potential="quad", lam=0.1, seed=0, **others):
         "potential": {"name": potential, "eta": 1.0, "options": {}},
         "algorithm": {"name": "consensus", "lam": lam},
         "data": {"name": "digits", "root": "/somewhere"},
+        "loss": {},
         "model": {"name": "lenet5", "options": {}},
         "output": {"run_dir": None},
     }
@@ -54,11 +83,11 @@ def config(potential="quad", lam=0.1, seed=0, **others):
     return nested
 
 
-def run(nested, last, finished=True, label="r"):
-    """A run with one evaluation, in memory."""
+def run(nested, last, finished=True, label="r", **choice):
+    """A run with one evaluation, in memory; `choice`: how its best configuration is chosen."""
     flat = flatten(nested)
     del flat["resume"], flat["data.root"], flat["output.run_dir"]
-    return Run(label, flat, [] if last is None else [last], finished)
+    return Run(label, flat, [] if last is None else [last], finished, **choice)
 
 
 FIRST = row(9.0, 8.0, 0.3, 100.0, 0.9)
