@@ -31,7 +31,8 @@ autodoc_default_options = {"members": True}
 # source text.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!consensus\.).*"),
-    ("py:.*", r"consensus\.(registry\.[FT]|records\.Row|core\.profiles\.Profile|run\.config\.Config)"),
+    ("py:.*", r"consensus\.(registry\.[FT]|records\.Row|core\.profiles\.Profile)"),
+    ("py:.*", r"consensus\.run\.config\.Config"),
 ]
 
 html_theme = "furo"
