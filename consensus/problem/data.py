@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from consensus.problem.samples import Samples, described, leaves
+from consensus.problem.samples import Samples, class_out_of_range, described, is_whole, leaves
 from consensus.problem.streams import stream
 from consensus.registry import Registry
 
 SPLITS = ("train", "validation", "test")
-IGNORED = -100  # a class that the loss leaves out, as in torch
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,8 @@ class Dataset:
         if self.num_classes is None:
             return
         for name, samples in self.splits.items():
-            for targets in filter(_is_whole, leaves(samples.targets)):
-                known = targets[targets != IGNORED] if targets.min() == IGNORED else targets
-                low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
-                if low < 0 or high >= self.num_classes:
-                    raise ValueError(
-                        f"the classes of `{name}` go from {low} to {high}; allowed: 0 to"
-                        f" {self.num_classes - 1}"
-                    )
+            if wrong := class_out_of_range(samples.targets, self.num_classes):
+                raise ValueError(f"the classes of `{name}` {wrong}")
 
     @property
     def splits(self) -> dict[str, Samples]:
@@ -78,7 +71,7 @@ class Dataset:
         """The classes of the training samples, (N,) integers; None for other targets."""
         targets = self.train.targets
         whole = isinstance(targets, Tensor) and targets.ndim == 1
-        return targets if whole and _is_whole(targets) else None
+        return targets if whole and is_whole(targets) else None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Dataset":
         """A copy on a device, in the types of `Samples.to`."""
@@ -105,10 +98,6 @@ class Dataset:
         order = order.to(next(self.train.tensors()).device)
         held, kept = order[:number].sort().values, order[number:].sort().values
         return replace(self, train=self.train.select(kept), validation=self.train.select(held))
-
-
-def _is_whole(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def _samples(name: str, given: Samples | Sequence[object]) -> Samples:

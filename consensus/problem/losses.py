@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from consensus.problem.data import IGNORED, Dataset
-from consensus.problem.samples import Tree, described
+from consensus.problem.data import Dataset
+from consensus.problem.samples import IGNORED, Tree, described
 from consensus.registry import Registry
 
 Values = Callable[[Any, Tree], Tensor]

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100  # a class that the loss leaves out, as in torch
+
 Tree = Any
 """A tensor, or a tuple or dict of trees."""
 
@@ -112,6 +114,25 @@ class Samples:
             return x.to(device, dtype) / 255 if x.dtype == torch.uint8 else converted(x)
 
         return Samples(map_tree(pixels, self.inputs), map_tree(converted, self.targets))
+
+
+def class_out_of_range(targets: Tree, num_classes: int) -> str | None:
+    """The range of integer targets that are not in [0, num_classes), but for `IGNORED`, as text.
+
+    None if all are.
+    """
+    for x in leaves(targets):
+        if isinstance(x, Tensor) and is_whole(x):
+            known = x[x != IGNORED] if x.min() == IGNORED else x
+            low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
+            if low < 0 or high >= num_classes:
+                return f"go from {low} to {high}; allowed: 0 to {num_classes - 1}"
+    return None
+
+
+def is_whole(x: Tensor) -> bool:
+    """Whether the numbers of a tensor are integers, such as classes and tokens."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def integers(x: Tensor) -> Tensor:
