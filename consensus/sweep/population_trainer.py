@@ -86,6 +86,7 @@ def populations(members: Sequence[Member], memory: int | None = None) -> list[li
     """Group the members into as few populations as fit the memory.
 
     Members whose model has running buffers, such as BatchNorm, are left out: a population has none.
+    So are those whose samples are read from storage.
     The result depends on all members, done or not, and on the machine. A restarted sweep therefore
     finds the checkpoints of its populations. `memory`: bytes; None: SHARE_OF_MEMORY of the device.
     """
@@ -95,7 +96,7 @@ def populations(members: Sequence[Member], memory: int | None = None) -> list[li
     found = []
     for group in groups.values():
         plan = plan_alone(group[0].config)
-        if plan.oracle.running:
+        if plan.oracle.running or not plan.dataset.in_memory:
             continue
         usable = int(SHARE_OF_MEMORY * memory_of(plan.device)) if memory is None else memory
         each = VECTORS * plan.num_workers * plan.start.numel() * plan.start.element_size()
