@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,12 +32,14 @@ from consensus.problem import (
     stream_seed,
 )
 from consensus.problem.stored import ReadAhead
+from consensus.replay import obstacle_to_replay
 from consensus.run.checks import ConfigError
 from consensus.run.health import HealthCheck
 from consensus.run.limits import MachineError, machine_failures
 from consensus.run.plan import make_plan
 from consensus.run.signals import RunStopped
 from consensus.run.trainer import Trainer
+from consensus.sweep.population_trainer import Member, populations
 from tests.testing import stored_digits
 from tests.testing.launch import Ranks
 from tests.testing.small_runs import rows_of, same_rows
@@ -405,6 +408,20 @@ def test_what_cannot_be_partitioned_or_read_is_refused(make_config, monkeypatch)
     )
     monkeypatch.delattr(Stored, "__len__", raising=True)
     assert "`train` of the data set has Stored; allowed: Samples, or a pair" in refusal()
+
+
+def test_populations_and_cuda_graphs_leave_data_in_storage_out(make_config, tmp_path):
+    names = ("some_digits", "stored_digits")
+    configs = {name: make_config(*SMALL, f"data.name={name}") for name in names}
+    members = [Member(name, tmp_path / name, config) for name, config in configs.items()]
+    assert [[one.name for one in found] for found in populations(members)] == [["some_digits"]]
+    obstacles = []
+    for config in configs.values():
+        worker = SimpleNamespace(oracle=make_plan(config, Launch()).oracle)
+        u = SimpleNamespace(device=torch.device("cuda"))
+        algorithm = SimpleNamespace(u=u, closed_form=True, worker=worker)
+        obstacles.append(obstacle_to_replay(algorithm, 1))
+    assert obstacles == [None, "the samples are read from storage"]
 
 
 @pytest.mark.ranks
