@@ -41,6 +41,8 @@ def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
     oracle = algorithm.worker.oracle
     if not isinstance(oracle, MinibatchRisk):
         return f"{type(oracle).__name__} does not provide the indices of its minibatches"
+    if oracle.ahead is not None:
+        return "the samples are read from storage"
     if oracle.model_draws:
         return "the model draws random numbers, such as dropout"
     return None

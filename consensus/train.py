@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 from consensus.comm import GroupError, Launch, LaunchError, PeerLostError
 from consensus.core.scalar_equation import NotConvergedError
 from consensus.private_api import run_exit_handlers
+from consensus.problem import SampleError
 from consensus.run.api import run
 from consensus.run.checks import ConfigError
 from consensus.run.compose import (
@@ -93,7 +94,7 @@ def failures_in_one_line() -> Iterator[None]:
         yield
     except (*REFUSALS, LaunchError) as error:
         leave(explain(error), 2, speak=local_rank == "0")
-    except (MachineError, NotConvergedError) as error:
+    except (MachineError, NotConvergedError, SampleError) as error:
         leave(f"rank {rank}: {error}", 1, speak=True)
     except PeerLostError as error:
         leave(str(error), 1, speak=True)

@@ -361,6 +361,7 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "data.alpha": [*NO_NUMBER, "null", "true", "0", "-1", "nan", "inf"],
     "data.options": NO_DICT,
     "data.validation": [*NO_NUMBER, "null", "true", "1", "-0.1", "nan", "inf", "1e-9"],
+    "data.loader_workers": [*NO_WHOLE, "null", "-1"],
     "model.name": [*NO_WORD, "resnet"],
     "model.options": NO_DICT,
     "loss.name": [*NO_WORD, "hinge", "mse", "bce", "token_cross_entropy"],

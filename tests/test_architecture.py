@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "consensus.run.plugins": {"core", "problem", "registry", "run.checks"},
     "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "run.plugins"}
     | {"private_api"},
-    "consensus.train": {"comm", "core.scalar_equation", "run", "private_api", "startup"},
+    "consensus.train": {"comm", "core.scalar_equation", "problem", "run", "private_api", "startup"},
     "consensus.sweep": MATHEMATICS
     | FILES
     | ALGORITHM

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from consensus.algorithm import Consensus
 from consensus.comm import Launch
@@ -66,6 +67,16 @@ def images(path):
     return path / "images.npz"
 
 
+def folder(path):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        part = path / ("train" if i < 16 else "test") / f"class{i % 2}"
+        part.mkdir(parents=True, exist_ok=True)
+        pixels = 150 * rng.random((20 + i, 30, 3)) + 100 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(part / f"{i}.png")
+    return path
+
+
 def text(path):
     with open(argparse.__file__, encoding="utf-8") as source:
         (path / "text.txt").write_text(source.read()[:8000])
@@ -90,6 +101,17 @@ PROBLEMS = {
             "data.validation=0.2",
         ],
         ["algorithm.sigma=0.001", "algorithm.tau=0.001"],
+        ["error"],
+    ),
+    "own_folder": (
+        folder,
+        [
+            "data.name=own_folder",
+            "+data.options.size=16",
+            "model.name=network",
+            "+model.options.name=shufflenet_v2_x0_5",
+        ],
+        ["algorithm.sigma=0.0001", "algorithm.tau=0.0001"],
         ["error"],
     ),
     "own_text": (

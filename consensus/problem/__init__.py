@@ -9,8 +9,10 @@ from consensus.problem.minibatches import PARTITIONS, Minibatches, partition
 from consensus.problem.mnist import DataUnavailableError
 from consensus.problem.models import MODELS, build_model
 from consensus.problem.population_risk import WAYS, BatchedRisk, PopulationRisk, Way
+from consensus.problem.reader import SampleError
 from consensus.problem.risk import NUMBERS_AT_ONCE, Batch, MinibatchRisk, Risk
 from consensus.problem.samples import Samples
+from consensus.problem.stored import StoredSamples
 from consensus.problem.streams import stream, stream_seed
 from consensus.problem.trial import Trial, try_model
 
@@ -31,7 +33,9 @@ __all__ = [
     "Minibatches",
     "PopulationRisk",
     "Risk",
+    "SampleError",
     "Samples",
+    "StoredSamples",
     "Trial",
     "Way",
     "build_model",

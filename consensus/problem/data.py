@@ -1,14 +1,23 @@
 """Data sets by name: samples to train, to validate and to test on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from consensus.problem.samples import Samples, class_out_of_range, described, is_whole, leaves
+from consensus.problem.samples import (
+    Samples,
+    Tree,
+    class_out_of_range,
+    described,
+    is_whole,
+    leaves,
+)
+from consensus.problem.stored import AnySamples, StoredSamples, is_stored, listed_classes
 from consensus.problem.streams import stream
 from consensus.registry import Registry
 
@@ -21,13 +30,16 @@ class Dataset:
 
         Dataset(Samples(x, y), Samples(x_test, y_test))
 
-    Pairs in place of `Samples` do as well.
+    Pairs in place of `Samples` do as well. So does a map-style dataset of torch: any object with
+    `__len__`, and a `__getitem__` that gives (input, target). Its samples stay in storage.
+
+        Dataset(ImageFolder("train", transform), ImageFolder("test", transform))
 
     Attributes:
         train: N samples.
         test: Samples that no decision may depend on.
-        num_classes: The number of classes; by default found in targets (N,) of integers, and None
-            for other targets.
+        num_classes: The number of classes; by default found in targets (N,) of integers, or in the
+            attributes `classes` or `targets` of a map-style dataset, and None for other targets.
         validation: Samples held out of training, on which the best evaluation is chosen.
         remarks: Lines for the user.
 
@@ -36,10 +48,10 @@ class Dataset:
             out of range. On a GPU that would be a device-side assertion, raised far from its cause.
     """
 
-    train: Samples
-    test: Samples
+    train: AnySamples
+    test: AnySamples
     num_classes: int | None = None
-    validation: Samples | None = None
+    validation: AnySamples | None = None
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,43 +59,78 @@ class Dataset:
             given = getattr(self, name)
             if given is not None or name != "validation":
                 object.__setattr__(self, name, _samples(name, given))
-        if self.num_classes is None and self.labels is not None:
-            found = 1 + max(int(s.targets.max()) for s in self.splits.values())
-            object.__setattr__(self, "num_classes", found)
+        if self.num_classes is None:
+            object.__setattr__(self, "num_classes", self._count_classes())
         self._require_classes()
+
+    def _count_classes(self) -> int | None:
+        """The number of classes that the samples, or the datasets in storage, list."""
+        if _classes(self.train[:1].targets) is None:
+            return None
+        stored = [s for s in self.splits.values() if isinstance(s, StoredSamples)]
+        if listed := [n for s in stored if (n := listed_classes(s.source)) is not None]:
+            return max(listed)
+        found = [s.targets for s in self.splits.values() if s.targets is not None]
+        if len(found) < len(self.splits):
+            allowed = "a number, or datasets with an attribute `classes` or `targets`"
+            raise ValueError(f"`num_classes` of the data set is None; allowed: {allowed}")
+        return 1 + max(int(targets.max()) for targets in found)
 
     def _require_classes(self) -> None:
         """Refuse integer targets that are not in [0, num_classes), but for `IGNORED`."""
         if self.num_classes is None:
             return
         for name, samples in self.splits.items():
-            if wrong := class_out_of_range(samples.targets, self.num_classes):
+            if isinstance(samples, StoredSamples):  # checked when they are read
+                own = replace(samples, num_classes=self.num_classes)
+                object.__setattr__(self, name, own)
+            elif wrong := class_out_of_range(samples.targets, self.num_classes):
                 raise ValueError(f"the classes of `{name}` {wrong}")
 
     @property
-    def splits(self) -> dict[str, Samples]:
+    def splits(self) -> dict[str, AnySamples]:
         """The samples that are there, by "train", "validation" and "test"."""
         found = {name: getattr(self, name) for name in SPLITS}
         return {name: samples for name, samples in found.items() if samples is not None}
 
     @property
     def labels(self) -> Tensor | None:
-        """The classes of the training samples, (N,) integers; None for other targets."""
-        targets = self.train.targets
-        whole = isinstance(targets, Tensor) and targets.ndim == 1
-        return targets if whole and is_whole(targets) else None
+        """The classes of the training samples, (N,) integers; None for other targets.
+
+        None as well if a map-style dataset has no attribute `targets`.
+        """
+        return _classes(self.train.targets)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all samples are in memory, and none is read by a loader."""
+        return all(isinstance(samples, Samples) for samples in self.splits.values())
+
+    def loaded_by(self, processes: int) -> "Dataset":
+        """The data set with a number of loader processes for samples in storage; 0: none."""
+
+        def loaded(samples: AnySamples) -> AnySamples:
+            if isinstance(samples, StoredSamples):
+                return replace(samples, loader_workers=processes)
+            return samples
+
+        return self._map(loaded)
+
+    def _map(self, function: Callable[[AnySamples], AnySamples]) -> "Dataset":
+        """The data set with the function's value in place of each set of samples."""
+        return replace(
+            self,
+            train=function(self.train),
+            test=function(self.test),
+            validation=self.validation and function(self.validation),
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Dataset":
         """A copy on a device, in the types of `Samples.to`."""
         pixels = any(x.dtype == torch.uint8 for x in leaves(self.train.inputs))
         said = "inputs of uint8 are scaled to [0, 1]; other integers stay as they are"
-        return replace(
-            self,
-            train=self.train.to(device, dtype),
-            test=self.test.to(device, dtype),
-            validation=self.validation and self.validation.to(device, dtype),
-            remarks=(*self.remarks, said) if pixels else self.remarks,
-        )
+        moved = self._map(lambda samples: samples.to(device, dtype))
+        return replace(moved, remarks=(*self.remarks, said)) if pixels else moved
 
     def hold_out(self, share: float) -> "Dataset":
         """A share of the training samples, drawn at random, becomes the validation samples.
@@ -95,22 +142,31 @@ class Dataset:
         if not 0 < number < len(order):
             allowed = f"a share of the {len(order)} training samples that leaves some of both"
             raise ValueError(f"`data.validation` is {share:g}; allowed: {allowed}")
-        order = order.to(next(self.train.tensors()).device)
         held, kept = order[:number].sort().values, order[number:].sort().values
-        return replace(self, train=self.train.select(kept), validation=self.train.select(held))
+        return replace(self, train=self.train.subset(kept), validation=self.train.subset(held))
 
 
-def _samples(name: str, given: Samples | Sequence[object]) -> Samples:
+def _classes(targets: Tree) -> Tensor | None:
+    """Targets (N,) of integers; None for others."""
+    whole = isinstance(targets, Tensor) and targets.ndim == 1 and is_whole(targets)
+    return targets if whole else None
+
+
+def _samples(name: str, given: Any) -> AnySamples:
+    found = given
     try:
-        if not isinstance(given, Samples):
-            if not isinstance(given, tuple | list) or len(given) != 2:
-                raise ValueError(f"{described(given)}; allowed: Samples, or a pair of both")
-            given = Samples(*given)
-        if not len(given):
+        if not isinstance(given, Samples | StoredSamples) and is_stored(given):
+            found = StoredSamples(given, torch.arange(len(given)), name)
+        elif isinstance(given, tuple | list) and len(given) == 2:
+            found = Samples(*given)
+        if not isinstance(found, Samples | StoredSamples):
+            allowed = "Samples, or a pair of both, or a map-style dataset of torch"
+            raise ValueError(f"{described(found)}; allowed: {allowed}")
+        if not len(found):
             raise ValueError("no samples; allowed: one or more")
     except ValueError as error:
         raise ValueError(f"`{name}` of the data set has {error}") from error
-    return given
+    return found
 
 
 DATASETS: Registry[Dataset] = Registry("data set", Dataset)

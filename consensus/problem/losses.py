@@ -137,9 +137,10 @@ def _mean_where_known(values: Tensor, targets: Tensor) -> Tensor:
 
 def _guess_of_classes(dataset: Dataset) -> Mapping[str, float]:
     """Equal probabilities have the loss log C; the error is that of the most frequent class."""
-    if dataset.num_classes is None or dataset.labels is None:
+    targets = dataset.test.targets
+    if dataset.num_classes is None or dataset.labels is None or targets is None:
         return {}
-    counts = torch.bincount(dataset.test.targets)
+    counts = torch.bincount(targets)
     error = 100.0 * (1.0 - float(counts.max()) / len(dataset.test))
     return {"loss": math.log(dataset.num_classes), "error": error}
 
@@ -186,6 +187,8 @@ def mse() -> Loss:
         return _mean((outputs - targets).abs())
 
     def guess(dataset: Dataset) -> Mapping[str, float]:
+        if dataset.test.targets is None:  # not listed
+            return {}
         targets = dataset.test.targets.double()
         variance = float((targets - targets.mean(0)).square().mean())
         return {"loss": variance, "mse": variance}

@@ -34,7 +34,8 @@ from consensus.problem.data import Dataset
 from consensus.problem.losses import Loss
 from consensus.problem.minibatches import Minibatches
 from consensus.problem.risk import MinibatchRisk, Risk, in_double_precision
-from consensus.problem.samples import Samples, Tree, map_tree
+from consensus.problem.samples import Tree, leaves, map_tree
+from consensus.problem.stored import AnySamples
 
 WAYS = ("one_by_one", "grouped", "products")
 """One model per pass; or many, with grouped convolutions or with convolutions as matrix products.
@@ -83,7 +84,7 @@ class BatchedRisk(Risk):
         return gradients
 
     @torch.no_grad()
-    def evaluate_each(self, points: Tensor, samples: Samples) -> Tensor:
+    def evaluate_each(self, points: Tensor, samples: AnySamples) -> Tensor:
         """As `Risk.evaluate_each`, with one pass for all points."""
         chunk = min(self.at_once, max(1, SAMPLES_AT_ONCE // len(points)))
         views = self.layout.unflatten(points)
@@ -207,7 +208,7 @@ class PopulationRisk:
         """Set the active configurations. (A,) int64."""
         self._own = [self.seeds[i] for i in active.tolist()]
         self._drawing = list(dict.fromkeys(self._own))
-        device = next(self._all.dataset.train.tensors()).device
+        device = next(leaves(self._all.dataset.train.inputs)).device
         rows = [self._drawing.index(seed) for seed in self._own]
         self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
         number = sum(len(self.sources[seed]) for seed in self._drawing)
@@ -236,7 +237,7 @@ class PopulationRisk:
             self._risks[self.way.name].gradient(points[some], inputs, targets, out=points[some])
         return points
 
-    def evaluate(self, points: Tensor, samples: Samples) -> Tensor:
+    def evaluate(self, points: Tensor, samples: AnySamples) -> Tensor:
         """`Risk.evaluate` at several points. (A, n) -> float64 (A, 1 + metrics)."""
         risk = self.risk if self.model_draws else self._risks[self.way.name]
         parts = torch.split(points, self.way.at_once)

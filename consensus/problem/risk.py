@@ -24,6 +24,7 @@ from consensus.problem.data import Dataset
 from consensus.problem.losses import LOSSES, Loss
 from consensus.problem.minibatches import Minibatches
 from consensus.problem.samples import Samples, Tree, map_tree
+from consensus.problem.stored import AnySamples, ReadAhead, StoredSamples
 from consensus.problem.streams import restored_generators, seed_all
 
 Batch = tuple[Tree, Tree]
@@ -183,7 +184,7 @@ class Risk:
         return losses.sum() if self.reduction == "sum" else losses.mean()
 
     @torch.no_grad()
-    def evaluate(self, point: Tensor, samples: Samples, chunk: int | None = None) -> Tensor:
+    def evaluate(self, point: Tensor, samples: AnySamples, chunk: int | None = None) -> Tensor:
         """The loss summed over all samples, and the sum of each metric. -> float64 (1 + metrics,).
 
         At a point (n,), `chunk` samples in one pass, in evaluation mode (no dropout). The call does
@@ -203,7 +204,7 @@ class Risk:
         every = [self.loss.function, *of_metrics]
         return torch.stack([function(outputs, targets).double().sum() for function in every])
 
-    def evaluate_each(self, points: Tensor, samples: Samples) -> Tensor:
+    def evaluate_each(self, points: Tensor, samples: AnySamples) -> Tensor:
         """`evaluate` at several points. (K, n) -> float64 (K, 1 + metrics)."""
         return torch.stack([self.evaluate(point, samples) for point in points])
 
@@ -269,6 +270,7 @@ class MinibatchRisk:
     Attributes:
         model_draws: Whether the model draws random numbers in a forward pass.
         running: The running buffers of the K workers.
+        ahead: The reader of minibatches from storage; None if the samples are in memory.
         drawn: The samples that `draw` returns in place of new ones, if set. (K B,) int64
     """
 
@@ -281,6 +283,8 @@ class MinibatchRisk:
         self.dataset = dataset
         self.minibatches = tuple(minibatches)
         self.batch_size = sizes.pop()
+        train = dataset.train
+        self.ahead = ReadAhead(train, minibatches) if isinstance(train, StoredSamples) else None
         inputs = dataset.train[: self.batch_size].inputs
         self.model_draws = draws_random_numbers(risk.model, inputs)
         names = running_buffers(risk.model, inputs)
@@ -314,23 +318,24 @@ class MinibatchRisk:
 
     def draw(self) -> Batch:
         """The next minibatch of every worker: inputs and targets (K, B, ...)."""
+        if self.ahead is not None:
+            return self._by_worker(self.ahead.draw())
         return self.gather(self.draw_indices() if self.drawn is None else self.drawn)
 
     def gather(self, index: Tensor) -> Batch:
         """The samples `index` (K B,) of all workers, in the shapes of `draw`."""
-        samples = self.dataset.train.select(index)
+        return self._by_worker(self.dataset.train.select(index))
 
-        def by_worker(x: Tensor) -> Tensor:
-            return x.view(-1, self.batch_size, *x.shape[1:])
-
-        return map_tree(by_worker, samples.inputs), map_tree(by_worker, samples.targets)
+    def _by_worker(self, samples: Samples) -> Batch:
+        found = samples.map(lambda x: x.view(-1, self.batch_size, *x.shape[1:]))
+        return found.inputs, found.targets
 
     def total(self, point: Tensor, index: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         """`Risk.total` over the samples `index` (N,), `chunk` of them at once."""
         loss = torch.zeros((), dtype=torch.float64, device=point.device)
         gradient = torch.zeros_like(point)
-        for part in torch.split(index, chunk) if len(index) else ():
-            value, found = self.risk.total(point, self.dataset.train.select(part))
+        for part in self.dataset.train.split(chunk, index):
+            value, found = self.risk.total(point, part)
             loss += value
             gradient += found
         return loss, gradient

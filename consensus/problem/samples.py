@@ -90,11 +90,15 @@ class Samples:
 
     def select(self, index: Tensor) -> "Samples":
         """Copies of the samples at `index` (N',), int64."""
-        return self.map(lambda x: x.index_select(0, index))
+        return self.map(lambda x: x.index_select(0, index.to(x.device)))
 
-    def split(self, size: int) -> Iterator["Samples"]:
-        """The samples in parts of `size`; the last may be smaller."""
-        return (self[start : start + size] for start in range(0, len(self), size))
+    subset = select
+
+    def split(self, size: int, index: Tensor | None = None) -> Iterator["Samples"]:
+        """The samples, or those at `index`, in parts of `size`; the last may be smaller."""
+        if index is None:
+            return (self[start : start + size] for start in range(0, len(self), size))
+        return (self.select(part) for part in index.split(size) if len(part))
 
     def share(self, rank: int, size: int) -> "Samples":
         """The share of one of `size` processes, which may be empty."""

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from consensus.comm import Group, GroupError, Launch, LaunchError, PeerLostError, open_group
-from consensus.problem import DATASETS, MODELS
+from consensus.problem import DATASETS, MODELS, SampleError
 from consensus.problem.streams import restored_generators
 from consensus.records import Row, read_rows
 from consensus.run.checks import ConfigError, require, require_one_of
@@ -85,6 +85,7 @@ def train(*overrides: str | Config, quiet: bool = False) -> Result:
             command.
         GroupError: If the run fails at run time, on all ranks; after a lost peer the process group
             cannot be used again.
+        SampleError: A RuntimeError, if a rank cannot read a sample; the others lose a peer.
         RunStopped: After a stop signal; the message names the checkpoint.
     """
     with _ONE_AT_A_TIME, _process_of_a_command():
@@ -147,7 +148,10 @@ def run(config: Config, launch: Launch, work: Callable[[Plan, Group], T]) -> T:
     try:
         with machine_failures():
             plan = make_plan(config, launch)
-    except MachineError as error:  # as all ranks of this machine, before a group opens
+    except (
+        MachineError,
+        SampleError,
+    ) as error:  # as all ranks of this machine, before a group opens
         raise ConfigError(str(error)) from error
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)

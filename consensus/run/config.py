@@ -58,6 +58,9 @@ class DataConfig(Section, key="data"):
     alpha: float = field(metadata=POSITIVE)
     options: dict[str, Any]
     validation: float = field(default=0.0, metadata=rule(lambda x: 0 <= x < 1, "a share in [0, 1)"))
+    loader_workers: int = field(
+        default=0, metadata=rule(lambda x: x >= 0, "a whole number of processes >= 0")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -114,6 +114,8 @@ class Plan:
         config, lines = self.config, list(self.dataset.remarks)
         if config.algorithm.local_pull and config.algorithm.period == 1:
             lines.append("algorithm.local_pull has no effect: with period=1 there is no between")
+        if config.data.loader_workers and self.dataset.in_memory:
+            lines.append("data.loader_workers has no effect: the samples are in memory")
         if config.workers not in (None, self.num_workers):
             lines.append(f"workers={config.workers} has no effect: mSGD is one worker")
         if config.stationarity.every is not None and not config.coupled:

@@ -34,7 +34,13 @@ TABLES: dict[str, Registry[Any]] = {
 
 _KEYS: dict[str, dict[str, Any]] = {
     "potential": {"eta": 1.0},
-    "data": {"root": "data", "partition": "full", "alpha": 0.5, "validation": 0.0},
+    "data": {
+        "root": "data",
+        "partition": "full",
+        "alpha": 0.5,
+        "validation": 0.0,
+        "loader_workers": 0,
+    },
     "model": {},
     "loss": {},
 }

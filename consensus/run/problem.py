@@ -11,6 +11,7 @@ from consensus.problem import (
     Dataset,
     DataUnavailableError,
     Loss,
+    SampleError,
     Trial,
     build_model,
     partition,
@@ -28,10 +29,13 @@ def load_data(config: Config) -> Dataset:
     options = DATASETS.completed(config.data.name, config.data.options, root=config.data.root)
     try:
         dataset = DATASETS.make(config.data.name, **options)
+        for samples in dataset.splits.values():
+            samples[:1]  # a dataset in storage that cannot be read is refused here
+        dataset = dataset.loaded_by(config.data.loader_workers)
         return dataset.hold_out(config.data.validation) if config.data.validation else dataset
     except DataUnavailableError as error:
         raise ConfigError(str(error)) from error
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SampleError) as error:
         raise ConfigError(f"`data` is {config.data.name} {options}: {error}") from error
 
 
@@ -70,7 +74,10 @@ def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tens
     data, batch_size = config.data, config.algorithm.batch_size
     classes = dataset.labels is not None or data.partition != "label_skew"
     found = "label_skew without classes"
-    require(classes, "data.partition", found, "full, sharded for targets that are no classes (N,)")
+    allowed = "full, sharded for targets that are no classes (N,)"
+    if not dataset.in_memory:
+        allowed = "full, sharded, or a data set with an attribute `targets`, its classes (N,)"
+    require(classes, "data.partition", found, allowed)
     labels = torch.zeros(len(dataset.train)) if dataset.labels is None else dataset.labels.cpu()
     try:
         shards = partition(labels, data.partition, num_workers, config.seed, data.alpha)

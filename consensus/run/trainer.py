@@ -90,6 +90,8 @@ class Trainer:
             self._finish_writing()  # a checkpoint from before the failure is valid
             raise
         finally:
+            if self.plan.oracle.ahead is not None:
+                self.plan.oracle.ahead.close()
             self.signals.close()
             self.sinks.close()
             self.directory.close()

@@ -59,7 +59,8 @@ def key_of(members: Sequence[Member]) -> str:
 def populations(members: Sequence[Member], memory: int | None = None) -> list[list[Member]]:
     """Group the members into as few populations as fit the memory.
 
-    Members whose model has running buffers, such as BatchNorm, are left out: a population has none.
+    Members whose model has running buffers, such as BatchNorm, or whose data are in storage, are
+    left out: a population has neither.
     The result depends on all members, done or not, and on the machine. A restarted sweep therefore
     finds the checkpoints of its populations. `memory`: bytes; None: SHARE_OF_MEMORY of the device.
     """
@@ -69,7 +70,7 @@ def populations(members: Sequence[Member], memory: int | None = None) -> list[li
     found = []
     for group in groups.values():
         plan = plan_alone(group[0].config)
-        if plan.oracle.running:
+        if plan.oracle.running or not plan.dataset.in_memory:
             continue
         usable = int(SHARE_OF_MEMORY * memory_of(plan.device)) if memory is None else memory
         each = VECTORS * plan.num_workers * plan.start.numel() * plan.start.element_size()

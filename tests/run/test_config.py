@@ -75,7 +75,7 @@ def test_default_paths_are_absolute(make_config, monkeypatch, tmp_path):
     assert config.output.run_dir == str(tmp_path / "home" / "run")
     assert config.output.root == str(tmp_path / "runs")
     defaults = (CONFIGS / "output" / "default.yaml").read_text()
-    assert "\nroot: runs\n" in f"\n{defaults}"
+    assert "\nroot: runs " in f"\n{defaults}"
 
 
 # ---- every check of config.py

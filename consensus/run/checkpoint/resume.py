@@ -37,7 +37,7 @@ from consensus.run.checks import ConfigError, require
 from consensus.run.config import RESUME, Config
 
 _FREE = {"output", "group", "device", "deterministic", "cuda_graph", "resume", "plugins"}
-_FREE |= {"workers", "stationarity", "data.root", "algorithm.iterations"}
+_FREE |= {"workers", "stationarity", "data.root", "data.loader_workers", "algorithm.iterations"}
 """Sections and keys that may differ between a run and its continuation."""
 
 CLOCKS_S = 60.0  # by which the clocks of a node and of a file system may differ
