@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose
 
+from consensus import DATASETS, LOSSES, MODELS, POTENTIALS, SCHEDULES, SINKS
 from consensus.run.compose import composing, to_config
 from consensus.run.config import Config
 from tests.testing import ROOT, container, hosts, slurm
@@ -66,6 +67,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing:
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tables() -> Iterator[None]:
+    """What plugins register while a module is tested is no entry for the next module."""
+    every = (POTENTIALS, DATASETS, LOSSES, MODELS, SCHEDULES, SINKS)
+    before = [dict(table._factories) for table in every]
+    yield
+    for table, factories in zip(every, before, strict=True):
+        table._factories = factories
 
 
 @pytest.fixture(scope="session")
