@@ -1,5 +1,6 @@
 """Measurement of one evaluation: every rank on its share, and all sums in one all-reduce."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -91,6 +92,7 @@ def better(best: Best, row: Row, plan: Plan) -> Best:
     key, goal = selection(plan)
     sign = 1.0 if goal == "min" else -1.0
     value = number(row, key)
-    if best is None or key not in best or sign * value < sign * best[key]:
+    old = math.nan if best is None else best.get(key, math.nan)
+    if best is None or math.isnan(old) or sign * value < sign * old:
         return {"iteration": row["iteration"], key: value}
     return best

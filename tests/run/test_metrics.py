@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from consensus.comm import Launch, Solo
+from consensus.problem import LOSSES, Loss, Metric
 from consensus.run.build import build_algorithm
-from consensus.run.metrics import measure
+from consensus.run.metrics import better, measure
 from consensus.run.plan import make_plan
 from consensus.server import digest
 
@@ -136,3 +137,23 @@ def test_msgd_has_no_coupling(make_config):
     row = measure(*state_of(algorithm), plan, Solo(), t=1)
     assert (row["coupling"], row["distance"], row["cuts_u"], row["cuts_z"]) == (0.0, [0.0], 0, 0)
     assert row["objective"] == row["train_loss"] + row["regularizer"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "values", "best"),
+    [
+        ("cross_entropy", "test_error", [30.0, None, 20.0, 20.0, math.nan, 25.0], (3, 20.0)),
+        ("cross_entropy", "test_error", [math.nan, 30.0], (2, 30.0)),
+        ("longest", "test_length", [1.0, 3.0, 2.0], (2, 3.0)),
+    ],
+)
+def test_the_best_evaluation(make_config, monkeypatch, loss, key, values, best):
+    """The first of the lowest numbers, or of the highest; one that is not finite never wins."""
+    longest = Metric(lambda outputs, targets: outputs.sum(1), goal="max")
+    made = Loss(LOSSES["cross_entropy"].function, {"length": longest})
+    monkeypatch.setitem(LOSSES._factories, "longest", lambda: made)
+    plan = make_plan(make_config("model=logistic", "device=cpu", f"loss.name={loss}"), Launch())
+    found = None
+    for t, value in enumerate(values, start=1):
+        found = better(found, {"iteration": t, key: value}, plan)
+    assert found == {"iteration": best[0], key: best[1]}
