@@ -286,6 +286,17 @@ def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
             _refuse_added_keys(child, key)
 
 
+_OTHER_NAMES = {"lr": ("algorithm.sigma",), "learning_rate": ("algorithm.sigma",)}
+"""Names that other programs have -> ours."""
+
+
+def _keys(node: Any = Config, path: str = "") -> Iterator[str]:
+    """The full keys of the config, without options."""
+    for entry in fields(node) if is_dataclass(node) else ():
+        yield f"{path}{entry.name}"
+        yield from _keys(entry.type, f"{path}{entry.name}.")
+
+
 def unknown_key(key: str) -> str | None:
     """The message about a key that its class does not have; None if the class has it."""
     parent, _, name = key.rpartition(".")
@@ -296,7 +307,8 @@ def unknown_key(key: str) -> str | None:
     allowed = [field.name for field in fields(node)] if is_dataclass(node) else []
     if not allowed or name in allowed:
         return None
-    near = difflib.get_close_matches(name, allowed, n=1)
+    elsewhere = [full for full in _keys() if full.rpartition(".")[2] == name]
+    near = [*_OTHER_NAMES.get(name, ()), *elsewhere, *difflib.get_close_matches(name, allowed, n=1)]
     hint = f" (did you mean `{near[0]}`?)" if near else ""
     where = f"`{parent}`" if parent else "the top level"
     return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"

@@ -155,6 +155,17 @@ IN_OUTPUT = (
             "+worker=1",
             f"unknown key `worker` (did you mean `workers`?); allowed in the top level: {TOP}",
         ),
+        (
+            "lam=1",
+            f"unknown key `lam` (did you mean `algorithm.lam`?); allowed in the top level: {TOP}",
+        ),
+        (
+            "+algorithm.lr=1",
+            "unknown key `algorithm.lr` (did you mean `algorithm.sigma`?); allowed in `algorithm`: "
+            "name, lam, tau, pull, outer, local_pull, optimizer, clip_grad_norm, sigma, momentum, "
+            "weight_decay, batch_size, iterations, period, order, momentum_on, u_step_on, "
+            "coupling, u_update, loss_reduction, schedule",
+        ),
         ("a.b.c=1", f"unknown key `a`; allowed in the top level: {TOP}"),
         (
             "algorithm.schedule.tau.nam=x",
