@@ -490,6 +490,7 @@ def test_any_signed_place_is_read_or_refused(place):
     search()
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # it would hide the failure
 @pytest.mark.usefixtures("empty_folder")
 @pytest.mark.parametrize("name", ["config.yaml", "__0_0.distcp"])
 def test_any_signed_content_is_read_or_refused(place, name):
