@@ -10,6 +10,7 @@ import doctest
 import io
 import re
 import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -79,9 +80,10 @@ def main():
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE.parent / "build" / "docs")
-    output = parser.parse_args().output
+    output = parser.parse_args().output.resolve()
     sys.path.insert(0, str(HERE.parent))
-    failures = [text for page in sorted(HERE.glob("*.md")) for text in run_snippets(page)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # snippets write there
+        failures = [text for page in sorted(HERE.glob("*.md")) for text in run_snippets(page)]
     from sphinx.cmd.build import build_main
 
     strict = ["--fail-on-warning", "--keep-going", "--nitpicky", "--quiet"]

@@ -12,13 +12,16 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
+from consensus.comm import Launch, Solo
+from consensus.run.plan import make_plan
+from consensus.run.trainer import Trainer
 from consensus.server import digest
 from tests.testing import ROOT
 from tests.testing.launch import Ranks
 
 FOLDER = ROOT / "examples"
 DISTRIBUTED = {"char_gpt", "batchnorm_cnn", "custom_potential"}
-PLUGINS = {"own_images", "own_text", "own_regression", "own_sink"}  # of consensus.train
+PLUGINS = {"own_folder", "own_images", "own_text", "own_regression", "own_sink"}
 torch.set_num_threads(1)
 
 
@@ -51,6 +54,19 @@ def test_examples_are_short_and_say_how_they_are_started(path):
     else:
         assert f"{start} examples/{path.name}" in text
     assert len(text.splitlines()) < (80 if "torchrun" in text else 120)
+
+
+def test_the_model_of_a_run_needs_torch_alone(make_config, tmp_path, capsys):
+    """`load_model` finds the test error in the last row of a run of the main example."""
+    short = ["algorithm.iterations=60", "output.eval_every=60", "stationarity.every=null"]
+    config = make_config("experiment=digits", *short, f"output.run_dir={tmp_path / 'run'}")
+    row = Trainer(make_plan(config, Launch()), Solo()).run()
+    module = load("load_model")
+    assert "consensus" not in vars(module), "torch and scikit-learn suffice"
+    capsys.readouterr()
+    module.main([str(tmp_path / "run")])
+    assert capsys.readouterr().out == f"test error {row['test_error']:.2f} %\n"
+    assert row["test_error"] < 80.0, "60 iterations beat guessing, so the model is not the start"
 
 
 def test_robust_regression(tmp_path, capsys):
