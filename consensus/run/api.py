@@ -26,6 +26,7 @@ from consensus.comm import Group, GroupError, Launch, LaunchError, PeerLostError
 from consensus.problem import DATASETS, MODELS, SampleError
 from consensus.problem.streams import restored_generators
 from consensus.records import Row, read_rows
+from consensus.run.checkpoint.manifest import brief
 from consensus.run.checks import ConfigError, require, require_one_of
 from consensus.run.compose import composing, explain, is_refusal, to_config
 from consensus.run.config import Config
@@ -118,10 +119,13 @@ def load(run_dir: str | Path) -> Result:
     path = Path(run_dir).expanduser()
     finished = (path / "summary.json").is_file()
     require(finished, "run_dir", path, "the directory of a finished run, with a summary.json")
-    summary = json.loads((path / "summary.json").read_bytes())
-    config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
-    assert isinstance(config, dict)
-    name, options = config["model"]["name"], summary.get("model", {}).get("options")
+    with _reading(path / "summary.json") as file:
+        summary = json.loads(file.read_bytes())
+        made = summary.get("model", {})
+    with _reading(path / "config.yaml") as file:
+        config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        name = config["model"]["name"]
+    options = made.get("options")
     if name not in MODELS:
         for plugin in config["plugins"]:
             import_plugin(plugin)
@@ -133,10 +137,22 @@ def load(run_dir: str | Path) -> Result:
         options = MODELS.completed(name, config["model"]["options"], **classes)
     with restored_generators():
         model = MODELS.make(name, **options)
-    state = torch.load(path / "model.pt", map_location="cpu", weights_only=True)
-    dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
-    model.to(dtypes[0]).load_state_dict(state)
+    with _reading(path / "model.pt") as file:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
+        model.to(dtypes[0]).load_state_dict(state)
     return Result(path.resolve(), read_rows(path), summary, model.eval())
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """ValueError if the file's content is not as it was written, whatever its parser raises."""
+    try:
+        yield file
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {brief(error)}") from error
 
 
 def run(config: Config, launch: Launch, work: Callable[[Plan, Group], T]) -> T:

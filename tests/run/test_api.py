@@ -9,6 +9,8 @@ import os
 import pickle
 import pydoc
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +173,17 @@ def test_load_refuses_what_is_no_finished_run(folder, reference):
             consensus.load(path)
         allowed = "the directory of a finished run, with a summary.json"
         assert str(caught.value) == f"`run_dir` is {path}; allowed: {allowed}"
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "model.pt"])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04" + bytes(40), b"[1, 2", b"\xff\xfe\x00"])
+def test_load_names_a_damaged_file(reference, tmp_path, name, damage):
+    shutil.copytree(reference[0].run_dir, tmp_path / "run")
+    file = tmp_path / "run" / name
+    file.write_bytes(damage)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is damaged: .") as caught:
+        consensus.load(tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 # ---- the same run as the command, whatever the state of the process

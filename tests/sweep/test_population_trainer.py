@@ -178,6 +178,18 @@ def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkey
     assert len(set(expected.values())) == 4
 
 
+def test_a_damaged_population_starts_again(whole, tmp_path, monkeypatch):
+    _stop_once_at(33, tmp_path / "stopped", monkeypatch)
+    assert call_population(*GRID, f"sweep.dir={tmp_path}")[0] == 75
+    (checkpoint,) = tmp_path.rglob("*.pt")
+    torch.save({"u": torch.zeros(3)}, checkpoint)  # readable, and no population
+    code, out, err = call_population(*GRID, f"sweep.dir={tmp_path}")
+    assert (code, err) == (0, "")
+    assert f"{checkpoint} cannot be read: these runs start again" in out
+    first = "potential=quad,lam=0.1"
+    assert rows(tmp_path / first)[-1]["digest"] == rows(whole[0] / first)[-1]["digest"]
+
+
 def test_a_stop_in_the_last_iteration_stops_the_next_population(tmp_path, monkeypatch):
     _stop_once_at(59, tmp_path / "stopped", monkeypatch)
     code, _, err = call_population(*GRID, f"sweep.dir={tmp_path}")

@@ -368,6 +368,26 @@ def test_noise_instead_of_a_tensor_is_refused(good):
         load(good, make_state(range(M), 0), range(M))
 
 
+def test_any_value_in_an_archive_directory_is_read_or_refused(good, tmp_path):
+    """zipfile has errors of several types: its versions, flags, names, offsets, 64-bit fields."""
+    content = saved(torch.zeros(N), tmp_path / "tensor")
+    implant(good, "worker/1/z", content)
+    before = (good / "__0_0.distcp").read_bytes()[: -len(content)]
+    end = content.rindex(b"PK\x05\x06")
+    first = content.index(b"PK\x01\x02")
+    places = [*range(first, first + 60), *range(end, len(content))]
+    refused = set()
+    for at_byte in places:
+        for value in (0, 90, 255):
+            changed = content[:at_byte] + bytes([value]) + content[at_byte + 1 :]
+            forge(good, "__0_0.distcp", before + changed)
+            try:
+                load(good, make_state(range(M), 0), range(M))
+            except GroupError as error:
+                refused.add(type(error.__cause__))
+    assert {NotImplementedError, zipfile.BadZipFile} <= refused
+
+
 # ---- random changes
 
 
