@@ -21,7 +21,8 @@ from tests.testing.plugins import forget, plugin_in
 from tests.testing.sweeps import call_sweep, started
 
 
-def test_runs_are_started_once_and_reported(sweep, tmp_path):
+def test_runs_are_started_once_and_reported(sweep, tmp_path, monkeypatch, figures):
+    monkeypatch.setattr(Figure, "savefig", figures)
     code, out, err = sweep("seed=1,2", "potential=tan", "sweep.dir=many")
     assert (code, err) == (0, "")
     assert "2 runs in many\n" in out
@@ -29,7 +30,7 @@ def test_runs_are_started_once_and_reported(sweep, tmp_path):
     assert "test error 2.00 %" in out
     assert "\n2 done\n" in out
     assert out.splitlines()[-1] == "figure in many/report.png"
-    assert (tmp_path / "many" / "report.png").exists()
+    assert (tmp_path / "many" / "report.png").read_bytes().startswith(b"\x89PNG")
     for seed in (1, 2):
         (once,) = started(tmp_path / "many" / f"seed={seed}")
         assert once["argv"] == [
@@ -340,7 +341,6 @@ def test_a_regression_is_trained_and_ranked_by_its_metric(tmp_path, monkeypatch)
     """The report against mean absolute errors of the saved models, computed here by NumPy."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.write_bytes(b""))
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 5))
     y = x @ np.arange(5.0) + 0.1 * rng.standard_normal(60)
