@@ -35,7 +35,6 @@ from consensus.run.api import run
 from consensus.run.checks import ConfigError
 from consensus.run.compose import (
     REFUSALS,
-    config_dir,
     explain,
     is_refusal,
     refuse_unknown_switches,
@@ -47,6 +46,7 @@ from consensus.run.limits import MachineError
 from consensus.run.overrides import take_as_text
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
+from consensus.run.yaml_files import config_dir
 
 PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 

@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "consensus.run.config": {"core", "problem", "run.checks", "run.config_algorithm"},
     "consensus.run.checks": {"registry"},
     "consensus.run.overrides": set(),
+    "consensus.run.yaml_files": set(),
     "consensus.run.plugins": {"core", "problem", "registry", "run.checks"},
     "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "run.plugins"}
-    | {"private_api"},
+    | {"run.yaml_files", "private_api"},
     "consensus.train": {"comm", "core.scalar_equation", "problem", "run", "private_api", "startup"},
     "consensus.sweep": MATHEMATICS
     | FILES

@@ -8,7 +8,7 @@ import difflib
 import re
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -36,39 +36,16 @@ from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
 from consensus.run.plugins import TABLES, choices, files_of_names, import_plugin
+from consensus.run.yaml_files import config_dir, register_resolvers
 
 REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 """The errors that are mistakes of the user: the entries print one line and exit with code 2."""
 
 
 def register_schema() -> None:
-    """Store the types in Hydra under the name that configs/train.yaml lists first.
-
-    `${unless:${.other},VALUE}` in a YAML file is a default: VALUE unless the other key is given,
-    and null beside it, or the third argument. `${lr:${.optimizer},VALUE}` is the `lr` of a given
-    optimizer. A value of the user replaces it, so that both are seen.
-    """
+    """Store the types in Hydra under the name that configs/train.yaml lists first."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("unless", _unless, replace=True)
-    OmegaConf.register_new_resolver("lr", _lr, replace=True)
-
-
-def _unless(other: object, value: object, beside: object = None) -> object:
-    return value if other is None else beside
-
-
-def _lr(optimizer: object, value: object) -> object:
-    lr = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
-    return lr if isinstance(lr, int | float) else value  # the optimizer is refused without one
-
-
-def config_dir() -> str:
-    """Absolute directory of the YAML files: in the installed package, else beside it."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "configs", package.parent / "configs"):
-        if (candidate / "train.yaml").is_file():
-            return str(candidate)
-    raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
+    register_resolvers()
 
 
 _ONE_AT_A_TIME = threading.RLock()  # Hydra is global

@@ -13,10 +13,10 @@ from consensus.comm import Launch
 from consensus.core.potentials import POTENTIALS
 from consensus.problem import DATASETS, MODELS
 from consensus.registry import Registry
-from consensus.run import compose as compose_module
 from consensus.run.checks import ConfigError
-from consensus.run.compose import composing, config_dir, explain, register_schema, to_config
+from consensus.run.compose import composing, explain, register_schema, to_config
 from consensus.run.plan import make_plan
+from consensus.run.yaml_files import config_dir
 
 CONFIGS = Path(config_dir())
 
@@ -109,17 +109,6 @@ def test_model_files_hold_the_defaults_of_the_table(make_config, name):
 @pytest.mark.parametrize("name", built_in(DATASETS))
 def test_data_files_hold_the_defaults_of_the_table(name):
     assert OmegaConf.load(CONFIGS / "data" / f"{name}.yaml").root == DATASETS.options(name)["root"]
-
-
-def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_path):
-    module = tmp_path / "consensus" / "run" / "compose.py"
-    monkeypatch.setattr(compose_module, "__file__", str(module))
-    with pytest.raises(FileNotFoundError, match=r"no configs/train\.yaml"):
-        config_dir()
-    for folder in (tmp_path / "configs", tmp_path / "consensus" / "configs"):
-        folder.mkdir(parents=True)
-        (folder / "train.yaml").touch()
-        assert config_dir() == str(folder)  # the installed one comes first
 
 
 # ---- misspelt keys, wrong types, errors of Hydra and OmegaConf
