@@ -5,8 +5,9 @@ entry. The help of the commands and the configuration reference print both. This
 torch, so that the help takes no seconds.
 """
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from omegaconf import OmegaConf
 
 GROUPS = ("potential", "algorithm", "data", "model", "loss", "group", "output")
 OF_ENTRIES = {"name": "the entry; {}=NAME chooses it with its options", "options": "see above"}
+
+OTHER_NAMES = {"lr": "algorithm.sigma", "learning_rate": "algorithm.sigma"}
+"""Names that other programs have -> ours."""
 
 
 class Key(NamedTuple):
@@ -89,17 +93,17 @@ def default_of(group: str) -> str:
 def keys_of_runs() -> dict[str, Key]:
     """The keys of configs/train.yaml and of the entries that it chooses."""
     values, said = _read("train")
+    last = {key: values.pop(key) for key in list(values) if isinstance(values[key], dict)}
     for group in GROUPS:
-        own, about = _read(f"{group}/{default_of(group)}")
-        values[group] = own
+        values[group], about = _read(f"{group}/{default_of(group)}")
         said |= {f"{group}.{key}": text for key, text in about.items()}
     register_resolvers()
-    resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    resolved = OmegaConf.to_container(OmegaConf.create(values | last), resolve=True)
     found = {}
     for key, value in _leaves(resolved):
-        group, _, last = key.partition(".")
+        group, _, name = key.partition(".")
         schedule = said["algorithm.schedule"] if key.startswith("algorithm.schedule.") else ""
-        meaning = schedule or said.get(key) or OF_ENTRIES.get(last, "").format(group)
+        meaning = schedule or said.get(key) or OF_ENTRIES.get(name, "").format(group)
         found[key] = Key(shown(value), meaning)
     return found
 
@@ -136,3 +140,23 @@ def shown(value: object) -> str:
         return "[" + ", ".join(map(shown, value)) + "]"
     words = {"None": "null", "True": "true", "False": "false"}
     return words.get(str(value), str(value))
+
+
+def did_you_mean(name: str | None) -> str:
+    """The hint in a refusal, "" without a name."""
+    return f" (did you mean `{name}`?)" if name else ""
+
+
+def namesake(key: str, known: Iterable[str]) -> str | None:
+    """The first full key with the same last part, or with that meaning in other programs."""
+    name = key.rpartition(".")[2]
+    return OTHER_NAMES.get(name) or next((k for k in known if k.rpartition(".")[2] == name), None)
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """A full key whose last part is the same, or else similar; None if there is none."""
+    parts: dict[str, str] = {}
+    for full in known:
+        parts.setdefault(full.rpartition(".")[2], full)
+    close = difflib.get_close_matches(key.rpartition(".")[2], parts, n=1)
+    return namesake(key, parts.values()) or (parts[close[0]] if close else None)

@@ -139,7 +139,16 @@ IN_OUTPUT = (
         ),
         ("++output.rot=x", f"unknown key `output.rot` (did you mean `root`?); {IN_OUTPUT}"),
         ("output.zzz=x", f"unknown key `output.zzz`; {IN_OUTPUT}"),
-        ("lamda=1", f"unknown key `lamda`; allowed in the top level: {TOP}"),
+        (
+            "lamda=1",
+            f"unknown key `lamda` (did you mean `algorithm.lam`?); allowed in the top level: {TOP}",
+        ),
+        ("qqq=1", f"unknown key `qqq`; allowed in the top level: {TOP}"),
+        (
+            "batchsize=3",
+            "unknown key `batchsize` (did you mean `algorithm.batch_size`?); allowed in the top "
+            f"level: {TOP}",
+        ),
         (
             "+worker=1",
             f"unknown key `worker` (did you mean `workers`?); allowed in the top level: {TOP}",
@@ -164,9 +173,13 @@ IN_OUTPUT = (
         (
             "potential=cubik",
             "`potential` is cubik; allowed: cubic, log, log_cosh, log_sep, power, pseudo_huber, "
-            "quad, scaled_quad, tan, tan_sep",
+            "quad, scaled_quad, tan, tan_sep; did you mean `cubic`?",
         ),
-        ("model=lenet", "`model` is lenet; allowed: lenet5, logistic, mlp"),
+        (
+            "grid=smoke",
+            "unknown key `grid`; a grid is run by `python -m consensus.sweep grid=NAME`",
+        ),
+        ("model=lenet", "`model` is lenet; allowed: lenet5, logistic, mlp; did you mean `lenet5`?"),
         ("data=cifar", "`data` is cifar; allowed: digits, mnist"),
         ("algorithm=adam", "`algorithm` is adam; allowed: consensus, ddp, diloco, easgd, fedprox, "
          "local_sgd, lookahead, msgd"),

@@ -69,6 +69,7 @@ def test_a_refused_sweep_prints_one_line_and_starts_nothing(sweep, tmp_path):
     code, out, err = sweep("potential=tan,tann", "sweep.dir=many")
     assert (code, out) == (2, "")
     assert err.startswith("consensus.sweep: `potential` is tann; allowed: cubic, ")
+    assert err.endswith("; did you mean `tan`?\n")
     assert err.count("\n") == 1
     assert not (tmp_path / "many").exists()
 
