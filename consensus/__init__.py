@@ -103,7 +103,9 @@ if not TYPE_CHECKING:
         from importlib import import_module
 
         if name == "__version__":
-            value = _version()
+            from consensus.startup import version
+
+            value = version()
         elif name in _HOMES:
             value = getattr(import_module(_HOMES[name]), name)
         else:
@@ -127,12 +129,3 @@ if not TYPE_CHECKING:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("consensus-training")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "0+unknown"

@@ -319,7 +319,7 @@ TWO = {
         ("potential=cubik", "`potential` is cubik; allowed: cubic, log, "),
         ("potential.etta=1", "unknown key `potential.etta` (did you mean `eta`?); allowed in"),
         ("+potential.etta=1", "unknown key `potential.etta` (did you mean `eta`?); allowed in"),
-        ("lamda=1", "unknown key `lamda`; allowed in the top level: workers, "),
+        ("lamda=1", "unknown key `lamda` (did you mean `algorithm.lam`?); allowed in "),
         ("algorithm.lam=abc", "`algorithm.lam` is 'abc'; allowed: a number > 0 (inf uncouples the"),
         ("algorithm.lam=-1", "`algorithm.lam` is -1.0; allowed: a number > 0"),
         ("algorithm=3", "Config group override must be a string or a list. Got int"),
@@ -511,7 +511,7 @@ def test_refusal_of_a_plain_process(tmp_path):
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
         "consensus.train: `potential` is cubik; allowed: cubic, log, log_cosh, log_sep, power, "
-        "pseudo_huber, quad, scaled_quad, tan, tan_sep\n"
+        "pseudo_huber, quad, scaled_quad, tan, tan_sep; did you mean `cubic`?\n"
     )
 
 

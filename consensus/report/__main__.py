@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from consensus.help import answer_questions
 from consensus.records import Row, cells, columns, diverged, headings, text_table
 from consensus.report.page import write_report
 from consensus.report.plots import draw_convergence, draw_stationarity
@@ -34,20 +35,12 @@ MOST_RUNS_ON_SCREEN = 40
 
 def main() -> None:
     """Print a table of the runs and draw them; of different configs make Table 1 and Figure 1."""
+    answer_questions("__main__", "consensus.report")
     protect_streams("consensus.report")
-    parser = argparse.ArgumentParser(
-        prog="python -m consensus.report", description="Compare runs from their metrics files."
-    )
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs"
-    )
-    parser.add_argument("--output", type=Path, help="the figure [RUN_DIR/report.png of the first]")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="folder for Table 1, Figure 1 and report.md, if two or more runs differ in their "
-        "config [RUN_DIR/report of the first, if that is a folder of runs]",
-    )
+    parser = argparse.ArgumentParser(prog="python -m consensus.report", add_help=False)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     try:
         report(arguments.paths, arguments.output, arguments.folder)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from consensus.records import Row, largest, number, text_table, unconverged
+from consensus.records import Row, largest, number, one_digit, text_table, unconverged
 
 SAME = 1e-3  # largest |u - z_j| / |u| at which z_j counts as equal to u
 AGREEING = 0.5  # least `agreement` at which the f_j count as pulling u the same way
@@ -101,10 +101,7 @@ def verdict(rows: Sequence[Row]) -> str:
     """
     last = rows[-1]
     apart = f"|u - z_j| is up to {distance(last):.1e} of |u|"
-    value = SERIES[0][2]
-    remark_first, remark_last = (unconverged(row["stationarity"]) for row in (rows[0], last))
-    fallen = f"|sum grad e f_j (u)| from {value(rows[0]):.2g}{remark_first} to {value(last):.2g}"
-    fallen += f" ± {accuracy(last):.1g}{remark_last}"
+    fallen = _change(rows)
     if math.isnan(agreement(last)) or math.isnan(distance(last)):
         return f"whether u = z_j is not known, a number is not finite; {fallen}"
     if agreement(last) < AGREEING:
@@ -113,3 +110,18 @@ def verdict(rows: Sequence[Row]) -> str:
     if distance(last) <= SAME:
         return f"u = z_j: {apart}, and all f_j pull u the same way; {fallen}"
     return f"u is not z_j yet: {apart}, but all f_j pull u the same way; {fallen}"
+
+
+def _change(rows: Sequence[Row]) -> str:
+    """The envelope gradient of the first and the last measurement, if they can be told apart."""
+    name, _, value = SERIES[0]
+    first, last = value(rows[0]), value(rows[-1])
+    remark_first, remark_last = (unconverged(rows[i]["stationarity"]) for i in (0, -1))
+    known = f"± {one_digit(accuracy(rows[-1]))}{remark_last}"
+    if len(rows) == 1:
+        return f"{name} is {last:.2g} {known}"
+    if abs(first - last) <= accuracy(rows[0]) + accuracy(rows[-1]):
+        return f"{name} has not changed by more than its accuracy: {last:.2g} {known}"
+    texts = ((f"{first:.{digits}g}", f"{last:.{digits}g}") for digits in range(2, 17))
+    before, after = next((pair for pair in texts if pair[0] != pair[1]), (f"{first:.2g}",) * 2)
+    return f"{name} from {before}{remark_first} to {after} {known}"

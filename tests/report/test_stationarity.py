@@ -113,7 +113,23 @@ def test_a_prox_above_its_tolerance_is_said():
 )
 def test_the_verdict(rows, said):
     last = rows[-1]["stationarity"]["envelope_gradient"]
-    assert verdict(rows) == f"{said}|sum grad e f_j (u)| from 8 to {last:g} ± 0.003"
+    change = f"from 8 to {last:g}" if len(rows) > 1 else "is 8"
+    assert verdict(rows) == f"{said}|sum grad e f_j (u)| {change} ± 0.003"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "accuracy", "said"),
+    [
+        (2.11, 2.04, 0.2, "has not changed by more than its accuracy: 2 ± 0.2"),
+        (2.04, 2.35, 0.2, "has not changed by more than its accuracy: 2.4 ± 0.2"),  # of both
+        (2.04, 1.96, 0.01, "from 2.04 to 1.96 ± 0.01"),  # two digits would show 2 and 2
+        (2.0, 1.5, 0.2, "from 2 to 1.5 ± 0.2"),
+        (99.0, 28.0, 19.0, "from 99 to 28 ± 20"),
+    ],
+)
+def test_numbers_that_cannot_be_told_apart_are_no_change(first, last, accuracy, said):
+    rows = [row(10, first, [[0.0]], accuracy=accuracy), row(20, last, [[0.0]], accuracy=accuracy)]
+    assert verdict(rows).endswith(f"|sum grad e f_j (u)| {said}")
 
 
 def test_numbers_that_overflowed_are_null_in_the_file_and_no_failure():

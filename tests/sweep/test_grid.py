@@ -140,7 +140,12 @@ def test_equal_runs_are_merged():
         (["sweep.jobs=0"], "`sweep.jobs` is 0; allowed: a whole number >= 1"),
         (["sweep.processes=0"], "`sweep.processes` is 0; allowed: a whole number >= 1"),
         (["sweep.dir=''"], "`sweep.dir` is ; allowed: a path or null"),
-        (["sweep.job=2"], "unknown key `sweep.job`; allowed in `sweep`: sweep.dir, sweep.jobs"),
+        (
+            ["sweep.job=2"],
+            "unknown key `sweep.job` (did you mean `sweep.jobs`?); allowed in `sweep`: sweep.dir, ",
+        ),
+        (["lam=0.1"], "unknown key `lam` (did you mean `algorithm.lam`?); allowed in"),
+        (["algorithm.lr=1"], "unknown key `algorithm.lr` (did you mean `algorithm.sigma`?)"),
         (
             ["algorithm.lam=interval(0.01,0.1)"],
             "`algorithm.lam` is interval(0.01,0.1); allowed: values between commas, choice(...) or "
