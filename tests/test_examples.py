@@ -3,12 +3,15 @@
 Examples of several processes run on real ranks, end with the same u on all, and a loss that fell.
 """
 
+import base64
 import importlib.util
 import math
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from scipy.optimize import minimize
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -19,6 +22,7 @@ from consensus.run.trainer import Trainer
 from consensus.server import digest
 from tests.testing import ROOT
 from tests.testing.launch import Ranks
+from tests.testing.small_runs import rows_of
 
 FOLDER = ROOT / "examples"
 DISTRIBUTED = {"char_gpt", "batchnorm_cnn", "custom_potential", "label_skew", "broken_worker"}
@@ -44,6 +48,7 @@ def run(name, folder, *arguments):
 def test_every_example_is_tested():
     names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2", "load_model"}
     assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED | PLUGINS
+    assert [path.stem for path in FOLDER.glob("*.ipynb")] == ["two_potentials"]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -162,6 +167,49 @@ def test_consensus_logistic(tmp_path, capsys):
         # u = z_j = u* is feasible in (15), so its minimum is below, and it grows as lam falls
         assert values == sorted(values)
         assert values[-1] <= best
+
+
+def outputs(notebook, kind):
+    """What the cells of a notebook gave of one kind, such as `image/png`."""
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [o.data[kind] for o in found if kind in o.get("data", {})]
+
+
+def test_two_potentials(tmp_path, monkeypatch):
+    """The notebook in few iterations; its table has the last rows of the two runs."""
+    path = FOLDER / "two_potentials.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.source.endswith("\niterations = 200")]
+    cell.source = cell.source.replace("iterations = 200", "iterations = 20")
+    place = {"metadata": {"path": str(tmp_path)}}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for folder in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):  # by default in the home folder
+        monkeypatch.setenv(folder, str(tmp_path / folder))
+    NotebookClient(notebook, kernel_name="python3", resources=place).execute()
+    rows = {}
+    for run in (tmp_path / "runs").iterdir():
+        config = (run / "config.yaml").read_text()
+        rows["tan" if "name: tan" in config else "quad"] = rows_of(run)
+    shown = [
+        f"{name:4}  test error {last['test_error']:5.2f} %  |u - z| {max(last['distance']):.2f}"
+        for name, (_, last) in sorted(rows.items())
+    ]
+    (table,) = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if "text" in o]
+    assert table.splitlines() == shown
+    for row in rows["tan"]:
+        assert max(row["distance"]) < math.sqrt(math.pi / 2) < max(rows["quad"][0]["distance"])
+    (picture,) = outputs(notebook, "image/png")
+    assert base64.b64decode(picture)[:4] == b"\x89PNG"
+    assert outputs(notebook, "text/plain")[-1] == str(28 * 28 * 10 + 10), "weights of all pixels"
+
+
+def test_the_outputs_of_the_notebook_are_small_and_of_the_code_that_it_has():
+    path = FOLDER / "two_potentials.ipynb"
+    assert path.stat().st_size < 60_000
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "in one go"
 
 
 def train_with_fsdp2(group, folder):
