@@ -175,6 +175,7 @@ def outputs(notebook, kind):
     return [o.data[kind] for o in found if kind in o.get("data", {})]
 
 
+@pytest.mark.ranks
 def test_two_potentials(tmp_path, monkeypatch):
     """The notebook in few iterations; its table has the last rows of the two runs."""
     path = FOLDER / "two_potentials.ipynb"
