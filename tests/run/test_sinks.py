@@ -270,6 +270,7 @@ def test_a_registered_tracker_gets_what_a_run_writes(register, make_config, tmp_
         *("experiment=smoke", "model=logistic", "device=cpu", "algorithm.iterations=4"),
         *("output.eval_every=2", "output.log_every=2", "output.checkpoint_every=2"),
         *("output.tensorboard=false", f"output.run_dir={tmp_path}/run"),
+        *("algorithm.sigma=0.004", "algorithm.schedule.sigma.name=linear"),
     )
     last = trainer.Trainer(make_plan(config, Launch()), Solo()).run()
     (tracker,) = made
@@ -280,6 +281,11 @@ def test_a_registered_tracker_gets_what_a_run_writes(register, make_config, tmp_
     assert tracker.rows[-1] == last
     assert [t for t, _ in tracker.values] == [2, 4]
     assert tracker.values[0][1].keys() >= {"training/minibatch_loss", "training/s_u"}
+    # linear: 1 - t / 4 in iterations t = 1 and t = 3, the last before each entry
+    sizes = [values["training/sigma"] for _, values in tracker.values]
+    assert sizes == pytest.approx([0.003, 0.001])
+    assert "training/tau" not in tracker.values[0][1], "constant"
+    assert tracker.info.selection == ("test_error", "min")
     assert tracker.calls == ["sync", "sync", "close"]
 
 
