@@ -159,7 +159,8 @@ class TensorBoardSink(Sink):
         """
         from torch.utils.tensorboard.summary import hparams
 
-        values = dict(_flat({key: self._info.config.get(key) for key in HPARAMS}))
+        config = self._info.config
+        values = dict(_flat({key: config[key] for key in HPARAMS if key in config}))
         experiment, start, _ = hparams(values, dict.fromkeys(metrics))
         file: Any = self._events.file_writer
         for summary in (experiment, start):
@@ -200,12 +201,16 @@ class TensorBoardSink(Sink):
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers and texts in nested mappings, by dotted keys; other values as text."""
+    """The numbers and texts in nested mappings, by dotted keys; other values as text.
+
+    A null stays, as text: TensorBoard shows the keys of the first run alone.
+    """
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None and value != {}:
-            yield f"{prefix}{key}", value if isinstance(value, int | float) else str(value)
+        elif key not in ("root", "loader_workers"):  # no hyperparameters of the problem
+            known = isinstance(value, int | float | str)
+            yield f"{prefix}{key}", value if known else "null" if value is None else str(value)
 
 
 def _report_other_threads(failure: threading.ExceptHookArgs) -> None:

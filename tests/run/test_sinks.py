@@ -116,6 +116,7 @@ def test_tensorboard_shows_loss_and_error_first_and_names_the_equations(tmp_path
 CONFIG = {
     "algorithm": {"lam": None, "sigma": 0.005, "schedule": {"sigma": {"options": {}}}},
     "potential": {"name": "tan", "eta": 2.0},
+    "data": {"name": "digits", "root": "elsewhere"},
     "seed": 3,
     "output": {"root": "elsewhere"},
 }
@@ -151,9 +152,11 @@ def test_tensorboard_has_the_config_and_the_best_number_once(tmp_path):
     start = parse_session_start_info_plugin_data(start)
     shown = {key: value.string_value or value.number_value for key, value in start.hparams.items()}
     assert shown == {
+        "algorithm.lam": "null",
         "algorithm.sigma": 0.005,
         "potential.name": "tan",
         "potential.eta": 2.0,
+        "data.name": "digits",
         "seed": 3.0,
     }
     metrics = parse_experiment_plugin_data(experiment).metric_infos
