@@ -106,7 +106,8 @@ class TensorBoardSink(Sink):
         from torch.utils.tensorboard import SummaryWriter  # takes a second; other ranks skip it
 
         threading.excepthook = _report_other_threads
-        self._info, self._best = info, math.nan
+        self._info = info
+        self._best: float | None = None
         earlier = info.run_dir / "tensorboard"
         folder = earlier if earlier.is_dir() else info.run_dir
         begun = any(folder.glob("events.out.tfevents.*"))
@@ -125,11 +126,9 @@ class TensorBoardSink(Sink):
 
     def evaluation(self, row: Row) -> None:
         """One scalar for each number, layer and worker; before the first, the hyperparameters."""
+        values: Mapping[str, Any] = row
         shown = [key for key in columns([row]) if key not in ("iteration", "epoch")]
-        scalars: dict[str, float | None] = {
-            f"evaluation/{key}": row.get(key)  # type: ignore[misc]
-            for key in shown
-        }
+        scalars: dict[str, float | None] = {f"evaluation/{key}": values.get(key) for key in shown}
         if self._info.selection is not None:
             self._update_best(row)
             scalars[f"evaluation/best_{self._info.selection[0]}"] = self._best
@@ -140,7 +139,7 @@ class TensorBoardSink(Sink):
             ("objective", ("coupling", "regularizer")),
             ("training", ("samples_per_s", "cuts_u", "cuts_z")),
         ):
-            scalars |= {f"{group}/{key}": number(row, key) for key in keys if key in row}
+            scalars |= {f"{group}/{key}": values.get(key) for key in keys}
         scalars |= self._of_layers("distance", row["distance"])
         if "stationarity" in row:
             scalars |= self._stationarity(row["stationarity"])
@@ -149,8 +148,9 @@ class TensorBoardSink(Sink):
     def _update_best(self, row: Row) -> None:
         if self._info.selection is not None:
             key, goal = self._info.selection
-            choose = min if goal == "min" else max
-            self._best = choose(self._best, number(row, key), key=lambda x: (math.isnan(x), x))
+            value = number(row, key)
+            known = [x for x in (self._best, value) if x is not None and not math.isnan(x)]
+            self._best = (min if goal == "min" else max)(known, default=None)
 
     def _hparams(self, metrics: Sequence[str]) -> None:
         """The entry of the run on the tab HPARAMS: its config, and the last value of the metrics.
@@ -188,7 +188,7 @@ class TensorBoardSink(Sink):
     def scalars(self, values: Mapping[str, float | None], t: int) -> None:
         """Add the numbers at iteration t, without those that a file holds as null."""
         for key, value in values.items():
-            if value is not None and not math.isnan(value):
+            if value is not None:
                 self._events.add_scalar(key, value, t)
 
     def sync(self) -> None:

@@ -163,6 +163,15 @@ def test_tensorboard_has_the_config_and_the_best_number_once(tmp_path):
     assert metrics[0].name.tag == "evaluation/best_test_error"
 
 
+def test_the_best_number_may_be_the_highest(tmp_path):
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), selection=("test_accuracy", "max")))
+    for t, accuracy in ((10, math.nan), (20, 5.0), (30, 9.0), (40, 7.0)):
+        sink.evaluation({**ROW, "iteration": t, "test_accuracy": accuracy})
+    sink.close()
+    best = scalars_of(tmp_path)["evaluation/best_test_accuracy"]
+    assert best == [(20, 5.0), (30, 9.0), (40, 9.0)]
+
+
 def test_a_failure_of_tensorboard_ends_no_run(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
