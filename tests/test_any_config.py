@@ -905,14 +905,14 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     output, total = config.output, config.algorithm.iterations
     files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt", "convergence.png"}
     files |= {"checkpoints"} if output.checkpoint_every is not None else set()
-    files |= {"tensorboard"} if output.tensorboard else set()
+    files |= {"events"} if output.tensorboard else set()  # events.out.tfevents.TIME.HOST...
     algorithm = config.algorithm
     pulled = algorithm.pull if algorithm.lam is None else algorithm.lam < math.inf
     pulled = pulled or (algorithm.local_pull and algorithm.period > 1)
     coupled = algorithm.name not in ("msgd", "ddp") and pulled
     every = config.stationarity.every if coupled and config.stationarity.every else math.inf
     files |= {"stationarity.png"} if every < math.inf else set()
-    made = {path.name for path in run_dir.iterdir()}
+    made = {path.name.partition(".out.")[0] for path in run_dir.iterdir()}
     if run_dir == folder:  # run_dir=.
         made -= {"file", "empty", "used", "data"}
     resumed_run = str(run_dir.relative_to(folder)) in ended.before and config.resume == "auto"

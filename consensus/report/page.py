@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from consensus.report.table1 import (
     of_several_methods,
     of_the_paper,
     result_columns,
+    shortest,
     show,
     show_mean,
     table1,
@@ -55,7 +57,8 @@ HELD_OUT = (
 PART_THREE = (
     "The same configurations at their last evaluation: the passes of a worker over its data, the "
     "seconds of the run with its evaluations, and the samples of all workers in a second between "
-    "the last two evaluations."
+    "the last two evaluations. Columns `in N s` have the last evaluation within the time of the "
+    "fastest run; methods are equal in samples only where their epochs are."
 )
 STATIONARITY = (
     "The last measurement of each run, for the lam of its problem. f_j is the expected minibatch "
@@ -212,11 +215,16 @@ def part_two(records: Sequence[Record]) -> list[list[str]]:
 
 def part_three(records: Sequence[Record]) -> list[list[str]]:
     """The epochs and the seconds that the best configuration needed."""
-    columns = {key: heading(key) for key in deciding_columns(records)} | SPEED
-    rows = [["potential or method", *columns.values()]]
+    deciding, seconds = deciding_columns(records), shortest(records)
+    columns = [(key, heading(key), math.inf) for key in deciding]
+    if not math.isnan(seconds):
+        columns += [(key, f"{heading(key)} in {seconds:.3g} s", seconds) for key in deciding]
+    columns += [(key, name, math.inf) for key, name in SPEED.items()]
+    rows = [["potential or method", *(name for _, name, _ in columns)]]
     for r in records:
-        means = (r.best.mean(key) if r.best else None for key in columns)
-        rows.append([r.label, *map(show_mean, means, columns)])
+        means = [r.best.mean(key, limit) if r.best else None for key, _, limit in columns]
+        shown = (show_mean(mean, key) for mean, (key, _, _) in zip(means, columns, strict=True))
+        rows.append([r.label, *shown])
     return rows
 
 

@@ -84,12 +84,15 @@ class Configuration:
         run = next(iter((*self.kept.values(), *self.runs)))
         return run.column, run.is_highest(run.column)
 
-    def mean(self, column: str) -> Mean | None:
-        """Mean over the seeds of a column of the last evaluation.
+    def mean(self, column: str, within_s: float = math.inf) -> Mean | None:
+        """Mean over the seeds of a column of the last evaluation in the first `within_s` seconds.
 
         None where no seed is finished, or one has no finite number there.
         """
-        values = [number(run.rows[-1], column) for run in self.kept.values()]
+        values = []
+        for run in self.kept.values():
+            early = (row for row in reversed(run.rows) if not later(row, within_s))
+            values.append(number(next(early, {}), column))
         if not values or not all(map(math.isfinite, values)):
             return None
         std = statistics.stdev(values) if len(values) > 1 else None
@@ -204,6 +207,11 @@ def best_mean(configurations: Iterable[Configuration], column: str) -> Mean | No
     return min(known, key=lambda c: c.rank(column)).mean(column) if known else None
 
 
+def later(row: Mapping[str, Any], seconds: float) -> bool:
+    """Whether a run made this evaluation more than `seconds` after its start."""
+    return number(row, "wall_s") > seconds
+
+
 def loss_beside(column: str) -> str:
     """The column of the loss on the set of samples of another column."""
     return f"{set_and_metric(column)[0]}_loss"
@@ -221,6 +229,13 @@ def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
         )
         for group in groups.values()
     ]
+
+
+def shortest(records: Iterable[Record]) -> float:
+    """The seconds of the fastest run among the best configurations; nan if one is unknown."""
+    kept = [run for r in records if r.best for run in r.best.kept.values()]
+    seconds = [number(run.rows[-1], "wall_s") for run in kept]
+    return math.nan if any(map(math.isnan, seconds)) else min(seconds, default=math.nan)
 
 
 def of_several_methods(records: Iterable[Record]) -> bool:

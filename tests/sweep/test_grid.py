@@ -70,7 +70,23 @@ def test_figure_1_has_both_panels_and_momentum_sgd():
     assert found == [*product(both, POTENTIALS), *product(both, ["msgd"])]
 
 
-@pytest.mark.parametrize("grid", ["table1", "table1_small", "figure1", "conventions", "smoke"])
+def test_the_methods_train_on_the_same_samples():
+    found = runs("grid=methods", "seed=1")
+    sizes = {(r["algorithm"], r.get("potential"), r["algorithm.sigma"]) for r in found}
+    assert sizes == {
+        ("ddp", None, "0.002"),
+        ("diloco", None, "0.002"),
+        ("local_sgd", None, "0.001"),
+        ("easgd", None, "0.001"),
+        ("consensus", "tan", "0.002"),
+    }
+    keys = ("workers", "algorithm.iterations", "data.partition", "seed")
+    assert {tuple(r[key] for key in keys) for r in found} == {("4", "360", "sharded", "1")}
+
+
+@pytest.mark.parametrize(
+    "grid", ["table1", "table1_small", "figure1", "conventions", "methods", "smoke"]
+)
 def test_every_grid_has_valid_runs_with_distinct_names(grid):
     sweep = read_sweep([f"grid={grid}"])
     check(sweep)
@@ -129,7 +145,7 @@ def test_equal_runs_are_merged():
     [
         (
             ["grid=table2"],
-            "`grid` is table2; allowed: conventions, figure1, implicit, smoke, table1, ",
+            "`grid` is table2; allowed: conventions, figure1, implicit, methods, smoke, table1, ",
         ),
         (["potential="], "`potential` is nothing; allowed: a value, or values between commas"),
         (["potential=quad,,tan"], "`potential` is quad,,tan; allowed: a value, or values between"),
