@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from consensus.records import Row, cells, columns, diverged, headings, text_table
+from consensus.report.convergence import draw_convergence
 from consensus.report.page import write_report
-from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.runs import comparable_runs, find_runs, is_run, labels, read_all
-from consensus.report.stationarity import measured, stationarity_table, verdict
+from consensus.report.stationarity import draw_stationarity, measured, stationarity_table, verdict
 from consensus.report.table1 import (
     Record,
     criteria,

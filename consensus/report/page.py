@@ -9,9 +9,14 @@ from typing import Any
 
 from consensus.atomic_files import write_whole
 from consensus.records import Row, columns, set_and_metric
-from consensus.report.plots import draw_stationarity, draw_table1
+from consensus.report.figure1 import draw_table1
 from consensus.report.runs import Run, varying
-from consensus.report.stationarity import measured, stationarity_cells, verdict
+from consensus.report.stationarity import (
+    draw_stationarity,
+    measured,
+    stationarity_cells,
+    verdict,
+)
 from consensus.report.table1 import (
     PAPER_COLUMNS,
     PAPER_JUDGED,

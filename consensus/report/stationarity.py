@@ -1,14 +1,17 @@
-"""Measurements of stationarity: the numbers of a run, their table, and a verdict."""
+"""Measurements of stationarity: the numbers of a run, their table, a verdict, and a figure."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 
 from consensus.records import Row, largest, number, text_table, unconverged
+from consensus.report.style import draw_lines, finish_axis, name_lines, new_figure, save
 
 SAME = 1e-3  # largest |u - z_j| / |u| at which z_j counts as equal to u
 AGREEING = 0.5  # least `agreement` at which the f_j count as pulling u the same way
+MOST_IN_SMALL_LEGEND = 10
 NOT_ON_SCREEN = ("±", "force")  # the screen is narrow; `verdict` contains the first
 
 
@@ -113,3 +116,15 @@ def verdict(rows: Sequence[Row]) -> str:
     if distance(last) <= SAME:
         return f"u = z_j: {apart}, and all f_j pull u the same way; {fallen}"
     return f"u is not z_j yet: {apart}, but all f_j pull u the same way; {fallen}"
+
+
+def draw_stationarity(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the measurements of labelled runs over iterations; each row must have one."""
+    figure, axes = new_figure(2, 3, 13, 7, sharex=True)
+    for axis, (_, title, value) in zip(axes.flat, SERIES, strict=True):
+        spread = accuracy if axis is axes[0][0] else None
+        positive = draw_lines(axis, runs, value, spread)
+        finish_axis(axis, title, "iteration" if axis in axes[1] else "", log=positive, minor=True)
+    if 1 < len(runs) <= MOST_IN_SMALL_LEGEND:
+        name_lines(axes[0][0].legend(fontsize="small"), runs)
+    save(figure, path)

@@ -298,20 +298,3 @@ def chosen_keys(runs: Sequence[Run]) -> list[str]:
 def show(value: Any) -> str:
     """A value of a config as YAML writes it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def sensitivity(record: Record) -> dict[float, dict[float, float | None]]:
-    """For each eta, lam -> the best mean in the column that decides, None where nothing finished.
-
-    Configurations without a finite lam > 0, such as uncoupled workers, are left out.
-    """
-    at: dict[tuple[float, float], list[Configuration]] = {}
-    for c in record.configurations:
-        eta, lam = number(c.config, "potential.eta"), number(c.config, "algorithm.lam")
-        if math.isfinite(eta) and 0.0 < lam < math.inf:
-            at.setdefault((eta, lam), []).append(c)
-    found: dict[float, dict[float, float | None]] = {}
-    for eta, lam in sorted(at):
-        mean = best_mean(at[eta, lam], record.column)
-        found.setdefault(eta, {})[lam] = mean.mean if mean else None
-    return found

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from consensus.atomic_files import write_whole
 from consensus.records import Row, to_json
-from consensus.report.plots import draw_convergence, draw_stationarity
-from consensus.report.stationarity import measurements
+from consensus.report.convergence import draw_convergence
+from consensus.report.stationarity import draw_stationarity, measurements
 from consensus.run.metrics import selection
 from consensus.run.plan import Plan
 from consensus.run.problem import model_options

@@ -9,10 +9,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from consensus.report import __main__ as report
-from consensus.report.plots import draw_stationarity
 from consensus.report.stationarity import (
     SERIES,
     distance,
+    draw_stationarity,
     measured,
     stationarity_cells,
     stationarity_table,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from consensus.report.table1 import group_seeds, sensitivity, table1
+from consensus.report.sensitivity import sensitivity
+from consensus.report.table1 import group_seeds, table1
 from tests.testing.made_runs import ACCURACY, MSE, accuracies, config, regression, row, run
 
 

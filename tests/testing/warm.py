@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from consensus.problem import DATASETS
-from consensus.report.plots import draw_convergence
+from consensus.report.convergence import draw_convergence
 from consensus.run.compose import config_dir, register_schema, to_config
 from tests.testing.made_runs import row_at
 

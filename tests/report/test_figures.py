@@ -9,14 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from consensus.report.plots import (
-    curve,
-    draw_convergence,
-    draw_figure1,
-    draw_sensitivity,
-    figure1_groups,
-    line_style,
-)
+from consensus.report.convergence import draw_convergence
+from consensus.report.figure1 import curve, draw_figure1, figure1_groups
+from consensus.report.sensitivity import draw_sensitivity
+from consensus.report.style import line_style
 from consensus.report.table1 import table1
 from tests.testing import ROOT
 from tests.testing.made_runs import (
@@ -195,7 +191,7 @@ def test_figure1_for_each_number_of_workers():
 def test_the_backend_of_a_notebook_is_left_alone(tmp_path, backend):
     program = """
 import os
-from consensus.report.plots import draw_convergence
+from consensus.report.convergence import draw_convergence
 row = dict.fromkeys(["objective", "train_loss", "train_error", "test_error"], 1.0)
 draw_convergence({"run": [row | {"iteration": 1}]}, __import__("pathlib").Path("figure.png"))
 print(os.environ["MPLBACKEND"])
