@@ -124,6 +124,7 @@ FILES = {
     "summary.json",
     "model.pt",
     "convergence.png",
+    "convergence.pdf",
     "tensorboard",
 }
 SMOKE = ["experiment=smoke", "potential=tan", "device=cpu"]

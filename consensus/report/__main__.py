@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from consensus.records import Row, cells, columns, diverged, headings, text_table
-from consensus.report.convergence import draw_convergence
+from consensus.report.convergence import draw_convergence, draw_run
 from consensus.report.page import write_report
 from consensus.report.runs import comparable_runs, find_runs, is_run, labels, read_all
 from consensus.report.stationarity import draw_stationarity, measured, stationarity_table, verdict
@@ -86,7 +86,10 @@ def report(
     figure = figure or first / "report.png"
     evaluated = {label: rows for label, rows in metrics.items() if rows}
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
-    draw_convergence(evaluated, figure)
+    if len(evaluated) == 1:
+        draw_run(next(iter(evaluated.values())), figure, title=next(iter(evaluated)))
+    else:
+        draw_convergence(evaluated, figure, runs)
     if folder is not None:
         sources, reasons = [path.resolve().name for path in named], list(left_out.values())
         write_report(runs, folder, sources, reasons)

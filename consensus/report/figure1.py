@@ -1,26 +1,14 @@
 """The figures of Table 1: Figure 1, and the comparison of methods per epoch and per second."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from consensus.records import Row, number
+from consensus.report.curves import Curve, draw_curves
 from consensus.report.runs import panels
 from consensus.report.sensitivity import draw_sensitivities
-from consensus.report.style import (
-    ENDINGS,
-    finish_axis,
-    is_logarithmic,
-    line_style,
-    name_lines,
-    new_figure,
-    save,
-    title_of,
-)
+from consensus.report.style import house_style, legend_below, new_figure, panel_grid, save, styles
 from consensus.report.table1 import (
     MSGD,
     Configuration,
@@ -31,7 +19,6 @@ from consensus.report.table1 import (
 )
 
 SPEED = ("epoch", "wall_s")
-MOST_MARKERS = 30  # a line with more evaluations needs no markers
 
 
 def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
@@ -41,11 +28,12 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
     for suffix, title, best in figure1_groups(records):
         name = f"figure1{suffix}"
         column, highest = next(iter(best.values())).criterion
-        curves = {
-            potential: [run.rows for run in configuration.kept.values()]
+        style = styles(best)
+        curves = [
+            Curve(potential, [run.rows for run in configuration.kept.values()], style[potential])
             for potential, configuration in best.items()
-        }
-        draw_figure1(curves, [folder / f"{name}.{ending}" for ending in ENDINGS])
+        ]
+        draw_figure1(curves, folder / f"{name}.png")
         captions[f"{name}.png"] = (
             f"Figure 1{title}: of each potential the configuration best in final "
             f"{words(column, highest)}{of_held_out(column)}; with several seeds their mean, in a "
@@ -53,10 +41,10 @@ def draw_table1(records: Sequence[Record], folder: Path) -> dict[str, str]:
         )
         if several:
             name = f"methods{suffix}"
-            draw_figure1(curves, [folder / f"{name}.{ending}" for ending in ENDINGS], over=SPEED)
+            draw_methods(curves, folder / f"{name}.png")
             captions[f"{name}.png"] = (
                 f"The same runs{title} over the passes of a worker over its data, and over the "
-                "seconds of a run, with its evaluations"
+                "seconds of a run, with its evaluations, the mean over the seeds"
             )
     return captions | draw_sensitivities(records, folder)
 
@@ -92,52 +80,28 @@ def figure1_groups(records: Sequence[Record]) -> list[tuple[str, str, dict[str, 
     return found
 
 
-def draw_figure1(
-    curves: Mapping[str, Sequence[Sequence[Row]]],
-    paths: Sequence[Path],
-    over: Sequence[str] = ("iteration", "epoch"),
-) -> None:
-    """Figure 1: the columns of `panels`, over two columns of the evaluations.
+@house_style()
+def draw_figure1(curves: Sequence[Curve], path: Path) -> None:
+    """Figure 1: the columns of `panels` over iterations.
 
-    A curve is the evaluations of each seed, drawn as their mean, with a band of one sample standard
-    deviation around it. The paths select the formats.
+    A curve is the mean over its seeds, in a band of one sample standard deviation.
     """
-    shown = panels(rows for seeds in curves.values() for rows in seeds)
-    figure, axes = new_figure(2, len(shown), 4 * len(shown), 7)
-    for j, key in enumerate(shown):
-        for axis, along in zip(axes[:, j], over, strict=True):
-            positive = False
-            for i, (name, seeds) in enumerate(curves.items()):
-                x, mean, std = curve(seeds, along, key)
-                positive |= bool((mean[np.isfinite(x)] > 0).any())
-                style = line_style(name, i)
-                marker = "." if len(x) <= MOST_MARKERS else None
-                axis.plot(x, mean, marker=marker, label="run", **style)
-                if std is not None:
-                    low = mean - std
-                    if is_logarithmic(key):  # a band to below 0 ends at the lowest mean instead
-                        low = np.where(low > 0, low, np.nanmin(mean))
-                    colour = style["color"]
-                    axis.fill_between(x, low, mean + std, color=colour, alpha=0.2, linewidth=0)
-            label = "seconds" if along == "wall_s" else along
-            finish_axis(axis, title_of(key), label, log=is_logarithmic(key) and positive)
-    name_lines(axes[0][-1].legend(), curves)
-    save(figure, *paths)
+    shown = panels(rows for curve in curves for rows in curve.seeds)
+    figure, axes = panel_grid(len(shown))
+    for axis, key in zip(axes, shown, strict=True):
+        lines = draw_curves(axis, curves, "iteration", key)
+    legend_below(figure, lines, [curve.label for curve in curves])
+    save(figure, path)
 
 
-Vector = NDArray[np.float64]
-
-
-def curve(
-    seeds: Sequence[Sequence[Row]], over: str, key: str
-) -> tuple[Vector, Vector, Vector | None]:
-    """`over`, and mean and sample standard deviation of a column over seeds; None for one seed.
-
-    Each is (T,), at the iterations that all seeds have; nan where a number is not finite.
-    """
-    by_iteration = [{row["iteration"]: row for row in rows} for rows in seeds]
-    common = sorted(set.intersection(*map(set, by_iteration)))
-    rows = [[of_seed[t] for t in common] for of_seed in by_iteration]
-    x = np.array([number(row, over) for row in rows[0]], dtype=np.float64)
-    values = np.array([[number(row, key) for row in of_seed] for of_seed in rows], dtype=np.float64)
-    return x, values.mean(0), values.std(0, ddof=1) if len(rows) > 1 else None
+@house_style()
+def draw_methods(curves: Sequence[Curve], path: Path) -> None:
+    """The train loss, and the last of `panels`, per epoch and per second."""
+    shown = panels(rows for curve in curves for rows in curve.seeds)
+    figure, axes = new_figure(2, len(SPEED), sharey="row")
+    for row, key in zip(axes, ("train_loss", shown[-1]), strict=True):
+        for axis, over in zip(row, SPEED, strict=True):
+            lines = draw_curves(axis, curves, over, key)
+        row[1].set_ylabel("")
+    legend_below(figure, lines, [curve.label for curve in curves])
+    save(figure, path)

@@ -138,9 +138,7 @@ def table1(runs: Sequence[Run]) -> list[Record]:
     """The records of Table 1: the paper's potentials in its order, then others, then METHODS."""
     groups: dict[_Group, list[Run]] = {}
     for run in runs:
-        baseline = METHODS.get(str(run.config.get("algorithm.name")))
-        name = baseline or str(run.config["potential.name"])
-        groups.setdefault((run.problem, run.judged, name), []).append(run)
+        groups.setdefault((run.problem, run.judged, method_or_potential(run)), []).append(run)
 
     last_places = {name: i for i, name in enumerate(METHODS.values(), start=1)}
 
@@ -162,6 +160,12 @@ def table1(runs: Sequence[Run]) -> list[Record]:
         decided = max(alike, key=lambda run: (run.status == "finished", bool(run.rows)))
         records.append(_record(label, name, full, groups[problem, judged, name], keys, decided))
     return records
+
+
+def method_or_potential(run: Run) -> str:
+    """The name of the record of a run."""
+    baseline = METHODS.get(str(run.config.get("algorithm.name")))
+    return baseline or str(run.config["potential.name"])
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""Figures, by the pixels and the numbers drawn."""
+"""Figures, by the numbers drawn and by pixels."""
 
 import os
 import subprocess
@@ -9,14 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from consensus.report.convergence import draw_convergence
-from consensus.report.figure1 import curve, draw_figure1, figure1_groups
-from consensus.report.sensitivity import draw_sensitivity
-from consensus.report.style import line_style
+from consensus.report.convergence import MOST_CURVES, draw_convergence, draw_run
+from consensus.report.curves import Curve, mean_and_spread
+from consensus.report.figure1 import draw_figure1, draw_methods, figure1_groups
+from consensus.report.style import STYLES, styles
 from consensus.report.table1 import table1
 from tests.testing import ROOT
 from tests.testing.made_runs import (
-    BLACK,
     BLUE,
     BLUE_BAND,
     ORANGE,
@@ -29,18 +28,81 @@ from tests.testing.made_runs import (
     run,
 )
 
+KEYS = ("objective", "train_loss", "train_error", "test_error")
 
-def test_draw_shows_every_run(tmp_path):
-    path = tmp_path / "figure.png"
-    one = {"one": [row_at(t) for t in (10, 20, 30)]}
-    draw_convergence(one, path)
-    assert pixels_of(path, BLUE) > 500
-    assert pixels_of(path, ORANGE) == 0
-    draw_convergence(one | {"two": [row_at(t, objective=5.0 * t) for t in (10, 20, 30)]}, path)
-    assert pixels_of(path, BLUE) > 500
-    assert pixels_of(path, ORANGE) > 500
-    height, width = imread(path).shape[:2]
-    assert (width, height) == (1500, 1050)
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, in place of their files."""
+    figures = []
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *_, **__: None if figure in figures else figures.append(figure),
+    )
+    return figures
+
+
+def lines_of(axis):
+    """The numbers of the lines with markers: those of curves."""
+    return [line.get_xydata().tolist() for line in axis.lines if line.get_marker() != "None"]
+
+
+def texts_of(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_lines_of_a_figure_are_the_rows(drawn, tmp_path):
+    rows = {"a": [row_at(10), row_at(20)], "b": [row_at(10, test_error=7.0), row_at(30)]}
+    draw_convergence(rows, tmp_path / "f.png")
+    (figure,) = drawn
+    for axis, key in zip(figure.axes, KEYS, strict=True):
+        expected = [[[r["iteration"], r[key]] for r in of_run] for of_run in rows.values()]
+        assert lines_of(axis) == expected, key
+        assert axis.get_xlim()[0] == 0.0
+    assert texts_of(figure) == ["a", "b"]
+    assert figure.get_figwidth() == 5.5
+    labels = [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
+    assert labels == [
+        ("iteration", "objective (sum)"),
+        ("iteration", "train loss (sum)"),
+        ("iteration", "train error (%)"),
+        ("iteration", "test error (%)"),
+    ]
+
+
+def test_the_picture_of_a_run_tells_train_from_test_and_marks_events(drawn, tmp_path):
+    rows = [
+        row_at(10, cuts_u=0, cuts_z=2),
+        row_at(20, cuts_u=0, cuts_z=2),
+        row_at(30, cuts_u=1, cuts_z=5),
+    ]
+    draw_run(rows, tmp_path / "f.png", "name_$x", checkpoints=[15, 30])
+    (figure,) = drawn
+    loss, error = figure.axes
+    at = {}
+    for axis, keys in ((loss, KEYS[:2]), (error, KEYS[2:])):
+        curves = lines_of(axis)
+        assert curves[:2] == [[[r["iteration"], r[key]] for r in rows] for key in keys]
+        at[axis] = [[x for x, _ in line] for line in curves[2:]]
+        assert at[axis] == [[30], [10, 30], [15, 30]], "cuts of u, cuts of z, checkpoints"
+    assert error.get_ylabel() == "error (%)"
+    assert texts_of(figure) == [
+        "objective", "train", "test", "cuts of the step of u", "cuts of steps of z", "checkpoint",
+    ]  # fmt: skip
+    train, test = error.lines[:2]
+    assert train.get_color() != test.get_color()
+    assert train.get_linestyle() != test.get_linestyle()
+    assert train.get_color() == loss.lines[1].get_color(), "train in both panels"
+    assert figure.get_suptitle() == "name_$x"
+
+
+def test_a_run_without_cuts_and_checkpoints_has_no_marks(drawn, tmp_path):
+    draw_run([accuracies(0.5, 0.25)], tmp_path / "f.png")
+    assert texts_of(drawn[0]) == ["objective", "train", "validation", "test"]
+    assert lines_of(drawn[0].axes[1]) == [[[100, 0.99]], [[100, 0.5]], [[100, 0.25]]]
+    assert drawn[0].axes[1].get_ylabel() == "accuracy (mean)"
 
 
 @pytest.mark.parametrize(
@@ -55,56 +117,89 @@ def test_draw_shows_every_run(tmp_path):
     ],
     ids=["one point", "a gap", "nothing", "inf", "zeros", "negative"],
 )
-def test_draw_accepts_gaps_zeros_and_negative_numbers(tmp_path, rows):
-    draw_convergence({"a": rows}, tmp_path / "figure.png")
-    assert pixels_of(tmp_path / "figure.png", BLUE) > 50  # the errors are always there
+def test_a_picture_accepts_gaps_zeros_and_negative_numbers(tmp_path, rows):
+    path = tmp_path / "figure.png"
+    draw_run(rows, path)
+    assert imread(path).shape[1] == 1100
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    draw_convergence({"a": rows, "b": rows}, path)
 
 
-def test_a_diverged_run_leaves_the_axes_to_the_others(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    wild = [row_at(10), row_at(20, objective=5e21, train_loss=5e21, diverged=True)]
+def test_zero_stands_at_the_end_of_its_axis(drawn, tmp_path):
+    zeros = [row_at(t, train_error=0.0, test_error=3.0) for t in (10, 20)]
+    draw_convergence({"a": zeros, "b": zeros}, tmp_path / "f.png")
+    assert drawn[0].axes[2].get_ylim() == (0.0, 1.0), "not -0.04 to 0.04"
+
+
+def test_a_diverged_run_leaves_the_axes_to_the_others(drawn, tmp_path):
+    # the evaluation before the last is not marked, and as wild
+    wild = [row_at(10), row_at(15, objective=1e12), row_at(20, train_loss=5e21, diverged=True)]
     older = [row_at(10), row_at(20, objective=5e21, train_loss=5e21)]
-    draw_convergence({"good": [row_at(10), row_at(20)], "wild": wild, "older": older}, tmp_path)
-    tops = [axis.get_ylim()[1] for axis in drawn[0].axes]
-    largest = [row_at(10)[key] for key in ("objective", "train_loss", "train_error", "test_error")]
-    assert all(top < 2 * most for top, most in zip(tops, largest, strict=True))
+    good = [row_at(10), row_at(20)]
+    draw_convergence({"good": good, "wild": wild, "older": older}, tmp_path / "f.png")
+    for axis, key in zip(drawn[0].axes, KEYS, strict=True):
+        assert row_at(10)[key] < axis.get_ylim()[1] < 2 * row_at(10)[key]
+    assert drawn[0].get_suptitle() == "2 diverged (cut off at the range of the others)"
+    draw_convergence({"wild": wild, "older": older}, tmp_path / "f.png")  # nothing else to show
 
 
-def test_the_panels_are_those_of_the_problem(tmp_path, monkeypatch):
-    """Units, axes and one panel for each set; a run without a column has no line there."""
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+def test_many_runs_have_representatives(drawn, tmp_path):
+    """The least, median and largest objective without configs; the best of each name with them."""
+    bare = {f"run{n}": [row_at(10), row_at(20, objective=float(n))] for n in range(1, 12)}
+    bare["wild"] = [row_at(10), row_at(20, objective=5e21)]
+    draw_convergence(bare, tmp_path / "f.png")
+    assert len(bare) > MOST_CURVES
+    assert texts_of(drawn[-1]) == ["run1", "run6", "run11"]
+    assert drawn[-1].get_suptitle() == "12 runs (thin), 1 diverged (not shown)"
+    assert len(drawn[-1].axes[0].lines) == 11 + 3
 
-    def titles():
-        return [axis.get_title() for axis in drawn[-1].axes]
+    last = row(1, 1, 1, 1, 1)
+    runs = [
+        run(config(name, lam=lam, seed=seed), last | {"test_error": lam + seed}, label=f"{n}{seed}")
+        for n, (name, lam) in enumerate((p, 0.1 * i) for p in ("quad", "tan") for i in range(1, 6))
+        for seed in (0, 1)
+    ]
+    draw_convergence({r.label: r.rows for r in runs}, tmp_path / "f.png", runs)
+    assert texts_of(drawn[-1]) == ["quad", "tan"]
+    # test errors 0.1 and 1.1 over two seeds: 0.6
+    heights = [y for line in lines_of(drawn[-1].axes[3]) for _, y in line]
+    np.testing.assert_allclose(heights, [0.6, 0.6])
+    colours = [line.get_color() for line in drawn[-1].axes[3].lines[-2:]]
+    assert colours == [STYLES["quad"]["color"], STYLES["tan"]["color"]]
 
-    sets = ["train accuracy", "validation accuracy", "test accuracy"]
-    draw_convergence({"a": [accuracies(0.5, 0.5)]}, tmp_path)
-    assert titles() == ["objective", "train loss (sum)", *sets]
-    lowest = [axis.get_xlabel() for axis in drawn[-1].axes]
-    assert lowest == ["", "", "iteration", "iteration", "iteration"], "the third has none below"
-    assert [axis.get_yscale() for axis in drawn[-1].axes] == ["log", "log", *3 * ["linear"]]
-    (line,) = drawn[-1].axes[3].lines
-    assert line.get_ydata().tolist() == [0.5]
 
-    draw_convergence({"a": [row_at(10)], "b": [regression(2.0, 1.0)]}, tmp_path)
-    errors = ["train error (%)", "test error (%)", "train mse", "test mse"]
-    assert titles() == ["objective", "train loss (sum)", *errors]
-    ends = [line.get_ydata().tolist() for line in drawn[-1].axes[5].lines]
+def test_seeds_of_one_configuration_are_one_curve(drawn, tmp_path):
+    last = row(1, 1, 1, 1, 1)
+    runs = [
+        run(config(lam=lam, seed=s), last | {"test_error": 1.0 + s}, label=f"lam={lam},seed={s}")
+        for lam in (0.1, 0.2)
+        for s in (0, 1)
+    ]
+    draw_convergence({r.label: r.rows for r in runs}, tmp_path / "f.png", runs)
+    assert texts_of(drawn[0]) == ["lam=0.1 (2 seeds)", "lam=0.2 (2 seeds)"]
+    assert lines_of(drawn[0].axes[3]) == [[[100, 1.5]], [[100, 1.5]]]
+    assert len({line.get_color() for line in drawn[0].axes[3].lines}) == 2
+
+
+def test_the_panels_are_those_of_the_problem(drawn, tmp_path):
+    """A panel for each set; a run without a column has no line there."""
+    draw_convergence({"a": [row_at(10)], "b": [regression(2.0, 1.0)]}, tmp_path / "f.png")
+    labels = [axis.get_ylabel() for axis in drawn[0].axes]
+    assert labels[2:] == [
+        "train error (%)",
+        "test error (%)",
+        "train mse (mean)",
+        "test mse (mean)",
+    ]
+    ends = [line.get_ydata().tolist() for line in drawn[0].axes[5].lines]
     np.testing.assert_equal(ends, [[np.nan], [2.0]])
 
-    draw_figure1({"quad": [[regression(2.0, 1.0, t=t) for t in (10, 20)]]}, [tmp_path])
-    assert titles()[:4] == ["objective", "train loss (sum)", "train mse", "test mse"]
-    draw_sensitivity({"quad": {1.0: {0.1: -1.0, 1.0: 50.0}}}, [tmp_path], "test_r2")
-    (axis,) = drawn[-1].axes
-    assert (axis.get_ylabel(), axis.get_yscale()) == ("test r2", "linear")
 
-
-def test_many_runs_leave_room_for_their_lines(tmp_path):
-    # a legend of them all would be larger than the figure, which matplotlib warns of
-    draw_convergence({f"{n:0100}": [row_at(10 + n)] for n in range(65)}, tmp_path / "figure.png")
-    assert pixels_of(tmp_path / "figure.png", BLUE) > 50
+def test_long_names_leave_room_for_the_panels(tmp_path):
+    # a legend larger than the figure is a warning of matplotlib, and an error here
+    runs = {f"{n:0100}": [row_at(10 + n)] for n in range(MOST_CURVES)}
+    draw_convergence(runs, tmp_path / "f.png")
+    assert pixels_of(tmp_path / "f.png", BLUE) > 50
 
 
 def test_curve_is_the_mean_and_band_at_common_iterations():
@@ -112,12 +207,12 @@ def test_curve_is_the_mean_and_band_at_common_iterations():
         return [row(v, 1, 1, 1, 1, t=t) for t, v in values.items()]
 
     seeds = [seed({100: 1.0, 150: 9.0, 200: 2.0}), seed({100: 4.0, 200: None, 300: 1.0})]
-    x, mean, std = curve(seeds, "epoch", "objective")
+    x, mean, std = mean_and_spread(seeds, "epoch", "objective")
     assert x.tolist() == [1.0, 2.0]
     # 1 and 4: mean 2.5, deviations 1.5, squares 2.25 + 2.25 = 4.5, over 1
     np.testing.assert_allclose(mean, [2.5, np.nan])
     np.testing.assert_allclose(std, [4.5**0.5, np.nan])
-    x, mean, std = curve(seeds[:1], "iteration", "objective")
+    x, mean, std = mean_and_spread(seeds[:1], "iteration", "objective")
     assert (x.tolist(), mean.tolist(), std) == ([100.0, 150.0, 200.0], [1.0, 9.0, 2.0], None)
 
 
@@ -125,44 +220,34 @@ def test_figure1_shows_every_curve_and_the_band(tmp_path):
     def seed(scale):
         return [row(*[scale * 100.0 / t] * 5, t=t) for t in (10, 20, 30)]
 
-    png, pdf = tmp_path / "f.png", tmp_path / "f.pdf"
-    draw_figure1({"quad": [seed(1.0)]}, [png])
-    assert pixels_of(png, BLUE) > 1000
+    def curve(name, *seeds):
+        return Curve(name, seeds, styles([name])[name])
+
+    png = tmp_path / "f.png"
+    draw_figure1([curve("quad", seed(1.0))], png)
+    assert pixels_of(png, BLUE) > 500
     assert pixels_of(png, ORANGE) == 0
-    assert pixels_of(png, BLUE_BAND) < 1000, "the edges of the line at most"
-    black = pixels_of(png, BLACK)
-    draw_figure1(
-        {"quad": [seed(1.0), seed(1.6)], "cubic": [seed(2.0)], "mSGD": [seed(4.0)]}, [png, pdf]
-    )
-    assert min(pixels_of(png, colour) for colour in (BLUE, ORANGE)) > 1000
-    assert pixels_of(png, BLUE_BAND) > 10_000
-    assert pixels_of(png, BLACK) > black + 1000
-    assert pdf.read_bytes().startswith(b"%PDF")
+    assert pixels_of(png, BLUE_BAND) < 500, "the edges of the line at most"
+    draw_figure1([curve("quad", seed(1.0), seed(1.6)), curve("cubic", seed(2.0))], png)
+    assert min(pixels_of(png, colour) for colour in (BLUE, ORANGE)) > 500
+    assert pixels_of(png, BLUE_BAND) > 5_000
     # what a run may hold: zeros, gaps, one point, a name like a formula, a band to below 0
-    odd = {"_$x": [[row(0.0, None, 1, 1, 1)]], "tan": [seed(1.0), seed(100.0), seed(0.0)]}
-    draw_figure1(odd, [png])
+    odd = [curve("_$x", [row(0.0, None, 1, 1, 1)]), curve("tan", seed(1.0), seed(100.0), seed(0.0))]
+    draw_figure1(odd, png)
 
 
-def test_a_potential_has_one_colour_everywhere():
-    assert line_style("tan", 0) == line_style("tan", 5) == {"color": "C2", "linestyle": "-"}
-    styles = {tuple(line_style(name, n).values()) for n, name in enumerate("abcdefgh")}
-    assert len(styles) == 8
-    assert not {f"C{i}" for i in range(6)} & {colour for colour, _ in styles}
-
-
-def test_sensitivity_has_lines_and_crosses(tmp_path):
-    path = tmp_path / "s.png"
-    draw_sensitivity({"quad": {0.5: {0.1: 1.0, 0.2: 2.0}}}, [path])
-    assert pixels_of(path, BLUE) > 500
-    assert pixels_of(path, ORANGE) == 0
-    crosses = {"quad": {0.5: {0.1: 1.0, 0.2: 2.0}, 1.0: {0.1: None, 0.2: None}}}
-    draw_sensitivity(crosses, [path])
-    with_two = pixels_of(path, ORANGE)
-    crosses["quad"][1.0].popitem()
-    draw_sensitivity(crosses, [path])
-    assert 0 < pixels_of(path, ORANGE) < with_two
-    draw_sensitivity({str(n): {1.0: {0.1: None}} for n in range(4)}, [path])
-    draw_sensitivity({"quad": {1.0: {0.1: 0.0, 1.0: 50.0}}}, [path])
+def test_methods_are_drawn_per_epoch_and_per_second(drawn, tmp_path):
+    rows = [row_at(t, wall_s=2.0 * t) for t in (100, 200)]
+    draw_methods([Curve("DDP", [rows], STYLES["DDP"])], tmp_path / "f.png")
+    found = [lines_of(axis)[0] for axis in drawn[0].axes]
+    assert found == [
+        [[1.0, 8.0], [2.0, 4.0]],
+        [[200.0, 8.0], [400.0, 4.0]],
+        [[1.0, 0.6], [2.0, 0.3]],
+        [[200.0, 0.6], [400.0, 0.3]],
+    ]
+    labels = [axis.get_xlabel() for axis in drawn[0].axes[2:]]
+    assert labels == ["epochs of a worker", "wall time (s)"]
 
 
 def test_figure1_for_each_number_of_workers():
@@ -191,9 +276,9 @@ def test_figure1_for_each_number_of_workers():
 def test_the_backend_of_a_notebook_is_left_alone(tmp_path, backend):
     program = """
 import os
-from consensus.report.convergence import draw_convergence
+from consensus.report.convergence import draw_run
 row = dict.fromkeys(["objective", "train_loss", "train_error", "test_error"], 1.0)
-draw_convergence({"run": [row | {"iteration": 1}]}, __import__("pathlib").Path("figure.png"))
+draw_run([row | {"iteration": 1}], __import__("pathlib").Path("figure.png"))
 print(os.environ["MPLBACKEND"])
 """
     done = subprocess.run(

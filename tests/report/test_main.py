@@ -185,7 +185,7 @@ def test_a_single_run_writes_its_figure_alone(command, write_run):
         assert "Table 1" not in out
         assert out.splitlines()[-1] == f"figure in {path}/report.png"
     assert {path.name for path in run_dir.parent.rglob("*")} == {
-        "a", "config.yaml", "metrics.jsonl", "summary.json", "report.png",
+        "a", "config.yaml", "metrics.jsonl", "summary.json", "report.png", "report.pdf",
     }  # fmt: skip
     (run_dir / "config.yaml").write_text("a: [", encoding="utf-8")
     assert command(run_dir)[0] == 0, "the config of a single run is not read"

@@ -2,7 +2,6 @@
 
 import pytest
 
-from consensus.report.sensitivity import sensitivity
 from consensus.report.table1 import group_seeds, table1
 from tests.testing.made_runs import ACCURACY, MSE, accuracies, config, regression, row, run
 
@@ -83,25 +82,6 @@ def test_ties_in_test_error_go_to_the_lower_test_loss(turn):
     assert line.best.config["algorithm.lam"] == 0.2
 
 
-def test_sensitivity_takes_the_best_over_the_rest():
-    def at(lam, eta, sigma, error, finished=True):
-        nested = config(lam=lam, potential__eta=eta, algorithm__sigma=sigma)
-        return run(nested, row(1, 1, 1, 1, error), finished)
-
-    runs = [
-        at(0.2, 1.0, 1, 3.0),
-        at(0.1, 1.0, 1, 2.0),
-        at(0.1, 1.0, 2, 1.0),
-        at(0.1, 1.0, 3, 0.0, finished=False),
-        at(0.1, 0.5, 1, 0.0, finished=False),
-        at(float("inf"), 0.5, 1, 9.0),
-    ]
-    (line,) = table1(runs)
-    assert sensitivity(line) == {0.5: {0.1: None}, 1.0: {0.1: 1.0, 0.2: 3.0}}
-    (line,) = table1(runs[::-1])
-    assert sensitivity(line) == {0.5: {0.1: None}, 1.0: {0.1: 1.0, 0.2: 3.0}}
-
-
 def test_a_regression_is_ranked_by_its_first_metric():
     """By the mse, although the mae and the train loss say otherwise; ties go to the test loss."""
     runs = [
@@ -118,7 +98,6 @@ def test_a_regression_is_ranked_by_its_first_metric():
     assert (line.lowest["test_mse"].mean, line.lowest["test_mae"].mean) == (2.0, 0.1)
     assert line.at_best["test_mae"].mean == 0.6
     assert (line.column, line.highest) == ("test_mse", frozenset())
-    assert sensitivity(line) == {1.0: {0.1: 3.0, 0.2: 2.0, 0.3: 2.0, 0.4: None}}
 
 
 @pytest.mark.parametrize("turn", [1, -1])
@@ -137,8 +116,6 @@ def test_the_highest_accuracy_on_the_validation_set_is_the_best(turn):
     assert line.lowest["test_accuracy"].mean == 0.99, "the best of the column by itself"
     assert line.lowest["validation_loss"].mean == 2.0
     assert line.highest == {"train_accuracy", "validation_accuracy", "test_accuracy"}
-    found = sensitivity(line)[1.0]
-    assert found == pytest.approx({0.1: 0.85, 0.2: 0.84, 0.3: 0.85, 0.4: None})
 
 
 def test_runs_with_other_losses_or_validation_are_not_compared():
