@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from consensus.records import Row, cells, columns, diverged, headings, text_table
+from consensus.report.best import best_lines
 from consensus.report.convergence import draw_convergence, draw_run
 from consensus.report.page import write_report
 from consensus.report.runs import comparable_runs, find_runs, is_run, labels, read_all
@@ -107,8 +108,12 @@ def report(
     for reason in left_out.values():
         say(f"left out: {reason}")
     if runs:
-        for table in screen_tables(table1(runs), console.width):
+        records = table1(runs)
+        for table in screen_tables(records, console.width):
             console.print(table)
+        for text, command in best_lines(records, folder).items():
+            say(text)
+            say(f"  {command}" if command else "--folder FOLDER writes it as an experiment")
         written = f"Table 1 and Figure 1 in {folder}/report.md"
         say(written if folder else "--folder FOLDER writes Table 1 and Figure 1 there")
     if analysed:

@@ -54,9 +54,29 @@ class Mean:
     std: float | None
 
     def show(self, column: str) -> str:
-        """The text in a table, with ± for several seeds."""
-        mean = format_cell(column, self.mean)
-        return mean if self.std is None else f"{mean} ± {format_cell(column, self.std)}"
+        """The text in a table; with ± for several seeds, to two digits of their deviation."""
+        if self.std is None:
+            return format_cell(column, self.mean)
+        return rounded(self.mean, self.std) or f"{format_cell(column, self.mean)} ± {self.std:.2g}"
+
+
+def rounded(mean: float, std: float) -> str | None:
+    """A mean to the digits that two digits of its deviation have, as 169.0 ± 1.6.
+
+    None where a deviation of 0, or one far below the mean, gives no number of digits.
+    """
+    if not 0.0 < std < math.inf:
+        return None
+    largest = max(abs(mean), std)
+    if largest > 1e6 * std or not math.isfinite(largest):
+        return None
+    exponent = math.floor(math.log10(largest))
+    exponent = 0 if -4 <= exponent < 6 else exponent
+    mean, std = mean / 10.0**exponent, std / 10.0**exponent
+    last = math.floor(math.log10(float(f"{std:.1e}"))) - 1  # 0.0996 is 0.10: rounded before
+    texts = [f"{round(value, -last):.{max(-last, 0)}f}" for value in (mean, std)]
+    text = " ± ".join(texts)
+    return text if exponent == 0 else f"({text})e{exponent}"
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_part_one_compares_means_of_seeds():
     assert line.lowest["test_loss"].mean == 1.0
     worse = run(config(lam=0.2), row(2, 2, 2, 2, 2.5))
     (line,) = table1([*runs, worse])
-    assert part_one([line])[1][-2:] == ["2.00 ± 1.41", "3 / 0"]
+    assert part_one([line])[1][-2:] == ["2.0 ± 1.4", "3 / 0"]
 
 
 def test_part_two_is_one_configuration():
