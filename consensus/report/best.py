@@ -37,7 +37,10 @@ def best_files(records: Sequence[Record], folder: Path) -> dict[str, str]:
         run = next(iter(best.kept.values()))
         if run.settings:
             settings = {**run.settings, "workers": run.config.get("workers")}
-            about = f"# {sentence(record, best)}\n# {command(name, folder)}\n"
+            about = "".join(
+                f"# {' '.join(line.split())}\n"
+                for line in (sentence(record, best), command(name, folder))
+            )
             head = f"# @package _global_\n{about}"
             files[f"experiment/{name}.yaml"] = head + OmegaConf.to_yaml(OmegaConf.create(settings))
     return files

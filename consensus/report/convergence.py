@@ -52,7 +52,7 @@ def draw_run(
         axis.set_ylabel("sum over the train set" if keys is sums else label.partition(" ")[2])
         marks = _marks(axis, rows, checkpoints)
     legend |= marks
-    figure.suptitle(printable(title), parse_math=False, fontsize="medium")
+    figure.suptitle(printable(title), parse_math=False)
     legend_below(figure, list(legend.values()), list(legend))
     save(figure, path)
 
@@ -108,7 +108,7 @@ def draw_convergence(
     lines: list[Any] = []
     for axis, key in zip(axes, shown, strict=True):
         lines = draw_curves(axis, curves, "iteration", key, others)
-    figure.suptitle(note, fontsize="medium")
+    figure.suptitle(note)
     legend_below(figure, lines, [curve.label for curve in curves])
     save(figure, path)
 

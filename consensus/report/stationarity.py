@@ -191,7 +191,7 @@ def _draw_points(
         style = FAINT if i < len(others) else series_style(i - len(others))
         y = [math.nan if diverged(row) else value(row) for _, _, value in SERIES]
         shifted = [place + 0.06 * (i - len(others)) * (i >= len(others)) for place in places]
-        points: Any = {"marker": "o"} | dict(style) | {"linestyle": "none"}
+        points: Any = {"marker": "o", **style, "linestyle": "none"}
         lines += axis.plot(shifted, y, **points)
         heights += y
         if i >= len(others):

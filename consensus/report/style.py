@@ -32,6 +32,8 @@ _RC: Any = {
     "axes.titlesize": 8.0,
     "axes.labelsize": 8.0,
     "legend.fontsize": 7.0,
+    "figure.labelsize": 8.0,
+    "figure.titlesize": 8.0,
     "xtick.labelsize": 7.0,
     "ytick.labelsize": 7.0,
     "lines.linewidth": 1.2,
@@ -54,7 +56,7 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", ">", "<")
-Style = Mapping[str, Any]
+Style = dict[str, Any]
 """Keyword arguments of `Axes.plot`."""
 
 FAINT: Style = {"color": "0.6", "linewidth": 0.5, "alpha": 0.6}
