@@ -184,19 +184,21 @@ def _draw_panels(
 def _draw_points(
     runs: Sequence[Sequence[Row]], others: Sequence[Sequence[Row]]
 ) -> tuple["Figure", list[Any]]:
-    """One panel, with a point of each run for each of `SERIES`."""
-    figure, (axis,) = panel_grid(1, height=2.6)
-    places, lines, heights = range(len(SERIES)), [], []
+    """One panel, with a point of each run for each of `SERIES`, from the top."""
+    figure, (axis,) = panel_grid(1, height=2.4)
+    places, lines, found = range(len(SERIES)), [], []
     for i, (row,) in enumerate([*others, *runs]):
-        style = FAINT if i < len(others) else series_style(i - len(others))
-        y = [math.nan if diverged(row) else value(row) for _, _, value in SERIES]
-        shifted = [place + 0.06 * (i - len(others)) * (i >= len(others)) for place in places]
+        named = i >= len(others)
+        style = series_style(i - len(others)) if named else FAINT
+        x = [math.nan if diverged(row) else value(row) for _, _, value in SERIES]
+        apart = 0.08 * (i - len(others)) * named  # equal numbers of several runs are all seen
         points: Any = {"marker": "o", **style, "linestyle": "none"}
-        lines += axis.plot(shifted, y, **points)
-        heights += y
-        if i >= len(others):
-            axis.errorbar(shifted[:1], y[:1], yerr=[accuracy(row)], color=style["color"])
-    fit_axis(axis, heights, log=True)
-    axis.set_xticks(places, [title.replace(": ", "\n") for _, title, _ in SERIES], fontsize=6)
-    axis.set_ylabel(f"at iteration {runs[0][0]['iteration']}")
+        lines += axis.plot(x, [place + apart for place in places], **points)
+        found += x
+        if named:
+            axis.errorbar(x[:1], [apart], xerr=[accuracy(row)], color=style["color"])
+    fit_axis(axis, found, log=True, along="x")
+    axis.set_yticks(places, [title for _, title, _ in SERIES])
+    axis.invert_yaxis()
+    axis.set_xlabel("the only measurement")
     return figure, lines[len(others) :]

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from consensus.report.convergence import MOST_CURVES, draw_convergence, draw_run
@@ -29,18 +28,6 @@ from tests.testing.made_runs import (
 )
 
 KEYS = ("objective", "train_loss", "train_error", "test_error")
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures, in place of their files."""
-    figures = []
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda figure, *_, **__: None if figure in figures else figures.append(figure),
-    )
-    return figures
 
 
 def lines_of(axis):

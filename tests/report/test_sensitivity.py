@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from consensus.report.sensitivity import (
     draw_lam_and_eta,
@@ -18,18 +17,6 @@ from consensus.report.table1 import table1
 from tests.testing.made_runs import ACCURACY, accuracies, config, row, run
 
 LAM, ETA, SIGMA = "algorithm.lam", "potential.eta", "algorithm.sigma"
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures, in place of their files."""
-    figures = []
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda figure, *_, **__: None if figure in figures else figures.append(figure),
-    )
-    return figures
 
 
 def at(lam, eta, sigma, error, finished=True, potential="quad", **others):
