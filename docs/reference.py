@@ -210,15 +210,15 @@ def figure(name):
     with house_style(), matplotlib.rc_context({"svg.hashsalt": name, "axes.grid": False}):
         picture, ((*axes,),) = new_figure(1, 2)
         for axis, function, label in (
-            (axes[0], lambda p: p.value(rho), "potential  p(x)"),
-            (axes[1], lambda p: p.grad(rho)[:, 0], "force  dp/dx"),
+            (axes[0], lambda p: p.value(rho), "potential $p(x)$"),
+            (axes[1], lambda p: p.grad(rho)[:, 0], "force $dp/dx$"),
         ):
             if name != "quad":
                 axis.plot(rho, function(quad), color="0.5", linestyle="--", label="quad")
             axis.plot(rho, function(phi), color=STYLES[name]["color"], label=name)
             if end < 2.0:
                 axis.axvline(end, ls=":", color="0.2", label="end of the domain")
-            axis.set(xlabel="x = w / eta, one coordinate", ylabel=label, xlim=(0, 2))
+            axis.set(xlabel=r"$x = w / \eta$, one coordinate", ylabel=label, xlim=(0, 2))
             axis.set_ylim(0, 8)
         axes[0].legend()
         file = io.StringIO()

@@ -1,6 +1,7 @@
 """The best configuration as an experiment: its command composes to the config of the run."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hydra import compose
@@ -12,6 +13,7 @@ from consensus.report.runs import read_run
 from consensus.report.table1 import table1
 from consensus.run.compose import composing, to_config
 from consensus.run.overrides import take_as_text
+from tests.testing import ROOT
 from tests.testing.made_runs import FIRST, SECOND, config, row, run
 
 PLACES = ["output.run_dir=runs/a", "resume=auto", "data.root=/a, b=c"]
@@ -60,6 +62,11 @@ def test_the_command_composes_to_the_config_of_the_best_run(tmp_path, trained):
     assert asdict(found) == expected
     changed = composed(f"--config-dir={folder}", "experiment=best", "seed=9")
     assert asdict(changed) == expected | {"seed": 9}
+
+
+def test_the_page_on_sweeps_names_the_command():
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert f"`{command('best', Path('runs/mine/report'))}`" in page
 
 
 def test_the_sentence_has_the_spread_of_the_seeds():
