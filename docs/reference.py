@@ -14,7 +14,6 @@ from typing import get_args, get_type_hints
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 
 import consensus
 from consensus.core import potentials
@@ -22,6 +21,7 @@ from consensus.core.potentials import POTENTIALS
 from consensus.core.schedules import SCHEDULES
 from consensus.core.sizes import Separable
 from consensus.problem import DATASETS, LOSSES, MODELS
+from consensus.report.style import STYLES, house_style, new_figure
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ScheduleConfig
 from consensus.run.yaml_files import GROUPS, entries, keys_of_runs, keys_of_sweeps, shown
@@ -149,22 +149,20 @@ def figure(name):
     end = min(2.0, phi.bound**0.5)
     rho = torch.linspace(0.0, end * (1.0 - 1e-9), 400, dtype=torch.float64).unsqueeze(1)
     quad = POTENTIALS["quad"]
-    with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 9}):
-        picture = Figure(figsize=(6.4, 2.4), layout="constrained")
-        axes = picture.subplots(1, 2)
+    with house_style(), matplotlib.rc_context({"svg.hashsalt": name, "axes.grid": False}):
+        picture, ((*axes,),) = new_figure(1, 2)
         for axis, function, label in (
-            (axes[0], lambda p: p.value(rho), "potential  p(x)"),
-            (axes[1], lambda p: p.grad(rho)[:, 0], "force  dp/dx"),
+            (axes[0], lambda p: p.value(rho), "potential $p(x)$"),
+            (axes[1], lambda p: p.grad(rho)[:, 0], "force $dp/dx$"),
         ):
             if name != "quad":
-                axis.plot(rho, function(quad), "--", color="0.5", label="quad")
-            axis.plot(rho, function(phi), color="#0072b2", label=name)
+                axis.plot(rho, function(quad), color="0.5", linestyle="--", label="quad")
+            axis.plot(rho, function(phi), color=STYLES[name]["color"], label=name)
             if end < 2.0:
-                axis.axvline(end, ls=":", color="#d55e00", label="end of the domain")
-            axis.set(xlabel="x = w / eta, one coordinate", ylabel=label, xlim=(0, 2))
+                axis.axvline(end, ls=":", color="0.2", label="end of the domain")
+            axis.set(xlabel=r"$x = w / \eta$, one coordinate", ylabel=label, xlim=(0, 2))
             axis.set_ylim(0, 8)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False, fontsize=8)
+        axes[0].legend()
         file = io.StringIO()
         picture.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -771,7 +771,7 @@ class Command:
         self.root = root
         self.number = 0
         self.runs: list[Seen] = []
-        self.draw = results_module.draw_convergence
+        self.draw = results_module.draw_run
         self.build = trainer_module.build_algorithm
         self.patch = patch
         self.address_space = resource.getrlimit(resource.RLIMIT_AS)
@@ -802,7 +802,7 @@ class Command:
         self.runs.append(Seen(plan, algorithm))
         return algorithm
 
-    def pretend(self, runs: Any, path: Path) -> None:
+    def pretend(self, rows: Any, path: Path, **others: Any) -> None:
         path.write_bytes(b"a picture")
 
     def __call__(self, line: Line) -> Ended:
@@ -839,7 +839,7 @@ class Command:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             patch.chdir(self.folder)
             patch.setattr(sys, "argv", ["consensus.train", *line.argv])
-            patch.setattr(results_module, "draw_convergence", drawing)
+            patch.setattr(results_module, "draw_run", drawing)
             # The warnings that Python shows to users; none may appear on stderr.
             warnings.simplefilter("always")
             for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
@@ -911,7 +911,8 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     pulled = pulled or (algorithm.local_pull and algorithm.period > 1)
     coupled = algorithm.name not in ("msgd", "ddp") and pulled
     every = config.stationarity.every if coupled and config.stationarity.every else math.inf
-    files |= {"stationarity.png"} if every < math.inf else set()
+    files |= {"stationarity.png", "stationarity.pdf"} if every < math.inf else set()
+    files |= {"convergence.pdf"} if line.picture else set()
     made = {path.name.partition(".out.")[0] for path in run_dir.iterdir()}
     if run_dir == folder:  # run_dir=.
         made -= {"file", "empty", "used", "data"}

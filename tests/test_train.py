@@ -124,6 +124,7 @@ FILES = {
     "summary.json",
     "model.pt",
     "convergence.png",
+    "convergence.pdf",
     "events",  # of TensorBoard, events.out.tfevents.TIME.HOST...
 }
 SMOKE = ["experiment=smoke", "potential=tan", "device=cpu"]
@@ -226,7 +227,7 @@ def test_smoke_model_has_the_measured_errors(smoke):
 def test_smoke_pictures(smoke):
     run_dir, _, _ = smoke
     picture = imread(run_dir / "convergence.png")
-    assert min(picture.shape[:2]) > 500
+    assert picture.shape[:2] == (480, 1100), "2.4 by 5.5 inches at 200 dots"
     assert picture[..., :3].std() > 0.05
     events = EventAccumulator(str(run_dir)).Reload()
     tags = set(events.Tags()["scalars"])

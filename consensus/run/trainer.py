@@ -264,4 +264,5 @@ class Trainer:
         names, writer = ("written", "wait_s", "write_s"), self.writer
         extra = {"checkpoints": {name: getattr(writer, name) for name in names}} if writer else {}
         finish_run(self.run_dir, self.rows, self.best, self.algorithm.u, self.plan, extra)
-        draw_pictures(self.run_dir, self.rows, self.screen.say)
+        every = self.config.output.checkpoint_every
+        draw_pictures(self.run_dir, self.rows, self.screen.say, every)
