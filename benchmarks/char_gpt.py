@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from benchmarks import harness
 from benchmarks.harness import table
+from consensus.report.style import STYLES, house_style, panel_grid, series_style
 from examples import char_gpt
 
 METHODS = {"DDP": ["--ddp"], "consensus": []}
@@ -31,20 +32,20 @@ def rows(curves: dict[str, list[list[float]]]) -> list[tuple[object, ...]]:
     return found
 
 
+@house_style()
 def draw(curves: dict[str, list[list[float]]], every: int, path: str) -> None:
     """Loss over steps: the mean over seeds, and the range."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for color, (name, runs) in zip(("C7", "C0"), curves.items(), strict=True):
+    figure, (axes,) = panel_grid(1, height=3.0)
+    for i, (name, runs) in enumerate(curves.items()):
+        style = STYLES.get(name) or series_style(i)
         points = list(zip(*runs, strict=True))
         steps = [every * (i + 1) for i in range(len(points))]
-        axes.plot(steps, list(map(statistics.mean, points)), color=color, marker="o", label=name)
-        axes.fill_between(steps, list(map(min, points)), list(map(max, points)), color=color)
-    axes.set(xlabel="steps", ylabel="loss on held-out text")
+        axes.plot(steps, list(map(statistics.mean, points)), label=name, **style)
+        low, high = list(map(min, points)), list(map(max, points))
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set(xlabel="steps", ylabel="loss on held-out text (nats per character)")
     axes.legend()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

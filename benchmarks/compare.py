@@ -23,6 +23,7 @@ from benchmarks import harness
 from benchmarks.harness import BATCH, CPU, Problem, slowest_s, table
 from benchmarks.methods import Local, Method, methods
 from consensus.comm import Group, Launch, open_group
+from consensus.report.style import BLUE, SKY, house_style, new_figure
 
 WORKLOADS: dict[str, tuple[str, dict[str, object]]] = {
     "lenet5": ("lenet5", {}),
@@ -165,17 +166,14 @@ def compare(workload: str, group: Group, rounds: int, seconds: float) -> list[Ro
     return rows
 
 
+@house_style()
 def draw(rows: list[Row], path: str) -> None:
     """Draw the ratio to the local step as bars, one panel per workload."""
-    from matplotlib.figure import Figure
-
     workloads = list(dict.fromkeys(row.workload for row in rows))
-    figure = Figure(figsize=(5 * len(workloads), 4.5), layout="constrained")
-    for axes, workload in zip(
-        figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True
-    ):
+    figure, panels = new_figure(len(workloads), 1, height=2.6 * len(workloads))
+    for axes, workload in zip(panels[:, 0], workloads, strict=True):
         own = [row for row in rows if row.workload == workload][::-1]
-        colors = ["C0" if row.method.startswith("consensus") else "C7" for row in own]
+        colors = [BLUE if row.method.startswith("consensus") else SKY for row in own]
         bars = axes.barh(
             [row.method for row in own], [row.ratio_to_local for row in own], color=colors
         )
@@ -184,7 +182,7 @@ def draw(rows: list[Row], path: str) -> None:
         axes.set_title(f"{workload}, n = {own[0].parameters:,}, {own[0].processes} processes")
         axes.set_xlabel("step time / step time of independent workers")
         axes.margins(x=0.12)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

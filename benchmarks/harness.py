@@ -290,5 +290,5 @@ def plot_medians(
     ms = [1e3 * statistics.median(own) for own in samples]
     below = [m - 1e3 * min(own) for m, own in zip(ms, samples, strict=True)]
     above = [1e3 * max(own) - m for m, own in zip(ms, samples, strict=True)]
-    axes.errorbar(xs, ms, (below, above), fmt="o", **style)
-    axes.set_ylabel("ms for one iteration, median and range")
+    axes.errorbar(xs, ms, (below, above), **{"marker": "o", "linestyle": "none", **style})
+    axes.set_ylabel("time of one iteration (ms)")

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import BATCH
+from consensus.report.style import BLACK, house_style, new_figure, series_style
 from consensus.run.health import HealthCheck
 
 SEGMENTS = 2  # that count, of each latency in each run
@@ -175,25 +176,25 @@ def content(found: Found) -> dict[str, Any]:
     return asdict(found) | about
 
 
+@house_style()
 def draw(found: Found, path: str) -> None:
     """Draw measured times and expected curves over the period, and the test error over it."""
-    from matplotlib.figure import Figure
-
     plan = found.plan
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    times, errors = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure, panels = new_figure(2, 1, height=4.8, height_ratios=(3, 2))
+    times, errors = panels[:, 0]
     for i, latency in enumerate(plan.latencies):
         own = [row for row in found.rows if row.latency == latency]
-        style = {"color": f"C{i}", "label": f"{latency:g} ms"}
+        color, marker = (series_style(i)[key] for key in ("color", "marker"))
+        style = {"color": color, "marker": marker, "label": f"{latency:g} ms"}
         harness.plot_medians(times, plan.periods, [row.samples for row in own], **style)
         expected = [1e3 * row.expected for row in own]
-        times.plot(plan.periods, expected, "--", color=f"C{i}", linewidth=1)
+        times.plot(plan.periods, expected, "--", color=color, linewidth=1)
     loss = f", {100 * plan.loss:g} % lost" if plan.loss else ""
     times.set_title(f"LeNet-5, {plan.potential}, {plan.hosts} hosts{loss}: dashed as expected")
-    times.legend(title="latency, one way", fontsize="small")
-    errors.plot(plan.periods, [run.test_error for run in found.runs], "o-", color="C7")
+    times.legend(title="latency, one way")
+    errors.plot(plan.periods, [run.test_error for run in found.runs], "o-", color=BLACK)
     errors.set_title(f"The same number of iterations, {plan.iterations}")
-    errors.set_ylabel("test error, %")
+    errors.set_ylabel("test error (%)")
     for axes in (times, errors):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -201,4 +202,4 @@ def draw(found: Found, path: str) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if axes is errors else "")
         axes.set_xlabel("period H, iterations to a communication")
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)

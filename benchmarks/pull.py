@@ -24,6 +24,7 @@ from benchmarks import harness
 from benchmarks.harness import BATCH, CPU, table
 from consensus import Coupling
 from consensus.comm import Group, Launch, open_group
+from consensus.report.style import COLOURS, STYLES, house_style, new_figure
 
 STEPS = 321  # call 321 finishes the sum that call 320 begins, for every period that divides 320
 CLASSES, WIDTH = 10, 32
@@ -131,12 +132,10 @@ def measure(settings: Iterable[Setting], seeds: Sequence[int], group: Group) -> 
     return results
 
 
+@house_style()
 def draw(results: Sequence[Result], path: str) -> None:
     """Loss over pull: a column of panels for each optimizer, with its learning rates as rows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.6, 3.8), layout="constrained")
-    panels = figure.subplots(2, len(OPTIMIZERS), sharex=True, sharey=True, squeeze=False)
+    figure, panels = new_figure(2, len(OPTIMIZERS), sharex=True, sharey=True)
     for result in results:
         setting = result.setting
         rates = OPTIMIZERS[setting.optimizer][1]
@@ -147,17 +146,18 @@ def draw(results: Sequence[Result], path: str) -> None:
             means,
             deviations,
             label=f"{setting.potential}, period {setting.period}",
-            color=f"C{PERIODS.index(setting.period)}",
-            linestyle="-" if setting.potential == "quad" else "--",
+            color=COLOURS[PERIODS.index(setting.period)],
+            marker=STYLES[setting.potential]["marker"],
+            linestyle=STYLES[setting.potential]["linestyle"],
         )
         axes.set(title=f"{setting.optimizer}, lr {setting.lr}", xscale="log")
         axes.set_xticks(PULLS, list(map(str, PULLS)))
         axes.minorticks_off()
     panels[0][0].set_ylim(bottom=0.0)
-    panels[0][0].legend(fontsize=5.5)
+    panels[0][0].legend(fontsize=5.0)
     figure.supxlabel("pull")
     figure.supylabel("loss of u, mean and deviation")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

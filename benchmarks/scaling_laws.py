@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import environment, num_cores, plot_medians, table
+from consensus.report.style import STYLES, house_style, new_figure
 
 PANELS = ("n", "workers", "processes", "period")
 LETTERS = {"n": "n", "workers": "M", "processes": "P", "period": "H"}
@@ -234,17 +235,14 @@ def content(rows: Sequence[Row], laws: Sequence[Law], left_out: Sequence[str]) -
     }
 
 
+@house_style()
 def draw(rows: Sequence[Row], laws: Sequence[Law], path: str) -> None:
     """Draw a figure of the measured panels: points are medians, curves are laws."""
-    from matplotlib.figure import Figure
-
     panels = [panel for panel in PANELS if any(row.panel == panel for row in rows)]
-    columns = min(2, len(panels))
-    figure = Figure(figsize=(6.5 * columns, 4.5 * -(-len(panels) // columns)), layout="constrained")
-    for i, panel in enumerate(panels):
-        axes = figure.add_subplot(-(-len(panels) // columns), columns, i + 1)
+    figure, found = new_figure(len(panels), 1, height=2.6 * len(panels))
+    for axes, panel in zip(found[:, 0], panels, strict=True):
         draw_panel(axes, panel, rows, laws)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) -> None:
@@ -261,16 +259,18 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
         "processes": "P, processes",
         "period": "H, iterations to a communication",
     }
-    colors = {"copy": "C7", "alone": "C7", "quad": "C0", "tan": "C1", "tan_sep": "C2"}
+    grey = {"color": "0.4", "marker": "X"}
     for (where, series), own in by_series(rows).items():
         if where != panel:
             continue
-        color = colors[series]
+        look = STYLES.get(series, grey)  # copies, and workers alone
+        color = look["color"]
         own = sorted(own, key=lambda row: row.x)
         xs = [row.x for row in own]
         its_laws = [law for law in laws if (law.panel, law.series) == (panel, series)]
         label = f"{series}: {', '.join(map(str, its_laws))}" if its_laws else series
-        plot_medians(axes, xs, [row.samples for row in own], color=color, markersize=4, label=label)
+        samples = [row.samples for row in own]
+        plot_medians(axes, xs, samples, color=color, marker=look["marker"], label=label)
         for law in its_laws:
             measured_only = isinstance(law, Passes)
             grid = [xs[0] * (xs[-1] / xs[0]) ** (i / 200) for i in range(201)]
@@ -288,4 +288,4 @@ def draw_panel(axes: Any, panel: str, rows: Sequence[Row], laws: Sequence[Law]) 
         axes.set_xticks(ticks, [str(x) for x in ticks])
     axes.set_title(titles[panel])
     axes.set_xlabel(labels[panel])
-    axes.legend(fontsize="small", loc="lower left" if panel == "period" else "best")
+    axes.legend(loc="lower left" if panel == "period" else "best")

@@ -1,4 +1,31 @@
-"""Consensus training: M workers, one model, and a Legendre potential that couples them."""
+"""Consensus training: M workers, one model, and a Legendre potential that couples them.
+
+Train as on the command line, from Python:
+
+    import consensus
+
+    result = consensus.train("experiment=digits", "workers=4", "algorithm.lam=0.05")
+    result.best, result.rows, result.model
+
+    train       overrides KEY=VALUE, or a Config -> Result
+    load        the directory of a finished run -> Result
+    compose     overrides -> Config, to look at, change and pass to `train`
+
+Couple the models of a training loop of your own, one call per iteration:
+
+    coupling = consensus.Coupling(model, optimizer, potential="tan")
+
+Tables of names -> entries, as the configuration uses them. `TABLE[name]` is an entry with its
+default options, `TABLE.make(name, option=value)` one with others:
+
+    POTENTIALS  phi: quad, tan, log_sep, ...
+    MODELS, DATASETS, LOSSES, PARTITIONS, SCHEDULES, SINKS
+
+`@MODELS.register("mine")` above a function adds an entry. With `plugins=[my_module]` the trainer
+imports the module that has it. A mistake in the configuration is a ConfigError of one line.
+
+Commands: consensus-train, consensus-sweep, consensus-report, consensus-doctor. Guides: docs/.
+"""
 
 import sys
 from types import ModuleType
@@ -103,7 +130,9 @@ if not TYPE_CHECKING:
         from importlib import import_module
 
         if name == "__version__":
-            value = _version()
+            from consensus.startup import version
+
+            value = version()
         elif name in _HOMES:
             value = getattr(import_module(_HOMES[name]), name)
         else:
@@ -127,12 +156,3 @@ if not TYPE_CHECKING:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("consensus-training")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "0+unknown"

@@ -263,12 +263,17 @@ def evaluation_lines(row: Row) -> list[str]:
         found = row["stationarity"]
         lines.append(
             f"    stationarity  |sum grad e f_j (u)| {number(found, 'envelope_gradient'):.3g} "
-            f"± {number(found, 'accuracy'):.1g}{unconverged(found)}  "
+            f"± {one_digit(number(found, 'accuracy'))}{unconverged(found)}  "
             f"(5a) {number(found, 'consensus_residual'):.3g}  "
             f"(5b) {largest(found['worker_residual']):.3g}  "
             f"(9) {largest(found['translation_gap']):.3g}  in {number(found, 'seconds'):.1f} s"
         )
     return lines
+
+
+def one_digit(value: float) -> str:
+    """An uncertainty to one significant digit: 0.03, 20."""
+    return f"{float(f'{value:.1g}'):g}"
 
 
 def unconverged(found: Measurement) -> str:

@@ -21,13 +21,31 @@ def heeded() -> list[signal.Signals]:
     return [number for number in STOP if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def version() -> str:
+    """The version of the package."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("consensus-training")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"
+
+
+def is_program(module: str, command: str) -> bool:
+    """Whether the module with this `__name__` is the program, and not imported by another one.
+
+    That is `python -m consensus.train`, or the script consensus-train.
+    """
+    return module == "__main__" or Path(sys.argv[0]).name == command.replace(".", "-")
+
+
 def answer_signals(module: str, command: str) -> None:
     """Answer stop signals with one line and an exit code, until others handle them.
 
     Call it before the imports, with the `__name__` of the module. It has no effect unless the
-    module is the program: `python -m consensus.train`, or the script consensus-train.
+    module is the program.
     """
-    if module != "__main__" and Path(sys.argv[0]).name != command.replace(".", "-"):
+    if not is_program(module, command):
         return
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -40,6 +58,17 @@ def answer_signals(module: str, command: str) -> None:
 
     for number in heeded():
         signal.signal(number, stop)
+
+
+def announce(module: str, command: str) -> None:
+    """Print one line to a terminal, which stays blank during the imports and the composition.
+
+    It has no effect unless the module is the program, and on ranks above 0.
+    """
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if terminal and is_program(module, command) and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            print(f"{command}: loading torch and the config ...", file=sys.stderr, flush=True)
 
 
 def interrupt_on_signals() -> None:

@@ -1,7 +1,4 @@
-"""Entry of a training run, under torchrun or plain python.
-
-torchrun --standalone --nproc-per-node=4 -m consensus.train KEY=VALUE ...
-python -m consensus.train workers=4 KEY=VALUE ...
+"""Entry of a training run, under torchrun or plain python; --help describes the command.
 
 Exit codes: 0 the run is complete; 1 it failed at run time; 2 the config was refused, before any
 process group opened; 75 it stopped on request (SIGTERM, SIGINT, SIGUSR1, SIGHUP) and left a
@@ -11,9 +8,14 @@ checkpoint; 128 + the signal, it stopped without a checkpoint (130: a second Ctr
 import os
 import sys
 
-from consensus.startup import answer_signals, protect_streams
+from consensus.startup import announce, answer_signals, protect_streams
 
 answer_signals(__name__, "consensus.train")  # the imports below take seconds
+
+from consensus.help import answer_questions
+
+answer_questions(__name__, "consensus.train")
+announce(__name__, "consensus.train")
 
 import time
 import traceback
@@ -35,7 +37,6 @@ from consensus.run.api import run
 from consensus.run.checks import ConfigError
 from consensus.run.compose import (
     REFUSALS,
-    config_dir,
     explain,
     is_refusal,
     refuse_unknown_switches,
@@ -47,6 +48,7 @@ from consensus.run.limits import MachineError
 from consensus.run.overrides import take_as_text
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
+from consensus.run.yaml_files import config_dir
 
 PATIENCE_S = 5.0  # torchrun checks every 0.1 s whether a rank has failed
 
@@ -67,6 +69,7 @@ def main() -> None:
     # Hydra would print an error of composition in several lines and exit with 1. Failures of the
     # task itself are reported inside it, before Hydra adds a line of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    answer_questions("__main__", "consensus.train")
     protect_streams("consensus.train")
     follow_launcher()
     with failures_in_one_line():

@@ -14,9 +14,6 @@ from typing import get_args, get_type_hints
 
 import matplotlib
 import torch
-from hydra import compose, initialize_config_dir
-from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 import consensus
 from consensus.core import potentials
@@ -24,14 +21,13 @@ from consensus.core.potentials import POTENTIALS
 from consensus.core.schedules import SCHEDULES
 from consensus.core.sizes import Separable
 from consensus.problem import DATASETS, LOSSES, MODELS
-from consensus.run.compose import config_dir, register_schema
+from consensus.report.style import STYLES, house_style, new_figure
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ScheduleConfig
-from consensus.sweep.grid import SweepConfig, register_sweep_schema
+from consensus.run.yaml_files import GROUPS, entries, keys_of_runs, keys_of_sweeps, shown
+from consensus.sweep.grid import SweepConfig
 
 PACKAGE = Path(consensus.__file__).parent
-CONFIGS = Path(config_dir())
-GROUPS = ("potential", "algorithm", "data", "model", "loss", "group", "output")
 TABLES = {"potential": POTENTIALS, "data": DATASETS, "model": MODELS, "loss": LOSSES}
 TYPES = {
     "bool": "true or false",
@@ -41,28 +37,10 @@ TYPES = {
     "dict[str, Any]": "the options of the entry",
     "int": "a whole number",
 }
-OF_ENTRIES = {"name": "the entry; {}=NAME chooses it with its options", "options": "see above"}
 SHOWN = {"scaled_quad": {"weight": 2.0}, "cubic": {}, "power": {"p": 1.5}}  # options of the plots
 
 
 # ---- configuration
-
-
-def comments(path):
-    """The comments of a YAML file by key, and its introduction, the comments at its top."""
-    found, above, stack = {}, [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = re.match(r"( *)([\w]+):(.*)", line)
-        if line.startswith("#") and not found:
-            above.append(line.removeprefix("#").strip())
-        if entry is None:
-            continue
-        depth, key, rest = len(entry[1]), entry[2], entry[3]
-        stack = [*(pair for pair in stack if pair[0] < depth), (depth, key)]
-        comment = re.search(r"(?:^|\s)#\s+(.*)", rest)
-        found[".".join(name for _, name in stack)] = comment[1] if comment else ""
-    introduction = " ".join(text for text in above if not text.startswith("@package"))
-    return found, introduction
 
 
 def leaves(section, prefix=""):
@@ -90,16 +68,6 @@ def allowed(entry, kind):
     return names if isinstance(names, str) else ", ".join(sorted(names))
 
 
-def shown(value):
-    """A value as on the command line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(shown, value)) + "]"
-    words = {"None": "null", "True": "true", "False": "false"}
-    return words.get(str(value), str(value))
-
-
 def cell(text):
     """Text in a cell of a table."""
     return re.sub(r"([|*<])", r"\\\1", str(text))
@@ -113,78 +81,52 @@ def table(rows):
     return "\n".join(lines) + "\n"
 
 
-def keys_of_runs():
+def rows_of_runs():
     """(key, default, allowed, meaning) of every key of configs/train.yaml."""
-    register_schema()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train")
-    said = comments(CONFIGS / "train.yaml")[0]
-    for name in GROUPS:
-        chosen = "default" if name == "output" else default_of(name)
-        own = comments(CONFIGS / name / f"{chosen}.yaml")[0]
-        said |= {f"{name}.{key}": text for key, text in own.items()}
+    known = keys_of_runs()
     for key, entry, kind in leaves(Config):
-        value = OmegaConf.select(config, key)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if kind is ScheduleConfig:
-            said[key] = said["algorithm.schedule"]
-        group, _, last = key.partition(".")
-        yield (
-            key,
-            shown(value),
-            allowed(entry, kind),
-            said.get(key) or OF_ENTRIES.get(last, "").format(group),
-        )
+        yield key, known[key].default, allowed(entry, kind), known[key].meaning
 
 
-def default_of(group):
-    """The entry of a group that configs/train.yaml chooses."""
-    text = (CONFIGS / "train.yaml").read_text(encoding="utf-8")
-    return re.search(rf"^  - {group}: (\w+)", text, re.MULTILINE)[1]
-
-
-def keys_of_sweeps():
+def rows_of_sweeps():
     """The same of configs/sweep.yaml."""
-    said = comments(CONFIGS / "sweep.yaml")[0]
-    values = OmegaConf.load(CONFIGS / "sweep.yaml")
-    register_sweep_schema()
     choices = {
         "sweep.engine": "separate, population",
         "sweep.gradients": "auto, measure, or a method by which a population computes gradients",
     }
+    known = keys_of_sweeps()
     for key, entry, kind in leaves(SweepConfig):
         if key.startswith("sweep."):
             values_of = choices.get(key, allowed(entry, kind))
-            yield key, shown(OmegaConf.select(values, key)), values_of, said[key]
+            yield key, known[key].default, values_of, known[key].meaning
 
 
-def entries(group):
+def listed(group):
     """A list of the files of a group, with their introductions and options."""
     lines = []
-    for path in sorted((CONFIGS / group).glob("*.yaml")):
-        line = f"- `{group}={path.stem}`"
-        introduction = comments(path)[1]
+    for entry, introduction in entries(group).items():
+        line = f"- `{group}={entry}`"
         if introduction:
             line += f": {cell(introduction.rstrip('.'))}."
         names = TABLES.get(group)
-        if names is not None and path.stem in names:
-            own = {k: v for k, v in names.options(path.stem).items() if k not in ("root",)}
+        if names is not None and entry in names:
+            own = {k: v for k, v in names.options(entry).items() if k not in ("root",)}
             own.pop("num_classes", None)
             if own:
-                listed = ", ".join(f"`{k}={shown(v)}`" for k, v in own.items())
-                line += f" Options: {listed}."
+                options = ", ".join(f"`{k}={shown(v)}`" for k, v in own.items())
+                line += f" Options: {options}."
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
 def configuration():
     """The page: all keys by section, the entries of the groups, experiments and grids."""
-    rows = list(keys_of_runs())
+    rows = list(rows_of_runs())
     sections = ["## The run\n", table(row for row in rows if "." not in row[0])]
     for name in [*GROUPS, "stationarity"]:
         sections.append(f"## {name}\n")
         if name in GROUPS and name != "output":
-            sections.append(entries(name))
+            sections.append(listed(name))
         sections.append(table(row for row in rows if row[0].startswith(f"{name}.")))
     schedules = ", ".join(
         f"`{name}` ({', '.join(f'{k}={v}' for k, v in SCHEDULES.options(name).items()) or 'none'})"
@@ -193,8 +135,8 @@ def configuration():
     sections += [
         f"Schedules and their options, under `algorithm.schedule.*.options`: {schedules}.\n"
     ]
-    sections += ["## Experiments\n", entries("experiment"), "## Sweeps\n", entries("grid")]
-    sections.append(table(keys_of_sweeps()))
+    sections += ["## Experiments\n", listed("experiment"), "## Sweeps\n", listed("grid")]
+    sections.append(table(rows_of_sweeps()))
     return "\n".join(sections)
 
 
@@ -207,22 +149,20 @@ def figure(name):
     end = min(2.0, phi.bound**0.5)
     rho = torch.linspace(0.0, end * (1.0 - 1e-9), 400, dtype=torch.float64).unsqueeze(1)
     quad = POTENTIALS["quad"]
-    with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 9}):
-        picture = Figure(figsize=(6.4, 2.4), layout="constrained")
-        axes = picture.subplots(1, 2)
+    with house_style(), matplotlib.rc_context({"svg.hashsalt": name, "axes.grid": False}):
+        picture, ((*axes,),) = new_figure(1, 2)
         for axis, function, label in (
-            (axes[0], lambda p: p.value(rho), "potential  p(x)"),
-            (axes[1], lambda p: p.grad(rho)[:, 0], "force  dp/dx"),
+            (axes[0], lambda p: p.value(rho), "potential $p(x)$"),
+            (axes[1], lambda p: p.grad(rho)[:, 0], "force $dp/dx$"),
         ):
             if name != "quad":
-                axis.plot(rho, function(quad), "--", color="0.5", label="quad")
-            axis.plot(rho, function(phi), color="#0072b2", label=name)
+                axis.plot(rho, function(quad), color="0.5", linestyle="--", label="quad")
+            axis.plot(rho, function(phi), color=STYLES[name]["color"], label=name)
             if end < 2.0:
-                axis.axvline(end, ls=":", color="#d55e00", label="end of the domain")
-            axis.set(xlabel="x = w / eta, one coordinate", ylabel=label, xlim=(0, 2))
+                axis.axvline(end, ls=":", color="0.2", label="end of the domain")
+            axis.set(xlabel=r"$x = w / \eta$, one coordinate", ylabel=label, xlim=(0, 2))
             axis.set_ylim(0, 8)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False, fontsize=8)
+        axes[0].legend()
         file = io.StringIO()
         picture.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -24,6 +24,7 @@ from sklearn.datasets import load_breast_cancer
 from torch.nn.functional import softplus
 
 from consensus.core.potentials import POTENTIALS
+from consensus.report.style import STYLES
 from consensus.theory.composite import Function, LinearMap, Model
 from consensus.theory.splitting import alternating_minimization
 
@@ -72,7 +73,7 @@ def main(arguments=None):
     rows = []
     figure, axis = plt.subplots(figsize=(6, 4))
     print(f"{'':8} {'lam':>5} {'gap':>9} {'|u - u*|':>9} {'max |u-z_j|':>11}  iterations")
-    for name in ("quad", "cubic", "tan", "tan_sep", "log", "log_sep"):
+    for i, name in enumerate(("quad", "cubic", "tan", "tan_sep", "log", "log_sep")):
         lams, gaps = (100.0, 10.0, 1.0), []
         for lam in lams:
             model = Model(Function.zero(), f, POTENTIALS[name], lam, LinearMap.copies(len(x)))
@@ -87,8 +88,10 @@ def main(arguments=None):
                 f"{result.iterations} {status}"
             )
             gaps.append(gap)
-        axis.loglog(lams, gaps, "o-", label=name)
-    axis.set(xlabel="lam", ylabel="pooled loss of u above its minimum")
+        # Rings of decreasing size: five of the curves coincide at large lam.
+        ring = {"marker": "o", "markersize": 16 - 2.5 * i, "fillstyle": "none"}
+        axis.loglog(lams, gaps, label=name, **STYLES[name] | ring)
+    axis.set(xlabel="lam", ylabel="pooled loss of u above its minimum (sum)")
     axis.legend(fontsize=8)
     options.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output / "consensus_logistic.png", dpi=100, bbox_inches="tight")

@@ -20,6 +20,7 @@ import torch
 from sklearn.linear_model import HuberRegressor
 
 from consensus.core.potentials import POTENTIALS
+from consensus.report.style import series_style
 from consensus.theory.composite import Function, LinearMap, Model
 from consensus.theory.splitting import alternating_minimization
 
@@ -86,9 +87,13 @@ def main(arguments=None):
     figure, axis = plt.subplots(figsize=(6, 4))
     axis.scatter(a[:, 1].numpy(), b.numpy(), s=8, color="gray")
     ends = torch.tensor([-2.0, 2.0])
-    for label, x, _, _ in (*rows[:2], *rows[-2:]):
-        axis.plot(ends.numpy(), (x[0] + x[1] * ends).numpy(), label=label)
-    axis.plot(ends.numpy(), (truth[0] + truth[1] * ends).numpy(), "k:", label="truth")
+    # Some lines coincide: the truth is broad and below, and the others have gaps.
+    line = (truth[0] + truth[1] * ends).numpy()
+    axis.plot(ends.numpy(), line, color="0.8", linewidth=6, label="truth", zorder=0)
+    for i, (label, x, _, _) in enumerate((*rows[:2], *rows[-2:])):
+        look = series_style(i) | {"marker": ""}
+        axis.plot(ends.numpy(), (x[0] + x[1] * ends).numpy(), label=label, **look)
+    axis.set(xlabel="a", ylabel="b")
     axis.legend(fontsize=8)
     options.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output / "robust_regression.png", dpi=100, bbox_inches="tight")

@@ -771,7 +771,7 @@ class Command:
         self.root = root
         self.number = 0
         self.runs: list[Seen] = []
-        self.draw = results_module.draw_convergence
+        self.draw = results_module.draw_run
         self.build = trainer_module.build_algorithm
         self.patch = patch
         self.address_space = resource.getrlimit(resource.RLIMIT_AS)
@@ -802,7 +802,7 @@ class Command:
         self.runs.append(Seen(plan, algorithm))
         return algorithm
 
-    def pretend(self, runs: Any, path: Path) -> None:
+    def pretend(self, rows: Any, path: Path, **others: Any) -> None:
         path.write_bytes(b"a picture")
 
     def __call__(self, line: Line) -> Ended:
@@ -839,7 +839,7 @@ class Command:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             patch.chdir(self.folder)
             patch.setattr(sys, "argv", ["consensus.train", *line.argv])
-            patch.setattr(results_module, "draw_convergence", drawing)
+            patch.setattr(results_module, "draw_run", drawing)
             # The warnings that Python shows to users; none may appear on stderr.
             warnings.simplefilter("always")
             for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
@@ -905,14 +905,15 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     output, total = config.output, config.algorithm.iterations
     files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt", "convergence.png"}
     files |= {"checkpoints"} if output.checkpoint_every is not None else set()
-    files |= {"tensorboard"} if output.tensorboard else set()
+    files |= {"events"} if output.tensorboard else set()  # events.out.tfevents.TIME.HOST...
     algorithm = config.algorithm
     pulled = algorithm.pull if algorithm.lam is None else algorithm.lam < math.inf
     pulled = pulled or (algorithm.local_pull and algorithm.period > 1)
     coupled = algorithm.name not in ("msgd", "ddp") and pulled
     every = config.stationarity.every if coupled and config.stationarity.every else math.inf
-    files |= {"stationarity.png"} if every < math.inf else set()
-    made = {path.name for path in run_dir.iterdir()}
+    files |= {"stationarity.png", "stationarity.pdf"} if every < math.inf else set()
+    files |= {"convergence.pdf"} if line.picture else set()
+    made = {path.name.partition(".out.")[0] for path in run_dir.iterdir()}
     if run_dir == folder:  # run_dir=.
         made -= {"file", "empty", "used", "data"}
     resumed_run = str(run_dir.relative_to(folder)) in ended.before and config.resume == "auto"

@@ -16,10 +16,11 @@ ALGORITHM = {"comm", "server", "worker", "algorithm", "replay"}
 # own; each may import within itself. A new module at the top needs a line here.
 MAY_IMPORT = {
     "consensus": {"comm", "core", "coupling", "problem", "records"}
-    | {"run.api", "run.checks", "run.config", "run.signals", "run.sinks"},
+    | {"run.api", "run.checks", "run.config", "run.signals", "run.sinks", "startup"},
     "consensus.registry": set(),
     "consensus.private_api": set(),
     "consensus.startup": set(),
+    "consensus.help": {"run.yaml_files", "startup"},
     "consensus.atomic_files": set(),
     "consensus.records": set(),
     "consensus.tree_sum": set(),
@@ -33,22 +34,24 @@ MAY_IMPORT = {
     "consensus.coupling": {"comm", "core", "server"},
     "consensus.replay": {"algorithm", "problem"},
     "consensus.population": {"algorithm", "core", "replay", "worker"},
-    "consensus.report": {"records", "atomic_files", "startup"},
+    "consensus.report": {"records", "atomic_files", "help", "startup"},
     "consensus.run": MATHEMATICS | FILES | ALGORITHM | {"problem", "private_api", "startup"},
     "consensus.run.config_algorithm": {"algorithm", "worker", "core", "run.checks"},
     "consensus.run.config": {"core", "problem", "run.checks", "run.config_algorithm"},
     "consensus.run.checks": {"registry"},
     "consensus.run.overrides": set(),
+    "consensus.run.yaml_files": set(),
     "consensus.run.plugins": {"core", "problem", "registry", "run.checks"},
     "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "run.plugins"}
-    | {"private_api"},
-    "consensus.train": {"comm", "core.scalar_equation", "problem", "run", "private_api", "startup"},
+    | {"run.yaml_files", "private_api"},
+    "consensus.train": {"comm", "core.scalar_equation", "problem", "run", "private_api"}
+    | {"help", "startup"},
     "consensus.sweep": MATHEMATICS
     | FILES
     | ALGORITHM
-    | {"problem", "population", "run", "private_api", "startup"},
+    | {"problem", "population", "run", "private_api", "help", "startup"},
     "consensus.doctor": {"comm", "run", "core", "problem", "server", "algorithm", "theory"}
-    | {"startup"},
+    | {"help", "startup"},
 }
 
 # Processes communicate in comm/ alone. Checkpoints use torch's file format. The doctor checks the

@@ -161,6 +161,13 @@ def test_every_page_is_in_the_contents():
     assert sorted(named) == sorted(PAGES.keys() - {"index"})
 
 
+def test_the_files_that_the_architecture_names_are_there():
+    named = set(re.findall(r"`([\w./]+(?:/|\.py))`", PAGES["architecture"]))
+    assert len(named) >= 30
+    roots = (ROOT, ROOT / "consensus")
+    assert [name for name in sorted(named) if not any((at / name).exists() for at in roots)] == []
+
+
 def test_the_api_page_has_every_public_name():
     absent = {name for name in consensus.__all__ if f"consensus.{name}" not in PAGES["api"]}
     assert absent == set()

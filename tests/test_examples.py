@@ -3,13 +3,17 @@
 Examples of several processes run on real ranks, end with the same u on all, and a loss that fell.
 """
 
+import base64
 import importlib.util
 import math
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from scipy.optimize import minimize
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from consensus.comm import Launch, Solo
@@ -18,9 +22,10 @@ from consensus.run.trainer import Trainer
 from consensus.server import digest
 from tests.testing import ROOT
 from tests.testing.launch import Ranks
+from tests.testing.small_runs import rows_of
 
 FOLDER = ROOT / "examples"
-DISTRIBUTED = {"char_gpt", "batchnorm_cnn", "custom_potential"}
+DISTRIBUTED = {"char_gpt", "batchnorm_cnn", "custom_potential", "label_skew", "broken_worker"}
 PLUGINS = {"own_folder", "own_images", "own_text", "own_regression", "own_sink"}
 torch.set_num_threads(1)
 
@@ -43,6 +48,7 @@ def run(name, folder, *arguments):
 def test_every_example_is_tested():
     names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2", "load_model"}
     assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED | PLUGINS
+    assert [path.stem for path in FOLDER.glob("*.ipynb")] == ["two_potentials"]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -163,6 +169,50 @@ def test_consensus_logistic(tmp_path, capsys):
         assert values[-1] <= best
 
 
+def outputs(notebook, kind):
+    """What the cells of a notebook gave of one kind, such as `image/png`."""
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [o.data[kind] for o in found if kind in o.get("data", {})]
+
+
+@pytest.mark.ranks
+def test_two_potentials(tmp_path, monkeypatch):
+    """The notebook in few iterations; its table has the last rows of the two runs."""
+    path = FOLDER / "two_potentials.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.source.endswith("\niterations = 200")]
+    cell.source = cell.source.replace("iterations = 200", "iterations = 20")
+    place = {"metadata": {"path": str(tmp_path)}}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for folder in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):  # by default in the home folder
+        monkeypatch.setenv(folder, str(tmp_path / folder))
+    NotebookClient(notebook, kernel_name="python3", resources=place).execute()
+    rows = {}
+    for run in (tmp_path / "runs").iterdir():
+        config = (run / "config.yaml").read_text()
+        rows["tan" if "name: tan" in config else "quad"] = rows_of(run)
+    shown = [
+        f"{name:4}  test error {last['test_error']:5.2f} %  |u - z| {max(last['distance']):.2f}"
+        for name, (_, last) in sorted(rows.items())
+    ]
+    (table,) = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if "text" in o]
+    assert table.splitlines() == shown
+    for row in rows["tan"]:
+        assert max(row["distance"]) < math.sqrt(math.pi / 2) < max(rows["quad"][0]["distance"])
+    (picture,) = outputs(notebook, "image/png")
+    assert base64.b64decode(picture)[:4] == b"\x89PNG"
+    assert outputs(notebook, "text/plain")[-1] == str(28 * 28 * 10 + 10), "weights of all pixels"
+
+
+def test_the_outputs_of_the_notebook_are_small_and_of_the_code_that_it_has():
+    path = FOLDER / "two_potentials.ipynb"
+    assert path.stat().st_size < 60_000
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "in one go"
+
+
 def train_with_fsdp2(group, folder):
     torch.manual_seed(group.rank)
     arguments = ["--output", folder, "--iterations", "60", "--width", "8"]
@@ -191,18 +241,24 @@ def digest_of(tensors):
     return int(digest(torch.cat([tensor.double().reshape(-1) for tensor in tensors])))
 
 
+def answers(name, size, folder, *arguments):
+    """What `main` gave on each rank, with the same u on all, and the lines of rank 0."""
+    with Ranks(size, [name, *arguments], folder, module="tests.testing.example") as run:
+        assert run.wait(90) == [0] * size, run.err(0)
+        printed = run.out(0).splitlines()
+        assert [run.out(rank) for rank in range(1, size)] == [""] * (size - 1)
+    found, states = zip(*(torch.load(folder / f"answer{r}.pt") for r in range(size)), strict=True)
+    equal = [key for key in states[0] if "running" not in key]  # statistics since the last average
+    assert len({digest_of([state[key] for key in equal]) for state in states}) == 1
+    return found, states[0], printed
+
+
 def on_ranks(name, folder, *arguments):
     """The losses of u, u, and the lines of rank 0, on two ranks."""
-    with Ranks(2, [name, *arguments], folder, module="tests.testing.example") as run:
-        assert run.wait(90) == [0, 0], run.err(0)
-        printed = run.out(0).splitlines()
-        assert run.out(1) == ""
-    (losses, first), (_, second) = (torch.load(folder / f"answer{rank}.pt") for rank in range(2))
-    equal = [key for key in first if "running" not in key]  # statistics since the last average
-    assert len({digest_of([state[key] for key in equal]) for state in (first, second)}) == 1
+    (losses, _), state, printed = answers(name, 2, folder, *arguments)
     assert losses[-1] < 0.9 * losses[0]
     assert len(printed) == len(losses)
-    return losses, first, printed
+    return losses, state, printed
 
 
 @pytest.mark.ranks
@@ -242,3 +298,37 @@ def test_custom_potential(tmp_path):
     value = phi.value(w)
     assert value.item() == pytest.approx((squared + squared**2).item())
     np.testing.assert_allclose(phi.grad(w.detach()), torch.autograd.grad(value, w)[0])
+
+
+@pytest.mark.ranks
+def test_label_skew(tmp_path):
+    """Two workers with disjoint classes; `tan` keeps the copies near, whatever they learn."""
+    found, _, printed = answers("label_skew", 2, tmp_path, "--steps", "161")
+    assert len(printed) == 1 + len(found[0]) == 5
+    module = load("label_skew")
+    digits = load_digits()
+    ours = [module.shard(worker, 2) for worker in range(2)]
+    assert [set(y.tolist()) for _, y, _, _ in ours] == [{0, 1}, {2, 3}]
+    rows = np.concatenate([digits.data[digits.target == digit] / 16 for digit in range(4)])
+    parts = torch.cat([*(x for x, _, _, _ in ours), ours[0][2]]).double().numpy()
+    np.testing.assert_array_equal(np.unique(parts, axis=0), np.unique(rows, axis=0))
+    assert len(parts) == len(rows), "no image is in two parts"
+    for worker in found:
+        apart = {(potential, pull): last for potential, pull, _, _, last in worker}
+        assert max(apart["tan", 0.1], apart["tan", 0.3]) < math.sqrt(math.pi / 2)
+        assert apart["quad", 1.0] < 0.3 < math.sqrt(math.pi / 2) < apart["quad", 0.3]
+    errors = {(potential, pull): error for potential, pull, _, error, _ in found[0]}
+    assert errors["tan", 0.3] < 0.5 * errors["quad", 1.0], "averages of distant copies are poor"
+
+
+@pytest.mark.ranks
+def test_broken_worker(tmp_path):
+    """Robust potentials keep the noise of one worker of four out of u, and `quad` does not."""
+    found, _, printed = answers("broken_worker", 4, tmp_path, "--steps", "97")
+    assert len(printed) == 1 + len(found[0]) == 4
+    for potential, good, broken, _ in found[0]:
+        assert good < 20.0
+        assert (broken > 40.0) == (potential == "quad")
+        assert (broken < good + 3.0) == (potential != "quad")
+    for (_, _, _, near), (_, _, _, far) in zip(found[0][1:], found[3][1:], strict=True):
+        assert far > 10.0 * near, "the broken worker is left behind"

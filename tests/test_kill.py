@@ -98,11 +98,11 @@ def read(run_dir: Path) -> Finished:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert {key: summary[key] for key in rows[-1]} == rows[-1]
     model = torch.load(run_dir / "model.pt", weights_only=True)
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     scalars = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag != "evaluation/samples_per_s"
+        if tag != "training/samples_per_s"
     }
     return Finished(rows, summary["best"], model, scalars)
 

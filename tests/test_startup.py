@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from consensus.startup import announce
 from tests.testing import ROOT
 
 PROGRAM = """
@@ -99,6 +100,29 @@ def test_a_signal_during_the_imports_is_one_line(slow_torch, module, number, env
     assert process.returncode == 128 + number
     line = f"{module}: {number.name}: stopped outside of the training; nothing was to be saved\n"
     assert err == (line if said else "")
+
+
+@pytest.mark.parametrize(
+    ("module", "terminal", "environment", "said"),
+    [
+        ("__main__", True, {}, True),
+        ("__main__", True, {"RANK": "0"}, True),
+        ("__main__", True, {"RANK": "1"}, False),
+        ("__main__", False, {}, False),  # a log needs no such line
+        ("consensus.train", True, {}, False),  # imported by another program
+    ],
+)
+def test_a_terminal_is_not_blank_during_the_imports(
+    monkeypatch, capsys, module, terminal, environment, said
+):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    announce(module, "consensus.train")
+    line = "consensus.train: loading torch and the config ...\n"
+    assert capsys.readouterr() == ("", line if said else "")
 
 
 def test_the_package_itself_imports_no_torch(slow_torch):

@@ -1,13 +1,6 @@
 """Preflight check of machines, network and configuration.
 
-python -m consensus.doctor KEY=VALUE ...               this machine
-torchrun ... -m consensus.doctor KEY=VALUE ...         the processes of a launch
-MODULE=consensus.doctor launch/node.sh KEY=VALUE ...   the nodes of a job, then their processes
-python -m consensus.doctor step_size=true KEY=VALUE ...   short runs, which propose algorithm.sigma
-
-It takes the overrides of the run, and leaves no files behind.
-
-Exit codes: 0 no fault; 1 a fault, or no step trains; 2 the config was refused.
+`python -m consensus.doctor --help` describes the command. It leaves no files behind.
 """
 
 import os
@@ -15,9 +8,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from consensus.startup import answer_signals, interrupt_on_signals, protect_streams
+from consensus.startup import announce, answer_signals, interrupt_on_signals, protect_streams
 
 answer_signals(__name__, "consensus.doctor")  # the imports below take seconds
+
+from consensus.help import answer_questions
+
+answer_questions(__name__, "consensus.doctor")
+announce(__name__, "consensus.doctor")
 
 from hydra import compose
 
@@ -35,10 +33,8 @@ from consensus.run.overrides import take_as_text
 def main() -> None:
     """Entry of the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    answer_questions("__main__", "consensus.doctor")
     protect_streams("consensus.doctor")
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        return
     try:
         with composing("doctor", take_as_text(sys.argv[1:])) as (overrides, _):
             job = Nodes.from_environment() or Launch.from_environment()

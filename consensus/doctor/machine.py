@@ -20,7 +20,6 @@ from consensus.doctor.finding import Finding, amount, count, fault, run_check, u
 from consensus.doctor.folder import check_disk, check_in_use
 from consensus.doctor.step_size import meaning
 from consensus.run.checks import ConfigError
-from consensus.run.compose import config_dir
 from consensus.run.config import Config
 from consensus.run.limits import control_groups, memory_limits
 from consensus.run.plan import (
@@ -30,6 +29,7 @@ from consensus.run.plan import (
     make_plan,
     set_determinism,
 )
+from consensus.run.yaml_files import config_dir
 
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn")
 MUST_AGREE = ("python", "torch", "cuda", "nccl", "consensus")

@@ -9,11 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from consensus.help import answer_questions
 from consensus.records import Row, cells, columns, diverged, headings, text_table
+from consensus.report.best import best_lines
+from consensus.report.convergence import draw_convergence, draw_run
 from consensus.report.page import write_report
-from consensus.report.plots import draw_convergence, draw_stationarity
 from consensus.report.runs import comparable_runs, find_runs, is_run, labels, read_all
-from consensus.report.stationarity import measured, stationarity_table, verdict
+from consensus.report.stationarity import draw_stationarity, measured, stationarity_table, verdict
 from consensus.report.table1 import (
     Record,
     criteria,
@@ -34,20 +36,12 @@ MOST_RUNS_ON_SCREEN = 40
 
 def main() -> None:
     """Print a table of the runs and draw them; of different configs make Table 1 and Figure 1."""
+    answer_questions("__main__", "consensus.report")
     protect_streams("consensus.report")
-    parser = argparse.ArgumentParser(
-        prog="python -m consensus.report", description="Compare runs from their metrics files."
-    )
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a folder of runs"
-    )
-    parser.add_argument("--output", type=Path, help="the figure [RUN_DIR/report.png of the first]")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="folder for Table 1, Figure 1 and report.md, if two or more runs differ in their "
-        "config [RUN_DIR/report of the first, if that is a folder of runs]",
-    )
+    parser = argparse.ArgumentParser(prog="python -m consensus.report", add_help=False)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     try:
         report(arguments.paths, arguments.output, arguments.folder)
@@ -86,7 +80,10 @@ def report(
     figure = figure or first / "report.png"
     evaluated = {label: rows for label, rows in metrics.items() if rows}
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
-    draw_convergence(evaluated, figure)
+    if len(evaluated) == 1:
+        draw_run(next(iter(evaluated.values())), figure, title=next(iter(evaluated)))
+    else:
+        draw_convergence(evaluated, figure, runs)
     if folder is not None:
         sources, reasons = [path.resolve().name for path in named], list(left_out.values())
         write_report(runs, folder, sources, reasons)
@@ -104,8 +101,12 @@ def report(
     for reason in left_out.values():
         say(f"left out: {reason}")
     if runs:
-        for table in screen_tables(table1(runs), console.width):
+        records = table1(runs)
+        for table in screen_tables(records, console.width):
             console.print(table)
+        for text, command in best_lines(records, folder).items():
+            say(text)
+            say(f"  {command}" if command else "--folder FOLDER writes it as an experiment")
         written = f"Table 1 and Figure 1 in {folder}/report.md"
         say(written if folder else "--folder FOLDER writes Table 1 and Figure 1 there")
     if analysed:

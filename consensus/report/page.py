@@ -1,20 +1,27 @@
-"""The folder of a report: Table 1, the figures, runs.csv, and report.md, which contains them."""
+"""The folder of a report: tables, figures, the best configuration, and report.md with them."""
 
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from consensus.atomic_files import write_whole
 from consensus.records import Row, columns, set_and_metric
-from consensus.report.plots import draw_stationarity, draw_table1
+from consensus.report.best import best_files, best_lines
+from consensus.report.figure1 import draw_table1
+from consensus.report.latex import booktabs
 from consensus.report.runs import Run, varying
-from consensus.report.stationarity import measured, stationarity_cells, verdict
+from consensus.report.stationarity import (
+    draw_stationarity,
+    measured,
+    stationarity_cells,
+    verdict,
+)
 from consensus.report.table1 import (
     PAPER_COLUMNS,
-    PAPER_JUDGED,
     Mean,
     Record,
     criteria,
@@ -26,6 +33,7 @@ from consensus.report.table1 import (
     of_several_methods,
     of_the_paper,
     result_columns,
+    shortest,
     show,
     show_mean,
     table1,
@@ -55,7 +63,8 @@ HELD_OUT = (
 PART_THREE = (
     "The same configurations at their last evaluation: the passes of a worker over its data, the "
     "seconds of the run with its evaluations, and the samples of all workers in a second between "
-    "the last two evaluations."
+    "the last two evaluations. Columns `in N s` have the last evaluation within the time of the "
+    "fastest run; methods are equal in samples only where their epochs are."
 )
 STATIONARITY = (
     "The last measurement of each run, for the lam of its problem. f_j is the expected minibatch "
@@ -84,7 +93,7 @@ SPEED = {"epoch": "epochs", "wall_s": "seconds", "samples_per_s": "samples/s"}
 def write_report(
     runs: Sequence[Run], folder: Path, sources: Sequence[str], left_out: Sequence[str] = ()
 ) -> None:
-    """Write table1.md, table1.csv, runs.csv, the figures and report.md of two or more runs.
+    """Write the tables, the figures, the best configuration and report.md of two or more runs.
 
     Creates the folder if it is absent, and replaces files of these names. The sources are the names
     of the folders that hold the runs, `left_out` the reasons why some are not among these.
@@ -96,11 +105,18 @@ def write_report(
     analysed = measured({run.label: run.rows for run in runs})
     if analysed:
         draw_stationarity(analysed, folder / "stationarity.png")
+    best = best_files(lines, folder)
+    if best:
+        (folder / "experiment").mkdir(exist_ok=True)
     for name, text in {
+        **best,
         "table1.md": f"# Table 1\n\n{tables}\n\n",
         "table1.csv": table1_csv(lines),
+        "table1.tex": table1_tex(lines),
         "runs.csv": runs_csv(runs),
-        "report.md": page(runs, lines, sources, tables, figures, analysed, left_out),
+        "report.md": page(
+            runs, lines, sources, [tables, *best_text(lines, folder)], figures, analysed, left_out
+        ),
     }.items():
         write_whole(folder / name, text.encode("utf-8", errors="replace"))
 
@@ -109,7 +125,7 @@ def page(
     runs: Sequence[Run],
     records: Sequence[Record],
     sources: Sequence[str],
-    tables: str,
+    tables: Sequence[str],
     figures: Mapping[str, str],
     analysed: Mapping[str, Sequence[Row]],
     left_out: Sequence[str],
@@ -137,8 +153,8 @@ def page(
             f"{len(runs)} runs from {named}: {counts}. [runs.csv](runs.csv) has a row for each.",
             *(missing if left_out else ()),
             "## Table 1",
-            tables,
-            "As numbers: [table1.csv](table1.csv).",
+            *tables,
+            "As numbers: [table1.csv](table1.csv); for LaTeX: [table1.tex](table1.tex).",
             "## Figures",
             *(images or ["None: no run finished without diverging."]),
             *stationarity,
@@ -161,6 +177,23 @@ def table1_markdown(records: Sequence[Record]) -> str:
     part_two_text += HELD_OUT if any(map(of_held_out, deciding_columns(records))) else ""
     third = [PART_THREE, markdown_table(part_three(records))] if of_several_methods(records) else []
     return "\n\n".join([LAST_EVALUATION, part_one_text, first, part_two_text, second, *third])
+
+
+def best_text(records: Sequence[Record], folder: Path) -> list[str]:
+    """A line on each best configuration, and the command that trains it."""
+    return [
+        escape(text) + (f". To train it: `{command}`" if command else "")
+        for text, command in best_lines(records, folder).items()
+    ]
+
+
+def table1_tex(records: Sequence[Record]) -> str:
+    """The parts of Table 1 as tabulars, each under a comment."""
+    parts = {"The best of each column": part_one(records), "One configuration": part_two(records)}
+    if of_several_methods(records):
+        parts["Time"] = part_three(records)
+    tables = (f"% {title}\n{booktabs(rows)}\n" for title, rows in parts.items())
+    return "\n".join([r"% needs \usepackage{booktabs}", *tables])
 
 
 def the_best(column: str, highest: bool) -> str:
@@ -212,11 +245,16 @@ def part_two(records: Sequence[Record]) -> list[list[str]]:
 
 def part_three(records: Sequence[Record]) -> list[list[str]]:
     """The epochs and the seconds that the best configuration needed."""
-    columns = {key: heading(key) for key in deciding_columns(records)} | SPEED
-    rows = [["potential or method", *columns.values()]]
+    deciding, seconds = deciding_columns(records), shortest(records)
+    columns = [(key, heading(key), math.inf) for key in deciding]
+    if not math.isnan(seconds):
+        columns += [(key, f"{heading(key)} in {seconds:.3g} s", seconds) for key in deciding]
+    columns += [(key, name, math.inf) for key, name in SPEED.items()]
+    rows = [["potential or method", *(name for _, name, _ in columns)]]
     for r in records:
-        means = (r.best.mean(key) if r.best else None for key in columns)
-        rows.append([r.label, *map(show_mean, means, columns)])
+        means = [r.best.mean(key, limit) if r.best else None for key, _, limit in columns]
+        shown = (show_mean(mean, key) for mean, (key, _, _) in zip(means, columns, strict=True))
+        rows.append([r.label, *shown])
     return rows
 
 
@@ -235,12 +273,11 @@ def table1_csv(records: Sequence[Record]) -> str:
     """Both parts side by side.
 
     `lowest_COLUMN` (or `highest_COLUMN`) and `COLUMN_at_best` are the parts, each followed by its
-    `_std`; `paper_COLUMN` is the paper's number, for losses and sets as in the paper. A missing
-    number is empty.
+    `_std`; `paper_COLUMN` is the paper's number, if one has its problem. A missing number is
+    empty.
     """
     rows, results, highest = [], result_columns(records), highest_columns(records)
-    as_the_paper = any(r.judged == PAPER_JUDGED for r in records)
-    papers = ("objective", *PAPER_COLUMNS) if as_the_paper else ()
+    papers = PAPER_COLUMNS if of_the_paper(records) else ()
     for r in records:
         row: dict[str, Any] = {
             "potential": r.name,

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Run:
     highest: frozenset[str] = (
         frozenset()
     )  # metrics whose highest number is the best, not the lowest
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """config.yaml as it is nested, but for the places of files; empty if it is not known."""
 
     @property
     def status(self) -> str:
@@ -175,7 +177,8 @@ def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
     finished = path.exists()
     # Keys that name files or select output do not distinguish configurations.
     ignored = re.compile(r"resume$|data\.root$|output\.|stationarity\.")
-    config = {key: v for key, v in read_config(run_dir).items() if not ignored.match(key)}
+    nested = _nested_config(run_dir)
+    config = {key: v for key, v in flatten(nested).items() if not ignored.match(key)}
     column, goals = "test_error" if finished else deciding_column(rows), {}
     if finished:
         try:
@@ -188,7 +191,11 @@ def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
     highest = frozenset(metric for metric, goal in goals.items() if goal == "max")
-    return Run(label, config, rows, finished, column, highest)
+    settings = {key: value for key, value in nested.items() if key != "resume"}
+    if isinstance(output := settings.get("output"), dict):
+        places = ("run_dir", "root", "name")
+        settings["output"] = {key: v for key, v in output.items() if key not in places}
+    return Run(label, config, rows, finished, column, highest, settings)
 
 
 def deciding_column(rows: Sequence[Row]) -> str:
@@ -223,6 +230,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
     The values are plain data, checked against no schema: runs of other versions stay readable.
     """
+    return flatten(_nested_config(run_dir))
+
+
+def _nested_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
@@ -231,10 +242,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"{path} is no readable configuration: {cause}") from error
-    flat = flatten(config) if isinstance(config, dict) else {}
-    if not isinstance(flat.get("potential.name"), str):
+    nested = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+    if not isinstance(flatten(nested).get("potential.name"), str):
         raise ValueError(f"{path} lacks potential.name")
-    return flat
+    return nested
 
 
 def flatten(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

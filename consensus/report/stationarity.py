@@ -1,14 +1,37 @@
-"""Measurements of stationarity: the numbers of a run, their table, and a verdict."""
+"""Measurements of stationarity: the numbers of a run, their table, a verdict, and a figure."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from consensus.records import Row, largest, number, text_table, unconverged
+from consensus.records import (
+    Row,
+    diverged,
+    largest,
+    number,
+    one_digit,
+    text_table,
+    unconverged,
+)
+from consensus.report.style import (
+    FAINT,
+    fit_axis,
+    house_style,
+    legend_below,
+    panel_grid,
+    save,
+    series_style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAME = 1e-3  # largest |u - z_j| / |u| at which z_j counts as equal to u
 AGREEING = 0.5  # least `agreement` at which the f_j count as pulling u the same way
+MOST_NAMED = 8  # runs in a figure
 NOT_ON_SCREEN = ("±", "force")  # the screen is narrow; `verdict` contains the first
 
 
@@ -52,12 +75,20 @@ def agreement(row: Row) -> float:
 accuracy = _scalar("accuracy")
 
 SERIES: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
-    ("|sum grad e f_j (u)|", "|sum over j of grad e f_j (u)|", _scalar("envelope_gradient")),
-    ("(5a)", "(5a): |sum of the forces|", _scalar("consensus_residual")),
-    ("(5b)", "(5b): |grad f_j (z_j) - force|, largest", _largest("worker_residual")),
-    ("(9)", "(9): |force - grad e f_j (u)|, largest", _largest("translation_gap")),
-    ("force", "|force of a worker|, largest", _largest("force")),
-    ("|u - z_j| / |u|", "|u - z_j| / |u|, largest", distance),
+    ("|sum grad e f_j (u)|", r"$|\Sigma_j \nabla e f_j(u)|$", _scalar("envelope_gradient")),
+    ("(5a)", r"(5a): $|\Sigma_j \nabla\phi(u - z_j)|\,/\,\lambda$", _scalar("consensus_residual")),
+    (
+        "(5b)",
+        r"(5b): $\mathrm{max}_j\, |\nabla f_j(z_j) - \nabla\phi(u - z_j)/\lambda|$",
+        _largest("worker_residual"),
+    ),
+    (
+        "(9)",
+        r"(9): $\mathrm{max}_j\, |\nabla\phi(u - z_j)/\lambda - \nabla e f_j(u)|$",
+        _largest("translation_gap"),
+    ),
+    ("force", r"$\mathrm{max}_j\, |\nabla\phi(u - z_j)|\,/\,\lambda$", _largest("force")),
+    ("|u - z_j| / |u|", r"$\mathrm{max}_j\, |u - z_j|\,/\,|u|$", distance),
 )
 """Heading of the column, title of the panel, and the number."""
 
@@ -101,10 +132,7 @@ def verdict(rows: Sequence[Row]) -> str:
     """
     last = rows[-1]
     apart = f"|u - z_j| is up to {distance(last):.1e} of |u|"
-    value = SERIES[0][2]
-    remark_first, remark_last = (unconverged(row["stationarity"]) for row in (rows[0], last))
-    fallen = f"|sum grad e f_j (u)| from {value(rows[0]):.2g}{remark_first} to {value(last):.2g}"
-    fallen += f" ± {accuracy(last):.1g}{remark_last}"
+    fallen = _change(rows)
     if math.isnan(agreement(last)) or math.isnan(distance(last)):
         return f"whether u = z_j is not known, a number is not finite; {fallen}"
     if agreement(last) < AGREEING:
@@ -113,3 +141,84 @@ def verdict(rows: Sequence[Row]) -> str:
     if distance(last) <= SAME:
         return f"u = z_j: {apart}, and all f_j pull u the same way; {fallen}"
     return f"u is not z_j yet: {apart}, but all f_j pull u the same way; {fallen}"
+
+
+def _change(rows: Sequence[Row]) -> str:
+    """The envelope gradient of the first and the last measurement, if they can be told apart."""
+    name, _, value = SERIES[0]
+    first, last = value(rows[0]), value(rows[-1])
+    remark_first, remark_last = (unconverged(rows[i]["stationarity"]) for i in (0, -1))
+    known = f"± {one_digit(accuracy(rows[-1]))}{remark_last}"
+    if len(rows) == 1:
+        return f"{name} is {last:.2g} {known}"
+    if abs(first - last) <= accuracy(rows[0]) + accuracy(rows[-1]):
+        return f"{name} has not changed by more than its accuracy: {last:.2g} {known}"
+    texts = ((f"{first:.{digits}g}", f"{last:.{digits}g}") for digits in range(2, 17))
+    before, after = next((pair for pair in texts if pair[0] != pair[1]), (f"{first:.2g}",) * 2)
+    return f"{name} from {before}{remark_first} to {after} {known}"
+
+
+@house_style()
+def draw_stationarity(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the measurements of labelled runs over iterations; each row must have one.
+
+    One measurement of each run is a point over the name of the number. Of more than `MOST_NAMED`
+    runs, those of least, median and largest envelope gradient are drawn in colour.
+    """
+    others: list[Sequence[Row]] = []
+    chosen = dict(runs)
+    if len(runs) > MOST_NAMED:
+        others = list(runs.values())
+        order = sorted(runs, key=lambda label: SERIES[0][2](runs[label][-1]))
+        chosen = {label: runs[label] for label in (order[0], order[len(order) // 2], order[-1])}
+    draw = _draw_points if all(len(rows) == 1 for rows in runs.values()) else _draw_panels
+    figure, lines = draw(list(chosen.values()), others)
+    if len(runs) > 1:
+        legend_below(figure, lines, list(chosen))
+    save(figure, path)
+
+
+def _draw_panels(
+    runs: Sequence[Sequence[Row]], others: Sequence[Sequence[Row]]
+) -> tuple["Figure", list[Any]]:
+    """A panel for each of `SERIES`, over iterations."""
+    figure, axes = panel_grid(len(SERIES), sharex=True)
+    for axis, (_, title, value) in zip(axes, SERIES, strict=True):
+        lines, heights = [], []
+        for i, rows in enumerate([*others, *runs]):
+            style = FAINT if i < len(others) else series_style(i - len(others))
+            x = [row["iteration"] for row in rows]
+            # A number of a diverged run would take the axis of all others to its magnitude.
+            y = [math.nan if diverged(row) else value(row) for row in rows]
+            lines += axis.plot(x, y, **style)
+            heights += y
+            if axis is axes[0] and i >= len(others):
+                bars = [accuracy(row) for row in rows]
+                axis.errorbar(x, y, yerr=bars, fmt="none", color=style["color"])
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("iteration" if axis in axes[-2:] else "")
+        fit_axis(axis, heights, log=True)
+    return figure, lines[len(others) :]
+
+
+def _draw_points(
+    runs: Sequence[Sequence[Row]], others: Sequence[Sequence[Row]]
+) -> tuple["Figure", list[Any]]:
+    """One panel, with a point of each run for each of `SERIES`, from the top."""
+    figure, (axis,) = panel_grid(1, height=2.4)
+    places, lines, found = range(len(SERIES)), [], []
+    for i, (row,) in enumerate([*others, *runs]):
+        named = i >= len(others)
+        style = series_style(i - len(others)) if named else FAINT
+        x = [math.nan if diverged(row) else value(row) for _, _, value in SERIES]
+        apart = 0.08 * (i - len(others)) * named  # equal numbers of several runs are all seen
+        points: Any = {"marker": "o", **style, "linestyle": "none"}
+        lines += axis.plot(x, [place + apart for place in places], **points)
+        found += x
+        if named:
+            axis.errorbar(x[:1], [apart], xerr=[accuracy(row)], color=style["color"])
+    fit_axis(axis, found, log=True, along="x")
+    axis.set_yticks(places, [title for _, title, _ in SERIES])
+    axis.invert_yaxis()
+    axis.set_xlabel("the only measurement")
+    return figure, lines[len(others) :]

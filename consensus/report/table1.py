@@ -54,9 +54,29 @@ class Mean:
     std: float | None
 
     def show(self, column: str) -> str:
-        """The text in a table, with ± for several seeds."""
-        mean = format_cell(column, self.mean)
-        return mean if self.std is None else f"{mean} ± {format_cell(column, self.std)}"
+        """The text in a table; with ± for several seeds, to two digits of their deviation."""
+        if self.std is None:
+            return format_cell(column, self.mean)
+        return rounded(self.mean, self.std) or f"{format_cell(column, self.mean)} ± {self.std:.2g}"
+
+
+def rounded(mean: float, std: float) -> str | None:
+    """A mean to the digits that two digits of its deviation have, as 169.0 ± 1.6.
+
+    None where a deviation of 0, or one far below the mean, gives no number of digits.
+    """
+    if not 0.0 < std < math.inf:
+        return None
+    largest = max(abs(mean), std)
+    if largest > 1e6 * std or not math.isfinite(largest):
+        return None
+    exponent = math.floor(math.log10(largest))
+    exponent = 0 if -4 <= exponent < 6 else exponent
+    mean, std = mean / 10.0**exponent, std / 10.0**exponent
+    last = math.floor(math.log10(float(f"{std:.1e}"))) - 1  # 0.0996 is 0.10: rounded before
+    texts = [f"{round(value, -last):.{max(-last, 0)}f}" for value in (mean, std)]
+    text = " ± ".join(texts)
+    return text if exponent == 0 else f"({text})e{exponent}"
 
 
 @dataclass(frozen=True)
@@ -84,12 +104,15 @@ class Configuration:
         run = next(iter((*self.kept.values(), *self.runs)))
         return run.column, run.is_highest(run.column)
 
-    def mean(self, column: str) -> Mean | None:
-        """Mean over the seeds of a column of the last evaluation.
+    def mean(self, column: str, within_s: float = math.inf) -> Mean | None:
+        """Mean over the seeds of a column of the last evaluation in the first `within_s` seconds.
 
         None where no seed is finished, or one has no finite number there.
         """
-        values = [number(run.rows[-1], column) for run in self.kept.values()]
+        values = []
+        for run in self.kept.values():
+            early = (row for row in reversed(run.rows) if not later(row, within_s))
+            values.append(number(next(early, {}), column))
         if not values or not all(map(math.isfinite, values)):
             return None
         std = statistics.stdev(values) if len(values) > 1 else None
@@ -138,9 +161,7 @@ def table1(runs: Sequence[Run]) -> list[Record]:
     """The records of Table 1: the paper's potentials in its order, then others, then METHODS."""
     groups: dict[_Group, list[Run]] = {}
     for run in runs:
-        baseline = METHODS.get(str(run.config.get("algorithm.name")))
-        name = baseline or str(run.config["potential.name"])
-        groups.setdefault((run.problem, run.judged, name), []).append(run)
+        groups.setdefault((run.problem, run.judged, method_or_potential(run)), []).append(run)
 
     last_places = {name: i for i, name in enumerate(METHODS.values(), start=1)}
 
@@ -162,6 +183,12 @@ def table1(runs: Sequence[Run]) -> list[Record]:
         decided = max(alike, key=lambda run: (run.status == "finished", bool(run.rows)))
         records.append(_record(label, name, full, groups[problem, judged, name], keys, decided))
     return records
+
+
+def method_or_potential(run: Run) -> str:
+    """The name of the record of a run."""
+    baseline = METHODS.get(str(run.config.get("algorithm.name")))
+    return baseline or str(run.config["potential.name"])
 
 
 def _record(
@@ -204,6 +231,11 @@ def best_mean(configurations: Iterable[Configuration], column: str) -> Mean | No
     return min(known, key=lambda c: c.rank(column)).mean(column) if known else None
 
 
+def later(row: Mapping[str, Any], seconds: float) -> bool:
+    """Whether a run made this evaluation more than `seconds` after its start."""
+    return number(row, "wall_s") > seconds
+
+
 def loss_beside(column: str) -> str:
     """The column of the loss on the set of samples of another column."""
     return f"{set_and_metric(column)[0]}_loss"
@@ -221,6 +253,13 @@ def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
         )
         for group in groups.values()
     ]
+
+
+def shortest(records: Iterable[Record]) -> float:
+    """The seconds of the fastest run among the best configurations; nan if one is unknown."""
+    kept = [run for r in records if r.best for run in r.best.kept.values()]
+    seconds = [number(run.rows[-1], "wall_s") for run in kept]
+    return math.nan if any(map(math.isnan, seconds)) else min(seconds, default=math.nan)
 
 
 def of_several_methods(records: Iterable[Record]) -> bool:
@@ -298,20 +337,3 @@ def chosen_keys(runs: Sequence[Run]) -> list[str]:
 def show(value: Any) -> str:
     """A value of a config as YAML writes it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def sensitivity(record: Record) -> dict[float, dict[float, float | None]]:
-    """For each eta, lam -> the best mean in the column that decides, None where nothing finished.
-
-    Configurations without a finite lam > 0, such as uncoupled workers, are left out.
-    """
-    at: dict[tuple[float, float], list[Configuration]] = {}
-    for c in record.configurations:
-        eta, lam = number(c.config, "potential.eta"), number(c.config, "algorithm.lam")
-        if math.isfinite(eta) and 0.0 < lam < math.inf:
-            at.setdefault((eta, lam), []).append(c)
-    found: dict[float, dict[float, float | None]] = {}
-    for eta, lam in sorted(at):
-        mean = best_mean(at[eta, lam], record.column)
-        found.setdefault(eta, {})[lam] = mean.mean if mean else None
-    return found

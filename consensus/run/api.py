@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,15 +57,19 @@ class Result:
     """
 
     run_dir: Path
-    rows: list[Row] = field(repr=False)
-    summary: dict[str, Any] = field(repr=False)
-    model: nn.Module = field(repr=False)
+    rows: list[Row]
+    summary: dict[str, Any]
+    model: nn.Module
 
     @property
     def best(self) -> dict[str, float]:
         """The `iteration` of the best evaluation, and the number that decided."""
         found: dict[str, float] = self.summary["best"]
         return found
+
+    def __repr__(self) -> str:
+        last, best = self.rows[-1]["iteration"], self.summary.get("best")
+        return f"Result('{self.run_dir}', iteration={last}, best={best})"
 
 
 def train(*overrides: str | Config, quiet: bool = False) -> Result:

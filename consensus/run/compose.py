@@ -8,7 +8,7 @@ import difflib
 import re
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,7 +20,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -36,39 +41,22 @@ from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
 from consensus.run.plugins import TABLES, choices, files_of_names, import_plugin
+from consensus.run.yaml_files import (
+    config_dir,
+    did_you_mean,
+    namesake,
+    nearest,
+    register_resolvers,
+)
 
 REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 """The errors that are mistakes of the user: the entries print one line and exit with code 2."""
 
 
 def register_schema() -> None:
-    """Store the types in Hydra under the name that configs/train.yaml lists first.
-
-    `${unless:${.other},VALUE}` in a YAML file is a default: VALUE unless the other key is given,
-    and null beside it, or the third argument. `${lr:${.optimizer},VALUE}` is the `lr` of a given
-    optimizer. A value of the user replaces it, so that both are seen.
-    """
+    """Store the types in Hydra under the name that configs/train.yaml lists first."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("unless", _unless, replace=True)
-    OmegaConf.register_new_resolver("lr", _lr, replace=True)
-
-
-def _unless(other: object, value: object, beside: object = None) -> object:
-    return value if other is None else beside
-
-
-def _lr(optimizer: object, value: object) -> object:
-    lr = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
-    return lr if isinstance(lr, int | float) else value  # the optimizer is refused without one
-
-
-def config_dir() -> str:
-    """Absolute directory of the YAML files: in the installed package, else beside it."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "configs", package.parent / "configs"):
-        if (candidate / "train.yaml").is_file():
-            return str(candidate)
-    raise FileNotFoundError("no configs/train.yaml inside or beside the consensus package")
+    register_resolvers()
 
 
 _ONE_AT_A_TIME = threading.RLock()  # Hydra is global
@@ -214,7 +202,11 @@ def explain(error: BaseException) -> str:
             return f"`{key}` is {value}; Hydra cannot read it ({problem}); as text: {quoted}"
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             group, _, choice = str(cause.missing_cfg_file).rpartition("/")
-            return f"`{group}` is {choice}; allowed: {', '.join(sorted(cause.options))}"
+            near = difflib.get_close_matches(choice, cause.options, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            return f"`{group}` is {choice}; allowed: {', '.join(sorted(cause.options))}{hint}"
+        if isinstance(cause, ConfigCompositionException) and "override 'grid'" in str(cause):
+            return "unknown key `grid`; a grid is run by `python -m consensus.sweep grid=NAME`"
         if (key := full_key(cause)) and not isinstance(cause, HydraException):
             if ".options." in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
                 hint = "an option that its YAML file does not list takes a +"
@@ -286,10 +278,6 @@ def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
             _refuse_added_keys(child, key)
 
 
-_OTHER_NAMES = {"lr": ("algorithm.sigma",), "learning_rate": ("algorithm.sigma",)}
-"""Names that other programs have -> ours."""
-
-
 def _keys(node: Any = Config, path: str = "") -> Iterator[str]:
     """The full keys of the config, without options."""
     for entry in fields(node) if is_dataclass(node) else ():
@@ -307,8 +295,8 @@ def unknown_key(key: str) -> str | None:
     allowed = [field.name for field in fields(node)] if is_dataclass(node) else []
     if not allowed or name in allowed:
         return None
-    elsewhere = [full for full in _keys() if full.rpartition(".")[2] == name]
-    near = [*_OTHER_NAMES.get(name, ()), *elsewhere, *difflib.get_close_matches(name, allowed, n=1)]
-    hint = f" (did you mean `{near[0]}`?)" if near else ""
+    here = difflib.get_close_matches(name, allowed, n=1)
+    near = namesake(name, _keys()) or (here[0] if here else nearest(name, _keys()))
+    hint = did_you_mean(near)
     where = f"`{parent}`" if parent else "the top level"
     return f"unknown key `{key}`{hint}; allowed in {where}: {', '.join(allowed)}"

@@ -1,5 +1,7 @@
 """Progress of a run on the screen of rank 0: a live line in a terminal, plain lines elsewhere."""
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,10 +32,13 @@ class Screen(Sink):
         self._live = Progress(
             TextColumn("iteration"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=None),  # what the others leave
+            TextColumn("elapsed"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"),
+            expand=True,
             console=self.console,
             disable=not (enabled and self.console.is_terminal),
         )
@@ -53,7 +58,10 @@ class Screen(Sink):
         self._live.reset(self._task, start=True, completed=start)
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line; a terminal that is narrower shows several, which end between words."""
+        if self.console.is_terminal and len(text) > self.console.width:
+            width = self.console.width  # paths and overrides stay whole
+            text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
         self.console.print(text, markup=False)
 
     def scalars(self, values: Mapping[str, float | None], t: int) -> None:
@@ -65,11 +73,26 @@ class Screen(Sink):
     def evaluation(self, row: Row) -> None:
         """Print the line of an evaluation, and one for its stationarity."""
         for line in evaluation_lines(row):
-            self.say(line)
+            terminal = self.console.is_terminal  # a log has one line for an evaluation
+            for part in _broken(line, self.console.width) if terminal else [line]:
+                self.say(part)
 
     def table(self, rows: Sequence[Row], title: str) -> None:
         """Print the final table: evenly chosen evaluations and the last."""
         self.console.print(evaluation_table(rows, title))
+
+
+def _broken(line: str, width: int) -> list[str]:
+    """A line in parts of at most `width` columns that end where a column ends: two spaces."""
+    text = line.lstrip()
+    first, *columns = re.split(r"  (?=[^\s\d])", text)
+    parts = [line.removesuffix(text) + first]
+    for column in columns:
+        if len(parts[-1]) + 2 + len(column) <= width:
+            parts[-1] += f"  {column}"
+        else:
+            parts.append(f"    {column}")
+    return parts
 
 
 def evaluation_table(rows: Sequence[Row], title: str, most: int = 12) -> Table:

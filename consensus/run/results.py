@@ -3,6 +3,7 @@
 import io
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from consensus.atomic_files import write_whole
 from consensus.records import Row, to_json
-from consensus.report.plots import draw_convergence, draw_stationarity
-from consensus.report.stationarity import measurements
+from consensus.report.convergence import draw_run
+from consensus.report.stationarity import draw_stationarity, measurements
 from consensus.run.metrics import selection
 from consensus.run.plan import Plan
 from consensus.run.problem import model_options
@@ -47,21 +48,30 @@ def finish_run(
     write_whole(run_dir / "summary.json", to_json(summary, indent=2).encode() + b"\n")
 
 
-def draw_pictures(run_dir: Path, rows: Sequence[Row], say: Callable[[str], None]) -> None:
-    """Draw convergence.png, and stationarity.png if the run measured it.
+def draw_pictures(
+    run_dir: Path,
+    rows: Sequence[Row],
+    say: Callable[[str], None],
+    checkpoint_every: int | None = None,
+) -> None:
+    """Draw convergence.png, and stationarity.png if the run measured it, each as PDF too.
 
     A picture that fails costs a line to `say`, not the run: its results are complete before.
     """
-    for draw, name, chosen in (
-        (draw_convergence, "convergence.png", rows),
-        (draw_stationarity, "stationarity.png", measurements(rows)),
-    ):
-        if chosen:
-            try:
-                draw({run_dir.name: chosen}, run_dir / name)
-            except Exception as error:
-                cause = " ".join(f"{type(error).__name__}: {error}".split())
-                say(f"{run_dir / name} was not drawn ({cause})")
+    last, every = rows[-1]["iteration"], checkpoint_every
+    checkpoints = [] if every is None else sorted({*range(every, last, every), last})
+    measured = measurements(rows)
+    pictures: dict[str, Callable[[Path], None]] = {
+        "convergence.png": partial(draw_run, rows, title=run_dir.name, checkpoints=checkpoints)
+    }
+    if measured:
+        pictures["stationarity.png"] = partial(draw_stationarity, {run_dir.name: measured})
+    for name, draw in pictures.items():
+        try:
+            draw(run_dir / name)
+        except Exception as error:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            say(f"{run_dir / name} was not drawn ({cause})")
 
 
 def environment(plan: Plan) -> dict[str, Any]:

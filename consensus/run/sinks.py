@@ -4,6 +4,7 @@ metrics.jsonl always, TensorBoard if `output.tensorboard`, the screen, and every
 in `plugins` registers. Another tracker is one class, as CONTRIBUTING.md shows.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +13,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from consensus.atomic_files import write_whole
-from consensus.records import METRICS, Measurement, Row, to_json
+from consensus.records import METRICS, Measurement, Row, columns, largest, number, to_json
 from consensus.registry import Registry
 
-BUILT_IN = ("jsonl", "tensorboard", "screen")
+NEEDED = ("jsonl", "screen")
+"""The sinks whose failure is an error of the run."""
+HPARAMS = ("potential", "algorithm", "workers", "seed", "data", "model", "loss", "dtype")
+"""The sections of the config on TensorBoard's tab HPARAMS."""
+DETAILS = "workers_and_layers"
+"""The last group of tags on TensorBoard: numbers of single layers and workers."""
+EQUATIONS = {
+    "envelope_gradient": "envelope_gradient_(13)",
+    "consensus_residual": "consensus_residual_(5a)",
+    "worker_residual": "worker_residual_(5b)",
+    "translation_gap": "translation_gap_(9)",
+}
+"""Keys of a measurement -> tags with the number of the equation in the paper."""
 MINIBATCH_LOSS = "training/minibatch_loss"
 """The scalar that the screen shows between evaluations: mean over the workers of this rank."""
 
@@ -30,6 +45,7 @@ class RunInfo:
     rows: Sequence[Row] = ()  # the evaluations that a continued run keeps
     continues_after: int | None = None  # an iteration: drop later entries; None: new directory
     config: Mapping[str, Any] = field(default_factory=dict)  # as nested dicts
+    selection: tuple[str, str] | None = None  # the column that decides; its best is the min or max
 
 
 class Sink:
@@ -80,42 +96,93 @@ class JsonlSink(Sink):
 
 @SINKS.register("tensorboard")
 class TensorBoardSink(Sink):
-    """TensorBoard events in `tensorboard/`."""
+    """TensorBoard events in the run directory, so that the run has its name on TensorBoard.
+
+    The dashboard sorts groups of tags by name: `evaluation` is first, numbers of single layers and
+    workers are last. A run directory of an earlier version has its events in `tensorboard/`.
+    """
 
     def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second; other ranks skip it
 
         threading.excepthook = _report_other_threads
-        self._layer_names = info.layer_names
+        self._info = info
+        self._best: float | None = None
+        earlier = info.run_dir / "tensorboard"
+        folder = earlier if earlier.is_dir() else info.run_dir
+        begun = any(folder.glob("events.out.tfevents.*"))
         t = info.continues_after
-        purge = None if t is None else t + 1
-        self._events = SummaryWriter(str(info.run_dir / "tensorboard"), purge_step=purge)
-        for row in info.rows if t is None else ():
-            self.evaluation(row)
+        self._events = SummaryWriter(str(folder), purge_step=None if t is None else t + 1)
+        if info.config and not begun:
+            text = OmegaConf.to_yaml(OmegaConf.create(dict(info.config)))
+            self._events.add_text("config", f"```yaml\n{text}```", 0)
+            self._events.flush()
+        self._without_hparams = bool(info.config) and not (begun and info.rows)
+        for row in info.rows:
+            if t is None:
+                self.evaluation(row)
+            else:
+                self._update_best(row)
 
     def evaluation(self, row: Row) -> None:
-        """One scalar for each number, layer and worker."""
-        scalars: dict[str, float | None] = {
-            f"evaluation/{key}": value
-            for key, value in row.items()
-            if isinstance(value, float) and key not in ("epoch", "wall_s")
-        }
-        distances = zip(self._layer_names, row["distance"], strict=True)
-        scalars |= {f"distance/{name}": value for name, value in distances}
-        scalars |= {"cuts/u": row["cuts_u"], "cuts/z": row["cuts_z"]}
+        """One scalar for each number, layer and worker; before the first, the hyperparameters."""
+        values: Mapping[str, Any] = row
+        shown = [key for key in columns([row]) if key not in ("iteration", "epoch")]
+        scalars: dict[str, float | None] = {f"evaluation/{key}": values.get(key) for key in shown}
+        if self._info.selection is not None:
+            self._update_best(row)
+            scalars[f"evaluation/best_{self._info.selection[0]}"] = self._best
+        if self._without_hparams:
+            self._hparams(list(scalars)[::-1])  # the best number is the first column
+            self._without_hparams = False
+        for group, keys in (
+            ("objective", ("coupling", "regularizer")),
+            ("training", ("samples_per_s", "cuts_u", "cuts_z")),
+        ):
+            scalars |= {f"{group}/{key}": values.get(key) for key in keys}
+        scalars |= self._of_layers("distance", row["distance"])
         if "stationarity" in row:
             scalars |= self._stationarity(row["stationarity"])
         self.scalars(scalars, row["iteration"])
 
+    def _update_best(self, row: Row) -> None:
+        if self._info.selection is not None:
+            key, goal = self._info.selection
+            value = number(row, key)
+            known = [x for x in (self._best, value) if x is not None and not math.isnan(x)]
+            self._best = (min if goal == "min" else max)(known, default=None)
+
+    def _hparams(self, metrics: Sequence[str]) -> None:
+        """The entry of the run on the tab HPARAMS: its config, and the last value of the metrics.
+
+        `SummaryWriter.add_hparams` would make another run for it.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        config = self._info.config
+        values = dict(_flat({key: config[key] for key in HPARAMS if key in config}))
+        experiment, start, _ = hparams(values, dict.fromkeys(metrics))
+        file: Any = self._events.file_writer
+        for summary in (experiment, start):
+            file.add_summary(summary)
+
+    def _of_layers(self, name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+        named = zip(self._info.layer_names, values, strict=True)
+        return {f"{DETAILS}/{name}/{layer}": value for layer, value in named}
+
     def _stationarity(self, found: Measurement) -> dict[str, float | None]:
         scalars: dict[str, float | None] = {
-            f"stationarity/{k}": v for k, v in found.items() if isinstance(v, int | float)
+            f"stationarity/{EQUATIONS.get(k, k)}": v
+            for k, v in found.items()
+            if isinstance(v, int | float)
         }
+        for key in ("worker_residual", "translation_gap"):
+            scalars[f"stationarity/{EQUATIONS[key]}"] = largest(found[key])
         for key in ("envelope_gradients", "worker_residual", "translation_gap", "force"):
-            scalars |= {f"{key}/worker_{j}": value for j, value in enumerate(found[key])}
+            name = f"{DETAILS}/{EQUATIONS.get(key, key)}"
+            scalars |= {f"{name}/worker_{j}": value for j, value in enumerate(found[key])}
         for j, gaps in enumerate(found["consensus_gap"]):
-            named = zip(self._layer_names, gaps, strict=True)
-            scalars |= {f"consensus_gap/worker_{j}/{name}": gap for name, gap in named}
+            scalars |= self._of_layers(f"consensus_gap/worker_{j}", gaps)
         return scalars
 
     def scalars(self, values: Mapping[str, float | None], t: int) -> None:
@@ -133,6 +200,19 @@ class TensorBoardSink(Sink):
         self._events.close()
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers and texts in nested mappings, by dotted keys; other values as text.
+
+    A null stays, as text: TensorBoard shows the keys of the first run alone.
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key not in ("root", "loader_workers"):  # no hyperparameters of the problem
+            known = isinstance(value, int | float | str)
+            yield f"{prefix}{key}", value if known else "null" if value is None else str(value)
+
+
 def _report_other_threads(failure: threading.ExceptHookArgs) -> None:
     """Print exceptions of threads but TensorBoard's, which raises its own again in `add_scalar`."""
     if not type(failure.thread).__module__.startswith("tensorboard"):
@@ -142,8 +222,8 @@ def _report_other_threads(failure: threading.ExceptHookArgs) -> None:
 class Sinks(Sink):
     """All sinks of a run behind the interface of one.
 
-    A failure of a built-in sink is raised. A plugin's sink that fails is dropped, in one line to
-    `report`. The screen is called last.
+    A failure of metrics.jsonl or the screen is raised. Another sink that fails, TensorBoard or that
+    of a plugin, is dropped, in one line to `report`. The screen is called last.
     """
 
     def __init__(
@@ -164,11 +244,11 @@ class Sinks(Sink):
 
     @contextmanager
     def _dropping(self, name: str) -> Iterator[None]:
-        """Report a failure of a plugin's sink and drop the sink."""
+        """Report a failure of a sink that the run does not need, and drop the sink."""
         try:
             yield
         except Exception as error:
-            if name in BUILT_IN:
+            if name in NEEDED:
                 raise
             self._sinks.pop(name, None)
             cause = " ".join(f"{type(error).__name__}: {error}".split())

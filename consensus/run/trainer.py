@@ -19,7 +19,7 @@ from consensus.run.checkpoint.resume import resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.diagnosis import Diagnosis, divergence
 from consensus.run.health import HealthCheck
-from consensus.run.metrics import Best, better, measure, share_buffers
+from consensus.run.metrics import Best, better, measure, selection, share_buffers
 from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen
@@ -134,7 +134,7 @@ class Trainer:
         if self.group.rank == 0:
             rows, layers = tuple(self.rows), plan.risk.layout.layer_names
             after = start if plan.origin.continues else None
-            info = RunInfo(self.run_dir, layers, rows, after, asdict(self.config))
+            info = RunInfo(self.run_dir, layers, rows, after, asdict(self.config), selection(plan))
             with self.directory.writing():
                 self.sinks = Sinks(info, self.config.output.tensorboard, say, self.screen)
         self.agree()
@@ -193,6 +193,10 @@ class Trainer:
         values = {MINIBATCH_LOSS: loss, "training/smallest_s_j": float(self.algorithm.worker.step)}
         if isinstance(self.algorithm, Consensus):
             values["training/s_u"] = float(self.algorithm.server.step)
+        for name in ("sigma", "tau", "lam"):
+            size = getattr(self.algorithm, name, None)
+            if callable(size):  # it follows a schedule
+                values[f"training/{name}"] = float(size(max(0, done - 1)))
         with self.directory.writing():
             self.sinks.scalars(values, done)
 
@@ -260,4 +264,5 @@ class Trainer:
         names, writer = ("written", "wait_s", "write_s"), self.writer
         extra = {"checkpoints": {name: getattr(writer, name) for name in names}} if writer else {}
         finish_run(self.run_dir, self.rows, self.best, self.algorithm.u, self.plan, extra)
-        draw_pictures(self.run_dir, self.rows, self.screen.say)
+        every = self.config.output.checkpoint_every
+        draw_pictures(self.run_dir, self.rows, self.screen.say, every)

@@ -1,11 +1,7 @@
-"""Run a grid of configurations: python -m consensus.sweep grid=NAME KEY=VALUE[,VALUE ...] ...
+"""Run a grid of configurations. `python -m consensus.sweep --help` describes the command.
 
 With `sweep.engine=separate`, each configuration is a run of `consensus.train` in a process of its
-own, `sweep.jobs=N` of them at once, or a SLURM job (`hydra/launcher=submitit_slurm`). With
-`sweep.engine=population`, they train together in this process.
-
-  --dry-run            list the runs, and start nothing
-  --config-dir=FOLDER  look for YAML files there as well, as `consensus.train` does
+own, or a SLURM job. With `sweep.engine=population`, they train together in this process.
 
 Data flow: grid.py parses the command line into jobs, and earlier.py finds those that are done.
 job.py runs the others in child processes, or population_trainer.py trains them. dashboard.py shows
@@ -15,9 +11,14 @@ their status files. The report reads the files of the runs.
 import os
 import sys
 
-from consensus.startup import answer_signals, interrupt_on_signals, protect_streams
+from consensus.startup import announce, answer_signals, interrupt_on_signals, protect_streams
 
 answer_signals(__name__, "consensus.sweep")  # the imports below take seconds
+
+from consensus.help import answer_questions, page
+
+answer_questions(__name__, "consensus.sweep")
+announce(__name__, "consensus.sweep")
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -50,18 +51,15 @@ from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
 
 def main() -> None:
-    """The command line.
-
-    Exit codes: 0 all done, 1 some failed, 2 refused, 75 a population has stopped with a checkpoint,
-    130 stopped.
-    """
+    """Entry of the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    answer_questions("__main__", "consensus.sweep")
     protect_streams("consensus.sweep")
     interrupt_on_signals()  # the runs write checkpoints and stop
     arguments = sys.argv[1:]
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(__doc__, file=sys.stdout if arguments else sys.stderr)
-        sys.exit(0 if arguments else 2)
+    if not arguments:
+        print(page("sweep"), end="", file=sys.stderr)
+        sys.exit(2)
     register_sweep_schema()
     cancelled: list[str] = []
     try:

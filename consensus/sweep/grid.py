@@ -28,6 +28,7 @@ from consensus.run.compose import import_plugins, to_config
 from consensus.run.config import Config
 from consensus.run.overrides import take_as_text
 from consensus.run.plan import require_memory_for_many
+from consensus.run.yaml_files import did_you_mean, nearest
 
 GRADIENTS = ("auto", "measure", *WAYS)
 """The methods by which a population computes gradients.
@@ -130,7 +131,8 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     for text in own:
         key = text.partition("=")[0]
         if key.startswith("sweep.") and key not in known:
-            raise ConfigError(f"unknown key `{key}`; allowed in `sweep`: {', '.join(known)}")
+            hint = did_you_mean(nearest(key, known))
+            raise ConfigError(f"unknown key `{key}`{hint}; allowed in `sweep`: {', '.join(known)}")
     config = compose("sweep", overrides=own)
     options = OmegaConf.to_object(config.sweep)
     assert isinstance(options, SweepOptions)

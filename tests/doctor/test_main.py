@@ -10,6 +10,8 @@ from tests.testing.plugins import plugin_in
     ("word", "complaint"),
     [
         ("potential=cubik", "`potential` is cubik; allowed: "),
+        ("lam=0.1", "unknown key `lam` (did you mean `algorithm.lam`?); "),
+        ("algorithm.lr=1", "unknown key `algorithm.lr` (did you mean `algorithm.sigma`?); "),
         ("--cfg", "`--cfg` is no KEY=VALUE"),
         ("output.name=(a=b)/", "`output.name` is '(a=b)/'; allowed: "),
     ],
@@ -21,6 +23,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, word, complaint):
     err = capsys.readouterr().err
     assert err.startswith(f"consensus.doctor: {complaint}")
     assert err.count("\n") == 1
+    assert ("did you mean `cubic`?" in err) == (word == "potential=cubik")
 
 
 def test_the_doctor_finds_experiments_in_a_folder_outside(monkeypatch, tmp_path):

@@ -49,3 +49,16 @@ def command(monkeypatch, capsys):
 def blank_figures(monkeypatch):
     """Figures are built, but the files stay empty: that takes a tenth of the time."""
     monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.write_bytes(b""))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, in place of their files."""
+    figures = []
+
+    def keep(figure, *_, **__):
+        if figure not in figures:  # each is written as PNG and as PDF
+            figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures

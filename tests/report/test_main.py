@@ -88,7 +88,8 @@ def test_the_command_on_a_sweep(command, sweep):
     assert (code, err) == (0, "")
     folder = sweep / "report"
     assert {path.name for path in folder.iterdir()} == {
-        "table1.md", "table1.csv", "runs.csv", "report.md", "figure1.png", "figure1.pdf",
+        "table1.md", "table1.csv", "table1.tex", "runs.csv", "report.md", "experiment",
+        "figure1.png", "figure1.pdf",
         "sensitivity.png", "sensitivity.pdf", "methods.png", "methods.pdf",
     }  # fmt: skip
     assert "last evaluation of each run" in out
@@ -99,17 +100,17 @@ def test_the_command_on_a_sweep(command, sweep):
     ]
     # by hand: test error 0.9 and 0.5: mean 0.7, std 0.4 / sqrt 2 = 0.28
     part_one_rows = [
-        "| quad | 2 | 7 | 6 | 0.30 ± 0.00 | 100 ± 0 | 0.70 ± 0.28 | 3 / 0 |",
+        "| quad | 2 | 7 | 6 | 0.30 ± 0 | 100 ± 0 | 0.70 ± 0.28 | 3 / 0 |",
         "| cubic | 2 | - | - | - | - | - | 0 / 2 |",
         "| mSGD | 1 | 50 | 50 | 5.00 | 500 | 5.00 | 1 / 0 |",
     ]
     part_two_rows = [
-        "| quad | 2 | 9 ± 0 | 8 ± 0 | 0.30 ± 0.00 | 100 ± 0 | 0.70 ± 0.28 | 0.1 | 4 |",
+        "| quad | 2 | 9 ± 0 | 8 ± 0 | 0.30 ± 0 | 100 ± 0 | 0.70 ± 0.28 | 0.1 | 4 |",
         "| cubic | - | - | - | - | - | - | - | - |",
         "| mSGD | 1 | 50 | 50 | 5.00 | 500 | 5.00 | 0.1 | 1 |",
     ]
     part_three_rows = [
-        "| quad | 0.70 ± 0.28 | 1.00 ± 0.00 | - | - |",
+        "| quad | 0.70 ± 0.28 | 1.00 ± 0 | - | - |",
         "| cubic | - | - | - | - |",
         "| mSGD | 5.00 | 1.00 | - | - |",
     ]
@@ -120,6 +121,10 @@ def test_the_command_on_a_sweep(command, sweep):
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert "6 runs from `sweep`: 4 finished, 1 diverged, 1 unfinished." in page
     assert all(line in page for line in part_one_rows + part_two_rows)
+    sentence = "Best in test error: quad, 0.70 ± 0.28 (2 seeds), with algorithm.lam=0.1 workers=4"
+    again = f"python -m consensus.train --config-dir={folder} experiment=best"
+    assert f"\n{sentence}. To train it: `{again}`\n" in page
+    assert f"\n{sentence}\n  {again}\n" in out
     assert "| data.name | digits |" in page
     assert "| algorithm.lam |" not in page.split("## Settings shared")[1]
     for target in re.findall(r"\]\(([^)]+)\)", page):
@@ -136,7 +141,8 @@ def test_the_command_on_a_sweep(command, sweep):
     )
     assert (cubic["lowest_objective"], cubic["algorithm.lam"]) == ("", "")
     assert cubic["runs_diverged_or_unfinished"] == "2"
-    assert (msgd["potential"], msgd["workers"], msgd["paper_test_error"]) == ("mSGD", "1", "")
+    assert (msgd["potential"], msgd["workers"]) == ("mSGD", "1")
+    assert not [key for key in msgd if "paper" in key], "it has none for these data"
 
     runs = read_csv(folder / "runs.csv")
     shown = ("run", "status", "seed", "algorithm.lam", "train_loss")
@@ -185,7 +191,7 @@ def test_a_single_run_writes_its_figure_alone(command, write_run):
         assert "Table 1" not in out
         assert out.splitlines()[-1] == f"figure in {path}/report.png"
     assert {path.name for path in run_dir.parent.rglob("*")} == {
-        "a", "config.yaml", "metrics.jsonl", "summary.json", "report.png",
+        "a", "config.yaml", "metrics.jsonl", "summary.json", "report.png", "report.pdf",
     }  # fmt: skip
     (run_dir / "config.yaml").write_text("a: [", encoding="utf-8")
     assert command(run_dir)[0] == 0, "the config of a single run is not read"

@@ -9,10 +9,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from consensus.report import __main__ as report
-from consensus.report.plots import draw_stationarity
 from consensus.report.stationarity import (
     SERIES,
     distance,
+    draw_stationarity,
     measured,
     stationarity_cells,
     stationarity_table,
@@ -113,7 +113,23 @@ def test_a_prox_above_its_tolerance_is_said():
 )
 def test_the_verdict(rows, said):
     last = rows[-1]["stationarity"]["envelope_gradient"]
-    assert verdict(rows) == f"{said}|sum grad e f_j (u)| from 8 to {last:g} ± 0.003"
+    change = f"from 8 to {last:g}" if len(rows) > 1 else "is 8"
+    assert verdict(rows) == f"{said}|sum grad e f_j (u)| {change} ± 0.003"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "accuracy", "said"),
+    [
+        (2.11, 2.04, 0.2, "has not changed by more than its accuracy: 2 ± 0.2"),
+        (2.04, 2.35, 0.2, "has not changed by more than its accuracy: 2.4 ± 0.2"),  # of both
+        (2.04, 1.96, 0.01, "from 2.04 to 1.96 ± 0.01"),  # two digits would show 2 and 2
+        (2.0, 1.5, 0.2, "from 2 to 1.5 ± 0.2"),
+        (99.0, 28.0, 19.0, "from 99 to 28 ± 20"),
+    ],
+)
+def test_numbers_that_cannot_be_told_apart_are_no_change(first, last, accuracy, said):
+    rows = [row(10, first, [[0.0]], accuracy=accuracy), row(20, last, [[0.0]], accuracy=accuracy)]
+    assert verdict(rows).endswith(f"|sum grad e f_j (u)| {said}")
 
 
 def test_numbers_that_overflowed_are_null_in_the_file_and_no_failure():
@@ -125,9 +141,39 @@ def test_numbers_that_overflowed_are_null_in_the_file_and_no_failure():
 
 def test_the_figure_has_a_panel_for_each_series(tmp_path):
     draw_stationarity({"a": APART, "b": ONE}, tmp_path / "x.png")
-    assert imread(tmp_path / "x.png").shape == (1050, 1950, 4)
+    assert imread(tmp_path / "x.png").shape[1] == 1100, "5.5 inches at 200 dots"
     assert len(SERIES) == 6
     draw_stationarity({"a": [row(1, 0.0, [[0.0]])]}, tmp_path / "zeros.png")
+
+
+def test_the_figure_shows_the_measurements(drawn, tmp_path):
+    draw_stationarity({"apart": APART, "near": NEAR}, tmp_path / "f.png")
+    first, *_, last = drawn[0].axes
+    assert [line.get_ydata().tolist() for line in last.lines] == [[0.5, 0.05], [0.5, 5e-4]]
+    ends = [segment[:, 1].tolist() for segment in first.collections[0].get_segments()]
+    assert ends == [pytest.approx([7.997, 8.003]), pytest.approx([0.037, 0.043])]
+    assert first.get_title(loc="left") == r"$|\Sigma_j \nabla e f_j(u)|$"
+    assert last.get_xlabel() == "iteration"
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["apart", "near"]
+
+
+def test_one_measurement_is_a_point_for_each_number(drawn, tmp_path):
+    draw_stationarity({"a": APART[:1], "b": ONE[1:]}, tmp_path / "f.png")
+    (axis,) = drawn[0].axes
+    points = [line.get_xdata().tolist() for line in axis.lines if len(line.get_xdata()) == 6]
+    # (5a) is half the envelope gradient, the others as `row` has them
+    assert points == [[8.0, 4.0, 2.0, 4.0, 6.0, 0.5], pytest.approx([0.02, 0.01, 2, 4, 6, 5e-4])]
+    assert axis.get_yticklabels()[5].get_text() == r"$\mathrm{max}_j\, |u - z_j|\,/\,|u|$"
+    assert axis.get_xlabel() == "the only measurement"
+
+
+def test_of_many_runs_three_are_named(drawn, tmp_path):
+    runs = {f"run{n}": [row(10, 9.0, [[1.0]]), row(20, float(n), [[1.0]])] for n in range(1, 10)}
+    draw_stationarity(runs, tmp_path / "f.png")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["run1", "run5", "run9"]
+    assert len(drawn[0].axes[1].lines) == 9 + 3
+    draw_stationarity({name: rows[:1] for name, rows in runs.items()}, tmp_path / "f.png")
+    assert len(drawn[1].axes) == 1
 
 
 @pytest.fixture

@@ -115,7 +115,14 @@ def test_the_result_is_that_of_the_files(reference, capsys):
     assert result.best == {key: lowest[key] for key in ("iteration", "test_error")}
     assert f"results in {result.run_dir}\n" in out
     assert "iteration     12  epoch " in out
-    assert repr(result) == f"Result(run_dir={result.run_dir!r})"
+    assert repr(result) == f"Result('{result.run_dir}', iteration=12, best={result.best})"
+
+
+def test_help_of_the_package_names_the_functions_and_the_tables():
+    text = consensus.__doc__
+    tables = {name for name in consensus.__all__ if name.isupper()}
+    words = set(re.findall(r"\w+", text))
+    assert {"train", "load", "compose", "Coupling", "plugins"} | tables <= words
 
 
 def test_the_model_is_that_of_the_last_row(reference):

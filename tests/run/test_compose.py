@@ -13,10 +13,10 @@ from consensus.comm import Launch
 from consensus.core.potentials import POTENTIALS
 from consensus.problem import DATASETS, MODELS
 from consensus.registry import Registry
-from consensus.run import compose as compose_module
 from consensus.run.checks import ConfigError
-from consensus.run.compose import composing, config_dir, explain, register_schema, to_config
+from consensus.run.compose import composing, explain, register_schema, to_config
 from consensus.run.plan import make_plan
+from consensus.run.yaml_files import config_dir
 
 CONFIGS = Path(config_dir())
 
@@ -111,17 +111,6 @@ def test_data_files_hold_the_defaults_of_the_table(name):
     assert OmegaConf.load(CONFIGS / "data" / f"{name}.yaml").root == DATASETS.options(name)["root"]
 
 
-def test_the_files_are_found_inside_the_package_or_beside_it(monkeypatch, tmp_path):
-    module = tmp_path / "consensus" / "run" / "compose.py"
-    monkeypatch.setattr(compose_module, "__file__", str(module))
-    with pytest.raises(FileNotFoundError, match=r"no configs/train\.yaml"):
-        config_dir()
-    for folder in (tmp_path / "configs", tmp_path / "consensus" / "configs"):
-        folder.mkdir(parents=True)
-        (folder / "train.yaml").touch()
-        assert config_dir() == str(folder)  # the installed one comes first
-
-
 # ---- misspelt keys, wrong types, errors of Hydra and OmegaConf
 
 TOP = (
@@ -150,7 +139,16 @@ IN_OUTPUT = (
         ),
         ("++output.rot=x", f"unknown key `output.rot` (did you mean `root`?); {IN_OUTPUT}"),
         ("output.zzz=x", f"unknown key `output.zzz`; {IN_OUTPUT}"),
-        ("lamda=1", f"unknown key `lamda`; allowed in the top level: {TOP}"),
+        (
+            "lamda=1",
+            f"unknown key `lamda` (did you mean `algorithm.lam`?); allowed in the top level: {TOP}",
+        ),
+        ("qqq=1", f"unknown key `qqq`; allowed in the top level: {TOP}"),
+        (
+            "batchsize=3",
+            "unknown key `batchsize` (did you mean `algorithm.batch_size`?); allowed in the top "
+            f"level: {TOP}",
+        ),
         (
             "+worker=1",
             f"unknown key `worker` (did you mean `workers`?); allowed in the top level: {TOP}",
@@ -175,9 +173,13 @@ IN_OUTPUT = (
         (
             "potential=cubik",
             "`potential` is cubik; allowed: cubic, log, log_cosh, log_sep, power, pseudo_huber, "
-            "quad, scaled_quad, tan, tan_sep",
+            "quad, scaled_quad, tan, tan_sep; did you mean `cubic`?",
         ),
-        ("model=lenet", "`model` is lenet; allowed: lenet5, logistic, mlp"),
+        (
+            "grid=smoke",
+            "unknown key `grid`; a grid is run by `python -m consensus.sweep grid=NAME`",
+        ),
+        ("model=lenet", "`model` is lenet; allowed: lenet5, logistic, mlp; did you mean `lenet5`?"),
         ("data=cifar", "`data` is cifar; allowed: digits, mnist"),
         ("algorithm=adam", "`algorithm` is adam; allowed: consensus, ddp, diloco, easgd, fedprox, "
          "local_sgd, lookahead, msgd"),

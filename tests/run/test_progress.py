@@ -26,13 +26,13 @@ ROW = {
 }
 
 
-def screen(*, enabled=True, terminal=False):
+def screen(*, enabled=True, terminal=False, width=200):
     """A screen of 100 iterations, and what it has written."""
     written = io.StringIO()
     console = Console(
         file=written,
         force_terminal=terminal,
-        width=200,
+        width=width,
         soft_wrap=True,
         highlight=False,
         quiet=not enabled,
@@ -60,6 +60,32 @@ def test_a_long_line_is_one_line():
     assert written.getvalue().count("\n") == 1
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 140])
+def test_a_line_wraps_between_its_numbers_in_a_terminal(width):
+    shown, written = screen(terminal=True, width=width)
+    found = {"envelope_gradient": 2.0, "accuracy": 0.1, "consensus_residual": 15.0, "seconds": 1.0}
+    found |= {"worker_residual": [1.0], "translation_gap": [3.0], "converged": True}
+    shown.evaluation(ROW | {"stationarity": found})
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any(line.endswith(" ") for line in lines)
+    text = " ".join(" ".join(lines).split())
+    log, plain = screen()
+    log.evaluation(ROW | {"stationarity": found})
+    assert text == " ".join(plain.getvalue().split()), "the words of the log file"
+    parts = [part for line in lines for part in line.strip().split("  ")]
+    whole = [part for part in plain.getvalue().replace("\n", "  ").split("  ") if part]
+    assert [part for part in parts if part] == whole, "no column is broken"
+
+
+def test_a_sentence_wraps_between_its_words_in_a_terminal():
+    shown, written = screen(terminal=True, width=30)
+    path = "/a/path/that/is/longer/than/the/terminal"
+    shown.say(f"[bold] words that need more than one line: results in {path}")
+    lines = written.getvalue().splitlines()
+    assert lines == ["[bold] words that need more", "than one line: results in", path]
+
+
 def test_an_overflow_does_not_stop_the_line():
     shown, written = screen()
     shown.evaluation({**ROW, "train_loss": math.inf, "coupling": math.nan})
@@ -75,7 +101,7 @@ def test_a_live_line_in_a_terminal():
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
     assert text != written.getvalue(), "it moves the cursor"
     assert "37/100" in text
-    assert "minibatch loss 0.1235" in text
+    assert re.search(r" elapsed \d:\d\d:\d\d left [-\d:]+ minibatch loss 0.1235", text)
     assert "iteration    500  epoch   6.96" in text
     assert written.getvalue().count("\x1b[?25l") == written.getvalue().count("\x1b[?25h") == 1
 

@@ -53,15 +53,15 @@ def test_the_environment(plan):
 
 def test_the_pictures(tmp_path):
     draw_pictures(tmp_path, [ROW | {"train_loss": 2.0}], pytest.fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["convergence.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"convergence.png", "convergence.pdf"}
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_picture_that_fails_costs_one_line(monkeypatch, tmp_path):
-    def fail(runs, path):
+    def fail(runs, path, **others):
         raise MemoryError("no room\nfor pixels")
 
-    monkeypatch.setattr(results_module, "draw_convergence", fail)
+    monkeypatch.setattr(results_module, "draw_run", fail)
     monkeypatch.setattr(results_module, "draw_stationarity", fail)
     lines = []
     draw_pictures(tmp_path, [ROW | {"stationarity": {"lam": 0.1}}], lines.append)

@@ -6,8 +6,16 @@ import math
 import os
 
 import pytest
+import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.metadata import (
+    EXPERIMENT_TAG,
+    SESSION_START_INFO_TAG,
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 
 from consensus.comm import Launch, Solo
 from consensus.run import trainer
@@ -50,28 +58,136 @@ def test_files_of_the_built_in_sinks(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {**ROW, "coupling": None}
 
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    read = {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-    assert read == {
+    assert scalars_of(tmp_path) == {
         "evaluation/objective": [(10, 3.5), (20, 3.5)],
         "evaluation/train_loss": [(10, 3.0), (20, 3.0)],
         "evaluation/train_error": [(10, 12.5), (20, 12.5)],
         "evaluation/test_loss": [(10, 2.0), (20, 2.0)],
         "evaluation/test_error": [(10, 25.0), (20, 25.0)],
-        "evaluation/regularizer": [(10, 0.25), (20, 0.25)],
-        "evaluation/coupling": [(10, 0.125), (20, math.inf)],
-        "evaluation/samples_per_s": [(10, 800.0), (20, 800.0)],
-        "distance/conv1": [(10, 0.5), (20, 0.5)],
-        "distance/fc": [(10, 0.75), (20, 0.75)],
-        "cuts/u": [(10, 4.0), (20, 4.0)],
-        "cuts/z": [(10, 9.0), (20, 9.0)],
+        "objective/regularizer": [(10, 0.25), (20, 0.25)],
+        "objective/coupling": [(10, 0.125), (20, math.inf)],
+        "training/samples_per_s": [(10, 800.0), (20, 800.0)],
+        "training/cuts_u": [(10, 4.0), (20, 4.0)],
+        "training/cuts_z": [(10, 9.0), (20, 9.0)],
         "training/s_u": [(20, 0.5)],
+        "workers_and_layers/distance/conv1": [(10, 0.5), (20, 0.5)],
+        "workers_and_layers/distance/fc": [(10, 0.75), (20, 0.75)],
     }
 
 
-def test_without_tensorboard_there_is_no_folder_of_it(tmp_path):
+def scalars_of(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+MEASURED = {
+    "envelope_gradient": 0.5,
+    "accuracy": 0.125,
+    "consensus_residual": 2.0,
+    "worker_residual": [3.0, 4.0],
+    "translation_gap": [5.0, 1.0],
+    "envelope_gradients": [0.25, 0.25],
+    "force": [6.0, 7.0],
+    "consensus_gap": [[8.0, 9.0], [10.0, 11.0]],
+}
+
+
+def test_tensorboard_shows_loss_and_error_first_and_names_the_equations(tmp_path):
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc")))
+    sink.evaluation({**ROW, "stationarity": MEASURED})
+    sink.scalars({"training/minibatch_loss": 1.0}, 20)
+    sink.close()
+    found = {tag: values[-1][1] for tag, values in scalars_of(tmp_path).items()}
+    groups = sorted({tag.partition("/")[0] for tag in found})  # the order of the dashboard
+    assert groups == ["evaluation", "objective", "stationarity", "training", "workers_and_layers"]
+    assert {tag: value for tag, value in found.items() if tag.startswith("stationarity/")} == {
+        "stationarity/accuracy": 0.125,
+        "stationarity/consensus_residual_(5a)": 2.0,
+        "stationarity/envelope_gradient_(13)": 0.5,
+        "stationarity/translation_gap_(9)": 5.0,
+        "stationarity/worker_residual_(5b)": 4.0,
+    }
+    assert found["workers_and_layers/worker_residual_(5b)/worker_0"] == 3.0
+    assert found["workers_and_layers/consensus_gap/worker_1/conv1"] == 10.0
+
+
+CONFIG = {
+    "algorithm": {"lam": None, "sigma": 0.005, "schedule": {"sigma": {"options": {}}}},
+    "potential": {"name": "tan", "eta": 2.0},
+    "data": {"name": "digits", "root": "elsewhere"},
+    "seed": 3,
+    "output": {"root": "elsewhere"},
+}
+
+
+def test_tensorboard_has_the_config_and_the_best_number_once(tmp_path):
+    info = {"config": CONFIG, "selection": ("test_error", "min")}
+    first, second, third = ({**ROW, "iteration": t, "test_error": e} for t, e in
+                            ((10, 20.0), (20, 5.0), (30, 9.0)))  # fmt: skip
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), **info))
+    sink.evaluation(first)
+    sink.evaluation(second)
+    sink.close()
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), [first, second], 20, **info))
+    sink.evaluation(third)
+    sink.close()
+    best = scalars_of(tmp_path)["evaluation/best_test_error"]
+    assert best == [(10, 20.0), (20, 5.0), (30, 5.0)]
+
+    events = [
+        event
+        for file in sorted(tmp_path.glob("events*"))
+        for event in EventFileLoader(str(file)).Load()
+    ]
+    written = [value for event in events for value in event.summary.value]
+    (text,) = [value for value in written if value.tag == "config/text_summary"]
+    text = text.tensor.string_val[0].decode()
+    assert text.startswith("```yaml\n")
+    assert yaml.safe_load(text.strip("`").removeprefix("yaml")) == CONFIG
+    plugin = [value for value in written if value.tag.startswith("_hparams_/")]
+    assert [value.tag for value in plugin] == [EXPERIMENT_TAG, SESSION_START_INFO_TAG]
+    experiment, start = (value.metadata.plugin_data.content for value in plugin)
+    start = parse_session_start_info_plugin_data(start)
+    shown = {key: value.string_value or value.number_value for key, value in start.hparams.items()}
+    assert shown == {
+        "algorithm.lam": "null",
+        "algorithm.sigma": 0.005,
+        "potential.name": "tan",
+        "potential.eta": 2.0,
+        "data.name": "digits",
+        "seed": 3.0,
+    }
+    metrics = parse_experiment_plugin_data(experiment).metric_infos
+    assert metrics[0].name.tag == "evaluation/best_test_error"
+
+
+def test_the_best_number_may_be_the_highest(tmp_path):
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), selection=("test_accuracy", "max")))
+    for t, accuracy in ((10, math.nan), (20, 5.0), (30, 9.0), (40, 7.0)):
+        sink.evaluation({**ROW, "iteration": t, "test_accuracy": accuracy})
+    sink.close()
+    best = scalars_of(tmp_path)["evaluation/best_test_accuracy"]
+    assert best == [(20, 5.0), (30, 9.0), (40, 9.0)]
+
+
+def test_a_failure_of_tensorboard_ends_no_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    reported = []
+    sinks = open_sinks(tmp_path, tensorboard=True, report=reported.append)
+    monkeypatch.setattr(TensorBoardSink, "scalars", full)
+    sinks.evaluation(ROW)
+    sinks.evaluation({**ROW, "iteration": 30})
+    sinks.close()
+    cause = "OSError: no space left"
+    assert reported == [f"sink `tensorboard` failed, the run continues without it: {cause}"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_without_tensorboard_there_are_no_events(tmp_path):
     sinks = open_sinks(tmp_path)
     sinks.evaluation(ROW)
     sinks.scalars({"training/s_u": 0.5}, 20)
@@ -103,8 +219,17 @@ def test_tensorboard_of_a_continued_run(tmp_path, continues_after, iterations):
     sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), [kept], continues_after))
     sink.evaluation(ROW)
     sink.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("distance/fc")] == iterations
+    found = scalars_of(tmp_path)["workers_and_layers/distance/fc"]
+    assert [step for step, _ in found] == iterations
+
+
+def test_a_run_of_an_earlier_version_keeps_its_tensorboard_folder(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), [], 10))
+    sink.evaluation(ROW)
+    sink.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+    assert scalars_of(tmp_path / "tensorboard")["evaluation/train_loss"] == [(20, 3.0)]
 
 
 def test_the_screen_is_a_sink(tmp_path):
@@ -157,6 +282,7 @@ def test_a_registered_tracker_gets_what_a_run_writes(register, make_config, tmp_
         *("experiment=smoke", "model=logistic", "device=cpu", "algorithm.iterations=4"),
         *("output.eval_every=2", "output.log_every=2", "output.checkpoint_every=2"),
         *("output.tensorboard=false", f"output.run_dir={tmp_path}/run"),
+        *("algorithm.sigma=0.004", "algorithm.schedule.sigma.name=linear"),
     )
     last = trainer.Trainer(make_plan(config, Launch()), Solo()).run()
     (tracker,) = made
@@ -167,6 +293,11 @@ def test_a_registered_tracker_gets_what_a_run_writes(register, make_config, tmp_
     assert tracker.rows[-1] == last
     assert [t for t, _ in tracker.values] == [2, 4]
     assert tracker.values[0][1].keys() >= {"training/minibatch_loss", "training/s_u"}
+    # linear: 1 - t / 4 in iterations t = 1 and t = 3, the last before each entry
+    sizes = [values["training/sigma"] for _, values in tracker.values]
+    assert sizes == pytest.approx([0.003, 0.001])
+    assert "training/tau" not in tracker.values[0][1], "constant"
+    assert tracker.info.selection == ("test_error", "min")
     assert tracker.calls == ["sync", "sync", "close"]
 
 

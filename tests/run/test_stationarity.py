@@ -345,15 +345,15 @@ def test_a_run_is_the_same_measured_or_not(ranks, make_config, tmp_path):
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         written = [json.loads(line) for line in file]
     assert written[-1]["stationarity"] == rows[-1]["stationarity"]
-    events = EventAccumulator(f"{folder}/tensorboard").Reload()
+    events = EventAccumulator(folder).Reload()
     last = rows[-1]["stationarity"]
     for tag, value in {
-        "stationarity/envelope_gradient": last["envelope_gradient"],
-        "stationarity/consensus_residual": last["consensus_residual"],
+        "stationarity/envelope_gradient_(13)": last["envelope_gradient"],
+        "stationarity/consensus_residual_(5a)": last["consensus_residual"],
         "stationarity/seconds": last["seconds"],
-        "worker_residual/worker_3": last["worker_residual"][3],
-        "translation_gap/worker_2": last["translation_gap"][2],
-        "consensus_gap/worker_1/fc2": last["consensus_gap"][1][1],
+        "workers_and_layers/worker_residual_(5b)/worker_3": last["worker_residual"][3],
+        "workers_and_layers/translation_gap_(9)/worker_2": last["translation_gap"][2],
+        "workers_and_layers/consensus_gap/worker_1/fc2": last["consensus_gap"][1][1],
     }.items():
         scalars = events.Scalars(tag)
         assert [scalar.step for scalar in scalars] == [5, 10, 12]

@@ -58,11 +58,11 @@ def test_a_signal_without_checkpoints(train, tmp_path, monkeypatch):
 
 
 def test_a_run_whose_picture_fails_is_complete(train, tmp_path, monkeypatch, capsys):
-    def fail(runs, path):
+    def fail(rows, path, **others):
         assert (tmp_path / "a" / "summary.json").exists(), "the summary comes first"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("consensus.run.results.draw_convergence", fail)
+    monkeypatch.setattr("consensus.run.results.draw_run", fail)
     train(f"output.run_dir={tmp_path}/a")
     assert {path.name for path in (tmp_path / "a").glob("*.*")} >= {"model.pt", "summary.json"}
     said = capsys.readouterr().out

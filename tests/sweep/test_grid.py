@@ -70,7 +70,23 @@ def test_figure_1_has_both_panels_and_momentum_sgd():
     assert found == [*product(both, POTENTIALS), *product(both, ["msgd"])]
 
 
-@pytest.mark.parametrize("grid", ["table1", "table1_small", "figure1", "conventions", "smoke"])
+def test_the_methods_train_on_the_same_samples():
+    found = runs("grid=methods", "seed=1")
+    sizes = {(r["algorithm"], r.get("potential"), r["algorithm.sigma"]) for r in found}
+    assert sizes == {
+        ("ddp", None, "0.002"),
+        ("diloco", None, "0.002"),
+        ("local_sgd", None, "0.001"),
+        ("easgd", None, "0.001"),
+        ("consensus", "tan", "0.002"),
+    }
+    keys = ("workers", "algorithm.iterations", "data.partition", "seed")
+    assert {tuple(r[key] for key in keys) for r in found} == {("4", "360", "sharded", "1")}
+
+
+@pytest.mark.parametrize(
+    "grid", ["table1", "table1_small", "figure1", "conventions", "methods", "smoke"]
+)
 def test_every_grid_has_valid_runs_with_distinct_names(grid):
     sweep = read_sweep([f"grid={grid}"])
     check(sweep)
@@ -129,7 +145,7 @@ def test_equal_runs_are_merged():
     [
         (
             ["grid=table2"],
-            "`grid` is table2; allowed: conventions, figure1, implicit, smoke, table1, ",
+            "`grid` is table2; allowed: conventions, figure1, implicit, methods, smoke, table1, ",
         ),
         (["potential="], "`potential` is nothing; allowed: a value, or values between commas"),
         (["potential=quad,,tan"], "`potential` is quad,,tan; allowed: a value, or values between"),
@@ -140,7 +156,12 @@ def test_equal_runs_are_merged():
         (["sweep.jobs=0"], "`sweep.jobs` is 0; allowed: a whole number >= 1"),
         (["sweep.processes=0"], "`sweep.processes` is 0; allowed: a whole number >= 1"),
         (["sweep.dir=''"], "`sweep.dir` is ; allowed: a path or null"),
-        (["sweep.job=2"], "unknown key `sweep.job`; allowed in `sweep`: sweep.dir, sweep.jobs"),
+        (
+            ["sweep.job=2"],
+            "unknown key `sweep.job` (did you mean `sweep.jobs`?); allowed in `sweep`: sweep.dir, ",
+        ),
+        (["lam=0.1"], "unknown key `lam` (did you mean `algorithm.lam`?); allowed in"),
+        (["algorithm.lr=1"], "unknown key `algorithm.lr` (did you mean `algorithm.sigma`?)"),
         (
             ["algorithm.lam=interval(0.01,0.1)"],
             "`algorithm.lam` is interval(0.01,0.1); allowed: values between commas, choice(...) or "

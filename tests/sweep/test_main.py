@@ -70,6 +70,7 @@ def test_a_refused_sweep_prints_one_line_and_starts_nothing(sweep, tmp_path):
     code, out, err = sweep("potential=tan,tann", "sweep.dir=many")
     assert (code, out) == (2, "")
     assert err.startswith("consensus.sweep: `potential` is tann; allowed: cubic, ")
+    assert err.endswith("; did you mean `tan`?\n")
     assert err.count("\n") == 1
     assert not (tmp_path / "many").exists()
 
@@ -251,7 +252,7 @@ def test_a_file_in_the_place_of_a_run_costs_that_run(sweep, tmp_path):
 def test_a_command_without_arguments_prints_its_usage(sweep, tmp_path):
     code, out, err = sweep()
     assert (code, out) == (2, "")
-    assert "python -m consensus.sweep grid=NAME KEY=VALUE" in err
+    assert "Usage: python -m consensus.sweep [grid=NAME] [KEY=VALUE" in err
     assert sweep("--help")[:2] == (0, err)
     assert not (tmp_path / "runs").exists()
 

@@ -100,5 +100,5 @@ def pixels_of(path, colour):
     return int((abs(pixels - np.array(colour)) <= 1).all(-1).sum())
 
 
-BLUE, ORANGE, BLACK = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0, 0, 0)
-BLUE_BAND = (0xD2, 0xE4, 0xF0)  # a fifth of blue on white
+BLUE, ORANGE, BLACK = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0, 0, 0)
+BLUE_BAND = (0xCC, 0xE3, 0xF0)  # a fifth of blue on white

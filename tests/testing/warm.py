@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from consensus.problem import DATASETS
-from consensus.report.plots import draw_convergence
+from consensus.report.convergence import draw_run
 from consensus.run.compose import config_dir, register_schema, to_config
 from tests.testing.made_runs import row_at
 
@@ -20,7 +20,7 @@ register_schema()
 with initialize_config_dir(config_dir(), version_base="1.3"):
     to_config(compose("train", overrides=["potential=tan", "output.run_dir=run"]))
 with tempfile.TemporaryDirectory() as _folder:
-    draw_convergence({"run": [row_at(t) for t in (10, 20, 30)]}, Path(_folder) / "figure.png")
+    draw_run([row_at(t) for t in (10, 20, 30)], Path(_folder) / "figure.png")
 DATASETS.make("digits")
 gc.collect()
 gc.freeze()
