@@ -3,6 +3,7 @@
 It does not depend on servers, workers, processes or configs.
 """
 
+from consensus.problem import digits  # noqa: F401  (registers a data set)
 from consensus.problem.data import DATASETS, Dataset
 from consensus.problem.losses import LOSSES, Loss, Metric
 from consensus.problem.minibatches import PARTITIONS, Minibatches, partition

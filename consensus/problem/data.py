@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from consensus.problem.samples import (
     Samples,
@@ -171,24 +169,3 @@ def _samples(name: str, given: Any) -> AnySamples:
 
 DATASETS: Registry[Dataset] = Registry("data set", Dataset)
 """The table of data sets. A factory takes `root`, the folder of files, and its own options."""
-
-
-@DATASETS.register("digits")
-def digits(root: str = "data") -> Dataset:
-    """The 8x8 digits of scikit-learn, scaled to 28x28: 1437 training and 360 test images.
-
-    It needs no files, no network and no `root`. The split does not depend on the run's seed.
-    """
-    # A local import: it takes 1 s, which runs on other data save.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    small = torch.tensor(bunch.images / 16.0, dtype=torch.float32).unsqueeze(1)  # (1797, 1, 8, 8)
-    images = interpolate(small, size=(28, 28), mode="bilinear", align_corners=False).clamp(0, 1)
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=bunch.target, random_state=0
-    )
-    of_train, of_test = (Samples(images[index], labels[index]) for index in (train, test))
-    return Dataset(of_train, of_test, num_classes=10)

@@ -5,46 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from consensus.problem import DATASETS, Dataset, Samples
-
-
-def test_digits():
-    data = DATASETS["digits"]
-    assert data.train.inputs.shape == (1437, 1, 28, 28)
-    assert data.test.inputs.shape == (360, 1, 28, 28)
-    assert data.num_classes == 10
-    assert data.train.inputs.dtype == torch.float32
-    assert float(data.train.inputs.min()) == 0
-    assert float(data.train.inputs.max()) <= 1
-    # stratified: every class has its fifth in the test set, up to rounding
-    in_total = np.bincount(load_digits().target)
-    in_test = np.bincount(data.test.targets.numpy())
-    assert np.abs(in_test - in_total * 360 / 1797).max() < 1
-
-
-def test_digits_are_all_there_once_scaled_bilinearly():
-    data = DATASETS["digits"]
-    images = torch.cat([data.train.inputs, data.test.inputs])[:, 0].double().numpy()
-    labels = torch.cat([data.train.targets, data.test.targets]).tolist()
-
-    # pixel i of 28 has its centre at (i + 1/2) 8/28 - 1/2 of the 8, clamped at the border
-    scale = np.zeros((28, 8))
-    for i in range(28):
-        place = min(max((i + 0.5) * 8 / 28 - 0.5, 0.0), 7.0)
-        low = min(int(place), 6)
-        scale[i, low], scale[i, low + 1] = 1 - (place - low), place - low
-    original = load_digits()
-    scaled = scale @ (original.images / 16) @ scale.T
-
-    # the order is that of the split: find for each image the one that it was made from
-    flat = scaled.reshape(1797, -1)
-    squares = (flat**2).sum(axis=1)
-    nearest = [int(np.argmin(squares - 2 * flat @ image.ravel())) for image in images]
-    assert sorted(nearest) == list(range(1797))
-    assert np.abs(scaled[nearest] - images).max() < 1e-6
-    assert original.target[nearest].tolist() == labels
 
 
 def test_to_changes_the_type_of_images_only():

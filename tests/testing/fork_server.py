@@ -18,8 +18,6 @@ PRELOAD = [
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "pytest",  # the modules of tests import it
-    "sklearn.datasets",
-    "sklearn.model_selection",
     "torch._inductor",  # torch.use_deterministic_algorithms imports it
     "torch.distributed.checkpoint",
     "torch.utils.tensorboard",
