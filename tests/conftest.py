@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,27 +21,31 @@ if not torch.cuda.is_available():  # read by Triton when it is imported, which t
 
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 
-SLOWEST = (  # beginnings of paths; with pytest-xdist the longest files must start first
+# Beginnings of paths. With pytest-xdist the longest files must start first; those that wait for
+# processes and those that compute alternate, so that the cores are busy throughout.
+SLOWEST = (
     "tests/launch/test_hosts.py",  # mostly waits
-    "tests/test_faults.py",
-    "tests/sweep/",
-    "tests/test_train.py",
-    "tests/run/test_stationarity",
+    "tests/test_algorithm.py",
+    "tests/test_faults.py",  # mostly waits
+    "tests/test_population.py",
     "tests/test_kill.py",
-    "tests/doctor/",
     "tests/test_any_config.py",
-    "tests/test_differential.py",
+    "tests/test_train.py",
+    "tests/core/kernels/",
+    "tests/sweep/",
+    "tests/coupling/",
+    "tests/doctor/",  # mostly waits
     "tests/run/checkpoint/",
+    "tests/test_docs.py",
+    "tests/run/test_optimizers.py",
+    "tests/test_layouts.py",
     "tests/launch/test_container.py",
+    "tests/test_examples.py",
+    "tests/test_differential.py",
+    "tests/problem/",
     "tests/benchmarks/",
     "tests/theory/",
-    "tests/test_docs.py",
-    "tests/core/kernels/",
-    "tests/coupling/",
-    "tests/test_algorithm.py",
-    "tests/test_population.py",
     "tests/comm/",
-    "tests/problem/",
 )
 
 
@@ -71,12 +76,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="module")
 def tables() -> Iterator[None]:
-    """What plugins register while a module is tested is no entry for the next module."""
+    """What plugins register while a module is tested is no entry for the next module.
+
+    The next one may import an example again, which then registers again.
+    """
     every = (POTENTIALS, DATASETS, LOSSES, MODELS, SCHEDULES, SINKS)
     before = [dict(table._factories) for table in every]
     yield
     for table, factories in zip(every, before, strict=True):
         table._factories = factories
+    for name, module in list(sys.modules.items()):
+        if Path(str(getattr(module, "__file__", None))).parent == ROOT / "examples":
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -331,7 +331,7 @@ def test_a_config_is_trained(reference, folder):
     [
         (["potential=cubik"], "`potential` is cubik; allowed: cubic, "),
         (["algorithm=3"], "Config group override must be a string or a list. Got int"),
-        (["lamda=1"], "unknown key `lamda`; allowed in the top level: workers, "),
+        (["lamda=1"], "unknown key `lamda` (did you mean `algorithm.lam`?); allowed in the top"),
         (["smoke"], "Error parsing override 'smoke'"),
         (["workers=3", "algorithm.batch_size=2000"], "`algorithm.batch_size` is 2000; allowed: "),
         (["--config-dir=none"], "`--config-dir` is "),
