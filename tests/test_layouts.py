@@ -28,6 +28,7 @@ CASES = {
     "exact, radial": ["potential=tan", SMALL, "workers=4", "algorithm.u_update=exact"],
     "ddp": ["algorithm=ddp", "potential=quad", SMALL, "workers=8"],
     "outer": ["algorithm=diloco", "algorithm.period=2", SMALL, "workers=4"],
+    "nine": ["potential=quad", SMALL, "workers=9"],
     "stationarity": [
         "potential=tan",
         SMALL,
@@ -86,9 +87,11 @@ def compose(name, folder, *others):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "shared_memory"), [(2, True), (2, False), (4, True), (4, False)])
+@pytest.mark.parametrize(("size", "shared_memory"), [(2, True), (2, False), (4, True), (3, False)])
 def test_layouts_have_the_same_bits(reference, ranks, tmp_path, size, shared_memory):
-    names = list(CASES)[:: 1 if shared_memory else 3]
+    names = ["nine"] if size == 3 else [name for name in CASES if name != "nine"]
+    if not shared_memory:
+        names = names[::3]  # Gloo adds two or four numbers along the same tree, but not three
     configs = [compose(name, tmp_path) for name in names]
     for name, found in zip(names, run(ranks, size, configs, shared_memory), strict=True):
         assert found == reference[name], name
