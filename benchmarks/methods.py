@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import KAPPA, LAM, NU, SIGMA, TAU, Problem
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Msgd
-from consensus.comm import Group, Pending, RepeatedSum, Solo, sent_sum
+from consensus.comm import Group, Pending, ProcessGroup, RepeatedSum, Solo, sent_sum
 from consensus.worker import Worker
 
 POTENTIALS_TIMED = ("quad", "cubic", "tan", "log", "tan_sep")
@@ -73,7 +73,8 @@ class _TimedSum(RepeatedSum):
 class Metered:
     """A group that counts the bytes sent and the seconds waited.
 
-    With `sent`, sums do not use shared memory: "plain" is float32, "bf16" is compressed.
+    With `sent`, sums do not use shared memory: "plain" is float32, "bf16" is compressed, and "tree"
+    has the fixed order of `deterministic=true`.
     """
 
     def __init__(self, group: Group, sent: str | None = None) -> None:
@@ -93,6 +94,11 @@ class Metered:
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
         if self._sent is None:
             return _TimedSum(self._group.repeated_sum(numel, like), self)
+        if self._sent == "tree":
+            assert isinstance(self._group, ProcessGroup)
+            own = self._group
+            tree = ProcessGroup(own.handle, own.device, 600.0, shared_memory=False, tree=True)
+            return _TimedSum(tree.repeated_sum(numel, like), self)
         compress = None if self._sent == "plain" else self._sent
         return _TimedSum(sent_sum(self._group, numel, like, compress), self)
 
@@ -245,6 +251,10 @@ def methods() -> dict[str, Callable[[Problem, Group], Method]]:
     }
     sent: dict[str, Callable[[Problem, Group], Method]] = {
         name: lambda problem, group, sent=sent: OurConsensus(problem, group, "quad", 1, sent)
-        for name, sent in (("consensus quad over Gloo", "plain"), ("  the same in bf16", "bf16"))
+        for name, sent in (
+            ("consensus quad over Gloo", "plain"),
+            ("  the same in bf16", "bf16"),
+            ("  in a fixed order", "tree"),
+        )
     }
     return {"local": Local} | ours | sent | peers

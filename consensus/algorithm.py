@@ -15,6 +15,7 @@ from consensus.comm import Group
 from consensus.core.flat import Scalar, part_of
 from consensus.core.layerwise import Layerwise
 from consensus.server import Server, digest, verify_replicas
+from consensus.tree_sum import tree_sum
 from consensus.worker import Worker
 
 ORDERS = ("gauss_seidel", "jacobi")
@@ -252,7 +253,7 @@ class Ddp(Algorithm):
     def step(self, t: int) -> None:
         """Iteration t: an all-reduce of the gradients, and one step of the optimizer."""
         delta = self.worker.gradient(self.worker.draw())
-        torch.sum(delta, 0, out=self._sum.message)
+        tree_sum(delta.unbind(), self._sum.message)
         delta.copy_(self._sum.start().wait()).div_(self.num_workers)
         self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
 

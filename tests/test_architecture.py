@@ -8,7 +8,7 @@ import pytest
 import consensus
 
 PACKAGE = Path(consensus.__file__).parent
-MATHEMATICS = {"registry", "core", "theory"}
+MATHEMATICS = {"registry", "tree_sum", "core", "theory"}
 FILES = {"atomic_files", "records", "report"}
 ALGORITHM = {"comm", "server", "worker", "algorithm", "replay"}
 
@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "consensus.help": {"run.yaml_files", "startup"},
     "consensus.atomic_files": set(),
     "consensus.records": set(),
-    "consensus.core": {"registry"},
+    "consensus.tree_sum": set(),
+    "consensus.core": {"registry", "tree_sum"},
     "consensus.theory": {"core"},
-    "consensus.comm": set(),
-    "consensus.problem": {"core.flat", "registry"},
+    "consensus.comm": {"tree_sum"},
+    "consensus.problem": {"core.flat", "registry", "tree_sum"},
     "consensus.server": {"comm", "core"},
     "consensus.worker": {"core"},
-    "consensus.algorithm": {"comm", "core", "server", "worker"},
+    "consensus.algorithm": {"comm", "core", "server", "tree_sum", "worker"},
     "consensus.coupling": {"comm", "core", "server"},
     "consensus.replay": {"algorithm", "problem"},
     "consensus.population": {"algorithm", "core", "replay", "worker"},

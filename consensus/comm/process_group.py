@@ -15,7 +15,7 @@ from consensus.comm.group import Group, GroupError, PeerLostError, Pending, Repe
 from consensus.comm.launch import Launch
 from consensus.comm.rendezvous import Heartbeat, first_line, in_time, open_store
 from consensus.comm.shared_memory import PeersGoneError, available
-from consensus.comm.sums import SumInSharedMemory, open_shared_sum, sent_sum
+from consensus.comm.sums import SumInSharedMemory, TreeSum, open_shared_sum, sent_sum
 
 # Gloo raises a plain RuntimeError when the other side of a connection is gone or late.
 _LOST = re.compile(r"connect|timed? ?out|peer|socket|broken pipe|read error|write error", re.I)
@@ -39,6 +39,7 @@ class ProcessGroup(Group):
             collectives of `side`, in seconds. Collectives on `handle` keep the timeout it has.
         shared_memory: Whether repeated sums of CPU tensors on one host may use shared memory.
         compress: "bf16" sends repeated sums in bfloat16, except those in shared memory.
+        tree: Whether sums have the order of tree_sum.py, whatever the backend.
         heartbeat: Source of the names of lost peers in error messages; None: the backend's message.
     """
 
@@ -50,14 +51,16 @@ class ProcessGroup(Group):
         *,
         shared_memory: bool = True,
         compress: str | None = None,
+        tree: bool = False,
         heartbeat: Heartbeat | None = None,
     ) -> None:
         if not isinstance(handle, dist.ProcessGroup):  # new_group's answer to other processes
             raise ValueError(f"`handle` is {handle}; allowed: a group that has this process")
         assert compress in (None, "bf16"), compress
+        assert not (tree and compress), "a partial sum that is rounded depends on the layout"
         self.handle, self.device, self.timeout_s = handle, device, timeout_s
         self.rank, self.size = handle.rank(), handle.size()
-        self._shared_memory, self._compress = shared_memory, compress
+        self._shared_memory, self._compress, self._tree = shared_memory, compress, tree
         self._heartbeat = heartbeat
         self._owned = ExitStack()  # closed by `close`, last opened first
 
@@ -93,6 +96,7 @@ class ProcessGroup(Group):
             self.timeout_s,
             shared_memory=self._shared_memory,
             compress=self._compress,
+            tree=self._tree,
             heartbeat=self._heartbeat,
         )
         side._owned.callback(_destroy, handle)
@@ -112,7 +116,9 @@ class ProcessGroup(Group):
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Pending:
-        """Asynchronous all-reduce with SUM."""
+        """Asynchronous all-reduce with SUM, or an all-gather and a sum along the tree."""
+        if self._tree:
+            return TreeSum(self._start_gather, tensor, self.size).start()
         with self.reporting("sum"):
             work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.handle, async_op=True)
         assert work is not None
@@ -131,10 +137,25 @@ class ProcessGroup(Group):
         shared = None
         if like.device.type == "cpu":
             shared = open_shared_sum(self, numel, like.dtype, self.timeout_s, self._shared_memory)
+        if shared is None and self._tree:
+            return TreeSum(self._start_gather, like.new_empty(numel), self.size)
         if shared is None:
             return sent_sum(self, numel, like, self._compress)
         self._owned.callback(shared.close)
         return SumInSharedMemory(shared, self.reporting)
+
+    def _start_gather(self, pieces: list[Tensor], tensor: Tensor) -> Pending:
+        """Asynchronous all-gather."""
+        with self.reporting("sum"):
+            work = dist.all_gather(pieces, tensor, group=self.handle, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            with self.reporting("sum"):
+                work.wait()
+            return tensor
+
+        return Pending(wait)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All-gather."""
@@ -256,6 +277,7 @@ def open_group(
     shared_memory: bool = True,
     compress: str | None = None,
     init_method: str = "env://",
+    tree: bool = False,
 ) -> Group:
     """Open the group of a run: `Solo` for one process, else torch's default group. A collective.
 
@@ -301,6 +323,7 @@ def open_group(
         timeout_s,
         shared_memory=may_share_memory(launch, shared_memory),
         compress=compress,
+        tree=tree,
         heartbeat=heartbeat,
     )
     group._owned.callback(_destroy, None if given is None else handle)

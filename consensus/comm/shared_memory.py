@@ -7,7 +7,7 @@ system call unless a rank has to wait.
 # P ranks, n numbers; sum number t = 1, 2, ...
 
     start   rank r has written its summand into its slot                           posted[r] = t
-    wait    once all have posted t, the slots are added up, in the order of ranks
+    wait    once all have posted t, the slots are added up, along the tree of tree_sum.py
 
 *Small* sums are computed by every rank on its own. A rank has two slots, which it uses in turn. A
 rank that has posted t no longer reads the slots of t - 1, so those are free once all have posted t.
@@ -39,6 +39,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from consensus.tree_sum import tree_sum
 
 FOLDER = Path("/dev/shm")
 SMALL = 4 << 20  # bytes of all slots of a small sum: they stay in a core's cache
@@ -205,8 +207,6 @@ def _pieces(summands: Tensor, out: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _add_up(pieces: list[tuple[Tensor, ...]]) -> None:
-    """The sum of all but the last vector, to the last, one summand after another."""
-    for first, second, *others, out in pieces:
-        torch.add(first, second, out=out)
-        for other in others:
-            out += other
+    """The sum of all but the last vector, to the last."""
+    for *summands, out in pieces:
+        tree_sum(summands, out)

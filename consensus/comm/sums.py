@@ -1,4 +1,4 @@
-"""Repeated sums: compressed to bfloat16, or in shared memory."""
+"""Repeated sums: compressed to bfloat16, in a fixed order, or in shared memory."""
 
 import os
 import warnings
@@ -11,6 +11,9 @@ from torch import Tensor
 from consensus.comm import shared_memory
 from consensus.comm.group import Group, Pending, RepeatedSum, SentSum
 from consensus.comm.shared_memory import PeersGoneError, SharedSum
+from consensus.tree_sum import tree_sum
+
+Gather = Callable[[list[Tensor], Tensor], Pending]
 
 
 class Bfloat16Sum(RepeatedSum):
@@ -40,6 +43,33 @@ def sent_sum(group: Group, numel: int, like: Tensor, compress: str | None = None
     """A repeated sum by all-reduce, of the messages as they are (None) or in bfloat16 ("bf16")."""
     message = like.new_empty(numel)
     return SentSum(group, message) if compress is None else Bfloat16Sum(group, message)
+
+
+class TreeSum(RepeatedSum):
+    """A sum along the tree of tree_sum.py: every rank gathers the messages and adds them up.
+
+    A rank receives the P - 1 messages of the others, where a ring moves 2 (P - 1) / P of one, and
+    the bits do not depend on the backend. The total is written to `message`.
+
+    Args:
+        gather: Begins an all-gather of a tensor to a list of P tensors.
+        message: The summand.
+        size: P.
+    """
+
+    def __init__(self, gather: Gather, message: Tensor, size: int) -> None:
+        self._gather, self.message = gather, message
+        self._gathered = [torch.empty_like(message) for _ in range(size)]
+
+    def start(self) -> Pending:
+        """Begin the all-gather."""
+        pending = self._gather(self._gathered, self.message)
+
+        def wait() -> Tensor:
+            pending.wait()
+            return tree_sum(self._gathered, self.message)
+
+        return Pending(wait)
 
 
 class SumInSharedMemory(RepeatedSum):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from consensus.core.layerwise import Layerwise
 from consensus.core.sizes import Radial, Separable, Size
+from consensus.tree_sum import tree_sum
 
 Reduce = Callable[[Tensor], Tensor]  # a sum or minimum over ranks; may work in place
 
@@ -58,7 +59,7 @@ def phi_mean(
     is that of the residual, and at least a few units of rounding of the dtype.
     """
     if phi.profile.slope is not None:  # weights, the same for all points, cancel
-        summed = total(torch.cat([z.sum(0), z.new_tensor([float(len(z))])]))
+        summed = total(torch.cat([tree_sum(z.unbind()), z.new_tensor([float(len(z))])]))
         return Mean(summed[:-1] / summed[-1], 0.0, True, 0)
     low, high = smallest(torch.cat([z.amin(0), -z.amax(0)])).tensor_split(2)
     high = -high
@@ -148,8 +149,8 @@ def _scalar_equations(problem: _Problem, x: Tensor, index: Tensor) -> Tensor:
     w = x - problem.z[:, index]
     forces, slopes = phi.grad(w), phi.stiffness(w)
     forces = torch.where(forces.isnan() & ~w.isnan(), w.sign() * torch.inf, forces)
-    strength = (forces.abs() + problem.rounding(slopes, w)).sum(0)
-    return problem.total(torch.stack([forces.sum(0), slopes.sum(0), strength]))
+    strengths = forces.abs() + problem.rounding(slopes, w)
+    return problem.total(tree_sum(torch.stack([forces, slopes, strengths], 1).unbind()))
 
 
 # ---- radial sizes
@@ -204,8 +205,8 @@ def _sums(problem: _Problem, u: Tensor) -> _Sums:
     forces, stiffness = phi.grad(w), phi.stiffness(w)
     strengths = _norm(size, forces) + problem.rounding(stiffness, w)
     of_u = problem.rounding(stiffness, u)
-    of_layers = torch.stack([phi.weights(w), phi.values(w), strengths, of_u]).sum(1)
-    summed = problem.total(torch.cat([forces.sum(0), of_layers.flatten()]))
+    of_layers = torch.cat([phi.weights(w), phi.values(w), strengths, of_u], 1)
+    summed = problem.total(tree_sum(torch.cat([forces, of_layers], 1).unbind()))
     force, (weight, value, strength, of_u) = summed[: len(u)], summed[len(u) :].view(4, -1)
     length = _norm(size, force)
     residual, rounded = (
@@ -232,7 +233,7 @@ def _newton(problem: _Problem, u: Tensor, at: _Sums, going: Tensor) -> Tensor:
         going = going & (rr > enough)
         if not bool(going.any()):
             break
-        hp = problem.total(phi.hvp(w, p).sum(0))
+        hp = problem.total(tree_sum(phi.hvp(w, p).unbind()))
         bend = size.inner(p, hp)
         going = going & (bend > 0)
         alpha = torch.where(going, rr / bend, 0.0)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from consensus.problem.samples import Tree, leaves
 from consensus.problem.streams import restored_generators
+from consensus.tree_sum import tree_sum
 
 Views = dict[str, Tensor]
 """Parameters and buffers of a model by name."""
@@ -104,7 +105,8 @@ class RunningBuffers:
 
     def sums(self) -> Tensor:
         """The sums over the workers, concatenated. float64 (b,)."""
-        return torch.cat([rows.double().sum(0).flatten() for rows in self.rows.values()])
+        rows = (rows.double().flatten(1) for rows in self.rows.values())
+        return tree_sum(torch.cat(list(rows), 1).unbind())
 
     def unflatten(self, vector: Tensor) -> Views:
         """The buffers with the numbers of a vector (b,), rounded for integers."""

@@ -177,7 +177,8 @@ def run(config: Config, launch: Launch, work: Callable[[Plan, Group], T]) -> T:
         torch.cuda.set_device(plan.device)
     how = config.group
     where = launch, plan.backend, plan.device
-    group = open_group(*where, how.timeout_s, how.shared_memory, how.compress)
+    options = how.timeout_s, how.shared_memory, how.compress
+    group = open_group(*where, *options, tree=config.deterministic)
     try:
         with group.publish_failure(), machine_failures():
             found = work(plan, group)
@@ -241,7 +242,7 @@ def _process_of_a_command() -> Iterator[None]:
     dtype, seed, hook = torch.get_default_dtype(), torch.initial_seed(), threading.excepthook
     strict = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    workspace, threads = os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.get_num_threads()
     on_gpu = torch.cuda.is_initialized()
     states = torch.cuda.get_rng_state_all() if on_gpu else []
     device = torch.cuda.current_device() if on_gpu else 0
@@ -256,6 +257,7 @@ def _process_of_a_command() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
         threading.excepthook = hook  # that of TensorBoard's sink
         if (strict, warns) != (
             torch.are_deterministic_algorithms_enabled(),

@@ -11,6 +11,7 @@ import math
 from consensus.algorithm import Algorithm, Consensus, Ddp, Msgd, StepSize, half_square
 from consensus.comm import Group
 from consensus.core.kernels import consensus_kernel, worker_kernel
+from consensus.core.kernels.by_worker import ForceOfEach, StepOfEach
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE, AlgorithmConfig
 from consensus.run.plan import Plan
@@ -24,6 +25,10 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     # Equal on all ranks already, unless their versions of torch differ.
     u = group.broadcast_(plan.start)
     z = u.repeat(len(plan.local_workers), 1)
+    line_6 = worker_kernel(config.coupling, plan.phi, u)
+    line_3 = consensus_kernel(config.u_update, plan.phi, u, group.sum_)
+    if plan.config.deterministic:
+        line_3, line_6 = ForceOfEach(line_3), StepOfEach(line_6)
     worker = Worker(
         z,
         plan.oracle,
@@ -31,13 +36,12 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         kappa=config.momentum,
         nu=config.weight_decay,
         momentum_on=config.momentum_on,
-        kernel=config.own_kernel(worker_kernel(config.coupling, plan.phi, u), plan.phi, z),
+        kernel=config.own_kernel(line_6, plan.phi, z),
         clip=config.clip_grad_norm,
     )
     if config.name in ALONE:
         one_model = {"msgd": Msgd, "ddp": Ddp}[config.name]
         return one_model(worker, group, sigma=scheduled(config, "sigma"))
-    line_3 = consensus_kernel(config.u_update, plan.phi, u, group.sum_)
     return Consensus(
         Server(u, plan.phi, group, config.outer_kernel(line_3, plan.phi, u)),
         worker,

@@ -177,6 +177,9 @@ class Config:
         known = known or self.stationarity.every is None
         allowed = "a number > 0 with algorithm.optimizer, or stationarity.every=null"
         require(known or self.stationarity.lam is not None, "stationarity.lam", "null", allowed)
+        exact = not self.deterministic or self.group.compress is None
+        allowed = "null with deterministic=true: rounded partial sums depend on the layout"
+        require(exact, "group.compress", self.group.compress, allowed)
         movable = self.device != "cpu" or self.group.name != "nccl"
         allowed = "auto or gloo with device=cpu: NCCL moves CUDA tensors only"
         require(movable, "group", self.group.name, allowed)

@@ -13,6 +13,7 @@ from consensus.core.layerwise import Layerwise
 from consensus.core.updates import coupling, regularizer
 from consensus.records import Row, number
 from consensus.run.plan import Plan
+from consensus.tree_sum import tree_sum
 
 Best = dict[str, float] | None
 """The best evaluation: its iteration, and the number that decides."""
@@ -43,21 +44,23 @@ def measure(
     line 6 on this rank, int64 (2,). `evaluated` are results of `Risk.evaluate` of u on this rank's
     share of each set of samples; None: computed here.
     """
-    splits, cuts = plan.dataset.splits, cuts.double()
+    splits, cuts, lam_t = plan.dataset.splits, cuts.double(), value_at(lam, max(0, t - 1))
     if group.rank > 0:
         cuts[0] = 0.0  # s_u is the same on all ranks: count it once
+    share_of, shares = plan.evaluation_shares
     if evaluated is None:
         share_buffers(plan, group)
-        shares = (samples.share(group.rank, group.size) for samples in splits.values())
-        evaluated = [plan.risk.evaluate(u, share) for share in shares]
-    parts = [
-        *evaluated,
-        coupling(phi, u, z, value_at(lam, max(0, t - 1))).double().sum().unsqueeze(0),
-        cuts,
-        phi.distance(u - z).double().sum(0),
+        evaluated = [
+            tree_sum([plan.risk.evaluate(u, samples.share(i, share_of)) for i in shares])
+            for samples in splits.values()
+        ]
+    of_workers = [
+        torch.cat([coupling(phi, u, z_j, lam_t).double().view(1), phi.distance(u - z_j).double()])
+        for z_j in z
     ]
+    parts = [*evaluated, cuts, tree_sum(of_workers)]
     sizes = [len(part) for part in parts]
-    *of_splits, (coupling_sum,), (cuts_u, cuts_z), distances = (
+    *of_splits, (cuts_u, cuts_z), (coupling_sum, *distances) = (
         part.tolist() for part in group.sum_(torch.cat(parts)).split(sizes)
     )
     numbers: dict[str, float] = {}

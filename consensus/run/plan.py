@@ -6,6 +6,7 @@ mistake alike, and none waits for another.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from consensus.run.config_algorithm import ALONE, as_call
 from consensus.run.limits import memory_of
 from consensus.run.problem import load_data, make_model, make_shards
 from consensus.theory.descent import VECTORS
+from consensus.tree_sum import layouts
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class Plan:
     def local_workers(self) -> range:
         """The numbers j of the workers on this process."""
         return self.launch.block(self.num_workers)
+
+    @property
+    def evaluation_shares(self) -> tuple[int, Sequence[int]]:
+        """The number of shares of each set of samples, and those that this process evaluates.
+
+        One for each process; if deterministic, one for each worker, on every layout.
+        """
+        if self.config.deterministic:
+            return self.num_workers, self.local_workers
+        return self.launch.size, [self.launch.rank]
 
     def epochs(self, iterations: int) -> float:
         """Samples drawn over the size of the shard, the mean over workers, after some iterations.
@@ -183,6 +195,11 @@ def count_workers(config: Config, launch: Launch) -> int:
     num_workers = launch.size if config.workers is None else config.workers
     allowed = f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each"
     require(num_workers % launch.size == 0, "workers", num_workers, allowed)
+    if config.deterministic:
+        *others, last = map(str, layouts(num_workers))
+        counts = f"{', '.join(others)} or {last}" if others else last
+        allowed = f"with deterministic=true on {counts} processes, not {launch.size} (tree_sum.py)"
+        require(str(launch.size) in [*others, last], "workers", num_workers, allowed)
     return num_workers
 
 
@@ -215,8 +232,12 @@ def choose_device(config: Config, launch: Launch) -> torch.device:
 
 
 def set_determinism(config: Config) -> None:
-    """Switch torch's deterministic algorithms of this process on or off."""
+    """Switch torch's deterministic algorithms of this process on or off.
+
+    On, with one thread: products and convolutions add in another order with another number of them.
+    """
     if config.deterministic:
+        torch.set_num_threads(1)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         # Only on a change: the call imports torch's compiler, which takes seconds.

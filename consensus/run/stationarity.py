@@ -42,6 +42,7 @@ from consensus.problem.streams import stream
 from consensus.records import Measurement
 from consensus.run.plan import Plan
 from consensus.theory.stationarity import consensus_residual, prox, worker_residual
+from consensus.tree_sum import tree_sum
 
 Pair = tuple[Tensor, Tensor]
 Function = Callable[[Tensor], Pair]
@@ -98,7 +99,8 @@ class Stationarity:
         of_layers = everyone[:, :-4].reshape(len(everyone), 5, -1).transpose(0, 1)  # (5, M, L)
         of_envelopes, force, residual, gap, apart = of_layers
         value, accuracy, evaluations, converged = everyone[:, -4:].T  # (M,) each
-        sums = torch.stack([envelopes.sum(0), consensus_residual(phi, u, z, lam)])
+        residuals = [consensus_residual(phi, u, z_j.unsqueeze(0), lam) for z_j in z]
+        sums = torch.stack([tree_sum(envelopes.unbind()), tree_sum(residuals)])
         envelope, residual_u = phi.distance(self.group.sum_(sums)).double().cpu()
         return {
             "lam": lam,
@@ -150,7 +152,8 @@ class Stationarity:
 
     def _prox_of_all(self, u: Tensor, lam: float, asked_to_stop: Callable[[], bool]) -> Pair:
         sample = self.samples[0]
-        share = torch.tensor_split(sample, self.group.size)[self.group.rank]
+        share_of, mine = self.plan.evaluation_shares
+        shares = [torch.tensor_split(sample, share_of)[i] for i in mine]
         n = len(u)
 
         def order(command: float, z: Tensor) -> Tensor:
@@ -158,9 +161,11 @@ class Stationarity:
             return self.group.broadcast_(torch.cat([z, z.new_tensor([command])]))
 
         def add_up(z: Tensor) -> Pair:
-            loss, gradient = self._total(z, share)
+            totals = [self._total(z, share) for share in shares]
+            gradient = tree_sum([of_share for _, of_share in totals])
+            loss = tree_sum([of_share.to(gradient) for of_share, _ in totals])
             stop = loss.new_tensor(float(asked_to_stop()))
-            summed = self.group.sum_(torch.cat([gradient, torch.stack([loss, stop]).to(gradient)]))
+            summed = self.group.sum_(torch.cat([gradient, torch.stack([loss, stop])]))
             if summed[-1] > 0:
                 raise _StopRequestedError
             return summed[n], summed[:n]

@@ -84,12 +84,12 @@ def bits(group, numel):
 
 
 @pytest.mark.parametrize("numel", [5000, LARGE])
-def test_all_ranks_get_the_same_bits_added_in_the_order_of_ranks(ranks, numel):
+def test_all_ranks_get_the_same_bits_added_along_the_tree(ranks, numel):
     first, *others = ranks(4, bits, numel)
     assert others == [first] * 3
     streams = [torch.Generator().manual_seed(rank) for rank in range(4)]
     rows = [torch.randn(numel, generator=stream) for stream in streams]
-    expected = ((rows[0] + rows[1]) + rows[2]) + rows[3]
+    expected = (rows[0] + rows[1]) + (rows[2] + rows[3])
     assert first[1] == expected[:5].tolist()
 
 

@@ -66,6 +66,12 @@ class Block:
     delta: Tensor  # the minibatch gradients, overwritten by line 6
     scratch: Tensor | None = None  # memory that line 6 may overwrite; may be `delta`
 
+    def row(self, k: int) -> "Block":
+        """Worker k as a block of its own, (1, n)."""
+        own = slice(k, k + 1)
+        scratch = None if self.scratch is None else self.scratch[own]
+        return Block(self.z[own], self.v[own], self.delta[own], scratch)
+
 
 class ConsensusKernel(Protocol):
     """Line 3 in place, for u (n,) and z (K, n); with configurations each has a leading axis S."""

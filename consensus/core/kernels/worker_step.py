@@ -68,7 +68,7 @@ class WorkerOptimizerStep:
         steps = []
         for k, parameter in enumerate(self._parameters):  # one by one, for the step of each
             own = LineSearch(torch.ones_like(search.step), search.cuts[k : k + 1])
-            self.kernel.move_workers(_row(moved, k), u, anchor, displaced, own)
+            self.kernel.move_workers(moved.row(k), u, anchor, displaced, own)
             if own.step.device.type != "cpu" or own.step < 1:  # it is 1 nearly always
                 scale_momentum([self.optimizer.state[parameter]], own.step)
             steps.append(own.step)
@@ -85,12 +85,6 @@ class WorkerOptimizerStep:
         for k, parameter in enumerate(self._parameters):
             row = {key: rows[k] for key, rows in state.items()}
             self._state.write(self.optimizer, parameter, row)
-
-
-def _row(block: Block, k: int) -> Block:
-    own = slice(k, k + 1)
-    scratch = None if block.scratch is None else block.scratch[own]
-    return Block(block.z[own], block.v[own], block.delta[own], scratch)
 
 
 def _require_elementwise(name: str, options: Mapping[str, Any]) -> None:
