@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hydra import compose
+from matplotlib.figure import Figure
 
 from consensus import DATASETS, LOSSES, MODELS, POTENTIALS, SCHEDULES, SINKS
 from consensus.run.compose import composing, to_config
@@ -49,6 +51,18 @@ SLOWEST = (
 )
 
 
+DRAWN = (  # beginnings of paths of tests that look at figures, or should draw them
+    "tests/report/",
+    "tests/benchmarks/",
+    "tests/test_any_config.py",
+    "tests/run/test_results.py",
+    "tests/run/test_trainer.py",
+    "tests/test_docs.py",
+    "tests/test_examples.py",
+    "tests/test_train.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests whose GPU, MNIST, SLURM, root or image is absent; put slow files first."""
 
@@ -72,6 +86,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing:
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Empty files in place of figures but in `DRAWN`; the value is the function that draws.
+
+    To draw takes a third of a second, which is most of a small run.
+    """
+    draw = Figure.savefig
+    if request.node.nodeid.startswith(DRAWN):
+        yield draw
+        return
+    with mock.patch.object(Figure, "savefig", lambda _, path, **__: Path(path).write_bytes(b"")):
+        yield draw
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -105,8 +105,8 @@ class RunningBuffers:
 
     def sums(self) -> Tensor:
         """The sums over the workers, concatenated. float64 (b,)."""
-        rows = (rows.double().flatten(1) for rows in self.rows.values())
-        return tree_sum(torch.cat(list(rows), 1).unbind())
+        rows = [rows.double().reshape(len(rows), -1) for rows in self.rows.values()]
+        return tree_sum(torch.cat(rows, 1).unbind())
 
     def unflatten(self, vector: Tensor) -> Views:
         """The buffers with the numbers of a vector (b,), rounded for integers."""

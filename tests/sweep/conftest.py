@@ -3,27 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from hydra import compose
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from consensus.run.compose import to_config
 from consensus.sweep import job
 from tests.testing.sweeps import SLURM, STAND_IN, call_sweep
-
-
-@pytest.fixture(scope="package", autouse=True)
-def figures():
-    """Empty files in place of figures, which take half of the time here; tests/report draws them.
-
-    The value is the function that draws.
-    """
-    draw = Figure.savefig
-    with mock.patch.object(Figure, "savefig", lambda _, path, **__: path.write_bytes(b"")):
-        yield draw
 
 
 @pytest.fixture
