@@ -32,7 +32,6 @@ from consensus.startup import is_program, protect_streams, version
 WIDTH = 80
 MAIN_KEYS = (
     "workers",
-    "seed",
     "potential.eta",
     "algorithm.lam",
     "algorithm.sigma",
@@ -40,6 +39,7 @@ MAIN_KEYS = (
     "algorithm.iterations",
     "algorithm.period",
     "output.run_dir",
+    "output.eval_every",
     "resume",
 )
 """The keys on the first page of help; the other pages have all."""
@@ -150,7 +150,7 @@ More: docs/sweeps.md
 """
 
 REST = """\
-All keys: docs/configuration.md
+All keys: --help algorithm data output ..., or the site of scripts/docs
 Completion in bash: eval "$(consensus-{command} -sc install=bash)"
 """
 

@@ -1,6 +1,6 @@
 """Plugin of the trainer: image files that need not fit in memory, with random augmentation.
 
-python -m consensus.train workers=4 plugins=[own_folder] data=own_folder data.root=images \
+python -m consensus.train workers=4 'plugins=[own_folder]' data=own_folder data.root=images \
     data.loader_workers=4 model=network model.options.name=resnet18
 
 `images/train` and `images/test` have a folder of image files for each class.

@@ -1,6 +1,6 @@
 """Plugin of the trainer: a network of torchvision on the images of a NumPy file.
 
-python -m consensus.train workers=4 plugins=[own_images] data=own_images data.root=images.npz \
+python -m consensus.train workers=4 'plugins=[own_images]' data=own_images data.root=images.npz \
     model=torchvision model.options.name=resnet18 data.validation=0.1
 
 The file has `x` (N, height, width, 3) uint8 and `y` (N,), the class of each image.

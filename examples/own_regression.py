@@ -1,6 +1,6 @@
 """Plugin of the trainer: regression on the columns of a CSV file, with a loss of one's own.
 
-python -m consensus.train workers=4 plugins=[own_regression] data=table data.root=table.csv \
+python -m consensus.train workers=4 'plugins=[own_regression]' data=table data.root=table.csv \
     model=regression loss=huber
 
 The last column of the file is the target.

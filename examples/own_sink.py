@@ -1,6 +1,6 @@
 """Plugin of the trainer: a sink that writes some columns of every evaluation to metrics.csv.
 
-python -m consensus.train workers=4 plugins=[own_sink] experiment=smoke
+python -m consensus.train workers=4 'plugins=[own_sink]' experiment=smoke
 
 The file is in the run directory. A tracker on the web is the same class with other calls.
 """

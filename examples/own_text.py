@@ -1,6 +1,6 @@
 """Plugin of the trainer: a recurrent model of the characters of a text file.
 
-python -m consensus.train workers=4 plugins=[own_text] data=own_text data.root=my.txt \
+python -m consensus.train workers=4 'plugins=[own_text]' data=own_text data.root=my.txt \
     model=char_gru loss=token_cross_entropy
 """
 

@@ -32,11 +32,15 @@ def test_the_change_of_a_loop_runs(tmp_path, monkeypatch):
         "loader": [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(25)],
         "evaluate": lambda own: seen.append(own.weight.detach().clone()),
     }
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
     kept = [line[1:] for line in DIFF.splitlines() if not line.startswith("-")]
     with torch.random.fork_rng():
         exec("\n".join(kept), names)
     assert isinstance(names["coupling"], Coupling)
     names["coupling"].close()
+    torch.distributed.destroy_process_group()
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert torch.equal(state["weight"], seen[0]), "the model is u where it is evaluated"
     before = [line[1:] for line in DIFF.splitlines() if not line.startswith("+")]
@@ -79,7 +83,7 @@ def test_every_command_is_taken(make_config):
     for words in commands():
         found = re.search(r"-m consensus\.(\w+)(.*)", " ".join(words))
         if found is None:
-            assert (ROOT / words[0]).exists(), words
+            assert (ROOT / words[0]).exists() or words == ["source", ".venv/bin/activate"], words
             continue
         program, overrides = found[1], found[2].split()
         taken.append(program)

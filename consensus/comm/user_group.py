@@ -4,6 +4,7 @@ And the groups inside a model: of fully_shard (FSDP2), whose parameters are DTen
 DistributedDataParallel.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def group_of_user(group: Any, device: torch.device, timeout_s: float) -> Group:
         timeout_s: Longest wait for a peer, in seconds.
 
     Raises:
-        ValueError: If `group` is something else, or a group without this process.
+        ValueError: If `group` is something else, or a group without this process; or None without
+            a default group, in a process of several that torchrun has started.
     """
     handle = _handle(group)
     if handle is None or handle.size() == 1:
@@ -75,8 +77,15 @@ def reshard(model: nn.Module) -> None:
 
 def _handle(group: Any) -> dist.ProcessGroup | None:
     if group is None:
-        ready = dist.is_available() and dist.is_initialized()
-        return dist.group.WORLD if ready else None
+        if dist.is_available() and dist.is_initialized():
+            return dist.group.WORLD
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size != "1":  # of torchrun: each process would train by itself, and none would notice
+            raise ValueError(
+                f"`group` is None, and this is one of {size} processes (WORLD_SIZE) that have no "
+                "process group; allowed: None after torch.distributed.init_process_group()"
+            )
+        return None
     if hasattr(group, "get_group"):
         if group.ndim != 1:
             raise ValueError(

@@ -82,7 +82,9 @@ def _require_classes(outputs: Any, samples: Samples, num_classes: int | None) ->
         return
     wanted = (len(samples), num_classes)
     if not isinstance(outputs, Tensor) or outputs.shape != wanted:
-        raise ValueError(f"it turns {len(samples)} samples into {described(outputs)}, not {wanted}")
+        # Without the type, which is that of the trial.
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else described(outputs)
+        raise ValueError(f"it turns {len(samples)} samples into {found}, not {wanted}")
 
 
 def _require_values(what: str, values: Any, count: int) -> None:

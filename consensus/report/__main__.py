@@ -106,9 +106,9 @@ def report(
             console.print(table)
         for text, command in best_lines(records, folder).items():
             say(text)
-            say(f"  {command}" if command else "--folder FOLDER writes it as an experiment")
+            say(f"  {command or '(--folder FOLDER writes it as an experiment, to train again)'}")
         written = f"Table 1 and Figure 1 in {folder}/report.md"
-        say(written if folder else "--folder FOLDER writes Table 1 and Figure 1 there")
+        say(written if folder else "Table 1 and Figure 1 as files: --folder FOLDER")
     if analysed:
         console.print(stationarity_table(analysed, console.width))
         for label, rows in analysed.items():

@@ -209,6 +209,12 @@ def explain(error: BaseException) -> str:
             return "unknown key `grid`; a grid is run by `python -m consensus.sweep grid=NAME`"
         if (key := full_key(cause)) and not isinstance(cause, HydraException):
             if ".options." in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+                parent, _, name = key.rpartition(".")
+                known = getattr(cause, "parent_node", None)
+                listed = [str(option) for option in known] if isinstance(known, DictConfig) else []
+                if near := difflib.get_close_matches(name, listed, n=1):
+                    hint = did_you_mean(f"{parent}.{near[0]}")
+                    return f"unknown key `{key}`{hint}; allowed in `{parent}`: {', '.join(listed)}"
                 hint = "an option that its YAML file does not list takes a +"
                 return f"unknown key `{key}`; {hint}{key}=..."
             if ".options." in key and isinstance(cause, MissingMandatoryValue):

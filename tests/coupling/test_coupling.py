@@ -8,6 +8,7 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -714,7 +715,7 @@ def test_all_ranks_refuse_alike(ranks):
         wrong_on_one: "rank 1: `pull` is 1.5; allowed: a number from 0 to 1",
         other_shape: "`parameters` on rank 1 differs from rank 0; allowed: the same on all",
         other_dtype: "`parameters` on rank 1 differs from rank 0; allowed: the same on all",
-        other_weights: "`weights` on rank 1 differs from rank 0 (",
+        other_weights: "`weights` on rank 1 differs from rank 0; allowed: the same on all, as",
         frozen: "`frozen weights` on rank 1 differs from rank 0; allowed: the same on all",
         other_period: "`period` on rank 1 differs from rank 0 (2, 1); allowed: the same on all",
         wrapped: "rank 0: `model` is wrapped in DistributedDataParallel",
@@ -724,6 +725,17 @@ def test_all_ranks_refuse_alike(ranks):
     for said in ranks(2, messages, list(cases)):
         for text, wanted in zip(said, cases.values(), strict=True):
             assert text is None if wanted is None else text.startswith(wanted)
+
+
+def test_a_process_of_several_without_a_group_is_refused(monkeypatch):
+    """It would train by itself, and so would the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = network()
+    allowed = re.escape("allowed: None after torch.distributed.init_process_group()")
+    with pytest.raises(ValueError, match=f"^`group` is None, .* one of 2 processes .*; {allowed}$"):
+        Coupling(model, sgd_of(model))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Coupling(model, sgd_of(model)).close()
 
 
 def restart_apart(group):

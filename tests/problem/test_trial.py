@@ -54,10 +54,10 @@ generator = np.random.default_rng()
             "it turns 2 samples into (float32 (2, 3), float32 (2, 1, 28, 28)), not (2, 3)",
         ),
         (lambda self, x: None, "its outputs are NoneType; allowed: tensors"),
-        (lambda self, x: self.logits(x).T, "it turns 2 samples into float64 (3, 2), not (2, 3)"),
+        (lambda self, x: self.logits(x).T, "it turns 2 samples into (3, 2), not (2, 3)"),
         (
             lambda self, x: self.logits(x) if not self.training else self.logits(x).sum(),
-            "it turns 2 samples into float32 (), not (2, 3)",
+            "it turns 2 samples into (), not (2, 3)",
         ),
         (lambda self, x: self.logits(x).detach(), "its loss does not depend on its parameters"),
         (

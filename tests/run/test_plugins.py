@@ -59,7 +59,7 @@ def test_refusals_list_the_names_of_plugins(folder, refusal):
     line = refusal("plugins=[mine]", "model=tiny")
     assert line == "`model.options.depth` has no default; set model.options.depth=VALUE"
     line = refusal("plugins=[mine]", "potential=quartic", "potential.options.wait=2")
-    assert line.startswith("unknown key `potential.options.wait`; an option that its YAML file")
+    assert line.startswith("unknown key `potential.options.wait` (did you mean `potential.options.")
 
 
 def test_a_name_is_offered_as_long_as_it_is_registered(folder, make_config, refusal, monkeypatch):
