@@ -56,7 +56,7 @@ def test_examples_are_short_and_say_how_they_are_started(path):
     text = path.read_text(encoding="utf-8")
     start = "torchrun --standalone --nproc-per-node=4" if path.stem in DISTRIBUTED else ""
     if path.stem in PLUGINS:
-        assert f"python -m consensus.train workers=4 plugins=[{path.stem}]" in text
+        assert f"python -m consensus.train workers=4 'plugins=[{path.stem}]'" in text
     else:
         assert f"{start} examples/{path.name}" in text
     assert len(text.splitlines()) < (80 if "torchrun" in text else 120)
