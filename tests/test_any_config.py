@@ -77,6 +77,7 @@ POTENTIALS = {  # name -> options with valid values; eta is for all
     "log_sep": {},
     "scaled_quad": {"weight": [1.0, 0.25, 30, [2.0]]},
     "pseudo_huber": {"separable": [True, False]},
+    "huber": {"separable": [True, False]},
     "log_cosh": {"separable": [True, False]},
     "power": {"p": [1.5, 2, 2.5, 4.0, 7], "eps": [0.0, 1.5], "separable": [True, False]},
 }
@@ -483,6 +484,7 @@ OPTIONS = {  # (the overrides that choose it, an option) -> values that must be 
         *("0", "-1", "nan", "inf", "[1,0]", "[]", "null", "abc", "{a: 1}", "[null]", "[[1],[2,3]]")
     ],
     ("potential=pseudo_huber", "potential.options.separable"): [],
+    ("potential=huber", "potential.options.separable"): [],
     ("potential=log_cosh", "potential.options.separable"): [],
     ("model=mlp", "model.options.hidden"): ["[0]", "[-1]", "[1.5]", "abc", "3", "null", "[a]"],
     **{

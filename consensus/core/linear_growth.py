@@ -23,6 +23,29 @@ PSEUDO_HUBER = Profile(  # psi = sqrt(1 + s) - 1: (A4) fails
 )
 
 
+def _huber_fraction(r: Tensor, c: float | Tensor) -> Tensor:
+    """1 - rho / r: c / (1 + c) up to r = 1 + c, where the force is linear, and c / r beyond."""
+    longest = torch.where(r > 1.0 + c, r, 1.0 + c)
+    return torch.where(r < math.inf, c / longest, math.nan)
+
+
+HUBER = Profile(  # psi = s / 2 up to 1, sqrt(s) - 1/2 beyond: straight along a ray, (A2), (A5) only
+    psi=lambda s: torch.where(s <= 1.0, 0.5 * s, s.sqrt() - 0.5),
+    dpsi=lambda s: 0.5 / s.clamp(min=1.0).sqrt(),
+    d2psi=lambda s: torch.where(s <= 1.0, 0.0, -0.25 * s.clamp(min=1.0) ** -1.5),
+    # The force of length 1 of all points beyond has the shortest of them; it may be rounded.
+    radius=lambda r: torch.where(r <= 1.0 + 4.0 * torch.finfo(r.dtype).eps, r, math.nan),
+    near_zero=((1.0, 0.5),),
+    numbers=(
+        lambda s: 0.5 / math.sqrt(max(s, 1.0)),
+        lambda s: 0.0 if s <= 1.0 else -0.25 * s**-1.5,
+    ),
+    removed=_huber_fraction,
+    shrunk=lambda r, c: r / (1.0 + c) if r <= 1.0 + c else r - c,
+    assumptions=frozenset({"A2", "A5"}),
+)
+
+
 def _log_cosh_slope(s: Tensor, series: Sequence[float], direct: Elementwise) -> Tensor:
     """A function of s = rho^2: its power series near 0, where the direct formula cancels."""
     near = s < (1e-3 if s.dtype == torch.float64 else 5e-2)

@@ -319,6 +319,12 @@ def pseudo_huber(separable: bool = True) -> Potential:
     return Potential(linear_growth.PSEUDO_HUBER, Separable() if separable else Radial())
 
 
+@POTENTIALS.register("huber")
+def huber(separable: bool = False) -> Potential:
+    """phi(x) = |x|^2 / 2 up to |x| = 1, |x| - 1/2 beyond: the force is x clipped to length 1."""
+    return Potential(linear_growth.HUBER, Separable() if separable else Radial())
+
+
 @POTENTIALS.register("log_cosh")
 def log_cosh(separable: bool = True) -> Potential:
     """phi(x) = sum_i log cosh x_i, another smooth |x|_1."""

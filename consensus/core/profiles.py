@@ -50,6 +50,7 @@ class Profile:
     assumptions: frozenset[str] = ALL_ASSUMPTIONS  # those of (A1) to (A5) that hold
     numbers: tuple[OfNumber, OfNumber] | None = None  # psi' and psi'' of a number, if at hand
     shrunk: Callable[[float, float], float] | None = None  # `shrink` of numbers in closed form
+    removed: Callable[[Tensor, float | Tensor], Tensor] | None = None  # likewise, `fraction`
     kernel: Literal["quad", "cube", "tan", "log"] | None = None
 
     def invert(self, r: Tensor) -> Tensor:
@@ -92,6 +93,8 @@ class Profile:
         nan as well where psi'(r^2) overflows.
         """
         r = r.double().clamp(min=_SMALLEST)
+        if self.removed is not None:
+            return self.removed(r, c)
         tau = r
         for _ in range(_STEPS):
             # At a pole tau and rho are far apart: d log rho / d log tau = 1 / (1 + tau^2 / bound).

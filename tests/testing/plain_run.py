@@ -59,6 +59,11 @@ PSEUDO_HUBER = Shape(
     lambda r: r / np.sqrt(1 + r * r),
     lambda r: (1 + r * r) ** -1.5,
 )
+HUBER = Shape(
+    lambda r: np.where(r <= 1, r * r / 2, r - 0.5),
+    lambda r: np.minimum(r, 1),
+    lambda r: np.where(r <= 1, 1.0, 0.0),
+)
 LOG_COSH = Shape(
     lambda r: np.where(
         r < 1, np.log1p(2 * np.sinh(np.minimum(r, 1) / 2) ** 2), np.logaddexp(r, -r) - math.log(2)
@@ -81,6 +86,7 @@ def shape_of(name: str, options: dict) -> tuple[Shape, bool]:
         "log": (LOG, False),
         "log_sep": (LOG, True),
         "pseudo_huber": (PSEUDO_HUBER, options.get("separable", True)),
+        "huber": (HUBER, options.get("separable", False)),
         "log_cosh": (LOG_COSH, options.get("separable", True)),
     }[name]
 
