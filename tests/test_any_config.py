@@ -94,6 +94,7 @@ ANY_ALGORITHM = {  # key -> valid values
     "algorithm.weight_decay": [0, 1e-300, 1e-4, 0.1, 2],
     "algorithm.loss_reduction": ["sum", "mean"],
     "algorithm.momentum_on": ["loss"],
+    "algorithm.on_nonfinite": ["stop"],
     "potential.eta": [1e-3, 0.1, 0.5, 1, 3, 1e4],
     "dtype": ["float32", "float64"],
     "seed": [0, 1, 7, 2**31, 2**64, 10**400],
@@ -129,6 +130,7 @@ ONLY_CONSENSUS = {
     "algorithm.u_step_on": ["coupling", "objective"],
     "algorithm.coupling": ["explicit", "implicit"],
     "algorithm.u_update": ["gradient", "exact"],
+    "algorithm.on_nonfinite": ["stop", "drop"],
 }
 GROUPS = ("experiment", "potential", "algorithm", "data", "model", "loss", "group", "output")
 MODELS = {"logistic": 1, "mlp": 3, "lenet5": 3}  # with their number of layers

@@ -38,6 +38,7 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         momentum_on=config.momentum_on,
         kernel=config.own_kernel(line_6, plan.phi, z),
         clip=config.clip_grad_norm,
+        on_nonfinite=config.on_nonfinite,
     )
     if config.name in ALONE:
         one_model = {"msgd": Msgd, "ddp": Ddp}[config.name]

@@ -165,6 +165,10 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         for j in launch.block(num_workers)
     ]
     risk = Risk(model, config.algorithm.loss_reduction, loss)  # type: ignore[arg-type]
+    oracle = MinibatchRisk(risk, dataset, minibatches)
+    kept = config.algorithm.on_nonfinite == "stop" or not oracle.running
+    allowed = f"stop with model={config.model.name}, whose running statistics would stay non-finite"
+    require(kept, "algorithm.on_nonfinite", "drop", allowed)
     risk.low_precision = config.dtype == "bfloat16"
     risk.at_once = max(1, min(risk.at_once, NUMBERS_AT_ONCE // trial.numbers))
     return Plan(
@@ -176,7 +180,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         backend,
         dataset,
         model,
-        MinibatchRisk(risk, dataset, minibatches),
+        oracle,
         make_phi(config, risk, device, dtype),
         tuple(len(shard) for shard in shards),
         trial,
