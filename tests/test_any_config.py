@@ -104,6 +104,7 @@ ANY_ALGORITHM = {  # key -> valid values
     "group": ["auto", "gloo"],
     "group.timeout_s": [1, 10.0, 600],
     "group.compress": [None, "bf16"],
+    "group.sum": ["reduce"],
     "data.alpha": [0.001, 1.0, 1e9],
     "data.root": ["data", "elsewhere"],
     "output.root": ["runs", "deep/down"],
