@@ -32,6 +32,7 @@ class Server:
         phi: The layer-wise potential (18).
         group: The processes of the run.
         kernel: Line 3; None: the fastest implementation.
+        summed_by: The group that adds up the forces given to `start`; None: `group`.
 
     Attributes:
         u: The consensus variable. (n,)
@@ -40,7 +41,12 @@ class Server:
     """
 
     def __init__(
-        self, u: Tensor, phi: Layerwise, group: Group, kernel: ConsensusKernel | None = None
+        self,
+        u: Tensor,
+        phi: Layerwise,
+        group: Group,
+        kernel: ConsensusKernel | None = None,
+        summed_by: Group | None = None,
     ) -> None:
         self.u = u.clone()
         self.phi = phi
@@ -48,9 +54,10 @@ class Server:
         self.kernel = choose_kernel(phi, u) if kernel is None else kernel
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
-        self._search = LineSearch(self.step, self.cuts, group.min_)
-        size = self.kernel.force_size + group.size * self.kernel.reach_size
-        self._sum = group.repeated_sum(size, u)
+        self._over = group if summed_by is None else summed_by
+        self._search = LineSearch(self.step, self.cuts, self._over.min_)
+        size = self.kernel.force_size + self._over.size * self.kernel.reach_size
+        self._sum = self._over.repeated_sum(size, u)
 
     @property
     def memory(self) -> Tensor:
@@ -73,7 +80,7 @@ class Server:
             reach = self.kernel.forces(self.u, z, force, scratch)
             assert reach is not None
             # A sum of one rank's numbers and the others' zeros: every rank gets every reach.
-            reaches.zero_().view(self.group.size, -1)[self.group.rank] = reach.amax(0)
+            reaches.zero_().view(self._over.size, -1)[self._over.rank] = reach.amax(0)
         return self._sum.start(), z
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
@@ -90,7 +97,7 @@ class Server:
         force, reach, out = total.wait(), None, self._sum.message
         if self.kernel.reach_size:
             force, reaches = force.tensor_split([n])
-            reach, out = reaches.view(self.group.size, -1).amax(0), out[:n]
+            reach, out = reaches.view(self._over.size, -1).amax(0), out[:n]
         try:
             self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, self._search, out)
         except NotConvergedError as error:  # on all ranks, which decide from the same sums

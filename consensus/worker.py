@@ -16,6 +16,7 @@ from consensus.core.layerwise import Layerwise
 from consensus.core.updates import look_ahead
 
 MOMENTUM_ON = ("loss", "objective")
+ON_NONFINITE = ("stop", "drop")
 
 
 class Oracle(Protocol):
@@ -51,6 +52,8 @@ class Worker:
         kernel: Line 6; None: the fastest implementation of the explicit step.
         clip: The largest norm of a worker's minibatch gradient; above it the gradient is scaled to
             this norm. None: no limit.
+        on_nonfinite: "drop": a z_j that is not finite begins again at u, with velocity 0, and thus
+            has no part in the next sum of line 3; "stop": it stays, and a check ends the run.
 
     Attributes:
         z: (K, n).
@@ -58,6 +61,7 @@ class Worker:
         scratch: Memory (K, n) for look-ahead points and temporaries; every method may overwrite it.
         cuts: The number of iterations with s_j < 1. int64 (K,), on the device.
         step: The smallest s_j of the last iteration, a tensor () on the device.
+        dropped: How often each worker was dropped; no part of the state. int64 (K,), likewise.
     """
 
     def __init__(
@@ -71,17 +75,20 @@ class Worker:
         momentum_on: str = "loss",
         kernel: WorkerKernel | None = None,
         clip: float | None = None,
+        on_nonfinite: str = "stop",
     ) -> None:
         assert momentum_on in MOMENTUM_ON, momentum_on
+        assert on_nonfinite in ON_NONFINITE, on_nonfinite
         self.z = z.clone()
         self.v = torch.zeros_like(z)
         self.scratch = torch.empty_like(z)
         self.oracle, self.phi = oracle, phi
         self.kappa, self.nu = kappa, nu
-        self.momentum_on, self.clip = momentum_on, clip
+        self.momentum_on, self.clip, self.on_nonfinite = momentum_on, clip, on_nonfinite
         self.kernel = choose_kernel(phi, z) if kernel is None else kernel
         self.step = z.new_ones(())
         self.cuts = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        self.dropped = torch.zeros_like(self.cuts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that survives an iteration, a row per worker: `z`, `v`, `cuts`, `oracle/*`.
@@ -133,3 +140,18 @@ class Worker:
         block = Block(self.z, self.v, delta, self.scratch)
         search = LineSearch(self.step, self.cuts)
         self.kernel.move_workers(block, u, anchor, numbers, search)
+        if self.on_nonfinite == "drop":
+            self._drop(u)
+
+    def _drop(self, u: Tensor) -> None:
+        """Put every z_j that is not finite at u (n,). One pass over z, as in run/health.py."""
+        wild = ~self.z.sum(1).isfinite()
+        self.dropped += wild
+        if isinstance(self.kernel, WorkerOptimizerStep):
+            for k in wild.nonzero().flatten().tolist():
+                self.kernel.forget(k)
+        if self.z.device.type == "cpu" and not bool(wild.any()):
+            return
+        rows = wild.unsqueeze(1)
+        torch.where(rows, u, self.z, out=self.z)
+        self.v.masked_fill_(rows, 0.0)

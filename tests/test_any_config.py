@@ -77,6 +77,7 @@ POTENTIALS = {  # name -> options with valid values; eta is for all
     "log_sep": {},
     "scaled_quad": {"weight": [1.0, 0.25, 30, [2.0]]},
     "pseudo_huber": {"separable": [True, False]},
+    "huber": {"separable": [True, False]},
     "log_cosh": {"separable": [True, False]},
     "power": {"p": [1.5, 2, 2.5, 4.0, 7], "eps": [0.0, 1.5], "separable": [True, False]},
 }
@@ -93,6 +94,7 @@ ANY_ALGORITHM = {  # key -> valid values
     "algorithm.weight_decay": [0, 1e-300, 1e-4, 0.1, 2],
     "algorithm.loss_reduction": ["sum", "mean"],
     "algorithm.momentum_on": ["loss"],
+    "algorithm.on_nonfinite": ["stop"],
     "potential.eta": [1e-3, 0.1, 0.5, 1, 3, 1e4],
     "dtype": ["float32", "float64"],
     "seed": [0, 1, 7, 2**31, 2**64, 10**400],
@@ -102,6 +104,7 @@ ANY_ALGORITHM = {  # key -> valid values
     "group": ["auto", "gloo"],
     "group.timeout_s": [1, 10.0, 600],
     "group.compress": [None, "bf16"],
+    "group.sum": ["reduce"],
     "data.alpha": [0.001, 1.0, 1e9],
     "data.root": ["data", "elsewhere"],
     "output.root": ["runs", "deep/down"],
@@ -128,6 +131,7 @@ ONLY_CONSENSUS = {
     "algorithm.u_step_on": ["coupling", "objective"],
     "algorithm.coupling": ["explicit", "implicit"],
     "algorithm.u_update": ["gradient", "exact"],
+    "algorithm.on_nonfinite": ["stop", "drop"],
 }
 GROUPS = ("experiment", "potential", "algorithm", "data", "model", "loss", "group", "output")
 MODELS = {"logistic": 1, "mlp": 3, "lenet5": 3}  # with their number of layers
@@ -483,6 +487,7 @@ OPTIONS = {  # (the overrides that choose it, an option) -> values that must be 
         *("0", "-1", "nan", "inf", "[1,0]", "[]", "null", "abc", "{a: 1}", "[null]", "[[1],[2,3]]")
     ],
     ("potential=pseudo_huber", "potential.options.separable"): [],
+    ("potential=huber", "potential.options.separable"): [],
     ("potential=log_cosh", "potential.options.separable"): [],
     ("model=mlp", "model.options.hidden"): ["[0]", "[-1]", "[1.5]", "abc", "3", "null", "[a]"],
     **{

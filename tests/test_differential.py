@@ -102,6 +102,7 @@ POTENTIALS = {
     "log_sep": {},
     "scaled_quad": {"weight": [0.5, 2.0, [0.5, 3.0]]},
     "pseudo_huber": {"separable": [True, False]},
+    "huber": {"separable": [True, False]},
     "log_cosh": {"separable": [True, False]},
     "power": {"p": [1.5, 2, 2.5, 4.0], "eps": [0.0, 0.7], "separable": [True, False]},
 }

@@ -317,7 +317,7 @@ TWO = {
 @pytest.mark.parametrize(
     ("override", "start"),
     [
-        ("potential=cubik", "`potential` is cubik; allowed: cubic, log, "),
+        ("potential=cubik", "`potential` is cubik; allowed: cubic, huber, "),
         ("potential.etta=1", "unknown key `potential.etta` (did you mean `eta`?); allowed in"),
         ("+potential.etta=1", "unknown key `potential.etta` (did you mean `eta`?); allowed in"),
         ("lamda=1", "unknown key `lamda` (did you mean `algorithm.lam`?); allowed in "),
@@ -511,8 +511,8 @@ def test_refusal_of_a_plain_process(tmp_path):
     ended = run(tmp_path, "potential=cubik")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        "consensus.train: `potential` is cubik; allowed: cubic, log, log_cosh, log_sep, power, "
-        "pseudo_huber, quad, scaled_quad, tan, tan_sep; did you mean `cubic`?\n"
+        "consensus.train: `potential` is cubik; allowed: cubic, huber, log, log_cosh, log_sep, "
+        "power, pseudo_huber, quad, scaled_quad, tan, tan_sep; did you mean `cubic`?\n"
     )
 
 

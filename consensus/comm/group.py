@@ -102,6 +102,10 @@ class Group(ABC):
         """Tensors of all ranks, on every rank. (...) -> (size, ...)."""
 
     @abstractmethod
+    def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
+        """Begin `gather` to `out` (size, ...), so that it overlaps with a gradient."""
+
+    @abstractmethod
     def share(self, value: Any) -> Any:
         """Picklable object of rank 0, on every rank."""
 
@@ -170,6 +174,11 @@ class Solo(Group):
     def gather(self, tensor: Tensor) -> Tensor:
         """(...) -> (1, ...)."""
         return tensor.unsqueeze(0)
+
+    def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
+        """(...) -> (1, ...), at once."""
+        del out
+        return Pending(lambda: tensor.unsqueeze(0))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A list of the argument."""

@@ -157,6 +157,16 @@ class ProcessGroup(Group):
 
         return Pending(wait)
 
+    def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
+        """Asynchronous all-gather."""
+        pending = self._start_gather(list(out.unbind()), tensor)
+
+        def wait() -> Tensor:
+            pending.wait()
+            return out
+
+        return Pending(wait)
+
     def gather(self, tensor: Tensor) -> Tensor:
         """All-gather."""
         pieces = [torch.empty_like(tensor) for _ in range(self.size)]

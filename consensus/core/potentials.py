@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consensus.core import profiles, sizes
+from consensus.core import linear_growth, profiles, sizes
 from consensus.core.feasibility import Domain
 from consensus.core.flat import Scalar, column
 from consensus.core.profiles import Profile, power_profile
@@ -316,13 +316,19 @@ def scaled_quad(weight: float | Sequence[float] | Tensor = 1.0) -> Potential:
 @POTENTIALS.register("pseudo_huber")
 def pseudo_huber(separable: bool = True) -> Potential:
     """phi(x) = sum_i sqrt(1 + x_i^2) - 1, a smooth |x|_1: its consensus is nearly the median."""
-    return Potential(profiles.PSEUDO_HUBER, Separable() if separable else Radial())
+    return Potential(linear_growth.PSEUDO_HUBER, Separable() if separable else Radial())
+
+
+@POTENTIALS.register("huber")
+def huber(separable: bool = False) -> Potential:
+    """phi(x) = |x|^2 / 2 up to |x| = 1, |x| - 1/2 beyond: the force is x clipped to length 1."""
+    return Potential(linear_growth.HUBER, Separable() if separable else Radial())
 
 
 @POTENTIALS.register("log_cosh")
 def log_cosh(separable: bool = True) -> Potential:
     """phi(x) = sum_i log cosh x_i, another smooth |x|_1."""
-    return Potential(profiles.LOG_COSH, Separable() if separable else Radial())
+    return Potential(linear_growth.LOG_COSH, Separable() if separable else Radial())
 
 
 @POTENTIALS.register("power")

@@ -50,6 +50,7 @@ class Profile:
     assumptions: frozenset[str] = ALL_ASSUMPTIONS  # those of (A1) to (A5) that hold
     numbers: tuple[OfNumber, OfNumber] | None = None  # psi' and psi'' of a number, if at hand
     shrunk: Callable[[float, float], float] | None = None  # `shrink` of numbers in closed form
+    removed: Callable[[Tensor, float | Tensor], Tensor] | None = None  # likewise, `fraction`
     kernel: Literal["quad", "cube", "tan", "log"] | None = None
 
     def invert(self, r: Tensor) -> Tensor:
@@ -92,6 +93,8 @@ class Profile:
         nan as well where psi'(r^2) overflows.
         """
         r = r.double().clamp(min=_SMALLEST)
+        if self.removed is not None:
+            return self.removed(r, c)
         tau = r
         for _ in range(_STEPS):
             # At a pole tau and rho are far apart: d log rho / d log tau = 1 / (1 + tau^2 / bound).
@@ -226,15 +229,6 @@ LOG = Profile(  # psi = -log(1 - s) on s < 1
     kernel="log",
 )
 
-PSEUDO_HUBER = Profile(  # psi = sqrt(1 + s) - 1, linear growth: (A4) fails
-    psi=lambda s: s / (1.0 + torch.sqrt(1.0 + s)),
-    dpsi=lambda s: 0.5 / torch.sqrt(1.0 + s),
-    d2psi=lambda s: -0.25 * (1.0 + s) ** -1.5,
-    radius=lambda r: torch.where(r < 1.0, r / torch.sqrt((1.0 - r) * (1.0 + r)), math.nan),
-    numbers=(lambda s: 0.5 / math.sqrt(1.0 + s), lambda s: -0.25 * (1.0 + s) ** -1.5),
-    assumptions=ALL_ASSUMPTIONS - {"A4"},
-)
-
 
 def _power_of(s: Tensor, exponent: float) -> Tensor:
     """s^exponent with 0 at s = 0 also where the exponent is negative."""
@@ -297,42 +291,3 @@ def power_profile(p: float, eps: float = 0.0) -> Profile:
         shrunk=_cubic_shrunk(eps) if p == 3.0 else None,
         kernel="cube" if p == 3.0 and eps == 0.0 else None,
     )
-
-
-def _log_cosh_slope(s: Tensor, series: Sequence[float], direct: Elementwise) -> Tensor:
-    """A function of s = rho^2: its power series near 0, where the direct formula cancels."""
-    near = s < (1e-3 if s.dtype == torch.float64 else 5e-2)
-    polynomial = torch.zeros_like(s)
-    for coefficient in reversed(series):
-        polynomial = polynomial * s + coefficient
-    rho = torch.where(near, 1.0, s).sqrt()  # keeps the unused branch finite
-    return torch.where(near, polynomial, direct(rho))
-
-
-def _log_cosh(rho: Tensor) -> Tensor:
-    """Log cosh rho for rho >= 0 without overflow for large and cancellation for small rho."""
-    small = torch.log1p(2.0 * torch.sinh(0.5 * rho.clamp(max=1.0)).square())
-    large = rho + torch.log1p(torch.exp(-2.0 * rho)) - math.log(2.0)
-    return torch.where(rho < 1.0, small, large)
-
-
-# tanh(rho) / rho = 1 - s/3 + 2 s^2/15 - 17 s^3/315 + 62 s^4/2835 - 1382 s^5/155925 + ...
-_TANHC = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925)
-_TANHC_SLOPE = [k * c for k, c in enumerate(_TANHC)][1:]
-
-
-def _log_cosh_d2psi(s: Tensor) -> Tensor:
-    def direct(rho: Tensor) -> Tensor:
-        tanh = torch.tanh(rho)
-        return (1.0 - tanh.square() - tanh / rho) / (2.0 * rho * rho)
-
-    return 0.5 * _log_cosh_slope(s, _TANHC_SLOPE, direct)
-
-
-LOG_COSH = Profile(  # psi = log cosh sqrt(s), linear growth: (A4) fails
-    psi=lambda s: _log_cosh(s.sqrt()),
-    dpsi=lambda s: 0.5 * _log_cosh_slope(s, _TANHC, lambda rho: torch.tanh(rho) / rho),
-    d2psi=_log_cosh_d2psi,
-    radius=lambda r: torch.where(r < 1.0, torch.atanh(r), math.nan),
-    assumptions=ALL_ASSUMPTIONS - {"A4"},
-)

@@ -76,6 +76,7 @@ STYLES: Mapping[str, Style] = {
     "log_sep": _style(PURPLE, "-.", "P"),
     "power": _style(BLUE, ":", "X"),
     "pseudo_huber": _style(ORANGE, "-.", ">"),
+    "huber": _style(VERMILLION, ":", "X"),
     "log_cosh": _style(GREEN, ":", "<"),
     "scaled_quad": _style(SKY, "--", "s"),
     "EASGD": _style(PURPLE, "-", "s"),

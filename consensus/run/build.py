@@ -9,9 +9,10 @@ q(w) = (eta^2 / 2) grad phi(w). Rates are translated here:
 import math
 
 from consensus.algorithm import Algorithm, Consensus, Ddp, Msgd, StepSize, half_square
-from consensus.comm import Group
+from consensus.comm import Group, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
 from consensus.core.kernels.by_worker import ForceOfEach, StepOfEach
+from consensus.gathered import GatheringServer
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE, AlgorithmConfig
 from consensus.run.plan import Plan
@@ -26,7 +27,9 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     u = group.broadcast_(plan.start)
     z = u.repeat(len(plan.local_workers), 1)
     line_6 = worker_kernel(config.coupling, plan.phi, u)
-    line_3 = consensus_kernel(config.u_update, plan.phi, u, group.sum_)
+    gathers = plan.config.group.sum == "gather"
+    total = Solo(u.device).sum_ if gathers else group.sum_
+    line_3 = consensus_kernel(config.u_update, plan.phi, u, total)
     if plan.config.deterministic:
         line_3, line_6 = ForceOfEach(line_3), StepOfEach(line_6)
     worker = Worker(
@@ -38,12 +41,18 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         momentum_on=config.momentum_on,
         kernel=config.own_kernel(line_6, plan.phi, z),
         clip=config.clip_grad_norm,
+        on_nonfinite=config.on_nonfinite,
     )
     if config.name in ALONE:
         one_model = {"msgd": Msgd, "ddp": Ddp}[config.name]
         return one_model(worker, group, sigma=scheduled(config, "sigma"))
+    kernel = config.outer_kernel(line_3, plan.phi, u)
+    if gathers:
+        server: Server = GatheringServer(u, plan.phi, group, len(z), kernel)
+    else:
+        server = Server(u, plan.phi, group, kernel)
     return Consensus(
-        Server(u, plan.phi, group, config.outer_kernel(line_3, plan.phi, u)),
+        server,
         worker,
         tau=tau_of(plan.config, plan.num_workers),
         sigma=scheduled(config, "sigma"),

@@ -104,6 +104,7 @@ class GroupConfig(Section, key="group"):
     timeout_s: float = field(metadata=rule(lambda x: 1 <= x < math.inf, "a number of seconds >= 1"))
     shared_memory: bool
     compress: str | None = field(metadata=rule(lambda x: x in (None, "bf16"), "null, bf16"))
+    sum: str = field(default="reduce", metadata=one_of(("reduce", "gather")))
 
 
 @dataclass
@@ -180,9 +181,20 @@ class Config:
         exact = not self.deterministic or self.group.compress is None
         allowed = "null with deterministic=true: rounded partial sums depend on the layout"
         require(exact, "group.compress", self.group.compress, allowed)
+        self._require_bounded_force()
         movable = self.device != "cpu" or self.group.name != "nccl"
         allowed = "auto or gloo with device=cpu: NCCL moves CUDA tensors only"
         require(movable, "group", self.group.name, allowed)
+
+    def _require_bounded_force(self) -> None:
+        """Refuse to gather where no force is bounded, or where it would be rounded."""
+        if self.group.sum == "reduce":
+            return
+        name, allowed = self.potential.name, "reduce, or a potential of linear growth such as huber"
+        allowed += f": the force of {name} has no bound"
+        require("A4" not in self.potential.make().assumptions, "group.sum", "gather", allowed)
+        allowed = "null with group.sum=gather, which sends the z_j as they are"
+        require(self.group.compress is None, "group.compress", self.group.compress, allowed)
 
     def _require_representable(self) -> None:
         """Refuse step sizes and factors that overflow the dtype in some iteration."""

@@ -33,7 +33,7 @@ from consensus.run.checks import (
     require,
     rule,
 )
-from consensus.worker import MOMENTUM_ON
+from consensus.worker import MOMENTUM_ON, ON_NONFINITE
 
 
 @dataclass
@@ -139,6 +139,7 @@ class AlgorithmConfig(Section, key="algorithm"):
     u_update: str = field(metadata=one_of(U_UPDATES))
     loss_reduction: str = field(metadata=one_of(("sum", "mean")))
     schedule: SchedulesConfig
+    on_nonfinite: str = field(default="stop", metadata=one_of(ON_NONFINITE))
 
     def __post_init__(self) -> None:
         if isinstance(self.outer, int) and not isinstance(self.outer, bool):
@@ -220,6 +221,7 @@ class AlgorithmConfig(Section, key="algorithm"):
         implied: dict[str, object] = {}
         if self.name in ALONE:
             implied = {"period": 1, "pull": None, "outer": None, "local_pull": 0}
+            implied["on_nonfinite"] = "stop"
             only = {"msgd": {"optimizer": None}, "ddp": {"lam": None, "tau": None}}
             implied |= only[self.name]
         elif self.name in AVERAGING:

@@ -10,17 +10,25 @@ from torch import Tensor
 
 from consensus.comm import Group, GroupError
 
+ADVICE = "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
+
 
 class HealthCheck:
     """Checks at iterations that all ranks choose alike, about once a second.
 
     `workers` is their number on each process; `log_every` limits the iterations between checks.
+    `dropped` is `Worker.dropped`; None: no worker is ever dropped.
     """
 
     CHECK_EVERY_S = 1.0
 
-    def __init__(self, group: Group, workers: int, log_every: int) -> None:
+    def __init__(
+        self, group: Group, workers: int, log_every: int, dropped: Tensor | None = None
+    ) -> None:
         self.group, self.workers, self.log_every = group, workers, log_every
+        self._dropped = dropped
+        self._counts = [0] * (group.size * workers)  # of the drops, at the last check
+        self._told = list(self._counts)  # at the last line about each worker
         self._never = torch.iinfo(torch.int64).max
         # 2 t if a z_j of this rank became non-finite first, 2 t + 1 if u did.
         self._first = torch.full((), self._never, dtype=torch.int64, device=group.device)
@@ -47,7 +55,8 @@ class HealthCheck:
         """Exchange the state of all ranks, stop signals and write errors included. A collective.
 
         Returns a stop signal that some rank received, the same on all; 0 if none. GroupError on
-        every rank, with the first iteration and rank that became non-finite or a rank's problem.
+        every rank, with the first iteration and rank that became non-finite or a rank's problem,
+        or where all workers have been dropped since the last check.
         """
         now = time.perf_counter()
         passed = max(1, done - (self._last or 0))
@@ -55,16 +64,42 @@ class HealthCheck:
         mine = torch.tensor(
             [signal, microseconds, int(problem is not None)], device=self._first.device
         )
-        all_ranks = self.group.gather(torch.cat([self._first.unsqueeze(0), mine]))
-        first, signals, durations, problems = all_ranks.T.tolist()
+        parts = [self._first.unsqueeze(0), mine]
+        if self._dropped is not None:
+            parts.append(self._dropped)
+        first, signals, durations, problems, *drops = self.group.gather(torch.cat(parts)).T.tolist()
         if max(problems):
             self.group.raise_together(problem)
         if min(first) < self._never:
             raise GroupError(self._non_finite(first))
+        if drops:
+            self._require_some_left(
+                done, [count for rank in zip(*drops, strict=True) for count in rank]
+            )
         slowest_s = max(1e-6, max(durations) / 1e6)
         self._stride = max(1, min(int(self.CHECK_EVERY_S / slowest_s), self.log_every))
         self._last, self._clock = done, now
         return int(max(signals))
+
+    def _require_some_left(self, done: int, counts: list[int]) -> None:
+        """Raise on all ranks if all workers have been dropped since the last check."""
+        before, self._counts = self._counts, counts
+        if all(now > old for now, old in zip(counts, before, strict=True)):
+            since = f"iterations {(self._last or 0) + 1} to {done}"
+            raise GroupError(f"{since}: each of the {len(counts)} workers was non-finite; {ADVICE}")
+
+    def remark(self) -> str | None:
+        """A line about dropped workers after a check, the same on all ranks; None: nothing new.
+
+        It names a worker the first time, and then when its count has doubled.
+        """
+        named = [j for j, n in enumerate(self._counts) if n > 0 and n >= 2 * self._told[j]]
+        if not named:
+            return None
+        for j in named:
+            self._told[j] = self._counts[j]
+        who = ", ".join(f"worker {j} ({self._counts[j]} times so far)" for j in named)
+        return f"iteration {self._last}: non-finite, left out of u and begun again at u: {who}"
 
     def _non_finite(self, first: list[int]) -> str:
         """The message about the earliest non-finite value, from `_first` of each rank."""
@@ -75,5 +110,4 @@ class HealthCheck:
             j = [rank * self.workers, (rank + 1) * self.workers - 1]
             who = f"worker {j[0]}" if j[0] == j[1] else f"one of the workers {j[0]} to {j[1]}"
             what = f"{who} on rank {rank} became non-finite, and u with it"
-        advice = "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
-        return f"iteration {t + 1}: {what}; {advice}"
+        return f"iteration {t + 1}: {what}; {ADVICE}"

@@ -58,9 +58,12 @@ def measure(
         torch.cat([coupling(phi, u, z_j, lam_t).double().view(1), phi.distance(u - z_j).double()])
         for z_j in z
     ]
-    parts = [*evaluated, cuts, tree_sum(of_workers)]
+    forces = torch.zeros(plan.num_workers, dtype=torch.float64, device=u.device)
+    for j, z_j in zip(plan.local_workers, z, strict=True):  # one at a time: n may be large
+        forces[j] = torch.linalg.vector_norm(phi.grad(u - z_j))
+    parts = [*evaluated, cuts, forces, tree_sum(of_workers)]
     sizes = [len(part) for part in parts]
-    *of_splits, (cuts_u, cuts_z), (coupling_sum, *distances) = (
+    *of_splits, (cuts_u, cuts_z), influences, (coupling_sum, *distances) = (
         part.tolist() for part in group.sum_(torch.cat(parts)).split(sizes)
     )
     numbers: dict[str, float] = {}
@@ -78,6 +81,7 @@ def measure(
         "regularizer": r,
         "coupling": mean_coupling,
         "distance": [sum_j / plan.num_workers for sum_j in distances],
+        "influence": influences,
         "cuts_u": int(cuts_u),
         "cuts_z": int(cuts_z),
     }

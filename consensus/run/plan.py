@@ -128,6 +128,8 @@ class Plan:
             lines.append("algorithm.local_pull has no effect: with period=1 there is no between")
         if config.data.loader_workers and self.dataset.in_memory:
             lines.append("data.loader_workers has no effect: the samples are in memory")
+        if config.group.sum == "gather":
+            lines.append(self._bytes_of_gather())
         if config.workers not in (None, self.num_workers):
             lines.append(f"workers={config.workers} has no effect: mSGD is one worker")
         if config.stationarity.every is not None and not config.coupled:
@@ -144,6 +146,16 @@ class Plan:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             lines.append(f"parameter {unused[0]}{more} has no gradient: the loss does not use it")
         return lines
+
+    def _bytes_of_gather(self) -> str:
+        """A line with the bytes of group.sum=gather beside those of an all-reduce."""
+        size, vector = self.launch.size, self.start.nbytes
+        if size == 1:
+            return "group.sum has no effect: one process sends nothing"
+        gathered = (self.num_workers - len(self.local_workers)) * vector / 1e6
+        reduced = 2 * (size - 1) / size * vector / 1e6
+        both = f"{gathered:.3g} MB in each communication, in an all-reduce {reduced:.3g} MB"
+        return f"group.sum=gather: each process receives {both}"
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
@@ -165,6 +177,10 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         for j in launch.block(num_workers)
     ]
     risk = Risk(model, config.algorithm.loss_reduction, loss)  # type: ignore[arg-type]
+    oracle = MinibatchRisk(risk, dataset, minibatches)
+    kept = config.algorithm.on_nonfinite == "stop" or not oracle.running
+    allowed = f"stop with model={config.model.name}, whose running statistics would stay non-finite"
+    require(kept, "algorithm.on_nonfinite", "drop", allowed)
     risk.low_precision = config.dtype == "bfloat16"
     risk.at_once = max(1, min(risk.at_once, NUMBERS_AT_ONCE // trial.numbers))
     return Plan(
@@ -176,7 +192,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         backend,
         dataset,
         model,
-        MinibatchRisk(risk, dataset, minibatches),
+        oracle,
         make_phi(config, risk, device, dtype),
         tuple(len(shard) for shard in shards),
         trial,

@@ -141,6 +141,7 @@ class TensorBoardSink(Sink):
         ):
             scalars |= {f"{group}/{key}": values.get(key) for key in keys}
         scalars |= self._of_layers("distance", row["distance"])
+        scalars |= _of_workers("influence", row.get("influence", ()))
         if "stationarity" in row:
             scalars |= self._stationarity(row["stationarity"])
         self.scalars(scalars, row["iteration"])
@@ -179,8 +180,7 @@ class TensorBoardSink(Sink):
         for key in ("worker_residual", "translation_gap"):
             scalars[f"stationarity/{EQUATIONS[key]}"] = largest(found[key])
         for key in ("envelope_gradients", "worker_residual", "translation_gap", "force"):
-            name = f"{DETAILS}/{EQUATIONS.get(key, key)}"
-            scalars |= {f"{name}/worker_{j}": value for j, value in enumerate(found[key])}
+            scalars |= _of_workers(EQUATIONS.get(key, key), found[key])
         for j, gaps in enumerate(found["consensus_gap"]):
             scalars |= self._of_layers(f"consensus_gap/worker_{j}", gaps)
         return scalars
@@ -198,6 +198,10 @@ class TensorBoardSink(Sink):
     def close(self) -> None:
         """Flush and close."""
         self._events.close()
+
+
+def _of_workers(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    return {f"{DETAILS}/{name}/worker_{j}": value for j, value in enumerate(values)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

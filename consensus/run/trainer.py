@@ -144,7 +144,9 @@ class Trainer:
     def loop(self, start: int) -> None:
         """All iterations, with the evaluations and checkpoints that are due between them."""
         output = self.config.output
-        health = HealthCheck(self.group, len(self.plan.local_workers), output.log_every)
+        drops = self.config.algorithm.on_nonfinite == "drop"
+        dropped = self.algorithm.worker.dropped if drops else None
+        health = HealthCheck(self.group, len(self.plan.local_workers), output.log_every, dropped)
         step = self.step_function(health)
         self._clock, self._counted = time.perf_counter(), start  # for samples_per_s
         for t in range(start, self.iterations):
@@ -157,6 +159,8 @@ class Trainer:
             if not (log or evaluate or save or health.due(done)):
                 continue
             signal = health.check(done, self.signals.received, self.problem)
+            if line := health.remark():
+                self.screen.say(line)
             if log or evaluate:
                 self.log(done)
             if evaluate:

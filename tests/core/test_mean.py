@@ -21,7 +21,7 @@ from consensus.server import Server
 F64 = torch.float64
 LAYERS = [(0, 3), (3, 8)]
 TABLE2 = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
-NAMES = (*TABLE2, "pseudo_huber", "log_cosh", "power")
+NAMES = (*TABLE2, "pseudo_huber", "huber", "log_cosh", "power")
 SLOPES = {  # psi' of Table 2 and beyond, from their formulas
     "quad": lambda s: 1.0,
     "cubic": lambda s: 1.5 * math.sqrt(s),
@@ -30,6 +30,7 @@ SLOPES = {  # psi' of Table 2 and beyond, from their formulas
     "log": lambda s: 1.0 / (1.0 - s),
     "log_sep": lambda s: 1.0 / (1.0 - s),
     "pseudo_huber": lambda s: 0.5 / math.sqrt(1.0 + s),
+    "huber": lambda s: 0.5 / math.sqrt(max(s, 1.0)),
     "log_cosh": lambda s: 0.5 * math.tanh(math.sqrt(s)) / math.sqrt(s) if s else 0.5,
     "power": lambda s: 2.0 * s,
 }
@@ -219,6 +220,8 @@ MANY = {
     "log_sep": ("log_sep", {}),
     "pseudo_huber": ("pseudo_huber", {}),
     "pseudo_huber, radial": ("pseudo_huber", {"separable": False}),
+    "huber": ("huber", {}),
+    "huber, separable": ("huber", {"separable": True}),
     "log_cosh": ("log_cosh", {}),
     "log_cosh, radial": ("log_cosh", {"separable": False}),
     "power": ("power", {}),
@@ -230,6 +233,7 @@ SLOPE_OF_ROOT = {  # of psi(rho^2) by rho, elementwise
     "tan": lambda rho: 2.0 * rho / np.cos(rho**2) ** 2,
     "log_sep": lambda rho: 2.0 * rho / (1.0 - rho**2),
     "pseudo_huber": lambda rho: rho / np.sqrt(1.0 + rho**2),
+    "huber": lambda rho: np.minimum(rho, 1.0),
     "log_cosh": np.tanh,
     "power": lambda rho: 4.0 * rho**3,
     "kink": lambda rho: 1.2 * rho**0.2,
@@ -255,7 +259,7 @@ def points(kind, count, phi, random):
 
 def imbalance(case, eta, z, u, eps):
     """|sum of forces|, the sum of |force|, what rounding of u and u - z_j changes. Each (G,)."""
-    separable = case in ("log_sep", "pseudo_huber", "log_cosh", "kink, separable")
+    separable = case in ("log_sep", "pseudo_huber", "log_cosh") or "separable" in case
     slope = SLOPE_OF_ROOT[case.partition(",")[0]]
     w = u - z
     groups = [slice(i, i + 1) for i in range(20)] if separable else [slice(*a) for a in WIDE]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from consensus.core import profiles
+from consensus.core import linear_growth, profiles
 from consensus.core.potentials import POTENTIALS
 from consensus.core.profile_checks import mistake_of
 from consensus.core.profiles import ALL_ASSUMPTIONS, Profile, power_profile
@@ -49,7 +49,7 @@ def test_profiles_of_users_without_a_mistake(profile):
     assert mistake_of(profile) is None
 
 
-QUAD, LOG, HUBER = profiles.QUAD, profiles.LOG, profiles.PSEUDO_HUBER
+QUAD, LOG, HUBER = profiles.QUAD, profiles.LOG, linear_growth.PSEUDO_HUBER
 NO_A1 = ALL_ASSUMPTIONS - {"A1"}
 
 

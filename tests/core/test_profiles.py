@@ -16,7 +16,9 @@ from tests.testing.table2 import (
     both_dtypes,
 )
 
-SOLVED = [case for case in TABLE if case.make().profile.radius is not None]
+SOLVED = [
+    case for case in TABLE if case.make().profile.radius is not None and case.kink == math.inf
+]
 NEAR_ZERO = [
     pytest.param(p.profile, end, form, id=f"{name}-{end:.2g}")
     for name, p in ((name, POTENTIALS[name]) for name in ("tan", "tan_sep"))

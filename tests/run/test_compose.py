@@ -162,7 +162,7 @@ IN_OUTPUT = (
             "unknown key `algorithm.lr` (did you mean `algorithm.sigma`?); allowed in `algorithm`: "
             "name, lam, tau, pull, outer, local_pull, optimizer, clip_grad_norm, sigma, momentum, "
             "weight_decay, batch_size, iterations, period, order, momentum_on, u_step_on, "
-            "coupling, u_update, loss_reduction, schedule",
+            "coupling, u_update, loss_reduction, schedule, on_nonfinite",
         ),
         ("a.b.c=1", f"unknown key `a`; allowed in the top level: {TOP}"),
         (
@@ -172,8 +172,8 @@ IN_OUTPUT = (
         ),
         (
             "potential=cubik",
-            "`potential` is cubik; allowed: cubic, log, log_cosh, log_sep, power, pseudo_huber, "
-            "quad, scaled_quad, tan, tan_sep; did you mean `cubic`?",
+            "`potential` is cubik; allowed: cubic, huber, log, log_cosh, log_sep, power, "
+            "pseudo_huber, quad, scaled_quad, tan, tan_sep; did you mean `cubic`?",
         ),
         (
             "grid=smoke",
@@ -263,7 +263,7 @@ def test_a_users_experiment_file(make_config, experiment_file):
         ("algorithm: {lamm: 0.2}", "unknown key `algorithm.lamm` (did you mean `lam`?); allowed"),
         ("worker: 3", "unknown key `worker` (did you mean `workers`?); allowed in the top level:"),
         ("algorithm: {lam: abc}", "`algorithm.lam` is 'abc'; allowed: a number > 0"),
-        ("defaults: [override /potential: cubik]", "`potential` is cubik; allowed: cubic, log, "),
+        ("defaults: [override /potential: cubik]", "`potential` is cubik; allowed: cubic, huber, "),
         ("defaults: [nothere]", "In 'experiment/mine': Could not load 'experiment/nothere'."),
         ("algorithm: 3", "In 'experiment/mine': ValidationError"),
         ("algorithm: {lam: -1}", "`algorithm.lam` is -1.0; allowed: a number > 0"),

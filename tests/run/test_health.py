@@ -81,3 +81,22 @@ def test_the_interval_is_about_a_second_and_at_most_log_every(monkeypatch, secon
     now = seconds
     health.check(1)
     assert [health.due(1 + k) for k in (stride - 1, stride)] == [False, True]
+
+
+def lines_about_drops(group):
+    """Three checks of two workers on each rank, of which worker 1 of rank 1 is dropped."""
+    dropped = torch.zeros(2, dtype=torch.int64)
+    health, lines = HealthCheck(group, 2, 100, dropped), []
+    for done, times in ((3, 2), (5, 3), (9, 4)):
+        if group.rank == 1:
+            dropped[1] = times
+        health.check(done)
+        lines.append(health.remark())
+    return lines
+
+
+@pytest.mark.ranks
+def test_all_ranks_have_the_same_line_about_dropped_workers(ranks):
+    told = "non-finite, left out of u and begun again at u: worker 3"
+    lines = [f"iteration 3: {told} (2 times so far)", None, f"iteration 9: {told} (4 times so far)"]
+    assert ranks(2, lines_about_drops) == [lines] * 2

@@ -87,6 +87,8 @@ def expected_row(config):
     squares = [[float((w_l**2).sum()) for w_l in (u - z_j).split(layers)] for z_j in z]
     row["coupling"] = sum(math.tan(s / ETA**2) / LAM for pair in squares for s in pair) / WORKERS
     row["distance"] = [sum(math.sqrt(pair[i]) for pair in squares) / WORKERS for i in (0, 1)]
+    forces = [[2 / ETA**2 / math.cos(s / ETA**2) ** 2 * math.sqrt(s) for s in p] for p in squares]
+    row["influence"] = [math.hypot(*of_layers) for of_layers in forces]
     row["objective"] = row["train_loss"] + row["regularizer"] + row["coupling"]
     row["cuts_u"], row["cuts_z"] = 3, 1 + 2 + 3 + 4
     return row

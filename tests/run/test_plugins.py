@@ -52,7 +52,7 @@ def test_models_and_data_sets_by_name(folder, make_config):
 
 def test_refusals_list_the_names_of_plugins(folder, refusal):
     line = refusal("plugins=[mine]", "potential=quartik")
-    assert line.startswith("`potential` is quartik; allowed: cubic, log, ")
+    assert line.startswith("`potential` is quartik; allowed: cubic, huber, ")
     assert "quad, quartic, scaled_quad" in line
     assert "tiny" in refusal("plugins=[mine]", "model=tinny")
     assert "stripes" in refusal("plugins=[mine]", "data=stripe")

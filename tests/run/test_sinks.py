@@ -34,6 +34,7 @@ ROW = {
     "regularizer": 0.25,
     "coupling": math.inf,
     "distance": [0.5, 0.75],
+    "influence": [0.125, 8.0],
     "cuts_u": 4,
     "cuts_z": 9,
     "wall_s": 1.5,
@@ -72,6 +73,8 @@ def test_files_of_the_built_in_sinks(tmp_path):
         "training/s_u": [(20, 0.5)],
         "workers_and_layers/distance/conv1": [(10, 0.5), (20, 0.5)],
         "workers_and_layers/distance/fc": [(10, 0.75), (20, 0.75)],
+        "workers_and_layers/influence/worker_0": [(10, 0.125), (20, 0.125)],
+        "workers_and_layers/influence/worker_1": [(10, 8.0), (20, 8.0)],
     }
 
 

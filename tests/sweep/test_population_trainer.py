@@ -29,7 +29,15 @@ GRID = [
     *("output.checkpoint_every=20", "output.tensorboard=false"),
 ]
 FILES = {"config.yaml", "metrics.jsonl", "model.pt", "status.json", "summary.json"}
-NUMBERS = ("objective", "train_loss", "test_loss", "coupling", "regularizer", "distance")
+NUMBERS = (
+    "objective",
+    "train_loss",
+    "test_loss",
+    "coupling",
+    "regularizer",
+    "distance",
+    "influence",
+)
 COUNTS = ("iteration", "epoch", "train_error", "test_error", "cuts_u", "cuts_z")
 
 

@@ -54,10 +54,15 @@ LOG = Shape(
     lambda r: 2 * (1 + r * r) / (1 - r * r) ** 2,
     1.0,
 )
-HUBER = Shape(
+PSEUDO_HUBER = Shape(
     lambda r: r * r / (1 + np.sqrt(1 + r * r)),  # sqrt(1 + r^2) - 1 without cancellation
     lambda r: r / np.sqrt(1 + r * r),
     lambda r: (1 + r * r) ** -1.5,
+)
+HUBER = Shape(
+    lambda r: np.where(r <= 1, r * r / 2, r - 0.5),
+    lambda r: np.minimum(r, 1),
+    lambda r: np.where(r <= 1, 1.0, 0.0),
 )
 LOG_COSH = Shape(
     lambda r: np.where(
@@ -80,7 +85,8 @@ def shape_of(name: str, options: dict) -> tuple[Shape, bool]:
         "tan_sep": (TAN, True),
         "log": (LOG, False),
         "log_sep": (LOG, True),
-        "pseudo_huber": (HUBER, options.get("separable", True)),
+        "pseudo_huber": (PSEUDO_HUBER, options.get("separable", True)),
+        "huber": (HUBER, options.get("separable", False)),
         "log_cosh": (LOG_COSH, options.get("separable", True)),
     }[name]
 

@@ -11,6 +11,7 @@ SLOPES = {  # psi'(s) of Table 2 and beyond, and the end of the domain of s
     "tan": (lambda s: 1.0 / math.cos(s) ** 2, math.pi / 2),
     "log": (lambda s: 1.0 / (1.0 - s), 1.0),
     "pseudo_huber": (lambda s: 0.5 / math.sqrt(1.0 + s), math.inf),
+    "huber": (lambda s: 0.5 / math.sqrt(max(s, 1.0)), math.inf),
     "power": (lambda s: 2.0 * s, math.inf),
 }
 

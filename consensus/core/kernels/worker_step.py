@@ -80,6 +80,10 @@ class WorkerOptimizerStep:
         rows = [self._state.read(self.optimizer, parameter) for parameter in self._parameters]
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
+    def forget(self, k: int) -> None:
+        """Begin anew with worker k: its optimizer has no state."""
+        self.optimizer.state.pop(self._parameters[k], None)
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`."""
         for k, parameter in enumerate(self._parameters):

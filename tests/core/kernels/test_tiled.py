@@ -8,7 +8,8 @@ from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForc
 from consensus.core.kernels.plain import velocity
 from consensus.core.kernels.tiled import Tiled
 
-NAMES = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber", "log_cosh", "power")
+NAMES = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep", "huber", "power")
+NAMES += ("pseudo_huber", "log_cosh")
 NUMBERS = {"kappa": 0.9, "sigma": 0.3, "nu": 0.01}
 LAYERS = {"one": [(0, 100)], "several": [(0, 70), (70, 71), (71, 90), (90, 275), (275, 300)]}
 

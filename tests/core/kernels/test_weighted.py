@@ -16,7 +16,7 @@ from tests.testing.proximal import groups, pulled, removed
 
 LAYERS = [(0, 3), (3, 7), (7, 8)]
 N, ETA = 8, 0.6
-NAMES = ["quad", "cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber", "power"]
+NAMES = ["quad", "cubic", "tan", "tan_sep", "log", "log_sep", "pseudo_huber", "huber"]
 
 
 def expected_c(name, w, strength):
@@ -107,7 +107,7 @@ def test_pieces_of_a_large_vector_change_nothing(name, monkeypatch):
     torch.testing.assert_close(again, whole, rtol=1e-14, atol=1e-15)
 
 
-FRACTIONS = ["cubic", "tan", "log", "pseudo_huber", "power"]
+FRACTIONS = ["cubic", "tan", "log", "pseudo_huber", "huber", "power"]
 
 
 @pytest.mark.parametrize("few", [0, 64])  # by operations on tensors, and by numbers
@@ -149,7 +149,7 @@ def test_the_limit_at_zero(few, monkeypatch):
     monkeypatch.setattr(potentials, "_FEW", few)
     zero = torch.zeros(1, dtype=torch.float64)
     g = 2.0 * 0.3 / ETA**2
-    for name, slope in {"tan": 1.0, "log": 1.0, "pseudo_huber": 0.5, "cubic": 0.0}.items():
+    for name, slope in {"tan": 1.0, "log": 1.0, "huber": 0.5, "cubic": 0.0}.items():
         found = float(Layerwise(POTENTIALS[name], [(0, 1)], ETA).fraction(zero, 0.3))
         assert found == pytest.approx(g * slope / (1.0 + g * slope), rel=1e-12, abs=1e-25)
 
