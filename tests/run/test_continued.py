@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from consensus.run.compose import config_dir, to_config
+from consensus.run.compose import config_dir, register_schema, to_config
 from consensus.run.continued import continued
 from tests.testing.small_runs import PACE, SMALL
 
@@ -18,11 +18,9 @@ OTHER = [
 
 
 @pytest.fixture
-def command(make_config):
-    """`command("seed=1", ...)`: the config of a command of `processes` processes, as nested dicts.
-
-    It depends on `make_config`, which registers the schema.
-    """
+def command():
+    """`command("seed=1", ...)`: the config of a command of some processes, as nested dicts."""
+    register_schema()
 
     def call(*overrides: str, processes: int = 1) -> dict:
         with initialize_config_dir(config_dir(), version_base="1.3"):
