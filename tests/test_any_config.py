@@ -968,6 +968,7 @@ DIVERGED = (
     r"iteration (\d+): (u|(worker \d+|one of the workers \d+ to \d+) on rank 0) became non-finite"
 )
 BEYOND_GUESSING = r"iteration \d+: the run has diverged: the objective is \S+, more than 1e6 times"
+ALL_DROPPED = r"iterations \d+ to \d+: each of the \d+ workers was non-finite"
 UNWRITABLE = "cannot write the run directory: "
 
 
@@ -979,6 +980,11 @@ def check_failure(line: Line, ended: Ended) -> str:
         return "no directory"
     if re.match(BEYOND_GUESSING, said):
         (seen,) = ended.runs
+        assert seen.faults == []
+        return "diverged"
+    if re.match(ALL_DROPPED, said):
+        (seen,) = ended.runs
+        assert seen.plan.config.algorithm.on_nonfinite == "drop"
         assert seen.faults == []
         return "diverged"
     diverged = re.match(DIVERGED, said)

@@ -98,7 +98,7 @@ class HealthCheck:
             return None
         for j in named:
             self._told[j] = self._counts[j]
-        who = ", ".join(f"worker {j} ({self._counts[j]} times so far)" for j in named)
+        who = ", ".join(f"worker {j} ({self._counts[j]} so far)" for j in named)
         return f"iteration {self._last}: non-finite, left out of u and begun again at u: {who}"
 
     def _non_finite(self, first: list[int]) -> str:

@@ -481,6 +481,7 @@ def test_a_clone_with_windows_line_endings_has_none_in_its_files(tmp_path):
         (["gpu"], "-m benchmarks.gpu", "7"),
         (["latency", "--help"], "-m benchmarks.latency --help", "1"),
         (["population", "--quick"], "-m benchmarks.population --quick", "7"),
+        (["robust"], "-m benchmarks.robust", "1"),
         (["scaling"], "-m benchmarks.scaling", "1"),
         (["checkpoints"], "-m benchmarks.checkpoints", "7"),
     ],
@@ -496,7 +497,7 @@ def test_bench_lists_the_benchmarks(checkout, words):
     code, out, _ = checkout.run("scripts/bench", *words)
     assert code == 0
     names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
-    here = ["compare", "coupling", "pull", "char_gpt", "gpu"]
+    here = ["compare", "coupling", "pull", "robust", "char_gpt", "gpu"]
     assert names == [*here, "latency", "population", "scaling", "checkpoints"]
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
     assert checkout.calls() == []

@@ -98,5 +98,5 @@ def lines_about_drops(group):
 @pytest.mark.ranks
 def test_all_ranks_have_the_same_line_about_dropped_workers(ranks):
     told = "non-finite, left out of u and begun again at u: worker 3"
-    lines = [f"iteration 3: {told} (2 times so far)", None, f"iteration 9: {told} (4 times so far)"]
+    lines = [f"iteration 3: {told} (2 so far)", None, f"iteration 9: {told} (4 so far)"]
     assert ranks(2, lines_about_drops) == [lines] * 2

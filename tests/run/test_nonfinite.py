@@ -98,7 +98,7 @@ def test_a_run_goes_on_and_names_them_or_stops(make_config, tmp_path, capsys, ho
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     told = "non-finite, left out of u and begun again at u: worker 3"
     assert [line.strip() for line in lines] == [
-        f"iteration {t}: {told} ({t - 1} times so far)" for t in (2, 3, 5)
+        f"iteration {t}: {told} ({t - 1} so far)" for t in (2, 3, 5)
     ]
 
 
