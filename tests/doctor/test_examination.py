@@ -70,7 +70,7 @@ def test_a_node_that_does_not_come(make_config, capsys):
 UNLUCKY = """
 import os
 from consensus.problem import DATASETS
-from consensus.problem.data import digits
+from consensus.problem.digits import digits
 
 @DATASETS.register("unlucky")
 def unlucky(root):

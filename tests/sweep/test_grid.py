@@ -149,7 +149,7 @@ def test_equal_runs_are_merged():
         ),
         (["potential="], "`potential` is nothing; allowed: a value, or values between commas"),
         (["potential=quad,,tan"], "`potential` is quad,,tan; allowed: a value, or values between"),
-        (["potential=quad,tann"], "`potential` is tann; allowed: cubic, log"),
+        (["potential=quad,tann"], "`potential` is tann; allowed: cubic, huber"),
         (["grid=smoke", "potential.etta=1"], "unknown key `potential.etta` (did you mean `eta`?)"),
         (["algorithm.lam=0.1,-1"], "`algorithm.lam` is -1.0; allowed: "),
         (["grid=smoke", "workers=3,4", "sweep.processes=2"], "`sweep.processes` is 2; allowed: a "),
