@@ -104,7 +104,7 @@ def figures(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def tables() -> Iterator[None]:
-    """What plugins register while a module is tested is no entry for the next module.
+    """Restore the tables of names after each module, without the entries of its plugins.
 
     The next one may import an example again, which then registers again.
     """

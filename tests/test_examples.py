@@ -170,7 +170,7 @@ def test_consensus_logistic(tmp_path, capsys):
 
 
 def outputs(notebook, kind):
-    """What the cells of a notebook gave of one kind, such as `image/png`."""
+    """The outputs of one type, such as `image/png`, of all cells of a notebook."""
     found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [o.data[kind] for o in found if kind in o.get("data", {})]
 
@@ -242,7 +242,7 @@ def digest_of(tensors):
 
 
 def answers(name, size, folder, *arguments):
-    """What `main` gave on each rank, with the same u on all, and the lines of rank 0."""
+    """The results of `main` by rank, u, the same on all, and the lines of rank 0."""
     with Ranks(size, [name, *arguments], folder, module="tests.testing.example") as run:
         assert run.wait(90) == [0] * size, run.err(0)
         printed = run.out(0).splitlines()

@@ -118,17 +118,10 @@ class ProcessGroup(Group):
     def start_sum(self, tensor: Tensor) -> Pending:
         """Asynchronous all-reduce with SUM, or an all-gather and a sum along the tree."""
         if self._tree:
-            return TreeSum(self._start_gather, tensor, self.size).start()
+            return TreeSum(self, tensor).start()
         with self.reporting("sum"):
             work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.handle, async_op=True)
-        assert work is not None
-
-        def wait() -> Tensor:
-            with self.reporting("sum"):
-                work.wait()
-            return tensor
-
-        return Pending(wait)
+        return self._pending("sum", work, tensor)
 
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
         """In shared memory if the tensors are on the CPU and all ranks on one host; else sent."""
@@ -138,41 +131,31 @@ class ProcessGroup(Group):
         if like.device.type == "cpu":
             shared = open_shared_sum(self, numel, like.dtype, self.timeout_s, self._shared_memory)
         if shared is None and self._tree:
-            return TreeSum(self._start_gather, like.new_empty(numel), self.size)
+            return TreeSum(self, like.new_empty(numel))
         if shared is None:
             return sent_sum(self, numel, like, self._compress)
         self._owned.callback(shared.close)
         return SumInSharedMemory(shared, self.reporting)
 
-    def _start_gather(self, pieces: list[Tensor], tensor: Tensor) -> Pending:
-        """Asynchronous all-gather."""
-        with self.reporting("sum"):
-            work = dist.all_gather(pieces, tensor, group=self.handle, async_op=True)
-        assert work is not None
-
-        def wait() -> Tensor:
-            with self.reporting("sum"):
-                work.wait()
-            return tensor
-
-        return Pending(wait)
-
     def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
         """Asynchronous all-gather."""
-        pending = self._start_gather(list(out.unbind()), tensor)
-
-        def wait() -> Tensor:
-            pending.wait()
-            return out
-
-        return Pending(wait)
+        with self.reporting("gather"):
+            work = dist.all_gather(list(out.unbind()), tensor, self.handle, async_op=True)
+        return self._pending("gather", work, out)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All-gather."""
-        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.reporting("gather"):
-            dist.all_gather(pieces, tensor, group=self.handle)
-        return torch.stack(pieces)
+        return self.start_gather(tensor, tensor.new_empty(self.size, *tensor.shape)).wait()
+
+    def _pending(self, operation: str, work: dist.Work | None, result: Tensor) -> Pending:
+        assert work is not None
+
+        def wait() -> Tensor:
+            with self.reporting(operation):
+                work.wait()
+            return result
+
+        return Pending(wait)
 
     def share(self, value: Any) -> Any:
         """Broadcast of a pickled object from rank 0 of the group."""

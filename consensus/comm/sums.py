@@ -13,8 +13,6 @@ from consensus.comm.group import Group, Pending, RepeatedSum, SentSum
 from consensus.comm.shared_memory import PeersGoneError, SharedSum
 from consensus.tree_sum import tree_sum
 
-Gather = Callable[[list[Tensor], Tensor], Pending]
-
 
 class Bfloat16Sum(RepeatedSum):
     """An all-reduce in bfloat16: half the bytes of float32.
@@ -52,24 +50,18 @@ class TreeSum(RepeatedSum):
     the bits do not depend on the backend. The total is written to `message`.
 
     Args:
-        gather: Begins an all-gather of a tensor to a list of P tensors.
+        group: The P processes.
         message: The summand.
-        size: P.
     """
 
-    def __init__(self, gather: Gather, message: Tensor, size: int) -> None:
-        self._gather, self.message = gather, message
-        self._gathered = [torch.empty_like(message) for _ in range(size)]
+    def __init__(self, group: Group, message: Tensor) -> None:
+        self._group, self.message = group, message
+        self._gathered = message.new_empty(group.size, *message.shape)
 
     def start(self) -> Pending:
         """Begin the all-gather."""
-        pending = self._gather(self._gathered, self.message)
-
-        def wait() -> Tensor:
-            pending.wait()
-            return tree_sum(self._gathered, self.message)
-
-        return Pending(wait)
+        pending = self._group.start_gather(self.message, self._gathered)
+        return Pending(lambda: tree_sum(pending.wait().unbind(), self.message))
 
 
 class SumInSharedMemory(RepeatedSum):

@@ -59,11 +59,14 @@ def draw_run(
 
 def _marks(axis: "Axes", rows: Sequence[Row], checkpoints: Sequence[int]) -> dict[str, Any]:
     """Marks of cuts at the top and of checkpoints at the bottom. Returns names -> lines."""
-    first: Row = {"iteration": 0, "cuts_u": 0, "cuts_z": 0}  # type: ignore[typeddict-item]
     places: dict[str, Sequence[int]] = {}
     for name, key in (("cuts of the step of u", "cuts_u"), ("cuts of steps of z", "cuts_z")):
-        steps = pairwise([first, *rows])
-        places[name] = [b["iteration"] for a, b in steps if number(b, key) > number(a, key)]
+        counts = pairwise([0.0, *(number(row, key) for row in rows)])
+        places[name] = [
+            row["iteration"]
+            for row, (before, after) in zip(rows, counts, strict=True)
+            if after > before
+        ]
     places["checkpoint"] = checkpoints
     looks = (("v", 1.03, "0.2"), ("v", 1.09, "0.6"), ("|", 0.05, "0.2"))
     found = {}

@@ -54,13 +54,13 @@ def measure(
             tree_sum([plan.risk.evaluate(u, samples.share(i, share_of)) for i in shares])
             for samples in splits.values()
         ]
-    of_workers = [
-        torch.cat([coupling(phi, u, z_j, lam_t).double().view(1), phi.distance(u - z_j).double()])
-        for z_j in z
-    ]
+    of_workers = []
     forces = torch.zeros(plan.num_workers, dtype=torch.float64, device=u.device)
     for j, z_j in zip(plan.local_workers, z, strict=True):  # one at a time: n may be large
-        forces[j] = torch.linalg.vector_norm(phi.grad(u - z_j))
+        w = u - z_j
+        pair = coupling(phi, u, z_j, lam_t).view(1), phi.distance(w)
+        of_workers.append(torch.cat(pair).double())
+        forces[j] = torch.linalg.vector_norm(phi.grad(w))
     parts = [*evaluated, cuts, forces, tree_sum(of_workers)]
     sizes = [len(part) for part in parts]
     *of_splits, (cuts_u, cuts_z), influences, (coupling_sum, *distances) = (
