@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -179,7 +180,8 @@ def storages(share: float) -> dict[int, float]:
     found = {}
     for tensor in gc.get_objects():
         # By its type: `isinstance` asks deprecated objects for their class, and they warn.
-        if issubclass(type(tensor), Tensor) and tensor.device.type == "cpu":
+        # A subclass, such as the fake tensors of torch's tracing, may have no storage of its own.
+        if type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes() * (share if storage.filename else 1.0)
     return found

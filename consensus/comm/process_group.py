@@ -145,7 +145,10 @@ class ProcessGroup(Group):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All-gather."""
-        return self.start_gather(tensor, tensor.new_empty(self.size, *tensor.shape)).wait()
+        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.reporting("gather"):
+            dist.all_gather(pieces, tensor, group=self.handle)
+        return torch.stack(pieces)
 
     def _pending(self, operation: str, work: dist.Work | None, result: Tensor) -> Pending:
         assert work is not None
