@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.atomic_files import sync, write_whole
-from consensus.comm import Group, GroupError, ProcessGroup
+from consensus.comm import Group, GroupError
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, as_hex, brief
 from consensus.run.checkpoint.reader import FOLDER, by_worker, file_digest, list_checkpoints
 from consensus.run.config import Config
@@ -150,16 +150,22 @@ class CheckpointWriter:
         self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
 
     def _save(self, aside: Path, final: Path) -> dict[str, Place]:
-        """Write the tensors of every rank. Returns their places, on rank 0."""
+        """Write the tensors of this rank. Returns the places of those of all ranks."""
         # Imported here: see reader.py.
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
         places: dict[str, Place] = {}
+        rank = self.side.rank
 
         class Writer(FileSystemWriter):
             """torch's writer without its index, a pickle; the places go to the manifest."""
+
+            def prepare_global_plan(self, plans: Any) -> Any:
+                (plan,) = super().prepare_global_plan(plans)  # each rank plans for itself
+                prefix = type(plan.storage_data)(f"__{rank}_")
+                return [replace(plan, storage_data=prefix)]
 
             def write_data(self, plan: Any, planner: Any) -> Any:
                 try:
@@ -175,15 +181,17 @@ class CheckpointWriter:
                     kind = str(tensor.properties.dtype), tuple(tensor.size)
                     places[key] = Place(*kind, where.relative_path, where.offset, where.length)
 
-        rows, writer = by_worker(self._copy, self.workers), Writer(aside, sync_files=True)
-        handle = self.side.handle if isinstance(self.side, ProcessGroup) else None
+        rows = by_worker(self._copy, self.workers)
+        if rank > 0:  # what is no worker's is equal on all ranks
+            rows = {key: x for key, x in rows.items() if key.startswith("worker/")}
+        problem = None
         try:
-            save(rows, storage_writer=writer, process_group=handle, no_dist=handle is None)
-        except CheckpointException as error:  # a BaseException, on all ranks alike
-            rank, (cause, _) = sorted(error.failures.items())[0]
-            why = f"cannot write checkpoint {final}: {brief(cause)}"
-            raise GroupError(f"rank {rank}: {why}") from error
-        return places
+            save(rows, storage_writer=Writer(aside, sync_files=True), no_dist=True)
+        except CheckpointException as error:  # a BaseException
+            cause, _ = error.failures[0]
+            problem = f"cannot write checkpoint {final}: {brief(cause)}"
+        self.side.raise_together(problem)
+        return {k: x for part in self.side.gather_objects(places) for k, x in part.items()}
 
     def _publish(self, aside: Path, final: Path) -> None:
         """Publish the checkpoint and remove old ones, on rank 0."""
