@@ -86,8 +86,8 @@ class Group(ABC):
         """Elementwise minimum over ranks."""
 
     @abstractmethod
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Values of rank 0."""
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Values of one rank."""
 
     @abstractmethod
     def start_sum(self, tensor: Tensor) -> Pending:
@@ -106,8 +106,8 @@ class Group(ABC):
         """Begin `gather` to `out` (size, ...), so that it overlaps with a gradient."""
 
     @abstractmethod
-    def share(self, value: Any) -> Any:
-        """Picklable object of rank 0, on every rank."""
+    def share(self, value: Any, source: int = 0) -> Any:
+        """Picklable object of one rank, on every rank."""
 
     @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
@@ -161,10 +161,14 @@ class Solo(Group):
         """The argument."""
         return tensor
 
-    broadcast_ = min_
-
-    def share(self, value: Any) -> Any:
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """The argument."""
+        del source
+        return tensor
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        """The argument."""
+        del source
         return value
 
     def start_sum(self, tensor: Tensor) -> Pending:

@@ -45,7 +45,7 @@ class ProcessGroup(Group):
 
     def __init__(
         self,
-        handle: dist.ProcessGroup,
+        handle: Any,
         device: torch.device,
         timeout_s: float,
         *,
@@ -54,7 +54,7 @@ class ProcessGroup(Group):
         tree: bool = False,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        if not isinstance(handle, dist.ProcessGroup):  # new_group's answer to other processes
+        if isinstance(handle, int):  # new_group's answer to other processes
             raise ValueError(f"`handle` is {handle}; allowed: a group that has this process")
         assert compress in (None, "bf16"), compress
         assert not (tree and compress), "a partial sum that is rounded depends on the layout"
@@ -63,6 +63,10 @@ class ProcessGroup(Group):
         self._shared_memory, self._compress, self._tree = shared_memory, compress, tree
         self._heartbeat = heartbeat
         self._owned = ExitStack()  # closed by `close`, last opened first
+
+    def lost(self) -> str:
+        """Why a collective that waits cannot go on, where this is known; else ""."""
+        return ""
 
     def reporting(self, operation: str) -> AbstractContextManager[None]:
         """Context manager that raises `PeerLostError` if a peer is lost in a collective."""
@@ -109,16 +113,18 @@ class ProcessGroup(Group):
             dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.handle)
         return tensor
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Broadcast from rank 0 of the group."""
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Broadcast from a rank of the group."""
         with self.reporting("broadcast"):
-            dist.broadcast(tensor, group=self.handle, group_src=0)
+            dist.broadcast(tensor, group=self.handle, group_src=source)
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Pending:
         """Asynchronous all-reduce with SUM, or an all-gather and a sum along the tree."""
-        if self._tree:
-            return TreeSum(self, tensor).start()
+        return TreeSum(self, tensor).start() if self._tree else self.start_reduce(tensor)
+
+    def start_reduce(self, tensor: Tensor) -> Pending:
+        """Asynchronous all-reduce with SUM."""
         with self.reporting("sum"):
             work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.handle, async_op=True)
         return self._pending("sum", work, tensor)
@@ -129,7 +135,8 @@ class ProcessGroup(Group):
             return sent_sum(Solo(), numel, like)  # nothing to send
         shared = None
         if like.device.type == "cpu":
-            shared = open_shared_sum(self, numel, like.dtype, self.timeout_s, self._shared_memory)
+            what = numel, like.dtype, self.timeout_s, self._shared_memory
+            shared = open_shared_sum(self, *what, self.lost)
         if shared is None and self._tree:
             return TreeSum(self, like.new_empty(numel))
         if shared is None:
@@ -160,11 +167,11 @@ class ProcessGroup(Group):
 
         return Pending(wait)
 
-    def share(self, value: Any) -> Any:
-        """Broadcast of a pickled object from rank 0 of the group."""
+    def share(self, value: Any, source: int = 0) -> Any:
+        """Broadcast of a pickled object from a rank of the group."""
         box = [value]
         with self.reporting("share"):
-            dist.broadcast_object_list(box, group=self.handle, group_src=0)
+            dist.broadcast_object_list(box, group=self.handle, group_src=source)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:

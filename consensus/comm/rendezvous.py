@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+Store = dist.Store
+"""A key-value store of torch."""
+
 
 def in_time(work: Callable[[], T], timeout_s: float, problem: str) -> T:
     """Result of a call that may block for ever, such as a connection to an unreachable peer.
@@ -184,3 +187,22 @@ class Heartbeat:
         """Join the heartbeat thread, which must end before interpreter shutdown."""
         self._stopped.set()
         self._thread.join(self.ANSWER_S)
+
+
+def serve(port: int, host: str) -> tuple[Store, int]:
+    """A store that this process keeps, and its port; 0: a free one.
+
+    RuntimeError if the port is taken.
+    """
+    store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+    return store, store.port
+
+
+def connect(host: str, port: int, run: str, timeout: timedelta) -> Store:
+    """A store that another process keeps, as seen by one run.
+
+    TimeoutError or RuntimeError if it cannot be reached in time.
+    """
+    await_name(host, timeout.total_seconds())
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"elastic/{run}", store)

@@ -34,6 +34,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,21 @@ class SharedSum:
     """A sum of n = numel numbers over P = size ranks, at least 2, that is computed many times.
 
     One rank calls `reserve`. Each rank opens the file at `path`, which raises OSError if it cannot
-    be opened here, then calls `start` and `wait` in turn. `timeout_s` is the longest `wait`.
+    be opened here, then calls `start` and `wait` in turn. `timeout_s` is the longest `wait`, which
+    `lost` may end with a reason.
     """
 
     def __init__(
-        self, path: str, rank: int, size: int, numel: int, dtype: torch.dtype, timeout_s: float
+        self,
+        path: str,
+        rank: int,
+        size: int,
+        numel: int,
+        dtype: torch.dtype,
+        timeout_s: float,
+        lost: Callable[[], str] = lambda: "",
     ) -> None:
+        self._lost = lost
         self._rank, self._size, self._timeout, self._t = rank, size, timeout_s, 0
         head, slot, slots = _layout(size, numel, dtype)
         self._file = os.open(path, os.O_RDWR)  # `from_file` would create an absent file
@@ -169,6 +179,8 @@ class SharedSum:
                 gone = [rank for rank in gone if counters[rank * LINE] < self._t]
                 if gone:
                     raise PeersGoneError(f"rank {', '.join(map(str, gone))} is gone")
+                if why := self._lost():
+                    raise PeersGoneError(why)
                 if now > started + self._timeout:
                     raise PeersGoneError(f"timed out after {self._timeout:g} s")
 

@@ -90,11 +90,17 @@ class SumInSharedMemory(RepeatedSum):
 
 
 def open_shared_sum(
-    group: Group, numel: int, dtype: torch.dtype, timeout_s: float, enabled: bool
+    group: Group,
+    numel: int,
+    dtype: torch.dtype,
+    timeout_s: float,
+    enabled: bool,
+    lost: Callable[[], str] = lambda: "",
 ) -> SharedSum | None:
     """A sum in memory of all ranks; None on all of them if one cannot take part. A collective.
 
-    The ranks may be on several hosts; `enabled`: this one may use shared memory.
+    The ranks may be on several hosts; `enabled`: this one may use shared memory. `lost` is that of
+    `SharedSum`.
     """
     memories = group.gather_objects(shared_memory.identity() if enabled else "")
     if "" in memories or len(set(memories)) > 1:
@@ -108,7 +114,7 @@ def open_shared_sum(
     try:
         if place := group.share(path):
             try:
-                shared = SharedSum(place, group.rank, group.size, numel, dtype, timeout_s)
+                shared = SharedSum(place, group.rank, group.size, numel, dtype, timeout_s, lost)
             except OSError as error:
                 problem = str(error)
         complete = all(group.gather_objects(shared is not None))
