@@ -39,6 +39,10 @@ class Row(TypedDict, total=False):
     regularizer: float  # R(u)
     coupling: float  # (1 / lam) phi(u - z_j), mean over the M workers
     distance: list[float]  # |u - z_j| of each layer, mean over the workers, (L,)
+    workers: int  # M
+    members: list[
+        int
+    ]  # the numbers j of the workers of an elastic run, in the order of ranks, (M,)
     influence: list[float]  # |grad phi(u - z_j)| of each worker, its part of line 3, (M,)
     cuts_u: int  # step-size cuts of line 3 so far
     cuts_z: int  # step-size cuts of line 6 so far, summed over the workers

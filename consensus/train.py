@@ -27,7 +27,7 @@ from typing import NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from consensus.comm import GroupError, Launch, LaunchError, PeerLostError
 from consensus.core.scalar_equation import NotConvergedError
@@ -43,9 +43,11 @@ from consensus.run.compose import (
     register_for_main,
     to_config,
 )
-from consensus.run.continued import continued
+from consensus.run.continued import as_replayed, continued
 from consensus.run.limits import MachineError
+from consensus.run.member import train_as_member
 from consensus.run.overrides import take_as_text
+from consensus.run.replayed import ReplayTrainer
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
 from consensus.run.yaml_files import config_dir
@@ -60,8 +62,13 @@ def train(cfg: DictConfig) -> None:
         launch = Launch.from_environment()
         if HydraConfig.get().mode == RunMode.MULTIRUN and launch.size > 1:
             raise ConfigError("--multirun under torchrun would sweep on every rank; leave it out")
-        config = to_config(continued(cfg, HydraConfig.get().overrides.task, launch.size))
-        run(config, launch, lambda plan, group: Trainer(plan, group).run())
+        overrides = HydraConfig.get().overrides.task
+        if OmegaConf.select(cfg, "group.elastic") is True:
+            train_as_member(cfg, overrides, launch)
+            return
+        config = to_config(as_replayed(continued(cfg, overrides, launch.size), overrides))
+        kind = Trainer if config.group.replay is None else ReplayTrainer
+        run(config, launch, lambda plan, group: kind(plan, group).run())
 
 
 def main() -> None:
@@ -79,7 +86,7 @@ def main() -> None:
         warnings.filterwarnings("error", ".*searchpath.* is not available", UserWarning)
         register_for_main(sys.argv[1:])
         train()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if has_peers():
         # Modules of torch that are imported while a group is open keep its threads alive until
         # interpreter shutdown, where they sometimes abort a process that has succeeded.
         run_exit_handlers()
@@ -131,9 +138,14 @@ def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:
     if message is not None:
         line = " ".join(message.split())  # a path or a name may contain line breaks
         print(f"consensus.train: {line}", file=sys.stderr, flush=True)
-    if code != 2 and os.environ.get("WORLD_SIZE", "1") != "1":
+    if code != 2 and has_peers():
         end(code)  # closing a process group would wait for peers that may be gone or stuck
     sys.exit(code)
+
+
+def has_peers() -> bool:
+    """Whether this is one of several processes of a run."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" or "CONSENSUS_MEMBERS" in os.environ
 
 
 def end(code: int) -> NoReturn:

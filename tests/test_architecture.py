@@ -10,7 +10,7 @@ import consensus
 PACKAGE = Path(consensus.__file__).parent
 MATHEMATICS = {"registry", "tree_sum", "core", "theory"}
 FILES = {"atomic_files", "records", "report"}
-ALGORITHM = {"comm", "server", "gathered", "worker", "algorithm", "replay"}
+ALGORITHM = {"comm", "server", "gathered", "repeatable", "worker", "algorithm", "replay"}
 
 # Module -> what it may import of ours. A folder speaks for its modules unless one has a line of its
 # own; each may import within itself. A new module at the top needs a line here.
@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "consensus.server": {"comm", "core"},
     "consensus.gathered": {"comm", "core", "server"},
     "consensus.worker": {"core"},
+    "consensus.repeatable": {"comm", "core", "server", "worker"},
+    "consensus.elastic": {"comm.rendezvous", "startup"},
     "consensus.algorithm": {"comm", "core", "server", "tree_sum", "worker"},
     "consensus.coupling": {"comm", "core", "server"},
     "consensus.replay": {"algorithm", "problem"},
@@ -60,6 +62,8 @@ MAY_IMPORT = {
 MAY_IMPORT_DISTRIBUTED = {
     "consensus.comm.rendezvous": "torch.distributed",
     "consensus.comm.process_group": "torch.distributed",
+    "consensus.comm.members": "torch.distributed",
+    "consensus.comm.view_group": "torch.distributed",
     "consensus.comm.user_group": "torch.distributed",
     "consensus.doctor.exchange": "torch.distributed",
     "consensus.private_api": "torch.distributed.checkpoint",

@@ -149,7 +149,7 @@ def test_batched_gradients_are_replayed(gradients):
 
 def test_what_comes_after_a_step_sees_the_t_of_the_replay():
     algorithm = make()
-    watch = HealthCheck(algorithm.server.group, 4, log_every=100)
+    watch = HealthCheck(algorithm.server.group, range(4), log_every=100)
 
     def observe(t):
         watch.observe(t, algorithm.u, algorithm.worker.z)

@@ -100,6 +100,10 @@ class Minibatches:
         self.position += 1
         return self._shuffled[batch * self.batch_size : (batch + 1) * self.batch_size]
 
+    def assign(self, worker: int) -> None:
+        """Draw the minibatches of another worker."""
+        self.worker, self._epoch = worker, -1
+
     @property
     def model_seed(self) -> int:
         """The seed of the model's random numbers in the last draw: in every layout, on resume."""

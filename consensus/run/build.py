@@ -13,6 +13,7 @@ from consensus.comm import Group, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
 from consensus.core.kernels.by_worker import ForceOfEach, StepOfEach
 from consensus.gathered import GatheringServer
+from consensus.repeatable import RepeatableOracle, RepeatableServer
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE, AlgorithmConfig
 from consensus.run.plan import Plan
@@ -32,9 +33,10 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     line_3 = consensus_kernel(config.u_update, plan.phi, u, total)
     if plan.config.deterministic:
         line_3, line_6 = ForceOfEach(line_3), StepOfEach(line_6)
+    elastic = plan.config.group.elastic
     worker = Worker(
         z,
-        plan.oracle,
+        RepeatableOracle(plan.oracle) if elastic else plan.oracle,
         plan.phi,
         kappa=config.momentum,
         nu=config.weight_decay,
@@ -50,7 +52,7 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     if gathers:
         server: Server = GatheringServer(u, plan.phi, group, len(z), kernel)
     else:
-        server = Server(u, plan.phi, group, kernel)
+        server = (RepeatableServer if elastic else Server)(u, plan.phi, group, kernel)
     return Consensus(
         server,
         worker,
@@ -67,9 +69,12 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
 def tau_of(config: Config, num_workers: int) -> StepSize:
     """The step size of u of M workers, from tau or outer."""
     outer = config.algorithm.outer_rate
-    if outer is None:
-        return scheduled(config.algorithm, "tau")
-    return outer * half_square(config.potential.eta) / num_workers
+    if outer is not None:
+        return outer * half_square(config.potential.eta) / num_workers
+    tau = scheduled(config.algorithm, "tau")
+    if not config.algorithm.tau_per_worker:
+        return tau
+    return (lambda t: tau(t) / num_workers) if callable(tau) else tau / num_workers
 
 
 def lam_of(config: Config) -> StepSize:

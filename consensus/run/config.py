@@ -105,6 +105,10 @@ class GroupConfig(Section, key="group"):
     shared_memory: bool
     compress: str | None = field(metadata=rule(lambda x: x in (None, "bf16"), "null, bf16"))
     sum: str = field(default="reduce", metadata=one_of(("reduce", "gather")))
+    elastic: bool = False
+    workers_per_process: int = field(default=1, metadata=COUNT)
+    min_workers: int = field(default=1, metadata=COUNT)
+    replay: str | None = None
 
 
 @dataclass
@@ -182,9 +186,40 @@ class Config:
         allowed = "null with deterministic=true: rounded partial sums depend on the layout"
         require(exact, "group.compress", self.group.compress, allowed)
         self._require_bounded_force()
+        self._require_elastic()
         movable = self.device != "cpu" or self.group.name != "nccl"
         allowed = "auto or gloo with device=cpu: NCCL moves CUDA tensors only"
         require(movable, "group", self.group.name, allowed)
+
+    def _require_elastic(self) -> None:
+        """Refuse what cannot work where workers join and leave, or in a replay of such a run."""
+        group = self.group
+        if group.replay is not None:
+            group.replay = absolute("group.replay", group.replay)
+            require(not group.elastic, "group.elastic", "true", "false with group.replay")
+            allowed = "true with group.replay, as in that run: else sums depend on the processes"
+            require(self.deterministic, "deterministic", "false", allowed)
+            require(self.workers is None, "workers", self.workers, "null with group.replay")
+            require(self.resume == "never", "resume", self.resume, "never with group.replay")
+        if not group.elastic:
+            for name in ("workers_per_process", "min_workers"):
+                value = getattr(group, name)
+                require(value == 1, f"group.{name}", value, "1 without group.elastic=true")
+            return
+        name, update = self.algorithm.name, self.algorithm.u_update
+        one_each = group.workers_per_process == 1 or not self.deterministic
+        partition, full = self.data.partition, "full: shards depend on the number of workers"
+        for key, found, good, allowed in (
+            ("workers", self.workers, self.workers is None, "null: as many as there are"),
+            ("algorithm", name, name not in ALONE, "consensus, or another that couples workers"),
+            ("algorithm.u_update", update, update == "gradient", "gradient"),
+            ("data.partition", partition, partition == "full", full),
+            ("group", group.name, group.name != "nccl", "auto, gloo"),
+            ("group.sum", group.sum, group.sum == "reduce", "reduce"),
+            ("group.compress", group.compress, group.compress is None, "null"),
+            ("deterministic", "true", one_each, "false, or group.workers_per_process=1"),
+        ):
+            require(good, key, found, f"{allowed} with group.elastic=true")
 
     def _require_bounded_force(self) -> None:
         """Refuse to gather where no force is bounded, or where it would be rounded."""

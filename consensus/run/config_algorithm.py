@@ -140,6 +140,7 @@ class AlgorithmConfig(Section, key="algorithm"):
     loss_reduction: str = field(metadata=one_of(("sum", "mean")))
     schedule: SchedulesConfig
     on_nonfinite: str = field(default="stop", metadata=one_of(ON_NONFINITE))
+    tau_per_worker: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.outer, int) and not isinstance(self.outer, bool):
@@ -151,6 +152,9 @@ class AlgorithmConfig(Section, key="algorithm"):
         if self.name != "ddp":
             self._require_one_of("lam", "pull", "pull = 2 sigma / (lam eta^2)")
             self._require_one_of("tau", "outer", "outer = 2 M tau / eta^2")
+        divided = self.tau is not None or not self.tau_per_worker
+        allowed = "false with algorithm.outer, which does not depend on M"
+        require(divided, "algorithm.tau_per_worker", "true", allowed)
         if self.outer is not None:
             where = "with algorithm.outer, the step of u"
             self._require_implied("u_step_on", "coupling", f"coupling {where}")

@@ -34,7 +34,30 @@ def continued(cfg: DictConfig, overrides: Sequence[str], processes: int) -> Dict
         return cfg  # its own checks explain it
     if run_dir is None or before is None:
         return cfg
-    given = {"resume", "output.run_dir", *_given(overrides)}
+    cfg = completed(cfg, overrides, before, {"resume", "output.run_dir"})
+    if cfg.workers is None and (workers := _workers_of(run_dir)) not in (None, processes):
+        cfg.workers = workers
+    return cfg
+
+
+def as_replayed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A composed config, completed by that of the run in `group.replay`, if there is one."""
+    where = OmegaConf.select(cfg, "group.replay")
+    before = None if not isinstance(where, str) else _config_of(Path(where).expanduser())
+    if before is None:
+        return cfg  # its own checks explain it
+    own = {"group.elastic", "group.replay", "group.min_workers", "group.workers_per_process"}
+    return completed(cfg, overrides, before, own | {"resume", "output.run_dir", "output.name"})
+
+
+def completed(
+    cfg: DictConfig, overrides: Sequence[str], before: dict[Any, Any], keep: set[str]
+) -> DictConfig:
+    """A composed config with the values of an earlier one for all keys that nothing sets.
+
+    `overrides` set keys, and so does `keep`.
+    """
+    given = {*keep, *_given(overrides)}
     cfg = cfg.copy()
     with open_dict(cfg):
         for key, value in _entries(before):
@@ -43,8 +66,6 @@ def continued(cfg: DictConfig, overrides: Sequence[str], processes: int) -> Dict
                 if isinstance(value, dict):
                     value = _options(cfg, key, value, given)
                 OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-    if cfg.workers is None and (workers := _workers_of(run_dir)) not in (None, processes):
-        cfg.workers = workers
     return cfg
 
 

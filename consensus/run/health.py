@@ -4,6 +4,7 @@ One small gather carries the state of each rank, so that all ranks draw the same
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,18 +17,22 @@ ADVICE = "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, 
 class HealthCheck:
     """Checks at iterations that all ranks choose alike, about once a second.
 
-    `workers` is their number on each process; `log_every` limits the iterations between checks.
-    `dropped` is `Worker.dropped`; None: no worker is ever dropped.
+    `numbers` are the j of all workers, as many on each process; `log_every` limits the iterations
+    between checks. `dropped` is `Worker.dropped`; None: no worker is ever dropped.
     """
 
     CHECK_EVERY_S = 1.0
 
     def __init__(
-        self, group: Group, workers: int, log_every: int, dropped: Tensor | None = None
+        self,
+        group: Group,
+        numbers: Sequence[int],
+        log_every: int,
+        dropped: Tensor | None = None,
     ) -> None:
-        self.group, self.workers, self.log_every = group, workers, log_every
+        self.group, self.numbers, self.log_every = group, numbers, log_every
         self._dropped = dropped
-        self._counts = [0] * (group.size * workers)  # of the drops, at the last check
+        self._counts = [0] * len(numbers)  # of the drops, at the last check
         self._told = list(self._counts)  # at the last line about each worker
         self._never = torch.iinfo(torch.int64).max
         # 2 t if a z_j of this rank became non-finite first, 2 t + 1 if u did.
@@ -93,12 +98,12 @@ class HealthCheck:
 
         It names a worker the first time, and then when its count has doubled.
         """
-        named = [j for j, n in enumerate(self._counts) if n > 0 and n >= 2 * self._told[j]]
+        named = [i for i, n in enumerate(self._counts) if n > 0 and n >= 2 * self._told[i]]
         if not named:
             return None
-        for j in named:
-            self._told[j] = self._counts[j]
-        who = ", ".join(f"worker {j} ({self._counts[j]} so far)" for j in named)
+        for i in named:
+            self._told[i] = self._counts[i]
+        who = ", ".join(f"worker {self.numbers[i]} ({self._counts[i]} so far)" for i in named)
         return f"iteration {self._last}: non-finite, left out of u and begun again at u: {who}"
 
     def _non_finite(self, first: list[int]) -> str:
@@ -107,7 +112,8 @@ class HealthCheck:
         what = "u became non-finite"
         if not u_alone:
             rank = first.index(min(first))
-            j = [rank * self.workers, (rank + 1) * self.workers - 1]
-            who = f"worker {j[0]}" if j[0] == j[1] else f"one of the workers {j[0]} to {j[1]}"
+            each = len(self.numbers) // self.group.size
+            j = self.numbers[rank * each : (rank + 1) * each]
+            who = f"worker {j[0]}" if each == 1 else f"one of the workers {j[0]} to {j[-1]}"
             what = f"{who} on rank {rank} became non-finite, and u with it"
         return f"iteration {t + 1}: {what}; {ADVICE}"

@@ -81,10 +81,13 @@ def measure(
         "regularizer": r,
         "coupling": mean_coupling,
         "distance": [sum_j / plan.num_workers for sum_j in distances],
+        "workers": plan.num_workers,
         "influence": influences,
         "cuts_u": int(cuts_u),
         "cuts_z": int(cuts_z),
     }
+    if plan.members is not None:
+        row["members"] = list(plan.members)
     return cast(Row, row)
 
 

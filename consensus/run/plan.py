@@ -30,6 +30,7 @@ from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE, as_call
 from consensus.run.limits import memory_of
+from consensus.run.membership import changes_to_replay
 from consensus.run.problem import load_data, make_model, make_shards
 from consensus.theory.descent import VECTORS
 from consensus.tree_sum import layouts
@@ -51,6 +52,7 @@ class Plan:
     phi: Layerwise  # (18)
     shard_sizes: tuple[int, ...]  # training samples of each of the M workers
     trial: Trial  # of the model and the loss
+    members: tuple[int, ...] | None = None  # the numbers j of an elastic run; None: 0, ..., M - 1
 
     @property
     def risk(self) -> Risk:
@@ -64,8 +66,18 @@ class Plan:
 
     @property
     def local_workers(self) -> range:
-        """The numbers j of the workers on this process."""
+        """The places of the workers of this process among all M."""
         return self.launch.block(self.num_workers)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The number j of each worker, in the order of places."""
+        return range(self.num_workers) if self.members is None else self.members
+
+    @property
+    def own_numbers(self) -> list[int]:
+        """The numbers j of the workers of this process."""
+        return [self.numbers[place] for place in self.local_workers]
 
     @property
     def evaluation_shares(self) -> tuple[int, Sequence[int]]:
@@ -108,7 +120,8 @@ class Plan:
         if pull is None and lam is not None:
             pull = 2.0 * algorithm.sigma / lam / eta / eta
         if outer is None and algorithm.tau is not None:
-            outer = 2.0 * self.num_workers * algorithm.tau / eta / eta
+            summed = 1 if algorithm.tau_per_worker else self.num_workers
+            outer = 2.0 * summed * algorithm.tau / eta / eta
             if algorithm.u_step_on == "objective":
                 outer *= 0.5 * (pull or 0.0) * eta * eta / algorithm.sigma
         of_u = "u exact" if algorithm.u_update == "exact" else f"outer {outer:.3g}"
@@ -161,9 +174,12 @@ class Plan:
 def make_plan(config: Config, launch: Launch) -> Plan:
     """Load the data, build the model and assign the data to the workers, or raise ConfigError."""
     num_workers = count_workers(config, launch)
-    origin = find_origin(config, launch, num_workers)
+    replayed = config.group.replay
+    members = None if replayed is None else changes_to_replay(replayed)[0].workers
+    elastic = config.group.elastic  # then the origin is found when the members have met
+    origin = Origin() if elastic else find_origin(config, launch, num_workers)
     device = choose_device(config, launch)
-    backend = choose_backend(config.group.name, device, launch)
+    backend = "gloo" if elastic else choose_backend(config.group.name, device, launch)
     movable = backend != "nccl" or device.type == "cuda"
     require(movable, "group", "nccl", "gloo or auto here: NCCL moves CUDA tensors only")
     dtype = config.dtype_of_u
@@ -173,11 +189,14 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     require_memory(config, model, num_workers // launch.size, device)
     shards = make_shards(config, dataset, num_workers)
     minibatches = [
-        Minibatches(shards[j].to(device), config.algorithm.batch_size, config.seed, worker=j)
-        for j in launch.block(num_workers)
+        Minibatches(shards[i].to(device), config.algorithm.batch_size, config.seed, worker=j)
+        for i, j in enumerate(members or range(num_workers))
+        if i in launch.block(num_workers)
     ]
     risk = Risk(model, config.algorithm.loss_reduction, loss)  # type: ignore[arg-type]
     oracle = MinibatchRisk(risk, dataset, minibatches)
+    allowed = f"false with model={config.model.name}, whose running statistics a member would lack"
+    require(not (elastic and oracle.running), "group.elastic", "true", allowed)
     kept = config.algorithm.on_nonfinite == "stop" or not oracle.running
     allowed = f"stop with model={config.model.name}, whose running statistics would stay non-finite"
     require(kept, "algorithm.on_nonfinite", "drop", allowed)
@@ -196,6 +215,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         make_phi(config, risk, device, dtype),
         tuple(len(shard) for shard in shards),
         trial,
+        members,
     )
 
 
@@ -208,6 +228,12 @@ def count_workers(config: Config, launch: Launch) -> int:
         )
         require(launch.size == 1, "algorithm", "msgd", allowed)
         return 1
+    if config.group.elastic:
+        return launch.size * config.group.workers_per_process
+    if config.group.replay is not None:
+        allowed = "null under torchrun: a replay is one process"
+        require(launch.size == 1, "group.replay", config.group.replay, allowed)
+        return len(changes_to_replay(config.group.replay)[0].workers)
     num_workers = launch.size if config.workers is None else config.workers
     allowed = f"a multiple of the {launch.size} processes (WORLD_SIZE), or null for one each"
     require(num_workers % launch.size == 0, "workers", num_workers, allowed)

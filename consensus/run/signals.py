@@ -73,13 +73,13 @@ class StopSignals:
 
 
 def follow_launcher(look_every_s: float = 1.0) -> None:
-    """Start a thread that sends SIGTERM to this process once the torchrun that started it is gone.
+    """Start a thread that sends SIGTERM to this process once the launcher that started it is gone.
 
-    Without torchrun it does nothing. A killed launcher cannot notify its ranks; the kernel gives
-    them another parent. A launcher that died before this call is noticed only if the new parent is
-    process 1 and does not run Python.
+    Without torchrun or consensus.elastic it does nothing. A killed launcher cannot notify its
+    ranks; the kernel gives them another parent. A launcher that died before this call is noticed
+    only if the new parent is process 1 and does not run Python.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if {"TORCHELASTIC_RUN_ID", "CONSENSUS_MEMBER"}.isdisjoint(os.environ):
         return
     launcher, command = os.getppid(), b"python"
     with suppress(OSError):

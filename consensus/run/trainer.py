@@ -15,7 +15,7 @@ from consensus.report.stationarity import measurements, verdict
 from consensus.run.build import build_algorithm
 from consensus.run.checkpoint.directory import RunDirectory
 from consensus.run.checkpoint.manifest import as_hex
-from consensus.run.checkpoint.resume import resume
+from consensus.run.checkpoint.resume import Resumed, resume
 from consensus.run.checkpoint.writer import CheckpointWriter, Facts
 from consensus.run.diagnosis import Diagnosis, divergence
 from consensus.run.health import HealthCheck
@@ -38,14 +38,21 @@ class Trainer:
         group: The processes of the run.
         quiet: Whether rank 0 prints nothing either.
         owns_process: Whether a stop signal that has no effect in time may end the process.
+        directory: The run directory; None: opened here, by all ranks.
     """
 
     def __init__(
-        self, plan: Plan, group: Group, *, quiet: bool = False, owns_process: bool = True
+        self,
+        plan: Plan,
+        group: Group,
+        *,
+        quiet: bool = False,
+        owns_process: bool = True,
+        directory: RunDirectory | None = None,
     ) -> None:
         self.plan, self.config, self.group = plan, plan.config, group
         self.algorithm = build_algorithm(plan, group)
-        self.directory = RunDirectory(plan.origin, plan.config, plan.launch, group)
+        self.directory = directory or RunDirectory(plan.origin, plan.config, plan.launch, group)
         self.run_dir = self.directory.path
         self.iterations = plan.config.algorithm.iterations
         self.screen = Screen(self.iterations, enabled=group.rank == 0 and not quiet)
@@ -57,22 +64,31 @@ class Trainer:
         self.best: Best = None
         self.diagnosis = Diagnosis(plan)
         self.sinks = Sink()  # writes nothing: rank 0 gets others in `start`
-        output = plan.config.output
-        self.writer: CheckpointWriter | None = None
-        if output.checkpoint_every is not None:
-            self.writer = CheckpointWriter(
-                self.run_dir,
-                plan.config,
-                group.side(),
-                (plan.local_workers, plan.num_workers),
-                output.keep_checkpoints,
-                before_publish=lambda: self.sinks.sync(),
-            )
+        self.writer = self.open_writer()
+
+    def open_writer(self) -> CheckpointWriter | None:
+        """The writer of checkpoints; None if the run has none. A collective."""
+        output = self.config.output
+        if output.checkpoint_every is None:
+            return None
+        return CheckpointWriter(
+            self.run_dir,
+            self.config,
+            self.group.side(),
+            (self.plan.own_numbers, self.plan.num_workers),
+            output.keep_checkpoints,
+            before_publish=lambda: self.sinks.sync(),
+        )
 
     @property
     def problem(self) -> str | None:
         """The write error of this rank; None if there is none."""
         return self.directory.problem or (self.writer.problem if self.writer is not None else None)
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal that asks the run to stop; 0 if there is none."""
+        return self.signals.received
 
     def agree(self) -> None:
         """Raise on all ranks if one of them has a write error. A collective."""
@@ -83,46 +99,59 @@ class Trainer:
         self.signals = StopSignals(self.patience_s)
         try:
             with self.screen:
-                self._run()
+                self.describe()
+                start = self.start()
+                self.loop(start)
+                self.complete(start)
         except PeerLostError:
             raise
         except GroupError:
-            self._finish_writing()  # a checkpoint from before the failure is valid
+            self.finish_writing()  # a checkpoint from before the failure is valid
             raise
         finally:
-            if self.plan.oracle.ahead is not None:
-                self.plan.oracle.ahead.close()
+            self.close()
             self.signals.close()
-            self.sinks.close()
-            self.directory.close()
-        self.screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
-        if analysed := measurements(self.rows):
-            self.screen.say(verdict(analysed))
-        self.screen.say(f"results in {self.run_dir}")
+        self.tell_results()
         return self.rows[-1]
 
-    def _run(self) -> None:
+    def close(self) -> None:
+        """Close what the run has open but its group."""
+        if self.plan.oracle.ahead is not None:
+            self.plan.oracle.ahead.close()
+        self.sinks.close()
+        self.directory.close()
+
+    def describe(self) -> None:
+        """Print what the run is, and remarks about its config."""
         lines = [f"{self.plan.description()} -> {self.run_dir}", self.directory.warning]
         for line in filter(None, [*lines, *self.plan.remarks()]):
             self.screen.say(line)
-        start = self.start()
-        self.loop(start)
+
+    def complete(self, start: int) -> None:
+        """Write the results after the last iteration; `start` is the first of this process."""
         if not self.rows or self.rows[-1]["iteration"] != self.iterations:
             # The loaded checkpoint is that of the last iteration, but its row was lost.
             self.evaluate(self.iterations, self.stationarity is not None)
         if self.writer is not None and start == self.iterations and not self.plan.origin.continues:
             self.save(start)  # a new run that starts at its end has a checkpoint too
-        self._finish_writing()
+        self.finish_writing()
         self.agree()
         with self.directory.writing():
             self.sinks.close()
             self.finish()
         self.agree()
 
+    def tell_results(self) -> None:
+        """Print the table of evaluations and the run directory."""
+        self.screen.table(self.rows, title=f"{self.run_dir.name}: u at the evaluations")
+        if analysed := measurements(self.rows):
+            self.screen.say(verdict(analysed))
+        self.screen.say(f"results in {self.run_dir}")
+
     def start(self) -> int:
         """Continue from a checkpoint if the plan has one. Returns the iterations done."""
-        plan, began, say = self.plan, time.perf_counter(), self.screen.say
-        resumed = resume(self.directory, self.algorithm, plan.local_workers, self.iterations, say)
+        plan, began = self.plan, time.perf_counter()
+        resumed = self.restore()
         share_buffers(plan, self.group)
         self.started = began - resumed.seconds
         self.rows, self.best, start = resumed.rows, resumed.best, resumed.iteration
@@ -131,52 +160,71 @@ class Trainer:
             self.rows.pop()  # evaluated again, with the measurement
         for row in self.rows:
             self.diagnosis.remarks(row)  # they were made before
-        if self.group.rank == 0:
-            rows, layers = tuple(self.rows), plan.risk.layout.layer_names
-            after = start if plan.origin.continues else None
-            info = RunInfo(self.run_dir, layers, rows, after, asdict(self.config), selection(plan))
-            with self.directory.writing():
-                self.sinks = Sinks(info, self.config.output.tensorboard, say, self.screen)
+        self.open_sinks(start if plan.origin.continues else None)
         self.agree()
         self.screen.begin(start)
         return start
 
+    def restore(self) -> Resumed:
+        """Load the checkpoint of the plan, if it has one. A collective."""
+        where = self.directory, self.algorithm, self.plan.own_numbers
+        return resume(*where, self.iterations, self.screen.say)
+
+    def open_sinks(self, after: int | None) -> None:
+        """Open the sinks on rank 0; `after`: the iteration that an earlier run has come to."""
+        if self.group.rank > 0:
+            return
+        plan, rows = self.plan, tuple(self.rows)
+        layers, config = plan.risk.layout.layer_names, asdict(self.config)
+        info = RunInfo(self.run_dir, layers, rows, after, config, selection(plan))
+        tensorboard = self.config.output.tensorboard
+        with self.directory.writing():
+            self.sinks = Sinks(info, tensorboard, self.screen.say, self.screen)
+
     def loop(self, start: int) -> None:
         """All iterations, with the evaluations and checkpoints that are due between them."""
-        output = self.config.output
-        drops = self.config.algorithm.on_nonfinite == "drop"
-        dropped = self.algorithm.worker.dropped if drops else None
-        health = HealthCheck(self.group, len(self.plan.local_workers), output.log_every, dropped)
-        step = self.step_function(health)
-        self._clock, self._counted = time.perf_counter(), start  # for samples_per_s
+        self.begin(start)
+        step = self.step_function()
         for t in range(start, self.iterations):
             step(t)
-            done = t + 1
-            log = done % output.log_every == 0
-            analyse = self.is_due(self.analyse_every, done)
-            evaluate = self.is_due(output.eval_every, done) or analyse
-            save = self.is_due(output.checkpoint_every, done)
-            if not (log or evaluate or save or health.due(done)):
-                continue
-            signal = health.check(done, self.signals.received, self.problem)
-            if line := health.remark():
-                self.screen.say(line)
-            if log or evaluate:
-                self.log(done)
-            if evaluate:
-                self.evaluate(done, analyse and not signal)
-            if save:
-                self.save(done)
-            if signal and done < self.iterations:
-                self.stop(done, signal, saved=save)
+            self.after(t + 1)
+
+    def begin(self, start: int) -> None:
+        """Begin to observe the workers of this rank, and the clock of samples_per_s."""
+        drops = self.config.algorithm.on_nonfinite == "drop"
+        dropped = self.algorithm.worker.dropped if drops else None
+        numbers, log_every = self.plan.numbers, self.config.output.log_every
+        self.health = HealthCheck(self.group, numbers, log_every, dropped)
+        self._clock, self._counted = time.perf_counter(), start
+
+    def after(self, done: int) -> None:
+        """What is due after so many iterations. A collective, or nothing, on all ranks alike."""
+        output, health = self.config.output, self.health
+        log = done % output.log_every == 0
+        analyse = self.is_due(self.analyse_every, done)
+        evaluate = self.is_due(output.eval_every, done) or analyse
+        save = self.is_due(output.checkpoint_every, done)
+        if not (log or evaluate or save or health.due(done)):
+            return
+        signal = health.check(done, self.stop_signal, self.problem)
+        if line := health.remark():
+            self.screen.say(line)
+        if log or evaluate:
+            self.log(done)
+        if evaluate:
+            self.evaluate(done, analyse and not signal)
+        if save:
+            self.save(done)
+        if signal and done < self.iterations:
+            self.stop(done, signal, saved=save)
 
     def is_due(self, every: int | None, done: int) -> bool:
         """Whether an event of this interval, which also happens at the end, is due."""
         return every is not None and (done % every == 0 or done == self.iterations)
 
-    def step_function(self, health: HealthCheck) -> Callable[[int], None]:
+    def step_function(self) -> Callable[[int], None]:
         """An iteration and its observation, replayed as a CUDA graph where possible."""
-        algorithm = self.algorithm
+        algorithm, health = self.algorithm, self.health
 
         def observe(t: int | Tensor) -> None:
             health.observe(t, algorithm.u, algorithm.worker.z)
@@ -251,13 +299,18 @@ class Trainer:
             raise RunStopped(f"{stopped} without a checkpoint ({why})", 128 + signal)
         if not saved:
             self.save(done)
-        self._finish_writing()
+        self.finish_writing()
         self.agree()
-        again = self.plan.launch.command()
+        again = self.command()
         again += f" {for_shell(['resume=auto', override('output.run_dir', str(self.run_dir))])}"
         raise RunStopped(f"{stopped} with a checkpoint; to continue: {again}", TRY_AGAIN)
 
-    def _finish_writing(self) -> None:
+    def command(self) -> str:
+        """The command that starts as many processes, without its arguments."""
+        return self.plan.launch.command()
+
+    def finish_writing(self) -> None:
+        """Wait until no checkpoint is being written."""
         if self.writer is not None:
             self.writer.wait()
 

@@ -31,7 +31,7 @@ def finite(workers: int = 2):
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_non_finite_iterate_is_named(workers, where, message, value):
-    health = HealthCheck(Solo(), workers, log_every=100)
+    health = HealthCheck(Solo(), range(workers), log_every=100)
     health.observe(2, *finite(workers))
     assert health.check(3) == 0
     u, z = finite(workers)
@@ -47,7 +47,7 @@ def test_the_first_non_finite_iterate_is_named(workers, where, message, value):
 
 
 def first_failure(group, bad_rank):
-    health = HealthCheck(group, 2, log_every=100)
+    health = HealthCheck(group, range(2 * group.size), log_every=100)
     u, z = finite()
     if group.rank == bad_rank:
         z[0, 0] = math.nan
@@ -66,7 +66,7 @@ def test_all_ranks_name_the_rank_that_failed_first(ranks):
 
 
 def test_a_signal_is_returned_and_a_problem_raised():
-    health = HealthCheck(Solo(), 1, log_every=100)
+    health = HealthCheck(Solo(), range(1), log_every=100)
     assert health.check(1, signal.SIGTERM) == signal.SIGTERM
     with pytest.raises(GroupError, match="cannot write"):
         health.check(2, problem="cannot write")
@@ -76,7 +76,7 @@ def test_a_signal_is_returned_and_a_problem_raised():
 def test_the_interval_is_about_a_second_and_at_most_log_every(monkeypatch, seconds, stride):
     now = 0.0
     monkeypatch.setattr(health_module.time, "perf_counter", lambda: now)
-    health = HealthCheck(Solo(), 1, log_every=7)
+    health = HealthCheck(Solo(), range(1), log_every=7)
     assert health.due(1), "the first iteration is always checked"
     now = seconds
     health.check(1)
@@ -86,7 +86,7 @@ def test_the_interval_is_about_a_second_and_at_most_log_every(monkeypatch, secon
 def lines_about_drops(group):
     """Three checks of two workers on each rank, of which worker 1 of rank 1 is dropped."""
     dropped = torch.zeros(2, dtype=torch.int64)
-    health, lines = HealthCheck(group, 2, 100, dropped), []
+    health, lines = HealthCheck(group, range(2 * group.size), 100, dropped), []
     for done, times in ((3, 2), (5, 3), (9, 4)):
         if group.rank == 1:
             dropped[1] = times

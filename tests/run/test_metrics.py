@@ -89,6 +89,7 @@ def expected_row(config):
     row["distance"] = [sum(math.sqrt(pair[i]) for pair in squares) / WORKERS for i in (0, 1)]
     forces = [[2 / ETA**2 / math.cos(s / ETA**2) ** 2 * math.sqrt(s) for s in p] for p in squares]
     row["influence"] = [math.hypot(*of_layers) for of_layers in forces]
+    row["workers"] = WORKERS
     row["objective"] = row["train_loss"] + row["regularizer"] + row["coupling"]
     row["cuts_u"], row["cuts_z"] = 3, 1 + 2 + 3 + 4
     return row

@@ -49,6 +49,7 @@ class Ranks:
 
     Attributes:
         pids: The processes, by rank.
+        port: Of the store.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Ranks:
     ) -> None:
         self.size, self.cwd, self.module = size, cwd, module
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.port = self._store.port
         self._processes: list[Any] = []
         kept = {
             name: value
@@ -126,6 +128,10 @@ class Ranks:
     def kill(self, rank: int) -> None:
         """Send SIGKILL to a rank, unless it has ended."""
         self._processes[rank].kill()
+
+    def terminate(self, rank: int) -> None:
+        """Send SIGTERM to a rank, unless it has ended."""
+        self._processes[rank].terminate()
 
     def kill_all(self) -> None:
         """Send SIGKILL to every rank that runs."""

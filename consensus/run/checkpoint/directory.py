@@ -142,6 +142,24 @@ class RunDirectory:
             self._lock.close()
 
 
+class JoinedDirectory(RunDirectory):
+    """The directory of a run that this process joins, once it is known where."""
+
+    def __init__(self) -> None:
+        self.origin, self.warning, self.problem = Origin(), None, None
+        self.path, self._lock = Path(), None
+
+    def enter(self, path: Path) -> None:
+        """Lock it with the others; a failure becomes the `problem`."""
+        self.path = path
+        try:
+            self._lock = (path / LOCK).open("a+b")
+            if not self._acquire(fcntl.LOCK_SH):
+                self.problem = f"{path} is in use by another run"
+        except OSError as error:
+            self.problem = f"cannot lock the run directory: {error.strerror}: {error.filename}"
+
+
 def _new_directory(config: Config) -> Path:
     """Create a directory under output.root, named by date, time and run."""
     output = config.output

@@ -22,7 +22,7 @@ import io
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,10 +133,16 @@ def choose(paths: list[Path], group: Group, say: Callable[[str], None]) -> Path 
     return None
 
 
-def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
+def load(
+    checkpoint: Path,
+    state: dict[str, Tensor],
+    workers: Sequence[int],
+    absent: Sequence[int] = (),
+) -> dict[str, Tensor]:
     """Read the state of the workers with these numbers j, written by any number of processes.
 
-    Only the keys, shapes and dtypes of `state`, a result of `Algorithm.state_dict`, are used.
+    Only the keys, shapes and dtypes of `state`, a result of `Algorithm.state_dict`, are used. The
+    rows of `absent` workers are not read; their content is undefined.
     `choose` has verified the checkpoint. GroupError, on this rank alone, if a tensor is missing or
     has another shape or dtype.
     """
@@ -146,7 +152,8 @@ def load(checkpoint: Path, state: dict[str, Tensor], workers: range) -> dict[str
     from torch.distributed.checkpoint.state_dict_loader import load as load_into
 
     fresh = {key: torch.empty_like(x, device="cpu").contiguous() for key, x in state.items()}
-    wanted = by_worker(fresh, workers)
+    left = tuple(f"worker/{j}/" for j in absent)
+    wanted = {k: x for k, x in by_worker(fresh, workers).items() if not k.startswith(left)}
     try:
         held = Manifest.read(checkpoint).tensors
     except (DamagedError, ConfigError) as error:
@@ -223,7 +230,7 @@ class _Part(io.RawIOBase):
         return len(content)
 
 
-def by_worker(state: dict[str, Tensor], workers: range) -> dict[str, Tensor]:
+def by_worker(state: dict[str, Tensor], workers: Sequence[int]) -> dict[str, Tensor]:
     """Split `worker/z` (K, n) into views `worker/0/z`, ..., each (n,)."""
     rows: dict[str, Tensor] = {}
     for key, value in state.items():

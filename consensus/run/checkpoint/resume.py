@@ -9,7 +9,7 @@ With `resume=PATH` a new run starts from a checkpoint of another run.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from consensus.core.schedules import SCHEDULES
 from consensus.problem import DATASETS, LOSSES, MODELS
 from consensus.records import Row, rows_until
 from consensus.registry import Registry
+from consensus.repeatable import begin_at_consensus
 from consensus.run.checkpoint.directory import LOCK, MARKS, Origin, RunDirectory, lock_holder
 from consensus.run.checkpoint.manifest import DamagedError, Manifest, as_hex
 from consensus.run.checkpoint.reader import (
@@ -124,7 +125,7 @@ def _require_continuable(run_dir: Path, config: Config, num_workers: int) -> Non
         before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     except Exception:  # the run was killed before it wrote the file
         return
-    _require_same(before, config, run_dir)
+    require_same(before, config, run_dir)
 
 
 def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
@@ -134,17 +135,18 @@ def _require_fitting(source: Path, config: Config, num_workers: int) -> None:
             manifest, before = inspect(checkpoint)
         except DamagedError:
             continue  # `choose` reports it
-        _require_same(before, config, checkpoint)
+        require_same(before, config, checkpoint)
         workers, done = manifest.num_workers, manifest.iteration
         allowed = f"{workers}, as in {checkpoint} (on any number of processes dividing it)"
-        require(workers == num_workers, "workers", num_workers, allowed)
+        known = config.group.elastic or workers == num_workers
+        require(known, "workers", num_workers, allowed)
         iterations = config.algorithm.iterations
         allowed = f"at least {done}, which {checkpoint} has done"
         require(iterations >= done, "algorithm.iterations", iterations, allowed)
         return
 
 
-def _require_same(before: Any, config: Config, where: Path) -> None:
+def require_same(before: Any, config: Config, where: Path | str) -> None:
     """Refuse all keys and options that differ from the start of the run, in one line."""
     told = [
         f"`{key}` is {new}; allowed: {old}"
@@ -206,20 +208,22 @@ class Resumed:
     rows: list[Row] = field(default_factory=list)  # the evaluations up to there
     best: dict[str, float] | None = None  # iteration and test error of the best evaluation
     seconds: float = 0.0  # of training so far
+    absent: tuple[int, ...] = ()  # workers of this process that begin at u: it has no state of them
 
 
 def resume(
     directory: RunDirectory,
     algorithm: Algorithm,
-    workers: range,
+    workers: Sequence[int],
     iterations: int,
     say: Callable[[str], None],
+    elastic: bool = False,
 ) -> Resumed:
     """Load the newest intact checkpoint of the origin into the algorithm. A collective.
 
     Checkpoints beyond it are set aside in the run directory. A run that grew to `iterations` is no
-    longer finished. GroupError on every rank, if there are checkpoints and none of them is intact,
-    or the files cannot be changed.
+    longer finished. In an elastic run, workers that the checkpoint lacks begin at u. GroupError on
+    every rank, if there are checkpoints and none of them is intact, or the files cannot be changed.
     """
     origin, group, source = directory.origin, directory.group, directory.origin.source
     if source is None:
@@ -234,8 +238,8 @@ def resume(
         say(f"no checkpoint in {source} yet: begins again at iteration 0")
         resumed = Resumed()
     else:
-        manifest = _restore(path, algorithm, workers, group)
-        resumed = Resumed(manifest.iteration, [], manifest.best, manifest.wall_s)
+        manifest, absent = _restore(path, algorithm, workers, group, elastic)
+        resumed = Resumed(manifest.iteration, [], manifest.best, manifest.wall_s, absent)
         say(f"continues {path} at iteration {resumed.iteration:,}")
     t, rows = resumed.iteration, []
     with directory.writing():
@@ -250,19 +254,28 @@ def resume(
     return replace(resumed, rows=group.share(rows))
 
 
-def _restore(path: Path, algorithm: Algorithm, workers: range, group: Group) -> Manifest:
-    """Load a checkpoint that `choose` has verified, and compare the digest of u."""
+def _restore(
+    path: Path, algorithm: Algorithm, workers: Sequence[int], group: Group, elastic: bool
+) -> tuple[Manifest, tuple[int, ...]]:
+    """Load a checkpoint that `choose` has verified, and compare the digest of u.
+
+    Returns its manifest and the workers that begin at u.
+    """
     manifest, problem = Manifest.read(path), None
+    held = manifest.tensors
+    absent = tuple(j for j in workers if elastic and f"worker/{j}/z" not in held)
     try:
-        state = load(path, algorithm.state_dict(), workers)
+        state = load(path, algorithm.state_dict(), workers, absent)
     except GroupError as error:
         problem = str(error)
     group.raise_together(problem)
+    for j in absent:
+        begin_at_consensus(state, workers.index(j), manifest.iteration)
     algorithm.load_state_dict(state)
     found = as_hex(algorithm.verify())
     wrong = f"checkpoint {path}: u has the digest {found} instead of {manifest.digest}"
     group.raise_together(None if found == manifest.digest else wrong)
-    return manifest
+    return manifest, absent
 
 
 def set_aside(run_dir: Path, iteration: int) -> None:

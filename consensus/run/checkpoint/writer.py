@@ -12,7 +12,7 @@ so a name without a dot is a complete checkpoint, at whatever time the run is ki
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.atomic_files import sync, write_whole
-from consensus.comm import Group, GroupError
+from consensus.comm import Group, GroupError, PeerLostError
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, as_hex, brief
 from consensus.run.checkpoint.reader import FOLDER, by_worker, file_digest, list_checkpoints
 from consensus.run.config import Config
@@ -53,7 +53,7 @@ class CheckpointWriter:
         run_dir: Path,
         config: Config,
         side: Group,
-        workers: tuple[range, int],
+        workers: tuple[Sequence[int], int],
         keep: int,
         before_publish: Callable[[], None],
     ) -> None:
@@ -64,6 +64,7 @@ class CheckpointWriter:
         self.keep = keep
         self.before_publish = before_publish
         self.problem: str | None = None  # the error of the last write
+        self.lost = False  # whether that is a lost peer
         self.written = 0  # checkpoints
         self.wait_s = self.write_s = 0.0  # delay of the training, and work of the second thread
         self._copy: dict[str, Tensor] = {}
@@ -100,7 +101,7 @@ class CheckpointWriter:
             self._write(facts)
             self.written += 1
         except GroupError as error:
-            self.problem = str(error)
+            self.problem, self.lost = str(error), isinstance(error, PeerLostError)
         except Exception as error:
             self.problem = f"rank {self.side.rank}: checkpoint {facts.iteration}: {brief(error)}"
         self.write_s += time.perf_counter() - started
