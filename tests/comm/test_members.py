@@ -85,7 +85,7 @@ def test_a_candidate_takes_the_lowest_free_number_at_a_planned_change(member):
     a, b, c = begin(member, "abc")
     d = member("d")
     until(lambda: a.wishes)
-    assert not (b.wishes or c.wishes), "one asks for all"
+    assert not any((b.wishes, c.wishes)), "one asks for all"
     b.leaving = True
     assert b.wishes
     views = at_once(
@@ -164,7 +164,7 @@ def test_all_leave(member):
 
 
 def test_too_few_are_left_after_a_loss(member):
-    a, b = begin(member, "ab", least=2)
+    a, _ = begin(member, "ab", least=2)
     a.declare_gone("b", "killed")
     view = a.change(LOST)
     assert (view.members, view.stop != "") == (("a",), True)
@@ -202,7 +202,7 @@ def test_a_store_that_is_lost(member, monkeypatch):
 
     monkeypatch.setattr(a, "_text", refuse)
     assert a.lost() == "", "nothing is known"
-    with pytest.raises(StoreLostError, match="the store of the members is lost: Broken pipe$"):
+    with pytest.raises(StoreLostError, match=r"the store of the members is lost: Broken pipe$"):
         a.change(PLANNED)
 
 

@@ -95,9 +95,10 @@ def _stopped(group, shared_memory: bool) -> tuple[str, int]:
     if group.rank == 0:
         members._ended.set()  # no heartbeat, and no part in the next sum
     else:
+        numbers.message.fill_(1.0)
+        pending = numbers.start()
         with pytest.raises(PeerLostError) as error:
-            numbers.message.fill_(1.0)
-            numbers.start().wait()
+            pending.wait()
         assert members.change(LOST).members == ("member 1", "member 2")
         again = open_view(members, CPU, 60.0)
         found = str(error.value), int(digest(again.sum_(torch.arange(3.0))))

@@ -1,4 +1,4 @@
-"""A plugin that makes every iteration of Algorithm 1 take 10 ms more, so that tests can disturb it."""
+"""A plugin that makes an iteration of Algorithm 1 take 10 ms more, so that tests can disturb it."""
 
 import time
 
