@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from consensus.core.profiles import Profile
     from consensus.core.schedules import SCHEDULES
     from consensus.core.sizes import Radial, Separable
-    from consensus.coupling import Coupling
+    from consensus.coupling import Coupling, ElasticCoupling
     from consensus.problem import (
         DATASETS,
         LOSSES,
@@ -70,6 +70,7 @@ __all__ = [
     "ConfigError",
     "Coupling",
     "Dataset",
+    "ElasticCoupling",
     "GroupError",
     "Layerwise",
     "Loss",
@@ -103,6 +104,7 @@ _HOMES = {
     "Config": "consensus.run.config",
     "ConfigError": "consensus.run.checks",
     "Coupling": "consensus.coupling",
+    "ElasticCoupling": "consensus.coupling",
     "Dataset": "consensus.problem",
     "GroupError": "consensus.comm",
     "Layerwise": "consensus.core.layerwise",

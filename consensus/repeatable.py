@@ -4,7 +4,7 @@ u is intact on every rank until line 3 has finished. If a member is lost, the ot
 without it. If some of them had finished already, the others take the result from one of these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class RepeatableServer(Server):
     """
 
     finished = 0
-    _taken: Mapping[str, Tensor] | None = None
+    _take: Callable[[], None] | None = None
 
     def regroup(self, group: Group) -> None:
         """Go on over other processes, which have the same u. A collective."""
@@ -35,21 +35,21 @@ class RepeatableServer(Server):
         size = self.kernel.force_size + group.size * self.kernel.reach_size
         self._sum = group.repeated_sum(size, self.u)
 
-    def take(self, state: Mapping[str, Tensor]) -> None:
-        """Let the next line 3 result in this state, that of a rank which has finished it."""
-        self._taken = state
+    def take(self, load: Callable[[], None]) -> None:
+        """Let the next line 3 only load the state of a rank that has finished it."""
+        self._take = load
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
         """As in `Server`."""
-        if self._taken is not None:
+        if self._take is not None:
             return Pending(lambda: self.u), z
         return super().start(z, scratch)
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
         """As in `Server`. Without effect on the state if a member is lost."""
-        if self._taken is not None:
-            self.load_state_dict(dict(self._taken))
-            self._taken, self.finished = None, self.finished + 1
+        if self._take is not None:
+            self._take()
+            self._take, self.finished = None, self.finished + 1
             return self.u
         before = None
         if isinstance(self.kernel, FlatOptimizerStep) and self.phi.bounded:

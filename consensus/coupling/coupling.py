@@ -16,13 +16,11 @@ the parameters by the optimizer, and q(w) = (eta^2 / 2) grad phi(w), a communica
                z_j+ = z_j + s_j (d_j + pull q(u+ - z_j))
     implicit   the weighted proximal steps of core/kernels/weighted.py
 
-Data flow with `overlap`: a call of `step` copies z_j to the parameters and begins the sum over
-processes. Forward, backward and optimizer step run meanwhile. The next call finishes the sum, moves
-u, and moves z_j by d_j and by the pull at the z_j that was summed. part.py has these steps, plan.py
-the division of the layers into parts.
+Data flow with `overlap`: a call of `step` copies z_j to the parameters and begins the sum, which
+forward, backward and optimizer step hide. The next call finishes it and moves u and z_j (part.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -30,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from consensus.comm import PeerLostError, num_ranks
+from consensus.comm import Group, PeerLostError, group_of_user, num_ranks
 from consensus.core.kernels.optimizers import MakeOptimizer
 from consensus.core.potentials import Potential
 from consensus.coupling.checks import Watch, check_model
 from consensus.coupling.part import Part, problem_of_state
 from consensus.coupling.plan import Plan, describe, make_plans
-from consensus.coupling.processes import Processes
+from consensus.coupling.processes import Processes, device_of
 from consensus.coupling.settings import Settings
 from consensus.server import digest
 
@@ -83,6 +81,8 @@ class Coupling:
     """
 
     _swapped = _closed = False
+    make_part: type[Part] = Part
+    open_group: Callable[[Any, torch.device, float], Group] = staticmethod(group_of_user)
 
     def __init__(
         self,
@@ -106,7 +106,8 @@ class Coupling:
         timeout_s: float = 600.0,
     ) -> None:
         self._model, self._overlap, self._period = model, overlap, period
-        self._processes = Processes(group, model, timeout_s)
+        workers = self.open_group(group, device_of(model), timeout_s)
+        self._processes = Processes(workers, model, timeout_s)
         try:
             plans, described, problem = [], {}, None
             try:
@@ -162,12 +163,11 @@ class Coupling:
         self, plans: list[Plan], described: dict[str, Any], optimizer: Optimizer, buffers: str
     ) -> None:
         """Compare the processes, and make the parts."""
-        floats = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        floats = [own for own in self._model.buffers() if own.is_floating_point()]
         self._buffers = floats if buffers == "mean" else []
         self._watch = Watch(self._model)
-        of_workers = describe(self._model, plans, self._buffers)
-        self._processes.require_equal(described, of_workers)
-        self._parts = [Part(plan, optimizer, self._processes.workers) for plan in plans]
+        self._processes.require_equal(described, describe(self._model, plans, self._buffers))
+        self._parts = [self.make_part(plan, optimizer, self._processes.workers) for plan in plans]
         self._restart()
 
     @torch.no_grad()
@@ -184,15 +184,14 @@ class Coupling:
             due = [part for part in self._parts if self._calls % self._period == part.offset]
             if due:
                 self._watch.check()
-            for part in due:
-                if part not in moved:  # else the parameters are z_j already
-                    part.settle()
-                part.start()
+            for part in (part for part in due if part not in moved):  # others are z_j already
+                part.settle()
+            self._start(due)
             if not self._overlap:
                 self._finish(displaced=False)
         except PeerLostError as error:
-            hint = "do all processes call it equally often?"
-            raise PeerLostError(f"{error}; after {self._calls} calls of `step`: {hint}") from error
+            hint = f"after {self._calls} calls of `step`: do all processes call it equally often?"
+            raise PeerLostError(f"{error}; {hint}") from error
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -222,9 +221,8 @@ class Coupling:
         processes of a worker. Frozen parameters and buffers are those of this process.
         """
         state: dict[str, Any] = self._model.state_dict(keep_vars=True)
-        copies: dict[int, Tensor] = {}
-        for part in self._parts:
-            copies |= part.parameters.copies(part.u)
+        parts = self._parts
+        copies = {key: u for part in parts for key, u in part.parameters.copies(part.u).items()}
         for name, value in state.items():
             if isinstance(value, Tensor):
                 own = copies.get(id(value))
@@ -256,7 +254,7 @@ class Coupling:
         self._processes.raise_together(problem_of_state(state, self._parts))
         self._wait()
         sizes = [part.u.numel() for part in self._parts]
-        pieces = zip(state["u"].split(sizes), state["z"].split(sizes), strict=True)
+        pieces = zip(*(state[key].split(sizes) for key in ("u", "z")), strict=True)
         others = zip(state["cuts"], state.get("outer", [None] * len(sizes)), strict=True)
         for part, (u, z), (cuts, outer) in zip(self._parts, pieces, others, strict=True):
             part.load_state_dict({"u": u, "z": z, "cuts": cuts, "outer": outer})
@@ -282,11 +280,11 @@ class Coupling:
         likewise; `cuts`: of u and of z_j; `calls` of `step`; `communications`; `waited_s`.
         """
         norms = {name: pair for part in self._parts for name, pair in part.measure().items()}
-        of_u, of_z = torch.tensor([part.cuts for part in self._parts]).sum(0).tolist()
+        cuts = torch.tensor([part.cuts for part in self._parts]).sum(0).tolist()
         return {
             "distance": {name: distance for name, (distance, _) in norms.items()},
             "force": {name: force for name, (_, force) in norms.items()},
-            "cuts": {"u": of_u, "z": of_z},
+            "cuts": dict(zip("uz", cuts, strict=True)),
             "calls": self._calls,
             "communications": self._communications,
             "waited_s": sum(part.waited_s for part in self._parts),
@@ -315,9 +313,12 @@ class Coupling:
     def _begin(self, calls: int, communications: int) -> None:
         """Begin the sums that are on their way after so many calls."""
         self._calls, self._communications = calls, communications
-        for part in self._parts:
-            if self._overlap and self._calls % self._period == part.offset:
-                part.start()
+        self._start([p for p in self._parts if self._overlap and calls % self._period == p.offset])
+
+    def _start(self, parts: Sequence[Part]) -> None:
+        """Begin the sums of some parts."""
+        for part in parts:
+            part.start()
 
     def _tensors(self) -> list[Tensor]:
         """The memory of the coupled parameters and the buffers."""
@@ -334,10 +335,9 @@ class Coupling:
         finished = [part for part in self._parts if part.pending is not None]
         for part in finished:
             part.finish(displaced)
-        if finished:
-            self._communications += 1
-            if self._buffers:  # only here: a late mean could make a variance negative
-                self._processes.mean_(self._buffers)
+        self._communications += bool(finished)
+        if finished and self._buffers:  # only here: a late mean could make a variance negative
+            self._processes.mean_(self._buffers)
         return finished
 
     def __reduce__(self) -> NoReturn:

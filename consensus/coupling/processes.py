@@ -18,21 +18,19 @@ class Processes:
     the others. All methods are collectives of all processes.
 
     Args:
-        group: The user's: one process of each worker, this one among them.
+        workers: One process of each worker, this one among them.
         model: The copy of this worker.
         timeout_s: Longest wait for another process, in seconds.
 
     Attributes:
-        workers: Group over which u is summed.
         inside: Group of the processes of this worker; `Solo` for one.
         shards: Sums over `inside` if the parameters are sharded; None: each process has all.
     """
 
-    def __init__(self, group: Any, model: nn.Module, timeout_s: float) -> None:
-        self._model = model
+    def __init__(self, workers: Group, model: nn.Module, timeout_s: float) -> None:
+        self._model, self.workers = model, workers
         reshard(model)
         device, inside = device_of(model), group_inside(model)
-        self.workers: Group = group_of_user(group, device, timeout_s)
         self.inside: Group = Solo(device)
         if inside is not None:
             self.inside = group_of_user(inside, device, timeout_s)

@@ -189,7 +189,7 @@ class ElasticTrainer(Trainer):
                 begin_at_consensus(whole, k, done)
             self.algorithm.load_state_dict(whole)
         elif self.server.finished < finished:
-            self.server.take(state)
+            self.server.take(lambda: self.server.load_state_dict(state))
 
     def _take_history(self, source: int, joins: bool) -> None:
         """Take the evaluations that this member lacks, and for a new one the rest as well."""

@@ -89,7 +89,7 @@ class Ranks:
                 files = [self._file(rank, stream) for stream in ("out", "err")]
                 process = context.Process(
                     target=_be_rank,
-                    args=(module, list(overrides), cwd, environment, files),
+                    args=(module, self.arguments(rank, overrides), cwd, environment, files),
                     daemon=True,
                 )
                 process.start()
@@ -98,6 +98,11 @@ class Ranks:
             self.close()
             raise
         self.pids = [process.pid for process in self._processes]
+
+    def arguments(self, rank: int, overrides: Sequence[str]) -> list[str]:
+        """The arguments of a rank: the same for all."""
+        del rank
+        return list(overrides)
 
     def wait(self, timeout: float) -> list[int]:
         """Wait for all ranks. Returns the exit codes by rank; -9 is a SIGKILL.
