@@ -81,8 +81,8 @@ class Coupling:
     """
 
     _swapped = _closed = False
-    make_part: type[Part] = Part
-    open_group: Callable[[Any, torch.device, float], Group] = staticmethod(group_of_user)
+    _make_part: type[Part] = Part
+    _open_group: Callable[[Any, torch.device, float], Group] = staticmethod(group_of_user)
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Coupling:
         timeout_s: float = 600.0,
     ) -> None:
         self._model, self._overlap, self._period = model, overlap, period
-        workers = self.open_group(group, device_of(model), timeout_s)
+        workers = self._open_group(group, device_of(model), timeout_s)
         self._processes = Processes(workers, model, timeout_s)
         try:
             plans, described, problem = [], {}, None
@@ -167,7 +167,7 @@ class Coupling:
         self._buffers = floats if buffers == "mean" else []
         self._watch = Watch(self._model)
         self._processes.require_equal(described, describe(self._model, plans, self._buffers))
-        self._parts = [self.make_part(plan, optimizer, self._processes.workers) for plan in plans]
+        self._parts = [self._make_part(plan, optimizer, self._processes.workers) for plan in plans]
         self._restart()
 
     @torch.no_grad()

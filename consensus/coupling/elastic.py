@@ -64,7 +64,7 @@ class ElasticCoupling(Coupling):
         GroupError: If the run is complete, or has gone on without this process.
     """
 
-    make_part: type[Part] = ElasticPart
+    _make_part: type[Part] = ElasticPart
     _parts: list[ElasticPart]  # type: ignore[assignment]
 
     def __init__(
@@ -92,7 +92,7 @@ class ElasticCoupling(Coupling):
             self._members.close()
             raise
 
-    def open_group(self, group: None, device: torch.device, timeout_s: float) -> Group:
+    def _open_group(self, group: None, device: torch.device, timeout_s: float) -> Group:
         """The members of the current view; this process alone if it joins a run."""
         del group
         self._device, self._timeout_s = device, timeout_s

@@ -25,7 +25,7 @@ class Report:
 class ElasticPart(Part):
     """`Part` whose sum can be repeated with other processes, or its result taken from one."""
 
-    make_server = RepeatableServer
+    _make_server = RepeatableServer
 
     def __init__(self, plan: Plan, optimizer: Optimizer, group: Group) -> None:
         if callable(plan.settings.outer) and plan.puller.cuts_steps:

@@ -37,7 +37,7 @@ class Part:
         waited_s: Seconds spent waiting for sums.
     """
 
-    make_server: type[Server] = Server
+    _make_server: type[Server] = Server
 
     def __init__(self, plan: Plan, optimizer: Optimizer, group: Group) -> None:
         self.parameters, self.z, self._phi = plan.parameters, plan.z, plan.phi
@@ -51,7 +51,7 @@ class Part:
             kernel = self._outer = OptimizerStep(kernel, rate, plan.z[0], views_of, cut=cut)
             rate = 1.0  # its gradient is the whole way to the mean
         self._t_u = plan.puller.t_u(rate, group.size)
-        self._server = self.make_server(plan.z[0], plan.phi, group, kernel)
+        self._server = self._make_server(plan.z[0], plan.phi, group, kernel)
         self.u = self._server.u
         self._copy = Copy(self.parameters, self.z[0], lambda: self._server.memory)
         self._before = torch.empty_like(self.u) if settings.order == "jacobi" else None
