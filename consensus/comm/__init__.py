@@ -10,7 +10,7 @@ from consensus.comm.process_group import (
     may_share_memory,
     open_group,
 )
-from consensus.comm.rendezvous import Store, connect
+from consensus.comm.rendezvous import Store, connect, first_line
 from consensus.comm.sums import sent_sum
 from consensus.comm.user_group import (
     group_inside,
@@ -43,6 +43,7 @@ __all__ = [
     "backends",
     "choose_backend",
     "connect",
+    "first_line",
     "group_inside",
     "group_of_user",
     "have_others_in_common",

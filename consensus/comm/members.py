@@ -19,8 +19,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -36,6 +36,18 @@ leaves at an agreed one."""
 
 class StoreLostError(GroupError):
     """The store cannot be reached any more; its launcher is gone."""
+
+
+@contextmanager
+def _without_store() -> Iterator[None]:
+    """StoreLostError in place of torch's errors of the store."""
+    try:
+        yield
+    except GroupError:
+        raise
+    except RuntimeError as error:
+        why = f"the store of the members is lost: {first_line(error)}"
+        raise StoreLostError(why) from error
 
 
 class Members:
@@ -108,6 +120,10 @@ class Members:
 
         GroupError if the run has finished, this process was declared gone, or `give_up` holds.
         """
+        with _without_store():
+            return self._join(give_up)
+
+    def _join(self, give_up: Callable[[], bool]) -> View:
         latest, quiet, seen = self._latest(), time.monotonic(), 0
         while True:
             self._require_wanted()
@@ -135,14 +151,8 @@ class Members:
         a member has LOST the collectives of this view. GroupError if this process was declared
         gone; StoreLostError if the store is.
         """
-        try:
+        with _without_store():
             return self._change(ready)
-        except RuntimeError as error:
-            if isinstance(error, GroupError):
-                raise
-            raise StoreLostError(
-                f"the store of the members is lost: {first_line(error)}"
-            ) from error
 
     def _change(self, ready: str) -> View:
         assert self.view is not None

@@ -96,6 +96,10 @@ def train(*overrides: str | Config, quiet: bool = False) -> Result:
     with _ONE_AT_A_TIME, _process_of_a_command():
         launch = _launch()
         config = _config_of(overrides, launch)
+        for key in ("elastic", "replay"):  # other trainers, of the command
+            value = getattr(config.group, key)
+            allowed = "with the command consensus.train only"
+            require(not value, f"group.{key}", value, allowed)
         # After a restart by torchrun, run number n of the script continues run number n.
         number = next(_number)
         launch = replace(launch, name=f"{launch.name}#{number}" if number else launch.name)

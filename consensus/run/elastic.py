@@ -24,7 +24,7 @@ from consensus.repeatable import RepeatableOracle, RepeatableServer, begin_at_co
 from consensus.run.build import tau_of
 from consensus.run.checkpoint.directory import JoinedDirectory
 from consensus.run.checkpoint.manifest import as_hex
-from consensus.run.checkpoint.resume import Resumed, resume
+from consensus.run.checkpoint.resume import Resumed, remove_incomplete, resume
 from consensus.run.diagnosis import Diagnosis
 from consensus.run.membership import Change, read_changes, write_changes
 from consensus.run.metrics import better
@@ -161,6 +161,8 @@ class ElasticTrainer(Trainer):
             self.server.finished, self.at = first[1].finished, at
         self._catch_up(at)
         self._wish = None
+        if group.rank == 0:  # no member writes a checkpoint any more
+            remove_incomplete(self.run_dir)
         self.writer = self.open_writer()
         if self.stationarity is not None:
             self.stationarity = Stationarity(plan, group)

@@ -1,5 +1,6 @@
 """A process of an elastic run: it joins, trains in one view after another, and leaves."""
 
+import importlib
 import os
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from consensus.comm import (
     Store,
     StoreLostError,
     connect,
+    first_line,
     open_view,
 )
 from consensus.problem import SampleError
@@ -37,6 +39,8 @@ from consensus.run.elastic import ElasticTrainer
 from consensus.run.limits import MachineError, machine_failures
 from consensus.run.plan import Plan, make_plan, set_determinism
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
+
+MEET_S = 60.0  # longest wait for the store at the start
 
 OWN = ("device", "data.root", "data.loader_workers")
 """Keys that may differ between the members of a run."""
@@ -57,8 +61,12 @@ def train_as_member(cfg: DictConfig, overrides: Sequence[str], launch: Launch) -
     known = {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
     require(known, "group.elastic", "true", allowed)
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    run, limit = os.environ.get("CONSENSUS_RUN", ""), timedelta(seconds=float(cfg.group.timeout_s))
-    store = connect(*where, run, limit)
+    limit = timedelta(seconds=min(MEET_S, float(cfg.group.timeout_s)))
+    try:
+        store = connect(*where, os.environ.get("CONSENSUS_RUN", ""), limit)
+    except (RuntimeError, TimeoutError) as error:
+        place = ":".join(map(str, where))
+        raise GroupError(f"no store at {place}: {first_line(error)}") from error
     config = _agreed_config(cfg, overrides, store)
     set_determinism(config)
     with machine_failures():
@@ -69,6 +77,9 @@ def train_as_member(cfg: DictConfig, overrides: Sequence[str], launch: Launch) -
         if plan.device.type == "cuda":
             torch.cuda.set_device(plan.device)
         how = config.group
+        if config.output.tensorboard:  # it takes a second, which a run that has lost its first
+            with suppress(ImportError):  # member would wait for
+                importlib.import_module("torch.utils.tensorboard")
         members = Members(
             store,
             name=os.environ.get("CONSENSUS_MEMBER"),

@@ -222,6 +222,9 @@ def check(sweep: Sweep) -> None:
             continue
         seen.update(job.overrides)
         config = sweep.config(job)
+        for key in ("elastic", "replay"):
+            value = getattr(config.group, key)
+            require(not value, f"group.{key}", value, "with consensus.train alone, in no sweep")
         workers = config.workers
         divides = workers is None or workers % processes == 0
         require(divides, "sweep.processes", processes, f"a divisor of workers={workers}")

@@ -278,14 +278,19 @@ def _restore(
     return manifest, absent
 
 
+def remove_incomplete(run_dir: Path) -> None:
+    """Remove what is left of checkpoints that were being written or removed."""
+    for path in (run_dir / FOLDER).glob(".*"):
+        if path.name.endswith((".tmp", ".gone")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def set_aside(run_dir: Path, iteration: int) -> None:
     """Remove incomplete checkpoints, and rename those beyond an iteration.
 
     A run that went back to an earlier checkpoint must not find the later, damaged one again.
     """
-    for path in (run_dir / FOLDER).glob(".*"):
-        if path.name.endswith((".tmp", ".gone")):
-            shutil.rmtree(path, ignore_errors=True)
+    remove_incomplete(run_dir)
     for path in list_checkpoints(run_dir):
         if int(path.name) > iteration:
             aside = path.with_name(f"{path.name}.damaged")
