@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from consensus.run.membership import MEMBERSHIP, Change, read_changes
 from tests.test_train import rows_of
@@ -216,3 +217,22 @@ def test_a_process_with_another_config_is_refused_and_one_without_takes_that_of_
             members.until(lambda log: len(log[-1].workers) == 2)
             same.terminate(0)
             assert same.wait(60) == [75]
+
+
+def test_two_workers_on_each_process_and_a_measurement_of_stationarity(tmp_path):
+    overrides = [*RUN, "deterministic=false", "group.workers_per_process=2", SLOW]
+    overrides += ["algorithm.iterations=120", "output.eval_every=30", "output.tensorboard=true"]
+    measured = ["stationarity.every=60", "stationarity.samples=20", "stationarity.budget=3"]
+    with Members(2, [*overrides, *measured], tmp_path) as members:
+        members.until_row(30)
+        members.kill(0)
+        assert members.wait(120) == [-9, 0], members.err(1)
+    (first, *_, last) = rows_of(tmp_path / "run")
+    assert (first["members"], first["workers"]) == ([0, 1, 2, 3], 4)
+    assert last["members"] in ([0, 1], [2, 3])
+    assert (last["iteration"], len(last["influence"])) == (120, 2)
+    assert len(last["stationarity"]["worker_residual"]) == 2
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    assert all(f"workers_and_layers/influence/worker_{j}" in tags for j in range(4))
+    assert [event.value for event in events.Scalars("training/workers")] == [4.0, 2.0, 2.0, 2.0]

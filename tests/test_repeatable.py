@@ -73,7 +73,8 @@ def make(name, group, server=RepeatableServer, oracle=None, outer=None):
     z = u + 0.05 * torch.arange(2.0).double().view(2, 1)
     worker = Worker(z, oracle or Drawing(), phi, kappa=0.5)
     own = server(u, phi, group, kernel)
-    how = {"tau": 0.1, "sigma": 0.01, "lam": 0.5}
+    # A bounded domain is left by such steps, so that the ranks agree on shorter ones.
+    how = {"tau": 20.0 if phi.bounded else 0.1, "sigma": 0.01, "lam": 0.5}
     return Consensus(own, worker, **how)
 
 
@@ -81,7 +82,7 @@ def state_of(algorithm):
     return {key: value.clone() for key, value in algorithm.state_dict().items()}
 
 
-CASES = [("quad", None), ("tan", None), ("tan", {"lr": 0.1, "momentum": 0.9})]
+CASES = [("quad", None), ("tan", None), ("tan", {"lr": 0.3, "momentum": 0.9})]
 
 
 @pytest.mark.parametrize(("name", "outer"), CASES)
@@ -103,6 +104,7 @@ def test_an_iteration_that_is_repeated_is_one_that_was_never_disturbed(name, out
                 assert all(torch.equal(after[key], before[key]) for key in before)
                 disturbed.server.regroup(group)
         assert group.losses == 0
+        assert t > 0 or not disturbed.phi.bounded or group.minima == 0
         oracle.release()
         plain.step(t)
         assert disturbed.server.finished == t + 1

@@ -324,12 +324,8 @@ class Members:
         """Look for candidates, and for heartbeats that have stopped."""
         view, now = self.view, time.monotonic()
         members = view.members if view is not None else ()
-        arrived = [
-            json.loads(store.get(f"candidate/{n}"))["name"]
-            for n in range(1, store.add("candidates", 0) + 1)
-            if store.check([f"candidate/{n}"])
-        ]
-        others = [n for n in arrived if n != self.name and not store.check([f"gone/{n}"])]
+        self._read_candidates()
+        others = [c for c in self._candidates if c != self.name and not self.is_gone(c)]
         waiting = view is not None and any(name not in members for name in others)
         self._waiting = waiting and self.view is view  # else those that waited may be members now
         for name in others:

@@ -32,6 +32,7 @@ EQUATIONS = {
     "translation_gap": "translation_gap_(9)",
 }
 """Keys of a measurement -> tags with the number of the equation in the paper."""
+LARGEST = 1 << 30  # more workers than any run has
 MINIBATCH_LOSS = "training/minibatch_loss"
 """The scalar that the screen shows between evaluations: mean over the workers of this rank."""
 
@@ -141,9 +142,12 @@ class TensorBoardSink(Sink):
         ):
             scalars |= {f"{group}/{key}": values.get(key) for key in keys}
         scalars |= self._of_layers("distance", row["distance"])
-        scalars |= _of_workers("influence", row.get("influence", ()))
+        numbers = row.get("members") or range(row.get("workers", LARGEST))
+        if "members" in row:
+            scalars["training/workers"] = row["workers"]
+        scalars |= _of_workers("influence", row.get("influence", ()), numbers)
         if "stationarity" in row:
-            scalars |= self._stationarity(row["stationarity"])
+            scalars |= self._stationarity(row["stationarity"], numbers)
         self.scalars(scalars, row["iteration"])
 
     def _update_best(self, row: Row) -> None:
@@ -171,7 +175,7 @@ class TensorBoardSink(Sink):
         named = zip(self._info.layer_names, values, strict=True)
         return {f"{DETAILS}/{name}/{layer}": value for layer, value in named}
 
-    def _stationarity(self, found: Measurement) -> dict[str, float | None]:
+    def _stationarity(self, found: Measurement, numbers: Sequence[int]) -> dict[str, float | None]:
         scalars: dict[str, float | None] = {
             f"stationarity/{EQUATIONS.get(k, k)}": v
             for k, v in found.items()
@@ -180,8 +184,8 @@ class TensorBoardSink(Sink):
         for key in ("worker_residual", "translation_gap"):
             scalars[f"stationarity/{EQUATIONS[key]}"] = largest(found[key])
         for key in ("envelope_gradients", "worker_residual", "translation_gap", "force"):
-            scalars |= _of_workers(EQUATIONS.get(key, key), found[key])
-        for j, gaps in enumerate(found["consensus_gap"]):
+            scalars |= _of_workers(EQUATIONS.get(key, key), found[key], numbers)
+        for j, gaps in zip(numbers, found["consensus_gap"], strict=False):
             scalars |= self._of_layers(f"consensus_gap/worker_{j}", gaps)
         return scalars
 
@@ -200,8 +204,11 @@ class TensorBoardSink(Sink):
         self._events.close()
 
 
-def _of_workers(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    return {f"{DETAILS}/{name}/worker_{j}": value for j, value in enumerate(values)}
+def _of_workers(
+    name: str, values: Sequence[float | None], numbers: Sequence[int]
+) -> dict[str, float | None]:
+    named = zip(numbers, values, strict=False)  # a row of an earlier version has no number of them
+    return {f"{DETAILS}/{name}/worker_{j}": value for j, value in named}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
