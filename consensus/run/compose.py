@@ -36,7 +36,12 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from consensus.private_api import add_config_source, has_content, hydra_argument_parser
+from consensus.private_api import (
+    add_config_source,
+    has_content,
+    hydra_argument_parser,
+    names_in_group,
+)
 from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
@@ -137,8 +142,7 @@ def _import_all(plugins: object) -> None:
 
 def offer_names() -> None:
     """Give Hydra a file for each registered name without one. Hydra must be initialized."""
-    loader = GlobalHydra.instance().config_loader()
-    known = {group: loader.get_group_options(group) for group in TABLES}
+    known = {group: names_in_group(group) for group in TABLES}
     for group, name, content in files_of_names(known):
         ConfigStore.instance().store(name=name, node=content, group=group)
 
