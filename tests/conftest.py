@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from consensus import DATASETS, LOSSES, MODELS, POTENTIALS, SCHEDULES, SINKS
 from consensus.run.compose import composing, to_config
 from consensus.run.config import Config
-from tests.testing import ROOT, container, hosts, slurm
+from tests.testing import ROOT, container, hosts, parsed_configs, slurm
 from tests.testing.ranks import RankPool
 
 if not torch.cuda.is_available():  # read by Triton when it is imported, which torch does late
     os.environ["TRITON_INTERPRET"] = "1"
+
+parsed_configs.remember()
 
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 

@@ -14,8 +14,10 @@ from hydra import compose, initialize_config_dir
 from consensus.problem import DATASETS
 from consensus.report.convergence import draw_run
 from consensus.run.compose import config_dir, register_schema, to_config
+from tests.testing import parsed_configs
 from tests.testing.made_runs import row_at
 
+parsed_configs.remember()
 register_schema()
 with initialize_config_dir(config_dir(), version_base="1.3"):
     to_config(compose("train", overrides=["potential=tan", "output.run_dir=run"]))
