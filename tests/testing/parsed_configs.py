@@ -1,8 +1,8 @@
-"""A memory for the YAML files that Hydra parses, and one copy less of its stored configs.
+"""What Hydra does again and again while it composes a config is done once, or where it is needed.
 
-Hydra parses all files of a config again for each config, and copies all stored configs first, half
-of the time that composing takes. The tests compose thousands. A file is parsed again once it is
-another: its name, its place, its size or the time of its last change.
+It parses all YAML files of a config for each config, copies all stored configs first, and prepares
+for `${...}` in every list of defaults: 40 of 97 ms. The tests compose thousands. A file is parsed
+again once it is another: its name, its place, its size or the time of its last change.
 """
 
 import copy
@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hydra._internal import defaults_list
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -21,7 +22,7 @@ _parsed: dict[tuple[Any, ...], ConfigResult] = {}
 
 
 def remember() -> None:
-    """Let Hydra parse each file once in this process and its forks; a second call does nothing."""
+    """Change Hydra in this process and its forks; a second call does nothing."""
     if "__deepcopy__" in vars(ConfigStore):
         return
     Plugins.instance()  # it loads the classes of the sources, which only the registry knows
@@ -30,6 +31,14 @@ def remember() -> None:
         source.load_config = _remembering(source.load_config, folder)
     # Composing reads the store and hands out copies of what is in it.
     ConfigStore.__deepcopy__ = lambda store, memo: store
+    prepare = defaults_list._create_interpolation_map
+    defaults_list._create_interpolation_map = lambda overrides, defaults, self_added: (
+        prepare(overrides, defaults, self_added) if any(map(_interpolates, defaults)) else None
+    )
+
+
+def _interpolates(default: Any) -> bool:
+    return not default.is_self() and not default.is_override() and default.is_interpolation()
 
 
 def _remembering(
