@@ -14,8 +14,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin
+from weakref import WeakKeyDictionary
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -114,22 +116,29 @@ def _own_hydra() -> Iterator[None]:
             runtime.set("name", name)
 
 
+_EXPERIMENTS: "WeakKeyDictionary[ConfigLoader, set[str]]" = WeakKeyDictionary()
+
+
 def import_plugins(overrides: Sequence[str]) -> None:
     """Import the plugins of overrides and of their experiments, and offer the registered names.
 
-    `potential=NAME` then works without a YAML file. Hydra must be initialized with the configs.
-    ConfigError if there is no such plugin.
+    `potential=NAME` then works without a YAML file. Hydra must be initialized with the configs; an
+    experiment is composed once as long as it is. ConfigError if there is no such plugin.
     """
     for found in choices(overrides, "plugins"):
         _import_all(found)
     offer_names()
     # The experiment may name an entry of its plugins, which is not there yet.
     others = [f"{group}={min(Path(config_dir(), group).glob('*.yaml')).stem}" for group in TABLES]
+    known = _EXPERIMENTS.setdefault(GlobalHydra.instance().config_loader(), set())
     for experiment in choices(overrides, "experiment"):
+        if str(experiment) in known:
+            continue
         plugins = None
         with suppress(*REFUSALS):  # explained when the whole command line is composed
             cfg = compose("train", overrides=[f"experiment={experiment}", *others])
             plugins = OmegaConf.to_container(cfg.plugins)
+            known.add(str(experiment))
         _import_all(plugins)
         offer_names()
 
