@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from consensus import DATASETS, LOSSES, MODELS, POTENTIALS, SCHEDULES, SINKS
 from consensus.run.compose import composing, to_config
 from consensus.run.config import Config
-from tests.testing import ROOT, container, hosts, slurm
+from tests.testing import ROOT, container, hosts, parsed_configs, slurm
 from tests.testing.ranks import RankPool
 
 if not torch.cuda.is_available():  # read by Triton when it is imported, which torch does late
     os.environ["TRITON_INTERPRET"] = "1"
+
+parsed_configs.remember()
 
 MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" / "data"))
 
@@ -29,23 +31,25 @@ SLOWEST = (
     "tests/launch/test_hosts.py",  # mostly waits
     "tests/test_algorithm.py",
     "tests/test_faults.py",  # mostly waits
-    "tests/test_population.py",
     "tests/test_kill.py",
-    "tests/test_any_config.py",
+    "tests/doctor/test_examination.py",  # mostly waits
+    "tests/test_population.py",
     "tests/test_train.py",
-    "tests/core/kernels/",
+    "tests/test_docs.py",
+    "tests/test_examples.py",
+    "tests/test_any_config.py",
     "tests/sweep/",
     "tests/coupling/",
-    "tests/doctor/",  # mostly waits
-    "tests/run/checkpoint/",
-    "tests/test_docs.py",
-    "tests/run/test_optimizers.py",
+    "tests/core/kernels/",
     "tests/test_layouts.py",
-    "tests/launch/test_container.py",
-    "tests/test_examples.py",
+    "tests/problem/test_stored.py",
     "tests/test_differential.py",
+    "tests/launch/test_container.py",
+    "tests/run/checkpoint/",
+    "tests/run/test_optimizers.py",
     "tests/problem/",
     "tests/benchmarks/",
+    "tests/doctor/",
     "tests/theory/",
     "tests/comm/",
 )

@@ -13,8 +13,6 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from scipy.optimize import minimize
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 from consensus.comm import Launch, Solo
 from consensus.run.plan import make_plan
@@ -149,6 +147,8 @@ def test_the_prox_of_total_variation_shortens():
 
 
 def test_consensus_logistic(tmp_path, capsys):
+    from sklearn.linear_model import LogisticRegression  # 2 s: not where tests are collected
+
     options = ("--machines", "3", "--cases", "60")
     module, (best, rows) = run("consensus_logistic", tmp_path, *options)
     assert capsys.readouterr().out.count("CONVERGED") == len(rows) == 18
@@ -303,6 +303,8 @@ def test_custom_potential(tmp_path):
 @pytest.mark.ranks
 def test_label_skew(tmp_path):
     """Two workers with disjoint classes; `tan` keeps the copies near, whatever they learn."""
+    from sklearn.datasets import load_digits
+
     found, _, printed = answers("label_skew", 2, tmp_path, "--steps", "161")
     assert len(printed) == 1 + len(found[0]) == 5
     module = load("label_skew")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import consensus
 from benchmarks.gpu_vectors import Unbranched
 from consensus import POTENTIALS, Layerwise
 from consensus.comm import Launch, Solo
@@ -175,21 +176,26 @@ def test_a_population_continues_to_the_same_bits(make_config):
 # ---- the gradients
 
 
-@pytest.mark.parametrize("way", [Way("grouped", 5), Way("products", 32), Way("one_by_one", 1)])
-def test_gradients_of_many_models_at_once_are_those_of_runs(make_config, way):
-    """12 models: the last of three passes has two."""
-    found = configs(make_config, "log", "model=lenet5")
-    plans = [make_plan(config, Launch()) for config in found]
+@pytest.fixture(scope="module")
+def lenets():
+    """Plans of LeNet-5, their runs apart, and what each u evaluates to on the test samples."""
+    plans = [make_plan(c, Launch()) for c in configs(consensus.compose, "log", "model=lenet5")]
     apart = separately(plans, 12)
+    test = plans[0].dataset.test
+    return plans, apart, [plans[0].risk.evaluate(u, test) for u in apart[0]]
+
+
+@pytest.mark.parametrize("way", [Way("grouped", 5), Way("products", 32), Way("one_by_one", 1)])
+def test_gradients_of_many_models_at_once_are_those_of_runs(lenets, way):
+    """12 models: the last of three passes has two."""
+    plans, apart, evaluated = lenets
     together = population(plans)
     together.oracle.way = way
     for t in range(12):
         together.step(t)
     require_equal(together, apart)
-    data, oracle = plans[0].dataset, together.oracle
-    each = oracle.evaluate(together.u, data.test)
-    for row, u in zip(each, apart[0], strict=True):
-        expected = plans[0].risk.evaluate(u, data.test)
+    each = together.oracle.evaluate(together.u, plans[0].dataset.test)
+    for row, expected in zip(each, evaluated, strict=True):
         torch.testing.assert_close(row, expected, rtol=1e-9, atol=0.0)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
@@ -19,6 +20,7 @@ from consensus.private_api import (
     has_content,
     hydra_argument_parser,
     hydra_callbacks,
+    names_in_group,
     storage_info,
 )
 from consensus.run.compose import config_dir
@@ -65,6 +67,21 @@ def test_a_source_of_configs_is_searched_after_the_others(tmp_path):
         assert {"mine", "lenet5"} <= set(loader.get_group_options("model"))
         names = [compose(f"model/{name}").model.name for name in ("mine", "mlp")]
     assert names == ["of_mine", "mlp"]
+
+
+def test_the_names_in_a_group_are_those_of_the_loader(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: of_mine\noptions: {}\n")
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        add_config_source(f"file://{tmp_path}")
+        ConfigStore.instance().store(name="stored_here", node={"name": "x"}, group="model")
+        try:
+            options = GlobalHydra.instance().config_loader().get_group_options
+            for group in ("model", "potential", "hydra/launcher", "nothing"):
+                assert names_in_group(group) == options(group)
+            assert {"lenet5", "mine", "stored_here"} <= set(names_in_group("model"))
+        finally:
+            del ConfigStore.instance().repo["model"]["stored_here.yaml"]
 
 
 def test_a_sweep_is_expanded_in_the_order_of_a_nested_loop():

@@ -6,12 +6,14 @@ milliseconds. The split is that of
     train_test_split(arange(1797), test_size=0.2, stratify=labels, random_state=0)
 """
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from consensus.problem.data import DATASETS, Dataset
@@ -26,6 +28,14 @@ def digits(root: str = "data") -> Dataset:
 
     It needs no network and no `root`. The split does not depend on the run's seed.
     """
+    images, targets, indices = _read()
+    train, test = (Samples(images[index], targets[index]) for index in indices)
+    return Dataset(train, test, num_classes=10)
+
+
+@functools.cache
+def _read() -> tuple[Tensor, Tensor, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """All images and labels, and the indices of the split; kept, since sweeps ask many times."""
     found = find_spec("sklearn")  # imports nothing
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("data=digits needs the package scikit-learn", name="sklearn")
@@ -34,9 +44,7 @@ def digits(root: str = "data") -> Dataset:
     labels = table[:, -1].astype(np.int64)
     small = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
     images = interpolate(small, size=(28, 28), mode="bilinear", align_corners=False).clamp(0, 1)
-    targets = torch.tensor(labels)
-    train, test = (Samples(images[index], targets[index]) for index in _split(labels))
-    return Dataset(train, test, num_classes=10)
+    return images, torch.tensor(labels), _split(labels)
 
 
 def _split(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,8 +14,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin
+from weakref import WeakKeyDictionary
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,7 +38,12 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from consensus.private_api import add_config_source, has_content, hydra_argument_parser
+from consensus.private_api import (
+    add_config_source,
+    has_content,
+    hydra_argument_parser,
+    names_in_group,
+)
 from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
@@ -109,22 +116,29 @@ def _own_hydra() -> Iterator[None]:
             runtime.set("name", name)
 
 
+_EXPERIMENTS: "WeakKeyDictionary[ConfigLoader, set[str]]" = WeakKeyDictionary()
+
+
 def import_plugins(overrides: Sequence[str]) -> None:
     """Import the plugins of overrides and of their experiments, and offer the registered names.
 
-    `potential=NAME` then works without a YAML file. Hydra must be initialized with the configs.
-    ConfigError if there is no such plugin.
+    `potential=NAME` then works without a YAML file. Hydra must be initialized with the configs; an
+    experiment is composed once as long as it is. ConfigError if there is no such plugin.
     """
     for found in choices(overrides, "plugins"):
         _import_all(found)
     offer_names()
     # The experiment may name an entry of its plugins, which is not there yet.
     others = [f"{group}={min(Path(config_dir(), group).glob('*.yaml')).stem}" for group in TABLES]
+    known = _EXPERIMENTS.setdefault(GlobalHydra.instance().config_loader(), set())
     for experiment in choices(overrides, "experiment"):
+        if str(experiment) in known:
+            continue
         plugins = None
         with suppress(*REFUSALS):  # explained when the whole command line is composed
             cfg = compose("train", overrides=[f"experiment={experiment}", *others])
             plugins = OmegaConf.to_container(cfg.plugins)
+            known.add(str(experiment))
         _import_all(plugins)
         offer_names()
 
@@ -137,8 +151,7 @@ def _import_all(plugins: object) -> None:
 
 def offer_names() -> None:
     """Give Hydra a file for each registered name without one. Hydra must be initialized."""
-    loader = GlobalHydra.instance().config_loader()
-    known = {group: loader.get_group_options(group) for group in TABLES}
+    known = {group: names_in_group(group) for group in TABLES}
     for group, name, content in files_of_names(known):
         ConfigStore.instance().store(name=name, node=content, group=group)
 

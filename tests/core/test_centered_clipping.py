@@ -1,6 +1,5 @@
 """Line 3 with `huber` is centered clipping, in the implementation of byzfl."""
 
-import byzfl
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,8 @@ M, N = 7, 20
 @pytest.mark.parametrize("radius", [0.1, 3.0, 1e4])  # all, some and none are clipped
 def test_line_3_is_centered_clipping(radius):
     """With tau = eta^2 / M, which is outer = 2, several iterations from the same center."""
+    import byzfl  # with torchvision and torch._dynamo: 4 s, in each process that collects tests
+
     random = torch.Generator().manual_seed(0)
     u = torch.randn(N, generator=random, dtype=torch.float64)
     z = u + torch.logspace(-1, 2, M, dtype=torch.float64)[:, None] * torch.randn(

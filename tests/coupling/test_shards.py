@@ -73,6 +73,19 @@ def values(model):
     return torch.cat([whole(own).reshape(-1) for own in model.parameters()])
 
 
+def here(model, shard):
+    """The rows of each parameter that the shard of this number has, of two; None: all rows."""
+    rows = []
+    for own in model.parameters():
+        own = own.detach()
+        if isinstance(own, DTensor):
+            own = own.to_local()
+        elif shard is not None:
+            own = [*own.chunk(2), own[:0]][shard]
+        rows.append(own.reshape(-1).clone())
+    return torch.cat(rows)
+
+
 OPTIMIZERS = {
     "sgd": lambda own: torch.optim.SGD(own, lr=0.05),
     "nesterov": lambda own: torch.optim.SGD(own, lr=0.05, momentum=0.8, nesterov=True),
@@ -88,16 +101,19 @@ def one_step(model, optimizer, coupling, worker, t, rows):
     coupling.step()
 
 
-def trained(model, worker, rows, optimizer, steps, **options):
-    """Every fifth z_j and u with the loss of u; the stats; whether u is the same on all workers."""
+def trained(model, worker, rows, optimizer, steps, shard, **options):
+    """Every fifth z_j and u with the loss of u; the stats; whether u is the same on all workers.
+
+    Of z_j and u the rows of this shard, so that nothing is gathered: that took as long as a step.
+    """
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     coupling, seen = Coupling(model, optimizer, **options), []
     for t in range(steps):
         one_step(model, optimizer, coupling, worker, t, rows)
         if t % 5 == 4:
-            seen.append(values(model))
+            seen.append(here(model, shard))
             with coupling.consensus(), torch.no_grad():
-                seen += [values(model), model(batch(0, 0)[0]).mean().reshape(1)]
+                seen += [here(model, shard), model(batch(0, 0)[0]).mean().reshape(1)]
     of_u = int(digest(coupling.state_dict()["u"]))
     stats = coupling.stats()
     coupling.close()
@@ -137,9 +153,10 @@ def beside_whole_workers(group):
     found = []
     for wrap, make, optimizer, potential, options, _ in CASES:
         settings = {"potential": potential, "group": workers, **options}
-        half = slice(3 * shard, 3 * shard + 3)
-        seen, stats, same = trained(wrap(make, shards), worker, half, optimizer, STEPS, **settings)
-        expected, of_whole, _ = trained(make(), worker, slice(6), optimizer, STEPS, **settings)
+        half, part = slice(3 * shard, 3 * shard + 3), shard if wrap is fsdp else None
+        common = optimizer, STEPS, part
+        seen, stats, same = trained(wrap(make, shards), worker, half, *common, **settings)
+        expected, of_whole, _ = trained(make(), worker, slice(6), *common, **settings)
         norms = [[*one["distance"].values(), *one["force"].values()] for one in (stats, of_whole)]
         apart = float((seen - expected).abs().max())
         in_norm = max(abs(a - b) for a, b in zip(*norms, strict=True))

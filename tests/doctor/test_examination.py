@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from torchvision.datasets import MNIST
 
 from consensus.doctor import examination, machine
 from tests.doctor.test_network import free_port
@@ -27,7 +26,7 @@ def test_a_machine_without_faults(examine, tmp_path):
 
 
 def test_missing_data(examine, monkeypatch, tmp_path):
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
     code, report = examine("data=mnist", f"data.root={tmp_path}")
     assert code == 1
     (line,) = [line for line in report.splitlines() if "FAULT" in line]

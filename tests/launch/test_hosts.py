@@ -32,17 +32,29 @@ def digests(run_dir):
     return {row["iteration"]: row["digest"] for row in rows(run_dir)}
 
 
-def start(hosts, number, processes, folder, *overrides):
+SCRIPT = ROOT / "launch" / "multinode.sh"
+PATIENCE = "sleep 30;"  # of the script, before it kills what has not ended
+
+
+def impatient(hosts, folder):
+    """A remote shell for a run that loses a host, whose torchrun waits until it is killed."""
+    assert SCRIPT.read_text().count(PATIENCE) == 1
+    remote = folder / "impatient"
+    remote.write_text(f'#!/bin/bash\nexec {hosts.remote} "$1" "${{2/{PATIENCE}/sleep 5;}}"\n')
+    remote.chmod(0o755)
+    return remote
+
+
+def start(remote, hosts, number, processes, folder, *overrides):
     """launch/multinode.sh on the first `number` hosts, with that many processes on each."""
     environment = os.environ | {
-        "REMOTE": str(hosts.remote),
+        "REMOTE": str(remote),
         "ADDRESS": hosts.addresses[0],
         "INTERFACE": "eth0",
         "NPROC": str(processes),
         "CONSENSUS_VENV": sys.prefix,
     }
-    script = str(ROOT / "launch" / "multinode.sh")
-    command = [script, ",".join(hosts.names[:number]), *RUN, *overrides]
+    command = [str(SCRIPT), ",".join(hosts.names[:number]), *RUN, *overrides]
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -74,7 +86,8 @@ def test_a_run_over_hosts_has_the_same_bits_after_a_host_was_cut_off_and_until_c
     """Four hosts of one process over a bad network; then two hosts of two processes."""
     run = ["algorithm.iterations=1000000", "output.run_dir=mine", "resume=auto"]
     with Hosts(4, tmp_path, latency_ms=10.0, loss=0.01) as hosts:
-        process = start(hosts, 4, 1, tmp_path, *run, "group.timeout_s=15")
+        remote = impatient(hosts, tmp_path)
+        process = start(remote, hosts, 4, 1, tmp_path, *run, "group.timeout_s=15")
         wait_for(lambda: rows(tmp_path / "mine"), process)
         hosts.cut("host3")
         cut = time.monotonic()
@@ -92,7 +105,7 @@ def test_a_run_over_hosts_has_the_same_bits_after_a_host_was_cut_off_and_until_c
         assert before.items() <= alone.items()
         hosts.join("host3")
         hosts.set_latency(0.0)
-        process = start(hosts, 2, 2, tmp_path, *run)
+        process = start(hosts.remote, hosts, 2, 2, tmp_path, *run)
         wait_for(lambda: LENGTH in digests(tmp_path / "mine"), process)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
@@ -167,9 +180,6 @@ def test_hosts_that_fail_to_start_leave_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["potential=tan"], ["--help"]])
 def test_without_hosts_it_prints_its_usage(arguments):
-    done = subprocess.run(
-        [str(ROOT / "launch" / "multinode.sh"), *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "usage: launch/multinode.sh HOST[,HOST ...] [OVERRIDE ...]\n"

@@ -2,14 +2,14 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from consensus.problem import DATASETS
 from consensus.problem.digits import _shares, _split
 
 
 def test_digits():
+    from sklearn.datasets import load_digits  # 2 s, here and below: not where tests are collected
+
     data = DATASETS["digits"]
     assert data.train.inputs.shape == (1437, 1, 28, 28)
     assert data.test.inputs.shape == (360, 1, 28, 28)
@@ -24,6 +24,8 @@ def test_digits():
 
 
 def test_digits_are_all_there_once_scaled_bilinearly():
+    from sklearn.datasets import load_digits
+
     data = DATASETS["digits"]
     images = torch.cat([data.train.inputs, data.test.inputs])[:, 0].double().numpy()
     labels = torch.cat([data.train.targets, data.test.targets]).tolist()
@@ -47,6 +49,9 @@ def test_digits_are_all_there_once_scaled_bilinearly():
 
 
 def test_the_split_is_that_of_scikit_learn():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     labels = load_digits().target
     found = _split(labels)
     expected = train_test_split(

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 from consensus.problem import DATASETS, DataUnavailableError
 
@@ -95,8 +94,8 @@ def mirror(monkeypatch):
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/"
     checksums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", checksums)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [url])
+    monkeypatch.setattr("torchvision.datasets.MNIST.resources", checksums)
     monkeypatch.setenv("no_proxy", "*")
     yield server
     server.shutdown()
@@ -108,7 +107,7 @@ def mirror(monkeypatch):
 def no_network(monkeypatch):
     """Mirrors whose names do not resolve: `.invalid` never does (RFC 2606)."""
     monkeypatch.setattr(
-        torchvision.datasets.MNIST, "mirrors", ["https://mnist.invalid/", "http://mnist2.invalid/"]
+        "torchvision.datasets.MNIST.mirrors", ["https://mnist.invalid/", "http://mnist2.invalid/"]
     )
     monkeypatch.setenv("no_proxy", "*")
 
@@ -230,8 +229,10 @@ def test_mnist_downloads_only_what_is_absent(tmp_path, raw, mirror):
 
 
 def test_mnist_takes_the_next_mirror(tmp_path, mirror, monkeypatch):
+    import torchvision
+
     mirrors = ["http://mnist.invalid/", *torchvision.datasets.MNIST.mirrors]
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", mirrors)
     check_tiny(DATASETS.make("mnist", root=str(tmp_path)))
 
 
@@ -335,6 +336,8 @@ def test_empty_files(tmp_path, raw):
 
 @pytest.mark.mnist
 def test_real_mnist_is_what_torchvision_reads(mnist_root):
+    import torchvision
+
     data = DATASETS.make("mnist", root=mnist_root)
     for images, labels, train in (
         (data.train.inputs, data.train.targets, True),

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from consensus.comm import Launch, Solo
 from consensus.run.build import build_algorithm, lam_of
 from consensus.run.checks import ConfigError
-from consensus.run.compose import config_dir, to_config
+from consensus.run.compose import config_dir, register_schema, to_config
 from consensus.run.continued import continued
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
@@ -150,6 +150,7 @@ def test_a_run_keeps_its_optimizer(make_config, tmp_path):
     assert (written.sigma, written.momentum, written.weight_decay) == (LR, 0.0, 0.0)
     assert rows_of(tmp_path / "a")[-1]["regularizer"] == 0.0
     auto = ["resume=auto", where]
+    register_schema()
     with initialize_config_dir(config_dir(), version_base="1.3"):
         again = to_config(continued(compose("train", overrides=auto), auto, 1)).algorithm
     assert OmegaConf.to_container(OmegaConf.structured(again)) == written

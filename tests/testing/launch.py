@@ -25,6 +25,8 @@ from tests.testing import fork_server
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+SHORT_PATIENCE_S = 0.5  # of consensus.train, instead of 5 s
+
 
 class RanksError(AssertionError):
     """Ranks did not end in time; the message names them and quotes their output."""
@@ -45,7 +47,8 @@ class Ranks:
         module: Its function `main` is the command.
 
     No figure is drawn at the end of a run: that takes most of the CPU time of a small one, and the
-    tests of figures and of the whole command under torchrun do it.
+    tests of figures and of the whole command under torchrun do it. A rank that leaves the report to
+    another waits for torchrun's signal for a moment only, since none comes.
 
     Attributes:
         pids: The processes, by rank.
@@ -198,6 +201,7 @@ def _be_rank(
     os.chdir(cwd)
     sys.argv = [module, *overrides]
     trainer.draw_pictures = lambda *_: None
+    sys.modules["consensus.train"].PATIENCE_S = SHORT_PATIENCE_S
     importlib.import_module(module).main()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from consensus.comm import Launch, open_group
+from consensus.run import trainer
 from tests.testing import fork_server
 
 OTHERS_S = 2.0  # between the first failure and those that follow from it
@@ -108,6 +109,7 @@ class RankPool:
 
 def _serve(pipe: Connection) -> None:
     fork_server.check()
+    trainer.draw_pictures = lambda *_: None  # half the time of a small run; see Ranks in launch.py
     torch.set_num_threads(1)  # the ranks share the cores
     while True:
         try:

@@ -58,7 +58,9 @@ class CheckpointWriter:
         before_publish: Callable[[], None],
     ) -> None:
         self.folder = run_dir / FOLDER
-        self.config = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+        self.config = b""
+        if side.rank == 0:  # which writes it; 20 ms
+            self.config = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
         self.side = side
         self.workers, self.num_workers = workers
         self.keep = keep
