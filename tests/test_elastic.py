@@ -236,3 +236,19 @@ def test_two_workers_on_each_process_and_a_measurement_of_stationarity(tmp_path)
     tags = events.Tags()["scalars"]
     assert all(f"workers_and_layers/influence/worker_{j}" in tags for j in range(4))
     assert [event.value for event in events.Scalars("training/workers")] == [4.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("where", ["open_writer", "restore", "open_sinks", "describe"])
+def test_a_process_that_dies_where_the_run_begins(tmp_path, where):
+    plugin = "plugins=[tests.testing.dies_at_start]"
+    overrides = [*RUN, "algorithm.iterations=40", "output.eval_every=20", plugin]
+    with Members(2, overrides, tmp_path, expected=3) as members:
+        same = [*overrides, f"output.run_dir={members.run_dir}"]  # it may be the first to come
+        where = {"DIES_AT_START": where}
+        with Members(1, same, tmp_path / "dies", joins=members, expected=3, env=where) as dying:
+            assert dying.wait(60) == [-9], dying.err(0)
+            assert members.wait(60) == [0, 0], members.err(0)
+    assert [row["workers"] for row in rows_of(tmp_path / "run")] == [2, 2]
+    (change,) = read_changes(tmp_path / "run")
+    assert (change.iteration, len(change.workers)) == (0, 2)
+    require_replayed(tmp_path / "run", tmp_path / "replay")

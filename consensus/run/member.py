@@ -128,7 +128,7 @@ def run_as_member(plan: Plan, members: Members) -> None:
     """
     signals = StopSignals(plan.config.group.timeout_s)
     trainer: ElasticTrainer | None = None
-    finished = False
+    finished = tried = False
     try:
         view = members.join(lambda: signals.received != 0)
         noticed = agreed = time.time()
@@ -141,12 +141,13 @@ def run_as_member(plan: Plan, members: Members) -> None:
             ready = PLANNED
             try:
                 group = _open(plan, members)
-                trainer = _enter(plan, group, members, signals, trainer, (noticed, agreed))
+                times = noticed, agreed
+                trainer, tried = _enter(plan, group, members, signals, trainer, times, tried), True
                 if view.stop:
                     trainer.end(view.stop)
                 finished = trainer.train_in_view()
             except PeerLostError:
-                ready = LOST
+                ready, tried = LOST, tried or group is not None
             except GroupError:
                 if trainer is not None:
                     trainer.finish_writing()  # a checkpoint from before the failure is valid
@@ -190,11 +191,16 @@ def _enter(
     signals: StopSignals,
     trainer: ElasticTrainer | None,
     times: tuple[float, float],
+    tried: bool,
 ) -> ElasticTrainer:
-    """The trainer of this process in a view: a new one, or that of the view before."""
+    """The trainer of this process in a view: a new one, or that of the view before.
+
+    `tried`: this process has begun the run before, and lost a member at once.
+    """
     if trainer is not None:
         trainer.noticed, trainer.agreed = times
-    reports = group.gather_objects(None if trainer is None else trainer.report())
+    known = group.gather_objects(tried if trainer is None else trainer.report())
+    reports = [None if isinstance(found, bool) else found for found in known]
     own = plan_in_view(plan, members)
     if any(report is not None for report in reports):
         if trainer is None:
@@ -203,7 +209,10 @@ def _enter(
             )
         trainer.adopt(own, group, reports)
         return trainer
-    origin = find_origin(plan.config, Launch(), own.num_workers)
+    config = replace(plan.config)
+    if any(known) and config.output.run_dir is not None:
+        config.resume = "auto"  # some files of the first attempt are there
+    origin = find_origin(config, Launch(), own.num_workers)
     trainer = ElasticTrainer(replace(own, origin=origin), group, members, signals)
     try:
         trainer.open()
