@@ -33,7 +33,7 @@ class RepeatableServer(Server):
         self.group = self._over = group
         self._search = LineSearch(self.step, self.cuts, group.min_)
         size = self.kernel.force_size + group.size * self.kernel.reach_size
-        self._sum = group.repeated_sum(size, self.u)
+        self.sum = group.repeated_sum(size, self.u)
 
     def take(self, load: Callable[[], None]) -> None:
         """Let the next line 3 only load the state of a rank that has finished it."""

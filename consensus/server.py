@@ -38,6 +38,7 @@ class Server:
         u: The consensus variable. (n,)
         step: s_u of the last iteration, a tensor () on the device; 1 unless phi is bounded.
         cuts: The number of iterations with s_u < 1, likewise.
+        sum: The sum of `start`, for callers that form the force themselves.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Server:
         self._over = group if summed_by is None else summed_by
         self._search = LineSearch(self.step, self.cuts, self._over.min_)
         size = self.kernel.force_size + self._over.size * self.kernel.reach_size
-        self._sum = self._over.repeated_sum(size, u)
+        self.sum = self._over.repeated_sum(size, u)
 
     @property
     def memory(self) -> Tensor:
         """Memory (n,) that may be overwritten from `finish` to `start`."""
-        message = self._sum.message
+        message = self.sum.message
         return message if len(message) == len(self.u) else message[: len(self.u)]
 
     def start(self, z: Tensor, scratch: Tensor | None = None) -> PendingForce:
@@ -72,7 +73,7 @@ class Server:
             z: (K, n)
             scratch: Memory like z that may be overwritten.
         """
-        message = self._sum.message
+        message = self.sum.message
         if self.kernel.reach_size == 0:
             self.kernel.forces(self.u, z, message, scratch)
         else:
@@ -81,7 +82,7 @@ class Server:
             assert reach is not None
             # A sum of one rank's numbers and the others' zeros: every rank gets every reach.
             reaches.zero_().view(self._over.size, -1)[self._over.rank] = reach.amax(0)
-        return self._sum.start(), z
+        return self.sum.start(), z
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
         """Line 3, second half: wait, then u -= s_u t_u force in place. Returns u+ (n,).
@@ -94,7 +95,7 @@ class Server:
             GroupError: On every rank, if the kernel solves for u and has not converged.
         """
         n, (total, z) = self.kernel.force_size, pending
-        force, reach, out = total.wait(), None, self._sum.message
+        force, reach, out = total.wait(), None, self.sum.message
         if self.kernel.reach_size:
             force, reaches = force.tensor_split([n])
             reach, out = reaches.view(self._over.size, -1).amax(0), out[:n]

@@ -82,6 +82,9 @@ class SharedSum:
     One rank calls `reserve`. Each rank opens the file at `path`, which raises OSError if it cannot
     be opened here, then calls `start` and `wait` in turn. `timeout_s` is the longest `wait`, which
     `lost` may end with a reason.
+
+    Attributes:
+        message: Slot for the next summand, to be written from `wait` to `start`. (n,).
     """
 
     def __init__(
@@ -109,10 +112,12 @@ class SharedSum:
 
         array: Any = memory[: 2 * size * LINE * 8].numpy()
         counters = memoryview(array).cast("q")
-        self._posted, self._added = counters[: size * LINE], counters[size * LINE :]
+        self._posted = counters[: size * LINE : LINE]
+        self._added = counters[size * LINE :: LINE]
         body = memory[head:].view(slots, slot)[:, : numel * dtype.itemsize].view(dtype)
         self._two = slots == 2 * size
         self._messages = body[rank : slots if self._two else size : size].unbind()
+        self.message = self._messages[1 % len(self._messages)]
         if self._two:  # the total is written to the other slot of this rank
             totals = [(body[:size], self._messages[1]), (body[size:], self._messages[0])]
         else:
@@ -138,34 +143,34 @@ class SharedSum:
             os.close(handle)
         return path
 
-    @property
-    def message(self) -> Tensor:
-        """Slot for the next summand, to be written from `wait` to `start`. (n,)."""
-        return self._messages[(self._t + 1) % len(self._messages)]
-
-    def start(self) -> None:
-        """Publish `message`."""
+    def start(self) -> Tensor:
+        """Publish `message`. Returns the next one."""
         self._t += 1
-        self._posted[self._rank * LINE] = self._t
+        self._posted[self._rank] = self._t
+        self.message = self._messages[(self._t + 1) % len(self._messages)]
+        return self.message
 
     def wait(self) -> Tensor:
         """The sum, read-only and valid until the next `start`; PeersGoneError if late. (n,)."""
-        self._await(self._posted)
-        _add_up(self._additions[self._t % len(self._additions)])
+        if min(self._posted) < self._t:  # seldom: the sum had an iteration's time
+            self._await(self._posted)
+        for *summands, out in self._additions[self._t % len(self._additions)]:
+            if len(summands) == 2:
+                torch.add(summands[0], summands[1], out=out)
+            else:
+                tree_sum(summands, out)
         if self._two:
             return self.message
-        self._added[self._rank * LINE] = self._t
+        self._added[self._rank] = self._t
         self._await(self._added)
         return self._total
 
     def _await(self, counters: memoryview) -> None:
         """Return when all counters have reached t."""
-        if min(counters[::LINE]) >= self._t:
-            return  # as nearly always: the sum had an iteration's time
         missing = list(range(self._size))
         started = time.monotonic()
         check, nap = started + CHECK_EVERY_S, SHORTEST_NAP_S
-        while missing := [rank for rank in missing if counters[rank * LINE] < self._t]:
+        while missing := [rank for rank in missing if counters[rank] < self._t]:
             now = time.monotonic()
             if now < started + SPIN_S:
                 os.sched_yield()  # a missing rank may need this core
@@ -176,7 +181,7 @@ class SharedSum:
                 check = now + CHECK_EVERY_S
                 gone = [rank for rank in missing if not self._is_alive(rank)]
                 # A rank that has posted since the counters were read may leave.
-                gone = [rank for rank in gone if counters[rank * LINE] < self._t]
+                gone = [rank for rank in gone if counters[rank] < self._t]
                 if gone:
                     raise PeersGoneError(f"rank {', '.join(map(str, gone))} is gone")
                 if why := self._lost():
@@ -213,12 +218,6 @@ def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
 
 
 def _pieces(summands: Tensor, out: Tensor) -> list[tuple[Tensor, ...]]:
-    """Pieces of the summands (P, n) and of their sum (n,), for `_add_up`. Views, P + 1 of each."""
+    """Pieces of the summands (P, n), and of their sum (n,), as views; P + 1 in each tuple."""
     vectors = [*summands.unbind(), out]
     return list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
-
-
-def _add_up(pieces: list[tuple[Tensor, ...]]) -> None:
-    """The sum of all but the last vector, to the last."""
-    for *summands, out in pieces:
-        tree_sum(summands, out)

@@ -73,13 +73,12 @@ class SumInSharedMemory(RepeatedSum):
         self, shared: SharedSum, reporting: Callable[[str], AbstractContextManager[None]]
     ) -> None:
         self._shared, self._reporting = shared, reporting
-        self.message = shared.message
+        self.message, self._pending = shared.message, Pending(self._wait)
 
     def start(self) -> Pending:
         """Publish the message."""
-        self._shared.start()
-        self.message = self._shared.message
-        return Pending(self._wait)
+        self.message = self._shared.start()
+        return self._pending
 
     def _wait(self) -> Tensor:
         try:

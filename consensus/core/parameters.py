@@ -1,6 +1,6 @@
 """The parameters of a module, copied to and from flat vectors, whole or tile by tile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class FlatParameters:
         limit = CHUNK if self.device.type == "cpu" else self.layout.size
         self._tiles = _tiles(self.layout, limit)
         self._tiled = ViewsOf(self._cut)
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether `TiledParameters` take them, with the same values as a vector."""
+        return self.exact and not self._sharded and self.device.type == "cpu"
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -109,6 +114,84 @@ class FlatParameters:
         shapes = [shape for tile in self._tiles for *_, shape in tile.pieces]
         flats = iter(vector.split([shape.numel() for shape in shapes]))
         return [[next(flats).view(shape) for *_, shape in tile.pieces] for tile in self._tiles]
+
+
+class TiledParameters:
+    """The parameters of a CPU, and vectors like them, in tiles of a few pieces each.
+
+    Vectors that are passed are kept, as views.
+
+    Args:
+        parameters: Whole ones, not shards.
+        vectors: (n,) each.
+        layers: (start, stop) slices of the vectors; no tile lies in two of them.
+        limit: Of the coordinates in a tile, unless a row of a parameter has more.
+
+    Attributes:
+        lengths: Of the tiles, in order.
+        layers: The layer of each.
+        fixed: What `pieces` returns, if no parameter is divided; else None.
+    """
+
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        vectors: Sequence[Tensor],
+        layers: Sequence[tuple[int, int]],
+        limit: int,
+    ) -> None:
+        self._originals, self._vectors = parameters.originals, vectors
+        self._tiles: list[list[Piece]] = []
+        self.lengths: list[int] = []
+        self.layers: list[int] = []
+        start, layer = 0, -1
+        for piece in _pieces(parameters.layout.shapes, limit):
+            size, first = piece[2].numel(), layer < 0
+            while layer < 0 or start >= layers[layer][1]:
+                layer, first = layer + 1, True
+            if first or self.lengths[-1] + size > limit:
+                self._tiles.append([])
+                self.lengths.append(0)
+                self.layers.append(layer)
+            self._tiles[-1].append(piece)
+            self.lengths[-1] += size
+            start += size
+        whole = all(rows is None for tile in self._tiles for _, rows, _ in tile)
+        self.fixed = self._make(self._originals) if whole else None
+        self._places: list[int] = []
+        self._made: list[list[tuple[Tensor, ...]]] = []
+
+    def pieces(self) -> list[list[tuple[Tensor, ...]]]:
+        """The pieces of each tile: of a parameter, to write without gradients, and the vectors."""
+        if self.fixed is not None:
+            return self.fixed
+        places = [own.data_ptr() for own in self._originals]
+        if places != self._places:  # the module has replaced the memory of its parameters
+            self._places, self._made = places, self._make([p.detach() for p in self._originals])
+        return self._made
+
+    def _make(self, own: Sequence[Tensor]) -> list[list[tuple[Tensor, ...]]]:
+        sizes = [shape.numel() for tile in self._tiles for *_, shape in tile]
+        flats = zip(*(vector.split(sizes) for vector in self._vectors), strict=True)
+        return [
+            [
+                (own[i] if rows is None else own[i][rows], *(x.view(shape) for x in next(flats)))
+                for i, rows, shape in tile
+            ]
+            for tile in self._tiles
+        ]
+
+
+def _pieces(shapes: Sequence[torch.Size], limit: int) -> Iterator[Piece]:
+    """Parameters, or rows of them, of `limit` coordinates at most unless a row has more."""
+    for i, shape in enumerate(shapes):
+        if shape.numel() > limit:
+            step = max(1, limit * shape[0] // shape.numel())
+            for a in range(0, shape[0], step):
+                b = min(a + step, shape[0])
+                yield i, slice(a, b), torch.Size([b - a, *shape[1:]])
+        elif shape.numel():
+            yield i, None, shape
 
 
 def _tiles(layout: FlatLayout, limit: int) -> list[Tile]:

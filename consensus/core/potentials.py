@@ -220,18 +220,31 @@ class Potential(Domain):
 
     def common_fraction(self, w: Tensor, step: float) -> float | None:
         """`fraction` if it is known to be one number for all groups, otherwise None."""
+        reach, found = self.common_within(w.dtype, step)
+        if math.isfinite(reach):
+            if w.device.type != "cpu" or not isinstance(self.size, Separable):
+                return None
+            return found if self.size.furthest(w) <= reach else None
+        return found
+
+    def common_within(self, dtype: torch.dtype, step: float) -> tuple[float, float | None]:
+        """The sizes |w| up to which `fraction` is one number for all groups, and this number.
+
+        (inf, None) if there is none.
+        """
         if math.isinf(step):
-            return 1.0
+            return math.inf, 1.0
         if isinstance(self.scale, Tensor):
-            return None
-        profile, slope = self.profile, self.profile.slope
-        if profile.near_zero and w.device.type == "cpu" and isinstance(self.size, Separable):
-            form = profile.dpsi_up_to((self.scale * self.size.furthest(w)) ** 2, w.dtype)
-            slope = None if callable(form) else form
+            return math.inf, None
+        reach, slope = math.inf, self.profile.slope
+        if slope is None and dtype == torch.float32 and self.profile.near_zero:
+            end, form = self.profile.near_zero[0]
+            if not callable(form):
+                reach, slope = math.sqrt(end) / self.scale, form
         if slope is None:
-            return None
+            return math.inf, None
         pull = 2.0 * slope * step * self.scale * self.scale
-        return pull / (1.0 + pull)
+        return reach, pull / (1.0 + pull)
 
     def _slope_within(self, reach: Tensor) -> float | None:
         """Psi' if it is known to be one number for all s <= reach^2, otherwise None."""

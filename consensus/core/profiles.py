@@ -130,6 +130,13 @@ class Profile:
             if not callable(slope):
                 pull = 2.0 * slope * c
                 return [pull / (1.0 + pull)] * len(r)
+        if self.shrunk is not None:
+            assert self.numbers is not None
+            found, (dpsi, _), shrunk = [], self.numbers, self.shrunk
+            for x in r:
+                pull = 2.0 * c * dpsi(shrunk(x, c) ** 2) if x < math.inf else math.nan
+                found.append(pull / (1.0 + pull))
+            return found
         # The step after one of this size would be below rounding.
         converged = _CONVERGED if dtype == torch.float64 else _CONVERGED**0.5
         return [self._fraction_of_number(x, c, converged) for x in r]
@@ -139,9 +146,6 @@ class Profile:
         if not r < math.inf:
             return math.nan
         dpsi, d2psi = self.numbers
-        if self.shrunk is not None:
-            pull = 2.0 * c * dpsi(self.shrunk(r, c) ** 2)
-            return pull / (1.0 + pull)
         r = tau = max(r, _SMALLEST)
         end = math.sqrt(self.bound) * (1.0 - 1e-15)
         for _ in range(_STEPS):

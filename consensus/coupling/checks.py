@@ -58,16 +58,16 @@ class Watch:
     def check(self) -> None:
         """Raise a RuntimeError that names the first change."""
         for places, name, own, kind, path in self._seen:
-            change = ""
             if places.get(name) is not own:
                 change = "replaced by another"
-            elif (own.dtype, own.device, own.requires_grad) != kind:
+            elif (own.dtype, own.device, own.requires_grad) == kind:
+                continue
+            else:
                 then = " on ".join(map(str, kind[:2])) + (", frozen" if not kind[2] else "")
                 change = f"changed; it was {then}"
-            if change:
-                raise RuntimeError(
-                    f"parameter `{path}` was {change}; make a new Coupling after such a change"
-                )
+            raise RuntimeError(
+                f"parameter `{path}` was {change}; make a new Coupling after such a change"
+            )
 
 
 def _problem_of(parameter: nn.Parameter) -> str:

@@ -170,25 +170,27 @@ class Coupling:
         self._parts = [self._make_part(plan, optimizer, self._processes.workers) for plan in plans]
         self._restart()
 
-    @torch.no_grad()
     def step(self) -> None:
         """One iteration, after the optimizer step or in its place. A collective."""
-        self._refuse("step")
-        self._processes.reshard()
+        if self._closed or self._swapped:
+            self._refuse("step")
+        if self._processes.shards is not None:
+            self._processes.reshard()
         try:
-            for part in self._parts:
-                if part.pending is None:
-                    part.move_between()
-            moved = self._finish(displaced=True)
-            self._calls += 1
-            due = [part for part in self._parts if self._calls % self._period == part.offset]
-            if due:
-                self._watch.check()
-            for part in (part for part in due if part not in moved):  # others are z_j already
-                part.settle()
-            self._start(due)
-            if not self._overlap:
-                self._finish(displaced=False)
+            with torch.set_grad_enabled(False):  # in less time than the decorator no_grad
+                for part in self._parts:
+                    if part.pending is None:
+                        part.move_between()
+                moved = [part for part in self._parts if part.pending is not None]
+                if moved:
+                    self._finish(moved, displaced=True)
+                self._calls += 1
+                due = [part for part in self._parts if self._calls % self._period == part.offset]
+                if due:
+                    self._watch.check()
+                self._start(due, moved)  # where the parameters are z_j already
+                if due and not self._overlap:
+                    self._finish(due, displaced=False)
         except PeerLostError as error:
             hint = f"after {self._calls} calls of `step`: do all processes call it equally often?"
             raise PeerLostError(f"{error}; {hint}") from error
@@ -206,6 +208,7 @@ class Coupling:
         self._swapped = True
         try:
             for part in self._parts:
+                part.refresh()
                 part.parameters.write(part.u)
             yield
         finally:
@@ -221,8 +224,8 @@ class Coupling:
         processes of a worker. Frozen parameters and buffers are those of this process.
         """
         state: dict[str, Any] = self._model.state_dict(keep_vars=True)
-        parts = self._parts
-        copies = {key: u for part in parts for key, u in part.parameters.copies(part.u).items()}
+        every = [part.parameters.copies(part.u).items() for part in self._parts]
+        copies = {key: u for items in every for key, u in items}
         for name, value in state.items():
             if isinstance(value, Tensor):
                 own = copies.get(id(value))
@@ -230,10 +233,7 @@ class Coupling:
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this process beside those of the model and the optimizer: copies.
-
-        Waits for the sum on its way.
-        """
+        """Copies of what this process holds beside model and optimizer. Waits for the sum."""
         self._refuse("state_dict")
         self._wait()
         states = [part.state_dict() for part in self._parts]
@@ -255,8 +255,8 @@ class Coupling:
         self._wait()
         sizes = [part.u.numel() for part in self._parts]
         pieces = zip(*(state[key].split(sizes) for key in ("u", "z")), strict=True)
-        others = zip(state["cuts"], state.get("outer", [None] * len(sizes)), strict=True)
-        for part, (u, z), (cuts, outer) in zip(self._parts, pieces, others, strict=True):
+        others = state["cuts"], state.get("outer", [None] * len(sizes))
+        for part, (u, z), cuts, outer in zip(self._parts, pieces, *others, strict=True):
             part.load_state_dict({"u": u, "z": z, "cuts": cuts, "outer": outer})
         self._begin(int(state["calls"]), int(state["communications"]))
 
@@ -313,32 +313,31 @@ class Coupling:
     def _begin(self, calls: int, communications: int) -> None:
         """Begin the sums that are on their way after so many calls."""
         self._calls, self._communications = calls, communications
-        self._start([p for p in self._parts if self._overlap and calls % self._period == p.offset])
+        if self._overlap:
+            self._start([p for p in self._parts if calls % self._period == p.offset], self._parts)
 
-    def _start(self, parts: Sequence[Part]) -> None:
-        """Begin the sums of some parts."""
+    def _start(self, parts: Sequence[Part], settled: Sequence[Part]) -> None:
+        """Begin the sums of some parts; of the `settled` ones the parameters are z_j."""
         for part in parts:
-            part.start()
+            part.start(part in settled)
 
     def _tensors(self) -> list[Tensor]:
         """The memory of the coupled parameters and the buffers."""
         self._processes.reshard()
-        tensors = [tensor for part in self._parts for tensor in part.parameters.tensors]
-        return [*tensors, *self._model.buffers()]
+        parameters = [own for part in self._parts for own in part.parameters.tensors]
+        return [*parameters, *self._model.buffers()]
 
     def _wait(self) -> None:
         for part in self._parts:
             part.wait()
 
-    def _finish(self, displaced: bool) -> list[Part]:
-        """Finish the sums on their way; `displaced`: whether the optimizer has moved since."""
-        finished = [part for part in self._parts if part.pending is not None]
-        for part in finished:
+    def _finish(self, parts: Sequence[Part], displaced: bool) -> None:
+        """Finish sums on their way; `displaced`: whether the optimizer has moved since."""
+        for part in parts:
             part.finish(displaced)
-        self._communications += bool(finished)
-        if finished and self._buffers:  # only here: a late mean could make a variance negative
+        self._communications += 1
+        if self._buffers:  # only here: a late mean could make a variance negative
             self._processes.mean_(self._buffers)
-        return finished
 
     def __reduce__(self) -> NoReturn:
         """Refuse copies, which would share the sum on its way."""

@@ -118,8 +118,8 @@ class ElasticCoupling(Coupling):
         due = [part for part in self._parts if calls % self._period == part.offset]
         self._begin(calls, communications)
         if not self._overlap and due:
-            self._start(due)
-            self._finish(displaced=False)
+            self._start(due, due)
+            self._finish(due, displaced=False)
 
     @property
     def calls(self) -> int:
@@ -160,7 +160,7 @@ class ElasticCoupling(Coupling):
         """Not offered: a process that joins later could not take part."""
         raise RuntimeError("`restart` of an ElasticCoupling; allowed: a new run")
 
-    def _start(self, parts: Sequence[Part]) -> None:
+    def _start(self, parts: Sequence[Part], settled: Sequence[Part]) -> None:
         """Begin the sums of some parts, after a change that was wanted."""
         while parts:
             try:
@@ -168,23 +168,20 @@ class ElasticCoupling(Coupling):
                     self._change(PLANNED)
                 for part in parts:
                     if part.pending is None:
-                        part.start()
+                        part.start(part in settled)
                 if self._wish.pending is None:
                     self._wish.start(self._members.wishes)
                 return
             except PeerLostError:
                 self._change(LOST)
 
-    def _finish(self, displaced: bool) -> list[Part]:
-        finished: list[Part] = [part for part in self._parts if part.pending is not None]
-        for part in finished:
+    def _finish(self, parts: Sequence[Part], displaced: bool) -> None:
+        for part in parts:
             self._repeat(lambda part=part: part.finish(displaced))  # type: ignore[misc]
-        if finished:
-            number = self._members.view
-            wanted = self._repeat(self._wish.finish)
-            self._wanted = wanted and self._members.view is number
-            self._communications += 1
-        return finished
+        view = self._members.view
+        wanted = self._repeat(self._wish.finish)
+        self._wanted = wanted and self._members.view is view
+        self._communications += 1
 
     def _wait(self) -> None:
         for part in self._parts:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from consensus.comm import Group, Pending
+from consensus.comm import Group, PeerLostError, Pending
 from consensus.coupling.part import Part
 from consensus.coupling.plan import Plan
 from consensus.repeatable import RepeatableServer
@@ -36,7 +36,17 @@ class ElasticPart(Part):
         super().__init__(plan, optimizer, group)
         assert isinstance(self._server, RepeatableServer)
         self.server: RepeatableServer = self._server
+        self._together = None  # it moves u apart from the server
         self._outer_rate = 1.0 if callable(plan.settings.outer) else plan.settings.outer
+
+    def finish(self, displaced: bool) -> None:
+        """As in `Part`; the sum stays on its way if a process is lost."""
+        pending = self.pending
+        try:
+            super().finish(displaced)
+        except PeerLostError:
+            self.pending = pending
+            raise
 
     def regroup(self, group: Group) -> None:
         """Go on over other processes. A collective."""

@@ -15,8 +15,9 @@ from consensus.core.kernels import ConsensusKernel
 from consensus.core.kernels.optimizers import scale_momentum
 from consensus.core.kernels.outer_step import OptimizerStep
 from consensus.core.kernels.pulls import Copy
+from consensus.core.kernels.together import Together
 from consensus.coupling.plan import Plan
-from consensus.server import PendingForce, Server
+from consensus.server import Server
 
 _LOOK = 100  # communications between two looks at the cut steps
 
@@ -44,6 +45,7 @@ class Part:
         self._puller, self._optimizer, self.offset = plan.puller, optimizer, plan.offset
         settings = plan.settings
         self._pull, self._local_pull = plan.pull, settings.local_pull
+        self._strength = plan.puller.strength(plan.pull)
         kernel: ConsensusKernel = plan.puller.kernel
         rate, self._outer, cut = settings.outer, None, plan.puller.cuts_steps
         if callable(rate):
@@ -54,13 +56,19 @@ class Part:
         self._server = self._make_server(plan.z[0], plan.phi, group, kernel)
         self.u = self._server.u
         self._copy = Copy(self.parameters, self.z[0], lambda: self._server.memory)
-        self._before = torch.empty_like(self.u) if settings.order == "jacobi" else None
-        self.pending: PendingForce | None = None
+        jacobi = settings.order == "jacobi"
+        self._before = torch.empty_like(self.u) if jacobi else None
+        together = None if jacobi else plan.puller.together(self.parameters, self.u, self.z[0])
+        self._together: Together | None = together
+        self.pending: Pending | None = None
         self.waited_s = 0.0
         self._finished = self._moves = 0  # communications; moves since the last look at the cuts
         self._seen = torch.stack(self.cuts)
         # Whether an iteration without communication changes what the optimizer did.
         self._moves_between = settings.local_pull > 0 or plan.puller.cuts_steps
+        # Whether z_j is needed after a communication, before it is set to the parameters again.
+        self._keeps = self._moves_between or (settings.overlap and settings.period == 1)
+        self._stale = False  # whether its values are lost until then
 
     @property
     def outer(self) -> Optimizer | None:
@@ -74,6 +82,7 @@ class Part:
 
     def restart(self) -> None:
         """Begin at u = z_j, without a sum on its way."""
+        self._stale = False
         self.u.copy_(self.z[0])
         for count in self.cuts:
             count.zero_()
@@ -82,26 +91,43 @@ class Part:
             self._outer.restart()
         self.pending = None
 
-    def start(self) -> None:
-        """Begin the sum over processes of the forces at z_j."""
-        self.pending = self._server.start(self.z)
+    def start(self, settled: bool = True) -> None:
+        """Begin the sum over processes of the forces at z_j.
+
+        Before, z_j is set to the parameters unless it is `settled`; they are then z_j rounded to
+        their type.
+        """
+        settled = settled or self._moves_between  # they are z_j
+        if self._together is not None:
+            self._together.start(self._server.sum.message, not settled or self._stale)
+            self._stale = False
+            self.pending = self._server.sum.start()
+            return
+        if not settled:
+            self._settle()
+        self.pending, _ = self._server.start(self.z)
 
     def wait(self) -> None:
         """Wait for the sum on its way, if any; it can still be finished."""
         if self.pending is not None:
-            pending, z = self.pending
             started = time.perf_counter()
-            total = pending.wait()
+            total = self.pending.wait()
             self.waited_s += time.perf_counter() - started
-            self.pending = Pending(lambda: total), z
+            self.pending = Pending(lambda: total)
 
     def finish(self, displaced: bool) -> None:
         """Finish the sum on its way: move u, and pull z_j; `displaced` as in `_move`."""
-        self.wait()
         assert self.pending is not None
-        anchor = self.u if self._before is None else self._before.copy_(self.u)
-        self._server.finish(self.pending, self._t_u)
+        started = time.perf_counter()
+        total = self.pending.wait()
+        self.waited_s += time.perf_counter() - started
         self.pending = None
+        if self._together is not None and self._outer is None and self._pull != 1.0:
+            self._together.move(total, self._t_u, self._strength, self._keeps)
+            self._stale = not self._keeps
+            return
+        anchor = self.u if self._before is None else self._before.copy_(self.u)
+        self._server.finish((Pending(lambda: total), self.z), self._t_u)
         self._move(self._pull, displaced, anchor)
         self._finished += 1
         if self._puller.cuts_steps and self._finished % _LOOK == 0:
@@ -112,10 +138,7 @@ class Part:
         if self._moves_between:
             self._move(self._local_pull, True, self.u)
 
-    def settle(self) -> None:
-        """Set z_j to the parameters, which are then z_j rounded to their type."""
-        if self._moves_between:
-            return  # they are z_j
+    def _settle(self) -> None:
         z = self.z[0]
         if self.parameters.exact:
             self.parameters.read(z)
@@ -123,14 +146,23 @@ class Part:
             z += self.parameters.displacement(z, out=self._server.memory)
             self.parameters.write(z)
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Set z_j to the parameters if its values are lost."""
+        if self._stale:
+            self.parameters.read(self.z[0])
+            self._stale = False
+
     def measure(self) -> dict[str, tuple[float, float]]:
         """|u - z_j| and |q(u - z_j)| of each layer by its name, read on the host."""
+        self.refresh()
         w = self.u - self.z[0]
         norms = [self._phi.distance(x).tolist() for x in (w, self._puller.force(w))]
         return dict(zip(self.parameters.layout.layer_names, zip(*norms, strict=True), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of `u` (n,), `z` (n,) and `cuts` (2,); `outer` of an outer optimizer."""
+        self.refresh()
         state: dict[str, Any] = {
             "u": self.u.clone(),
             "z": self.z[0].clone(),
@@ -142,6 +174,7 @@ class Part:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, without a sum on its way."""
+        self._stale = False
         self.u.copy_(state["u"])
         self.z[0].copy_(state["z"])
         for own, count in zip(self.cuts, state["cuts"], strict=True):
@@ -153,6 +186,12 @@ class Part:
 
     def _move(self, pull: float, displaced: bool, anchor: Tensor) -> None:
         """Move z_j by its displacement, if it was `displaced`, and to `anchor`; write it."""
+        if self._together is not None:
+            if pull == 1.0:
+                self._together.replace(displaced)
+            else:
+                self._together.move(None, 0.0, self._puller.strength(pull), keep=True)
+            return
         self._moves += 1
         self._puller.move(self._copy, self.u, anchor, pull, displaced)
         if self._puller.cuts_steps:

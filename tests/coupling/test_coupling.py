@@ -455,6 +455,21 @@ def test_restart_begins_at_the_loaded_weights():
     assert coupling.stats()["calls"] == 1
 
 
+@pytest.mark.parametrize("potential", ["quad", "tan"])
+def test_z_between_communications(potential):
+    """It is the parameters after a communication, also where they are u for a while."""
+    model = network()
+    optimizer = sgd_of(model)
+    coupling = Coupling(model, optimizer, potential, period=3)
+    train(model, optimizer, coupling, 0, 4)  # the communication of call 3 ends in call 4
+    copy_of_z = vector(model)
+    with coupling.consensus():
+        distances = list(coupling.stats()["distance"].values())
+    w = coupling.state_dict()["u"].numpy() - copy_of_z
+    assert np.linalg.norm(w) == pytest.approx(np.linalg.norm(distances), rel=1e-5)
+    np.testing.assert_array_equal(coupling.state_dict()["z"].numpy(), copy_of_z)
+
+
 class Tied(nn.Module):
     """A tied output layer, a frozen layer, an empty parameter, and a transposed memory layout."""
 

@@ -29,9 +29,16 @@ from consensus.core.kernels import (
     TotalForce,
     choose_kernel,
 )
+from consensus.core.kernels.together import (
+    LinearTogether,
+    RadialTogether,
+    SeparableTogether,
+    Together,
+)
 from consensus.core.kernels.weighted import WeightedProximal
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters
+from consensus.core.sizes import Separable
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,12 @@ class Pull(Protocol):
     def force(self, w: Tensor) -> Tensor:
         """q(w), or c(w) w of the proximal steps of a communication. (n,) -> (n,)."""
 
+    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> Together | None:
+        """Both lines tile by tile, where that takes less time. (n,), (n,)."""
+
+    def strength(self, pull: float) -> float:
+        """That of `Together.move`."""
+
 
 class Explicit:
     """`Pull` by the gradient of phi, through the kernels of Algorithm 1."""
@@ -133,6 +146,14 @@ class Explicit:
         block = Block(z, d.view_as(z), zero, zero)
         self.kernel.move_workers(block, u, anchor, numbers, self.search)
         copy.parameters.write(copy.z)
+
+    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> None:
+        """None, for the kernels of Algorithm 1 have tiles."""
+        del parameters, u, z
+
+    def strength(self, pull: float) -> float:
+        """As in `Pull`."""
+        return pull
 
 
 class Differences:
@@ -183,6 +204,14 @@ class Linear:
             center, z, w = copy.operands(anchor, displaced)
             copy.add(torch.sub(center, z, out=w), float(pull))
 
+    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> Together | None:
+        """As in `Pull`."""
+        return LinearTogether(parameters, u, z) if parameters.in_tiles else None
+
+    def strength(self, pull: float) -> float:
+        """As in `Pull`."""
+        return pull
+
 
 class Proximal:
     """`Pull` by weighted proximal steps; `pull` is their rate in communications, above 0."""
@@ -193,7 +222,7 @@ class Proximal:
         if pull == 0:
             raise ValueError("`pull` is 0; allowed: above 0 if `implicit`")
         self._phi, self._half_eta2 = phi, 0.5 * float(phi.eta) ** 2
-        self._weighted = WeightedProximal(phi, z[0], self._strength(pull))
+        self._weighted = WeightedProximal(phi, z[0], self.strength(pull))
         self.kernel: ConsensusKernel = self._weighted
         self.search = _search(z)
 
@@ -212,9 +241,16 @@ class Proximal:
             copy.replace(anchor, displaced)
         else:
             center, z, w = copy.operands(anchor, displaced)
-            copy.add(w, self._weighted.factors(center, z, w, self._strength(pull)))
+            copy.add(w, self._weighted.factors(center, z, w, self.strength(pull)))
 
-    def _strength(self, pull: float) -> float:
+    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> Together | None:
+        """As in `Pull`."""
+        if not parameters.in_tiles or not isinstance(self._phi.scale, float):
+            return None
+        kind = SeparableTogether if isinstance(self._phi.size, Separable) else RadialTogether
+        return kind(parameters, u, z, self._phi, self._weighted.strength)
+
+    def strength(self, pull: float) -> float:
         """The step of a proximal operator that removes the part `pull` of w where q(w) = w."""
         return math.inf if pull == 1.0 else self._half_eta2 * pull / (1.0 - pull)
 

@@ -51,7 +51,8 @@ class WeightedProximal:
         self._separable = isinstance(phi.size, Separable)
         on_cpu = like.device.type == "cpu"
         groups = n if self._separable else len(phi.layers)
-        self.force_size = n + groups
+        # One number more if separable: the weight of all coordinates, or nan if they differ.
+        self.force_size = n + groups + self._separable
         tile = CHUNK if on_cpu else max(1, n)
         layers = [(0, n)] if self._separable else phi.layers
         self._tiles = [  # the layer and the length of each
@@ -73,12 +74,16 @@ class WeightedProximal:
     def _cut(self, message: Tensor) -> Message:
         """The parts of a message (n + G,)."""
         force, weights = message[: self._n], message[self._n :]
+        if self._separable:
+            weights = weights[: self._n]
         return Message(force, force.unsqueeze(0), weights, _numbers(weights))
 
     def forces(self, u: Tensor, z: Tensor, out: Tensor, scratch: Tensor | None) -> None:
         """C w and c of the worker z (1, n), to `out` (n + G,)."""
         del scratch
         message = self._message(out)
+        if self._separable:
+            out[-1] = math.nan
         if not self._by_numbers or math.isinf(self.strength):
             return self._weigh(u, z, message.row, self.strength, message.weights)
         c_of = self._fractions(u, z, message.row, self.strength)
