@@ -238,7 +238,7 @@ def test_two_workers_on_each_process_and_a_measurement_of_stationarity(tmp_path)
     assert [event.value for event in events.Scalars("training/workers")] == [4.0, 2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("where", ["open_writer", "restore", "open_sinks", "describe"])
+@pytest.mark.parametrize("where", ["open_writer", "start", "open_sinks", "describe"])
 def test_a_process_that_dies_where_the_run_begins(tmp_path, where):
     plugin = "plugins=[tests.testing.dies_at_start]"
     overrides = [*RUN, "algorithm.iterations=40", "output.eval_every=20", plugin]
