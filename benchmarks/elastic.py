@@ -14,7 +14,9 @@ on one process has the same u at every evaluation, or the benchmark fails.
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -28,6 +30,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,17 @@ KINDS = (
     *("kill", "kill the first", "leave", "leave the first", "join", "join"),
     *("kill two", "kill and join", "leave and join", "join two", "kill while one joins"),
 )
+
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once, not in each process
+
+
+def be_member(environment: dict[str, str], overrides: list[str]) -> None:
+    """Be a process of the run, without its output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ |= environment
+    sys.argv = ["consensus.train", "group.elastic=true", *overrides]
+    importlib.import_module("consensus.train").main()
 
 
 @dataclass
@@ -64,29 +78,27 @@ class Run:
         self.folder, self.overrides = folder, [*overrides, f"output.run_dir={folder}"]
         self._server, self.port = serve(0, "127.0.0.1")
         self.store = connect("127.0.0.1", self.port, "", timedelta(seconds=60))
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}  # that have not ended, by name
+        self.processes: dict[str, BaseProcess] = {}  # that have not ended, by name
         self.codes: Counter[int] = Counter()
 
     def start(self) -> str:
         """Start a process; returns its name as a member."""
         name = uuid.uuid4().hex[:12]
         environment = {
-            **os.environ,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
             "CONSENSUS_MEMBER": name,
             "CONSENSUS_MEMBERS": str(FIRST),
-            "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "consensus.train", "group.elastic=true", *self.overrides]
-        quiet = subprocess.DEVNULL
-        self.processes[name] = subprocess.Popen(command, env=environment, stdout=quiet)
+        process = CONTEXT.Process(target=be_member, args=(environment, self.overrides), daemon=True)
+        process.start()
+        self.processes[name] = process
         return name
 
     def reap(self) -> None:
         """Tell the others of ended processes, as the launcher does."""
         for name, process in list(self.processes.items()):
-            if (code := process.poll()) is not None:
+            if (code := process.exitcode) is not None:
                 del self.processes[name]
                 self.codes[code] += 1
                 self.store.compare_set(f"gone/{name}", "", f"exit code {code}")
@@ -136,7 +148,7 @@ def act(run: Run, kind: str, seen: int, rng: random.Random) -> Event | None:
     number = signal.SIGTERM if kind.startswith("leave") else signal.SIGKILL
     killed = time.time()
     for name in victims:
-        run.processes[name].send_signal(number)
+        os.kill(run.processes[name].pid or 0, number)
     if new and kind != "kill while one joins":
         for _ in range(new):
             run.start()
@@ -209,6 +221,7 @@ def spread(values: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, disturb, compare, print, write."""
+    CONTEXT.set_forkserver_preload(["consensus.train"])
     parser = harness.parser("elastic", quick="five changes, 400 iterations of digits")
     parser.add_argument("--changes", type=int, default=100)
     parser.add_argument("--pace", type=float, default=1.0, help="mean seconds between two events")
