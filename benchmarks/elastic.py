@@ -28,6 +28,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -109,6 +110,7 @@ class Run:
 
     def members(self) -> list[str]:
         """The living members of the newest view, by rank."""
+        self.reap()
         number = int(self.store.get("latest").decode())
         view = json.loads(self.store.get(f"view/{number}"))
         return [name for name in view["members"] if name in self.processes]
@@ -143,12 +145,14 @@ def act(run: Run, kind: str, seen: int, rng: random.Random) -> Event | None:
     event = Event(kind)
     if kind == "kill while one joins":
         run.start()
-        time.sleep(rng.uniform(0.0, 6.0))  # its imports, its plan, or its admission
+        time.sleep(rng.uniform(0.0, 2.0))  # its plan, or its admission
+        members = run.members()
     victims = members[:1] if "first" in kind else rng.sample(members, lost)
     number = signal.SIGTERM if kind.startswith("leave") else signal.SIGKILL
     killed = time.time()
     for name in victims:
-        os.kill(run.processes[name].pid or 0, number)
+        with suppress(ProcessLookupError):
+            os.kill(run.processes[name].pid or 0, number)
     if new and kind != "kill while one joins":
         for _ in range(new):
             run.start()
