@@ -100,11 +100,15 @@ def _agreed_config(cfg: DictConfig, overrides: Sequence[str], store: Store) -> C
     return config
 
 
+def _text(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
 def _config_of(store: Store) -> dict[Any, Any] | None:
     """The config that the first process has given, as plain data."""
-    if not store.check(["config"]):
+    if not (text := _text(store, "config")):
         return None
-    found: Any = OmegaConf.to_container(OmegaConf.create(store.get("config").decode()))
+    found: Any = OmegaConf.to_container(OmegaConf.create(text))
     return dict(found)
 
 
@@ -156,6 +160,11 @@ def run_as_member(plan: Plan, members: Members) -> None:
         assert trainer is not None
         if trainer.group.rank == 0:
             trainer.tell_results()
+    except RunStopped as stopped:
+        together = trainer is not None and members.name in view.members
+        if together and trainer is not None and trainer.group.rank > 0:
+            raise RunStopped("", stopped.code) from stopped  # the first member has the words
+        raise
     finally:
         if trainer is not None:
             trainer.screen.__exit__()
@@ -192,10 +201,14 @@ def _enter(
             )
         trainer.adopt(own, group, reports)
         return trainer
-    origin = find_origin(plan.config, Launch(), own.num_workers)
+    config = plan.config
+    if begun := group.share(_text(members.store, "run_dir")):  # and then lost all its members
+        config = replace(config, resume="auto", output=replace(config.output, run_dir=begun))
+    origin = find_origin(config, Launch(), own.num_workers)
     trainer = ElasticTrainer(replace(own, origin=origin), group, members, signals)
     try:
         trainer.open()
+        members.store.set("run_dir", str(trainer.run_dir))
     except BaseException:
         trainer.screen.__exit__()
         trainer.close()

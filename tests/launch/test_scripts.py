@@ -111,6 +111,7 @@ def test_wheel_holds_the_package_the_configs_and_the_commands(tmp_path):
     assert "consensus-train = consensus.train:main" in commands
     assert "consensus-report = consensus.report.__main__:main" in commands
     assert "consensus-doctor = consensus.doctor.__main__:main" in commands
+    assert "consensus-elastic = consensus.elastic:main" in commands
 
 
 # ---- scripts/setup, with stand-ins for python, pip and uv that only note how they were called
