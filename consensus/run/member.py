@@ -23,6 +23,7 @@ from consensus.comm import (
     Solo,
     Store,
     StoreLostError,
+    View,
     connect,
     open_view,
 )
@@ -123,7 +124,7 @@ def run_as_member(plan: Plan, members: Members) -> None:
     trainer: ElasticTrainer | None = None
     finished = False
     try:
-        view = members.join(lambda: signals.received != 0)
+        view = _join(members, signals)
         noticed = agreed = time.time()
         while not finished:
             if members.name not in view.members:
@@ -161,8 +162,7 @@ def run_as_member(plan: Plan, members: Members) -> None:
         if trainer.group.rank == 0:
             trainer.tell_results()
     except RunStopped as stopped:
-        together = trainer is not None and members.name in view.members
-        if together and trainer is not None and trainer.group.rank > 0:
+        if trainer is not None and trainer.group.rank > 0 and members.name in view.members:
             raise RunStopped("", stopped.code) from stopped  # the first member has the words
         raise
     finally:
@@ -172,6 +172,16 @@ def run_as_member(plan: Plan, members: Members) -> None:
         signals.close()
         with suppress(RuntimeError):  # the launcher is gone, and the store with it
             members.close(finished=finished)
+
+
+def _join(members: Members, signals: StopSignals) -> View:
+    """The first view that has this process; RunStopped if a signal comes before."""
+    try:
+        return members.join(lambda: signals.received != 0)
+    except GroupError as error:
+        if signals.received:
+            raise RunStopped(str(error), TRY_AGAIN) from error
+        raise
 
 
 def _open(plan: Plan, members: Members) -> Group:

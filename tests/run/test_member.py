@@ -1,15 +1,20 @@
 """Refusals of a process of an elastic run, before it joins one."""
 
+import os
+import signal
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 from consensus import MODELS
-from consensus.comm import Launch
+from consensus.comm import Launch, Members
+from consensus.comm.rendezvous import serve
 from consensus.run.checks import ConfigError
-from consensus.run.member import train_as_member
+from consensus.run.member import run_as_member, train_as_member
 from consensus.run.plan import make_plan
+from consensus.run.signals import RunStopped
 
 COMPOSED = OmegaConf.create({"group": {"timeout_s": 1.0}})
 
@@ -55,3 +60,18 @@ def test_a_model_with_running_statistics_is_refused(make_config):
         "`group.elastic` is true; allowed: false with model=elastic_normalized, whose running "
         "statistics a member would lack"
     )
+
+
+def test_a_process_that_is_stopped_before_it_is_a_member_leaves(make_config):
+    class Waiting(Members):
+        def join(self, give_up):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().join(give_up)
+
+    store, _ = serve(0, "127.0.0.1")
+    config = make_config("group.elastic=true", "model=logistic", "device=cpu")
+    members = Waiting(store, expected=2)
+    with torch.random.fork_rng(), pytest.raises(RunStopped) as stopped:
+        run_as_member(make_plan(config, Launch()), members)
+    assert (str(stopped.value), stopped.value.code) == ("stopped before it became a member", 75)
+    assert store.get(f"gone/{members.name}") == b"has left", "the others do not wait for it"
