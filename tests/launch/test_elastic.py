@@ -164,8 +164,10 @@ def test_a_launcher_that_only_keeps_the_store(tmp_path):
         assert member.wait() == 75, member.said
     assert "the store at localhost:" in member.said
     done = last_checkpoint(tmp_path)
-    more = [*run, f"algorithm.iterations={done + 10}", "resume=auto"]
+    more = [*run, f"algorithm.iterations={done + 60}", "resume=auto"]
     with Launched(tmp_path, *serve) as store, Launched(tmp_path, *more, *store.place) as member:
+        member.until(lambda: len(read_changes(tmp_path / "run")) == 2)
+        store.process.terminate()  # it waits for the member
         assert member.wait() == 0, member.said
         assert store.wait() == 0, store.said
     assert read_changes(tmp_path / "run")[-1].iteration == done
