@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launcher = Launcher(options, rest)
     except (RuntimeError, OSError) as error:
         line = str(error).splitlines()[0]
-        print(f"consensus.elastic: the store cannot be opened: {line}", file=sys.stderr)
+        place = options.store or "a free port"
+        print(f"consensus.elastic: no store at {place}: {line}", file=sys.stderr)
         return 1
     return launcher.run()
 

@@ -199,7 +199,7 @@ def serve(port: int, host: str) -> tuple[Store, int]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
     except OSError as error:
-        raise RuntimeError(f"port {port}: {error.strerror}") from error
+        raise RuntimeError(str(error.strerror)) from error
     store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
     return store, store.port
 
@@ -213,7 +213,7 @@ def connect(host: str, port: int, run: str, timeout: timedelta) -> Store:
     deadline = time.monotonic() + seconds
     await_name(host, seconds)
     _await_answer(host, port, seconds)
-    problem = f"{host}:{port} does not answer as a store within {seconds:g} s"
+    problem = f"another program answers there, or none within {seconds:g} s"
 
     def open_client() -> dist.TCPStore:
         return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -234,6 +234,6 @@ def _await_answer(host: str, port: int, timeout_s: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                problem = f"no store at {host}:{port} within {timeout_s:g} s"
+                problem = f"nothing answers within {timeout_s:g} s"
                 raise TimeoutError(f"{problem} ({error.strerror or error})") from error
         time.sleep(0.1)

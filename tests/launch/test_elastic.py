@@ -266,7 +266,7 @@ def test_a_port_that_is_taken_is_one_line(refusal):
         port = other.getsockname()[1]
         code, said = refusal("--serve", "--store", f"localhost:{port}")
     assert code == 1
-    assert said == f"the store cannot be opened: port {port}: Address already in use"
+    assert said == f"no store at localhost:{port}: Address already in use"
 
 
 def test_a_store_that_nobody_keeps_is_one_line(refusal):
@@ -275,8 +275,8 @@ def test_a_store_that_nobody_keeps_is_one_line(refusal):
         port = unused.getsockname()[1]
         code, said = refusal("--store", f"127.0.0.1:{port}", "--wait", "1")
     assert code == 1
-    problem = f"no store at 127.0.0.1:{port} within 1 s (Connection refused)"
-    assert said == f"the store cannot be opened: {problem}"
+    problem = "nothing answers within 1 s (Connection refused)"
+    assert said == f"no store at 127.0.0.1:{port}: {problem}"
 
 
 def test_another_program_at_the_port_of_the_store_is_one_line(refusal):
@@ -286,5 +286,5 @@ def test_another_program_at_the_port_of_the_store_is_one_line(refusal):
         port = other.getsockname()[1]
         code, said = refusal("--store", f"127.0.0.1:{port}", "--wait", "1")
     assert code == 1
-    problem = f"127.0.0.1:{port} does not answer as a store within 1 s"
-    assert said.startswith(f"the store cannot be opened: {problem}")
+    problem = "another program answers there, or none within 1 s"
+    assert said.startswith(f"no store at 127.0.0.1:{port}: {problem}")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from consensus import MODELS
-from consensus.comm import Launch, Members
+from consensus.comm import GroupError, Launch, Members
 from consensus.comm.rendezvous import serve
 from consensus.run.checks import ConfigError
 from consensus.run.member import run_as_member, train_as_member
@@ -44,7 +44,7 @@ def test_a_process_without_a_store_is_refused(monkeypatch, absent):
 def test_a_store_that_nobody_keeps_is_an_error_in_time(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(TimeoutError, match=r"^no store at 127\.0\.0\.1:1 within 1 s \("):
+    with pytest.raises((TimeoutError, GroupError), match=r"nothing answers within 1 s \("):
         train_as_member(COMPOSED, [], Launch())
 
 
