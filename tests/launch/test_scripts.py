@@ -498,7 +498,7 @@ def test_bench_lists_the_benchmarks(checkout, words):
     code, out, _ = checkout.run("scripts/bench", *words)
     assert code == 0
     names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
-    here = ["compare", "coupling", "pull", "robust", "char_gpt", "gpu"]
+    here = ["compare", "coupling", "pull", "robust", "elastic", "char_gpt", "gpu"]
     assert names == [*here, "latency", "population", "scaling", "checkpoints"]
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
     assert checkout.calls() == []
