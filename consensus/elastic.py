@@ -204,9 +204,11 @@ class Launcher:
         """Whether the store is, without processes here: by others that live or may come."""
         if self._server is None or self._lost or self.asked > 1:
             return False
-        if not self._looked or time.monotonic() < self._others_until:
+        if self.options.serve and not self.asked and not self._finished:
             return True
-        return bool(self.options.serve and not self.asked and not self._finished)
+        if time.monotonic() > self._others_until:
+            self._look_at_store()  # a member may have come since the last time
+        return time.monotonic() < self._others_until
 
     def _members(self) -> list[str]:
         """The members of the newest view."""

@@ -137,20 +137,21 @@ def test_processes_are_lost_replaced_join_and_leave_and_ctrl_c_stops_the_run(tmp
 
 def test_a_run_goes_on_after_the_loss_of_all_members_and_not_without_its_launcher(tmp_path):
     run = [*LONG, "output.run_dir=run", "output.checkpoint_every=10"]
-    with Launched(tmp_path, "--processes", "2", "--restarts", "1", *run) as launched:
+    with Launched(tmp_path, "--processes", "2", "--restarts", "2", *run) as launched:
         launched.workers(2)
         launched.until(lambda: last_checkpoint(tmp_path) >= 10)
         launched.process.send_signal(signal.SIGSTOP)  # both are lost before it starts another
         for pid in launched.children:
             os.kill(pid, signal.SIGKILL)
         launched.process.send_signal(signal.SIGCONT)
-        launched.workers(1)
+        launched.until(lambda: len(read_changes(tmp_path / "run")) == 2)
         launched.process.kill()
         launched.process.wait()
         launched.until(lambda: left(launched.process.pid) == [])
-    begun = read_changes(tmp_path / "run")[-1].iteration
-    assert begun >= 10, "from the checkpoint"
-    assert last_checkpoint(tmp_path) >= begun
+    last = read_changes(tmp_path / "run")[-1]
+    assert len(last.workers) == 2
+    assert last.iteration >= 10, "from the checkpoint"
+    assert last_checkpoint(tmp_path) >= last.iteration
     (line,) = [line for line in launched.said.splitlines() if line.startswith("consensus.train:")]
     assert " with a checkpoint: the store of the members is lost" in line
 
