@@ -100,6 +100,7 @@ def last_checkpoint(folder):
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
+@pytest.mark.slow
 def test_processes_are_lost_replaced_join_and_leave_and_ctrl_c_stops_the_run(tmp_path):
     run = [*LONG, "output.run_dir=run"]
     with Launched(tmp_path, "--processes", "2", *run) as first:
@@ -135,6 +136,7 @@ def test_processes_are_lost_replaced_join_and_leave_and_ctrl_c_stops_the_run(tmp
     assert rows_of(tmp_path / "run")[-1]["iteration"] == done + 10
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_the_loss_of_all_members_and_not_without_its_launcher(tmp_path):
     run = [*LONG, "output.run_dir=run", "output.checkpoint_every=10"]
     with Launched(tmp_path, "--processes", "2", "--restarts", "2", *run) as launched:
@@ -156,6 +158,7 @@ def test_a_run_goes_on_after_the_loss_of_all_members_and_not_without_its_launche
     assert " with a checkpoint: the store of the members is lost" in line
 
 
+@pytest.mark.slow
 def test_a_launcher_that_only_keeps_the_store(tmp_path):
     run = [*LONG, "output.run_dir=run", "output.checkpoint_every=10000"]
     serve = ["--processes", "0", "--serve", "--store", "localhost:0"]

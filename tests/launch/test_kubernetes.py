@@ -160,6 +160,7 @@ def test_the_members_meet_at_the_store(make_config):
     assert make_config("group.elastic=true", *member["args"]).workers is None
 
 
+@pytest.mark.slow
 def test_an_evicted_pod_leaves_and_its_successor_joins(tmp_path):
     """The commands of the manifest, as processes of this machine."""
     with socket.socket() as free:

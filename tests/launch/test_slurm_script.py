@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from consensus.run.membership import MEMBERSHIP, read_changes
 from tests.test_elastic import RUN
 from tests.test_train import rows_of
@@ -107,6 +109,7 @@ def free_port():
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_an_elastic_job_is_requeued_with_a_checkpoint_and_goes_on_without_a_node(tmp_path):
     own = [*RUN, "plugins=[tests.testing.patient]", "algorithm.iterations=2000"]
     own += ["output.eval_every=500"]
