@@ -125,6 +125,7 @@ def run_as_member(plan: Plan, members: Members) -> None:
     finished = False
     try:
         view = _join(members, signals)
+        plan = _begun(plan, members)
         noticed = agreed = time.time()
         while not finished:
             if members.name not in view.members:
@@ -184,6 +185,16 @@ def _join(members: Members, signals: StopSignals) -> View:
         raise
 
 
+def _begun(plan: Plan, members: Members) -> Plan:
+    """A plan that continues the run of this store, if that has lost all its members."""
+    run_dir, view = _text(members.store, "run_dir"), members.view
+    if not run_dir or view is None or view.new != view.members:
+        return plan
+    config = replace(plan.config, resume="auto")
+    config.output = replace(config.output, run_dir=run_dir)
+    return replace(plan, config=config)
+
+
 def _open(plan: Plan, members: Members) -> Group:
     """The group of the current view."""
     how = plan.config.group
@@ -211,14 +222,10 @@ def _enter(
             )
         trainer.adopt(own, group, reports)
         return trainer
-    config = plan.config
-    if begun := group.share(_text(members.store, "run_dir")):  # and then lost all its members
-        config = replace(config, resume="auto", output=replace(config.output, run_dir=begun))
-    origin = find_origin(config, Launch(), own.num_workers)
+    origin = find_origin(plan.config, Launch(), own.num_workers)
     trainer = ElasticTrainer(replace(own, origin=origin), group, members, signals)
     try:
         trainer.open()
-        members.store.set("run_dir", str(trainer.run_dir))
     except BaseException:
         trainer.screen.__exit__()
         trainer.close()
