@@ -24,7 +24,8 @@ default options, `TABLE.make(name, option=value)` one with others:
 `@MODELS.register("mine")` above a function adds an entry. With `plugins=[my_module]` the trainer
 imports the module that has it. A mistake in the configuration is a ConfigError of one line.
 
-Commands: consensus-train, consensus-sweep, consensus-report, consensus-doctor. Guides: docs/.
+Commands: consensus-train, consensus-sweep, consensus-report, consensus-doctor, consensus-elastic.
+Guides: docs/.
 """
 
 import sys

@@ -149,6 +149,38 @@ Exit codes: 0 written, 2 no runs to compare, or a file cannot be written
 More: docs/sweeps.md
 """
 
+ELASTIC = """\
+Start processes of one elastic run on this machine. A process that is killed
+does not end the others, and more of them may join at any time.
+
+Usage: python -m consensus.elastic [OPTION ...] [KEY=VALUE ...]
+
+Keys are those of python -m consensus.train. A process that joins a run takes
+those that it is not given from the run.
+
+Options (default):
+  --processes N (1)    processes to start here; 0 with --serve: only the store
+  --expected N         processes with which the run begins (--processes)
+  --store HOST:PORT    the store in which the processes meet (one of its own)
+  --serve              keep the store here, at the port of --store
+  --wait S (60)        longest wait for the store, in seconds
+  --run NAME           of the run, where a store has several
+  --restarts N (0)     new processes for lost ones
+  --version            print the version
+
+SIGTERM to this launcher lets its processes leave the run. Ctrl+C and SIGUSR1
+stop the whole run with a checkpoint. The store is kept until the processes of
+other launchers have ended; a second signal ends it at once.
+
+Examples:
+  python -m consensus.elastic --processes 4 experiment=digits
+  python -m consensus.elastic --processes 2 --store node1:29400
+
+Exit codes: 0 the run is complete, 1 failed or no store, 2 refused, 75 left the
+            run or stopped with a checkpoint, 128 + the signal: killed
+More: docs/elastic.md
+"""
+
 REST = """\
 All keys: --help algorithm data output ..., or the site of scripts/docs
 Completion in bash: eval "$(consensus-{command} -sc install=bash)"
@@ -184,8 +216,8 @@ def answer_questions(module: str, command: str) -> None:
 
 def page(command: str, names: Sequence[str] = ()) -> str:
     """The help of a command, or of each name instead; ValueError if there is no such name."""
-    if command == "report":
-        return REPORT
+    if command in ("report", "elastic"):
+        return REPORT if command == "report" else ELASTIC
     known = keys_of_sweeps() | keys_of_runs() if command == "sweep" else keys_of_runs()
     if names:
         return "\n".join(_about(name, known) for name in names)

@@ -112,7 +112,7 @@ def failures_in_one_line() -> Iterator[None]:
         leave(str(error), 1, speak=rank == "0")
     except RunStopped as stopped:
         # All ranks are here and have finished, so none waits for another.
-        leave(str(stopped) if rank == "0" else None, stopped.code)
+        leave(str(stopped) or None if rank == "0" else None, stopped.code)
     except OSError as error:
         leave(f"rank {rank}: {error}", 1, speak=True)
     except KeyboardInterrupt:

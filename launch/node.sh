@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # usage: [NAME=VALUE ...] launch/node.sh [OVERRIDE ...]
 #
-# Starts one node of a job: NPROC processes of consensus.train under torchrun. All other launchers call this script. It
-# prints the exact command first. The arguments are Hydra overrides. It runs in the current folder.
+# Starts one node of a job: NPROC processes of consensus.train under torchrun, or of an elastic run under consensus.elastic. All
+# other launchers call this script. It prints the exact command first. The arguments are Hydra overrides. It runs in the current
+# folder.
 #
 #   NPROC             processes on this node; default: one for each GPU that CUDA_VISIBLE_DEVICES leaves visible, else 1
 #   NNODES            nodes; default: 1
@@ -12,13 +13,17 @@
 #   OMP_NUM_THREADS   threads of a process; default: 1
 #   MODULE            the module that each process runs; default: consensus.train; consensus.doctor: preflight checks instead
 #   CONSENSUS_VENV    environment; default: the checkout's .venv, else the python3 on PATH
+#   ELASTIC           true: processes of an elastic run, which go on when others are lost, and may join later (docs/elastic.md). The
+#                     run begins with NPROC * NNODES of them, in a store at RENDEZVOUS. One more node later: NNODES=1 and RENDEZVOUS
+#   SERVE             true, false: whether this node keeps the store of an elastic run; default: true if RENDEZVOUS is its address
 #
 # Under nohup, the end of the terminal's session does not stop the run.
 #
 # The override group.timeout_s=SECONDS (600) is the timeout of nodes at the start and of ranks later.
 #
 # Exit codes: 0 complete; 2 for a mistake in these variables; otherwise that of torchrun: 1 where a rank failed or was stopped.
-# torchrun prints the code of the rank (75: stopped with a checkpoint, and resume=auto continues).
+# torchrun prints the code of the rank (75: stopped with a checkpoint, and resume=auto continues). With ELASTIC=true that of
+# consensus.elastic: 0 complete, 75 left the run or stopped with a checkpoint.
 set -euo pipefail
 
 die() {
@@ -49,6 +54,11 @@ nnodes=${NNODES:-1}
 module=${MODULE:-consensus.train}
 [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: the number of processes is a whole number from 1"
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES=$nnodes: the number of nodes is a whole number from 1"
+for name in ELASTIC SERVE; do
+    [[ ${!name:-true} =~ ^(true|false)$ ]] || die "$name=${!name}: allowed are true and false"
+done
+elastic=${ELASTIC:-false}
+[[ $module == consensus.train ]] || elastic=false # the doctor looks at the nodes of both kinds of runs under torchrun
 
 # These use Python, since small images have no `ip`. They print no errors.
 is_own_address() { # not a loopback address, which no other node could reach
@@ -60,6 +70,19 @@ socket.socket(family).bind((sys.argv[1], 0))
 PYTHON
 }
 is_loopback() { [[ $1 == 127.* || $1 == ::1 ]]; }
+is_here() { # whether a name or an address is that of this machine
+    "$python" - "$1" >/dev/null 2>&1 <<'PYTHON'
+import socket, sys
+
+for family, kind, protocol, _, address in socket.getaddrinfo(sys.argv[1], 0, type=socket.SOCK_STREAM):
+    try:
+        socket.socket(family, kind, protocol).bind(address)
+        sys.exit(0)
+    except OSError:
+        pass
+sys.exit(1)
+PYTHON
+}
 address_of() { # address_of INTERFACE HOST: the first address of an interface, of the family of a host
     "$python" - "$@" 2>/dev/null <<'PYTHON'
 import fcntl, socket, struct, sys
@@ -87,12 +110,8 @@ fi
 # nohup ignores SIGHUP for this process and its children, but torchrun would handle it and stop the run.
 if [[ $(trap -p HUP) == "trap -- '' "* ]]; then export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT}; fi
 
-if ((nnodes == 1)); then
-    # torchrun chooses a free port, so that two runs on one machine stay apart. The ranks meet at the loopback address, since
-    # the name of the machine need not resolve.
-    meeting=(--standalone --local-addr=127.0.0.1)
-else
-    place='^([^]:[]+|\[[0-9a-fA-F:.]+\]):[0-9]+$'
+place='^([^]:[]+|\[[0-9a-fA-F:.]+\]):[0-9]+$'
+if ((nnodes > 1)) || [[ $elastic == true && -n ${RENDEZVOUS:-} ]]; then
     [[ ${RENDEZVOUS:-} =~ $place ]] ||
         die "RENDEZVOUS=${RENDEZVOUS:-}: $nnodes nodes meet at host:port, or [address]:port for IPv6"
     host=${RENDEZVOUS%:*}
@@ -102,6 +121,19 @@ else
     for argument in "$@"; do
         if [[ $argument =~ ^group\.timeout_s=([0-9]+)(\.[0-9]*)?$ ]]; then timeout=$((BASH_REMATCH[1] + 1)); fi
     done
+fi
+if [[ $elastic == true ]]; then
+    meeting=()
+    if [[ -n ${RENDEZVOUS:-} ]]; then
+        meeting=(--store="$RENDEZVOUS" --run="${RUN_ID:-consensus}" --wait="$timeout")
+        if [[ -z ${SERVE:-} ]] && is_here "$host"; then SERVE=true; fi
+        if [[ ${SERVE:-} == true ]]; then meeting+=(--serve); fi
+    fi
+elif ((nnodes == 1)); then
+    # torchrun chooses a free port, so that two runs on one machine stay apart. The ranks meet at the loopback address, since
+    # the name of the machine need not resolve.
+    meeting=(--standalone --local-addr=127.0.0.1)
+else
     conf=join_timeout=$timeout
     # c10d: the node with that address hosts the store; no other service is needed.
     # torch recognizes a name of this machine, but an address only where the name resolves to it.
@@ -127,6 +159,9 @@ command=(
     # all ranks when one dies, and the run continues from its last checkpoint.
     -m "$module" "$@"
 )
+if [[ $elastic == true ]]; then
+    command=("$python" -m consensus.elastic --processes="$nproc" --expected=$((nproc * nnodes)) ${meeting[@]+"${meeting[@]}"} "$@")
+fi
 line=
 for name in OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
     if [[ -n ${!name:-} ]]; then line+="$name=${!name} "; fi

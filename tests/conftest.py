@@ -29,6 +29,7 @@ MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" 
 # processes and those that compute alternate, so that the cores are busy throughout.
 SLOWEST = (
     "tests/launch/test_hosts.py",  # mostly waits
+    "tests/launch/test_elastic",  # mostly waits
     "tests/test_algorithm.py",
     "tests/test_faults.py",  # mostly waits
     "tests/test_kill.py",

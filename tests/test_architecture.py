@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "consensus.gathered": {"comm", "core", "server"},
     "consensus.worker": {"core"},
     "consensus.repeatable": {"comm", "core", "server", "worker"},
-    "consensus.elastic": {"comm.rendezvous", "startup"},
+    "consensus.elastic": {"comm.rendezvous", "help", "startup"},
     "consensus.algorithm": {"comm", "core", "server", "tree_sum", "worker"},
     "consensus.coupling": {"comm", "core", "repeatable", "server"},
     "consensus.replay": {"algorithm", "problem"},

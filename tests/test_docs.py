@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import consensus
+from consensus import elastic
 from consensus.comm import Launch, Solo
 from consensus.problem import DATASETS, MODELS
 from consensus.report.__main__ import report
@@ -68,7 +69,9 @@ def of_us(words):
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
     for i, word in enumerate(words):
-        if match := re.fullmatch(r"consensus\.(train|doctor|sweep|report)", word):
+        if match := re.fullmatch(r"consensus\.(train|doctor|sweep|report|elastic)", word):
+            if match[1] == "elastic":
+                return "train", overrides_of_launcher(words[i + 1 :])
             return {"doctor": "train"}.get(match[1], match[1]), words[i + 1 :]
         if match := re.fullmatch(r"(?:/opt/consensus/)?(launch/[\w.]+)", word):
             arguments = words[i + 1 :]
@@ -79,6 +82,13 @@ def of_us(words):
         if re.fullmatch(r"(?:scripts|examples)/[\w.]+", word):
             return word, words[i + 1 :]
     return None
+
+
+def overrides_of_launcher(arguments):
+    """The overrides of a process that consensus.elastic starts with these arguments."""
+    options, rest = elastic._parser().parse_known_args(arguments)
+    elastic._check(options, rest)
+    return ["group.elastic=true", *rest]
 
 
 def overrides_of(arguments):

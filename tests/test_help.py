@@ -20,7 +20,7 @@ from consensus.run.config_algorithm import AlgorithmConfig
 from consensus.sweep.grid import SweepOptions, read_sweep, register_sweep_schema
 from tests.testing import ROOT
 
-COMMANDS = ("train", "sweep", "doctor", "report")
+COMMANDS = ("train", "sweep", "doctor", "report", "elastic")
 CONFIGS = ROOT / "configs"
 
 

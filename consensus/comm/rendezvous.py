@@ -192,8 +192,14 @@ class Heartbeat:
 def serve(port: int, host: str) -> tuple[Store, int]:
     """A store that this process keeps, and its port; 0: a free one.
 
-    RuntimeError if the port is taken.
+    RuntimeError if the port cannot be had.
     """
+    try:  # torch would log a stack
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        raise RuntimeError(str(error.strerror)) from error
     store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
     return store, store.port
 
@@ -201,8 +207,33 @@ def serve(port: int, host: str) -> tuple[Store, int]:
 def connect(host: str, port: int, run: str, timeout: timedelta) -> Store:
     """A store that another process keeps, as seen by one run.
 
-    TimeoutError or RuntimeError if it cannot be reached in time.
+    TimeoutError if it cannot be reached in time.
     """
-    await_name(host, timeout.total_seconds())
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    seconds = timeout.total_seconds()
+    deadline = time.monotonic() + seconds
+    await_name(host, seconds)
+    _await_answer(host, port, seconds)
+    problem = f"another program answers there, or none within {seconds:g} s"
+
+    def open_client() -> dist.TCPStore:
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    try:
+        store = in_time(open_client, max(1.0, deadline - time.monotonic()), problem)
+    except RuntimeError as error:
+        raise TimeoutError(f"{problem}: {first_line(error)}") from error
     return dist.PrefixStore(f"elastic/{run}", store)
+
+
+def _await_answer(host: str, port: int, timeout_s: float) -> None:
+    """Wait until a port takes connections, since torch logs a stack for each attempt."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(timeout_s, 5.0)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                problem = f"nothing answers within {timeout_s:g} s"
+                raise TimeoutError(f"{problem} ({error.strerror or error})") from error
+        time.sleep(0.1)

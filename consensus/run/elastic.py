@@ -129,6 +129,7 @@ class ElasticTrainer(Trainer):
         self.changes = self.group.share(kept)
         new = [j for own in self.group.gather_objects(self._absent) for j in own]
         self._log(tuple(new if self.at[0] else self.plan.numbers), [self.report()])
+        self.members.store.set("run_dir", str(self.run_dir))  # for others, if all are lost
 
     def restore(self) -> Resumed:
         """As in `Trainer`; workers that the checkpoint lacks begin at u."""

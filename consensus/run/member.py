@@ -24,6 +24,7 @@ from consensus.comm import (
     Solo,
     Store,
     StoreLostError,
+    View,
     connect,
     first_line,
     open_view,
@@ -111,11 +112,15 @@ def _agreed_config(cfg: DictConfig, overrides: Sequence[str], store: Store) -> C
     return config
 
 
+def _text(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
 def _config_of(store: Store) -> dict[Any, Any] | None:
     """The config that the first process has given, as plain data."""
-    if not store.check(["config"]):
+    if not (text := _text(store, "config")):
         return None
-    found: Any = OmegaConf.to_container(OmegaConf.create(store.get("config").decode()))
+    found: Any = OmegaConf.to_container(OmegaConf.create(text))
     return dict(found)
 
 
@@ -130,7 +135,8 @@ def run_as_member(plan: Plan, members: Members) -> None:
     trainer: ElasticTrainer | None = None
     finished = tried = False
     try:
-        view = members.join(lambda: signals.received != 0)
+        view = _join(members, signals)
+        plan = _begun(plan, members)
         noticed = agreed = time.time()
         while not finished:
             if members.name not in view.members:
@@ -168,6 +174,10 @@ def run_as_member(plan: Plan, members: Members) -> None:
         assert trainer is not None
         if trainer.group.rank == 0:
             trainer.tell_results()
+    except RunStopped as stopped:
+        if trainer is not None and trainer.group.rank > 0 and members.name in view.members:
+            raise RunStopped("", stopped.code) from stopped  # the first member has the words
+        raise
     finally:
         if trainer is not None:
             trainer.screen.__exit__()
@@ -175,6 +185,26 @@ def run_as_member(plan: Plan, members: Members) -> None:
         signals.close()
         with suppress(RuntimeError):  # the launcher is gone, and the store with it
             members.close(finished=finished)
+
+
+def _join(members: Members, signals: StopSignals) -> View:
+    """The first view that has this process; RunStopped if a signal comes before."""
+    try:
+        return members.join(lambda: signals.received != 0)
+    except GroupError as error:
+        if signals.received:
+            raise RunStopped(str(error), TRY_AGAIN) from error
+        raise
+
+
+def _begun(plan: Plan, members: Members) -> Plan:
+    """A plan that continues the run of this store, if that has lost all its members."""
+    run_dir, view = _text(members.store, "run_dir"), members.view
+    if not run_dir or view is None or view.new != view.members:
+        return plan
+    config = replace(plan.config, resume="auto")
+    config.output = replace(config.output, run_dir=run_dir)
+    return replace(plan, config=config)
 
 
 def _open(plan: Plan, members: Members) -> Group:

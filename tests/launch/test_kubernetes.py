@@ -1,13 +1,22 @@
 """The manifests of launch/kubernetes: against the published schemas, and what they start."""
 
+import contextlib
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 import tomllib
 
 import kubernetes_validate
 import pytest
 import yaml
 
+from consensus.run.membership import MEMBERSHIP, read_changes
+from tests.test_elastic import RUN
 from tests.testing import ROOT
 
 FOLDER = ROOT / "launch" / "kubernetes"
@@ -104,3 +113,110 @@ def test_the_run_can_be_composed_and_is_the_same_in_all_manifests(make_config):
 def test_the_image_has_the_version_of_the_package():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert container()["image"] == f"consensus:{version}"
+
+
+# ---- elastic.yaml
+
+
+def elastic(kind, name):
+    (found,) = [
+        document
+        for document in documents("elastic.yaml")
+        if document["kind"] == kind and document["metadata"]["name"] == name
+    ]
+    return found
+
+
+def elastic_container(name):
+    (found,) = elastic("Job", name)["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "document", documents("elastic.yaml"), ids=lambda d: f"{d['kind']} {d['metadata']['name']}"
+)
+def test_the_elastic_jobs_and_their_service_are_what_kubernetes_knows(document):
+    kubernetes_validate.validate(document, "1.31", strict=True)
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_members_meet_at_the_store(make_config):
+    service, store = elastic("Service", "consensus-store"), elastic("Job", "consensus-store")
+    assert service["spec"]["selector"].items() <= (
+        store["spec"]["template"]["metadata"]["labels"].items()
+    )
+    (port,) = service["spec"]["ports"]
+    member = elastic_container("consensus-elastic")
+    own = {entry["name"]: entry["value"] for entry in member["env"]}
+    assert own["RENDEZVOUS"] == f"{service['metadata']['name']}:{port['port']}"
+    assert f"--store=0.0.0.0:{port['port']}" in elastic_container("consensus-store")["args"]
+    head = (ROOT / "launch" / "node.sh").read_text().split("set -euo")[0]
+    assert set(own) <= set(re.findall(r"^#   ([A-Z_]+)  ", head, re.MULTILINE))
+    spec = elastic("Job", "consensus-elastic")["spec"]
+    assert int(own["NNODES"]) == spec["parallelism"]
+    assert "completions" not in spec, "one pod that ends with 0 completes the job"
+    assert member["resources"]["limits"]["nvidia.com/gpu"] == int(own["NPROC"])
+    assert member["image"] == elastic_container("consensus-store")["image"] == container()["image"]
+    assert make_config("group.elastic=true", *member["args"]).workers is None
+
+
+@pytest.mark.slow
+def test_an_evicted_pod_leaves_and_its_successor_joins(tmp_path):
+    """The commands of the manifest, as processes of this machine."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    go = tmp_path / "go"
+    environment = os.environ | {
+        "CONSENSUS_VENV": sys.prefix,
+        "PYTHONPATH": str(ROOT),
+        "CONSENSUS_GO": str(go),
+    }
+
+    def start(name):
+        own = elastic_container(name)
+        command = [word.replace("/opt/consensus", str(ROOT)) for word in own["command"]]
+        command[0] = sys.executable if command[0] == "python3" else command[0]
+        args = [word.replace("29400", str(port)) for word in own.get("args", [])]
+        variables = {entry["name"]: entry["value"] for entry in own.get("env", [])}
+        if variables:
+            args = [*args[1:], *RUN, "plugins=[tests.testing.patient]", "output.eval_every=500"]
+            args += [f"output.run_dir={tmp_path / 'run'}", "algorithm.iterations=2000"]
+            variables |= {"NNODES": "2", "RENDEZVOUS": f"localhost:{port}", "SERVE": "false"}
+        with (tmp_path / f"{len(pods)}.log").open("w") as log:
+            pod = subprocess.Popen(
+                command + args, cwd=tmp_path, env=environment | variables,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        pods.append(pod)
+        return pod
+
+    def workers(count):
+        deadline = time.monotonic() + 90.0
+        run = tmp_path / "run"
+        while not (run / MEMBERSHIP).exists() or len(read_changes(run)[-1].workers) != count:
+            said = [path.read_text() for path in sorted(tmp_path.glob("*.log"))]
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+
+    pods = []
+    try:
+        store, first, _ = (start(name) for name in ("consensus-store", *2 * ("consensus-elastic",)))
+        workers(2)
+        first.terminate()
+        assert first.wait(60) == 75
+        workers(1)
+        start("consensus-elastic")
+        workers(2)
+        go.touch()
+        assert [pod.wait(90) for pod in pods[2:]] == [0, 0]
+        assert store.wait(60) == 0
+    finally:
+        for pod in pods:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pod.pid, signal.SIGKILL)
+            pod.wait()
+    changes = read_changes(tmp_path / "run")
+    assert [len(change.workers) for change in changes] == [2, 1, 2]
+    assert list(changes[1].gone.values()) == ["has left"]
+    assert all(change.digest for change in changes)  # that all members have compared

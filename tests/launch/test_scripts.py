@@ -111,6 +111,7 @@ def test_wheel_holds_the_package_the_configs_and_the_commands(tmp_path):
     assert "consensus-train = consensus.train:main" in commands
     assert "consensus-report = consensus.report.__main__:main" in commands
     assert "consensus-doctor = consensus.doctor.__main__:main" in commands
+    assert "consensus-elastic = consensus.elastic:main" in commands
 
 
 # ---- scripts/setup, with stand-ins for python, pip and uv that only note how they were called
@@ -497,7 +498,7 @@ def test_bench_lists_the_benchmarks(checkout, words):
     code, out, _ = checkout.run("scripts/bench", *words)
     assert code == 0
     names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
-    here = ["compare", "coupling", "pull", "robust", "char_gpt", "gpu"]
+    here = ["compare", "coupling", "pull", "robust", "elastic", "char_gpt", "gpu"]
     assert names == [*here, "latency", "population", "scaling", "checkpoints"]
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
     assert checkout.calls() == []
@@ -516,3 +517,66 @@ def test_local_refuses_what_is_no_number_of_processes(checkout, nproc):
     assert (code, out) == (2, "")
     assert f"NPROC={nproc}" in err
     assert err.count("\n") == 1
+
+
+# ---- ELASTIC=true, with the same stand-ins
+
+
+@pytest.mark.parametrize(
+    ("variables", "rest"),
+    [
+        ({}, "--processes=1 --expected=1"),
+        ({"NPROC": "3"}, "--processes=3 --expected=3"),
+        (
+            {"NPROC": "3", "NNODES": "2", "RENDEZVOUS": "node1:29400", "RUN_ID": "mine"},
+            "--processes=3 --expected=6 --store=node1:29400 --run=mine --wait=8 --serve",
+        ),
+        (  # one more node, later
+            {"RENDEZVOUS": "[fd00::1]:29400", "SERVE": "false"},
+            "--processes=1 --expected=1 --store=[fd00::1]:29400 --run=consensus --wait=8",
+        ),
+    ],
+)
+def test_a_node_of_an_elastic_run(checkout, variables, rest):
+    checkout.run("scripts/setup")
+    own = {"ELASTIC": "true", "NPROC": "1"} | variables  # the stand-in python has every address
+    code, out, err = checkout.run("launch/node.sh", "group.timeout_s=7.5", "seed=1", **own)
+    assert code == 0, err
+    command = f"-m consensus.elastic {rest} group.timeout_s=7.5 seed=1"
+    assert out == f"cwd={checkout.root} omp=1 {command}\n"
+    assert err.replace("\\", "").rstrip().endswith(command)
+
+
+def test_the_node_with_the_address_of_the_store_keeps_it(checkout):
+    (checkout.venv / "bin").mkdir(parents=True)
+    (checkout.venv / "bin/python").symlink_to(sys.executable)
+    for host, here in (
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("192.0.2.1", False),
+    ):
+        place = f"[{host}]" if ":" in host else host
+        own = {"RENDEZVOUS": f"{place}:1", "ELASTIC": "true", "NPROC": "1"}
+        _, _, err = checkout.run("launch/node.sh", "group.timeout_s=1", "--bad", **own)
+        assert (" --serve " in err.splitlines()[0]) == here, host
+
+
+def test_the_doctor_of_an_elastic_run_is_that_of_torchrun(checkout):
+    checkout.run("scripts/setup")
+    own = {"ELASTIC": "true", "NPROC": "2", "MODULE": "consensus.doctor"}
+    _, out, _ = checkout.run("launch/node.sh", **own)
+    assert "-m torch.distributed.run --standalone" in out
+
+
+@pytest.mark.parametrize("name", ["ELASTIC", "SERVE"])
+def test_a_variable_that_is_neither_true_nor_false_is_refused(checkout, name):
+    code, out, err = checkout.run("launch/node.sh", **{name: "yes"})
+    assert (code, out) == (2, "")
+    assert err == f"launch/node.sh: {name}=yes: allowed are true and false\n"
+
+
+def test_an_elastic_run_over_nodes_needs_a_place_for_its_store(checkout):
+    code, _, err = checkout.run("launch/node.sh", ELASTIC="true", NNODES="2", NPROC="1")
+    assert code == 2
+    assert err.startswith("launch/node.sh: RENDEZVOUS=: 2 nodes meet at host:port")

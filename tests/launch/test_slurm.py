@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from consensus.run.membership import MEMBERSHIP, read_changes
 from tests.testing import ROOT
 from tests.testing.slurm import Cluster
 
@@ -81,6 +82,70 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_put_back(cluster
     assert "SIGTERM: stopped at iteration" in said
     assert "with a checkpoint" in said
     assert "requeued" not in said
+
+
+def test_an_elastic_job_goes_on_without_a_node_and_is_requeued_as_a_whole(cluster, tmp_path):
+    go = tmp_path / "go"
+    variables = f"ELASTIC=true,NPROC=1,CONSENSUS_GO={go},PYTHONPATH={ROOT}"
+    own = ["workers=null", "plugins=[tests.testing.patient]", "algorithm.iterations=3000"]
+    own += ["output.eval_every=500"]
+
+    def start():
+        options = ["--no-kill", f"--export=ALL,{variables}"]
+        job = submit(cluster, tmp_path, *options, overrides=own)
+        run_dir = tmp_path / "runs" / f"consensus-{job}"
+        cluster.wait(lambda: workers(run_dir) == 2)
+        return job, run_dir, tmp_path / f"consensus-{job}.out"
+
+    def workers(run_dir):
+        return len(read_changes(run_dir)[-1].workers) if (run_dir / MEMBERSHIP).exists() else 0
+
+    job, run_dir, log = start()
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # what the time limit does
+    cluster.wait(lambda: f"{job} PENDING" in cluster.queue())
+    cluster.call("scancel", job)
+    said = log.read_text()
+    assert "stopped before the time limit; requeued" in said
+    assert said.count("SIGUSR1: stopped at iteration") == 1
+    job, run_dir, log = start()
+    # The second node is lost: its slurmd, the keeper of the step, and the processes.
+    node = cluster.call("scontrol", "show", "hostnames", nodes_of(cluster, job)).split()[1]
+    os.kill(int((cluster.folder / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+    for pid in processes_of(node, job):
+        os.kill(pid, signal.SIGKILL)
+    cluster.wait(lambda: workers(run_dir) == 1)
+    go.touch()
+    cluster.wait(lambda: f"{job} COMPLETING" in cluster.queue())  # it waits for the lost node
+    assert rows(run_dir)[-1]["iteration"] == 3000
+    cluster.call("slurmd", "-N", node)
+    cluster.wait(lambda: ended(cluster, job))
+    about = cluster.call("scontrol", "show", "job", job).split()
+    assert {"JobState=COMPLETED", "ExitCode=0:0"} <= set(about)
+    changes = read_changes(run_dir)
+    assert [len(change.workers) for change in changes] == [2, 1]
+    assert all(change.digest for change in changes)
+
+
+def nodes_of(cluster, job):
+    return cluster.call("squeue", "-h", "-j", job, "-o", "%N")
+
+
+def processes_of(node, job):
+    """The processes of a job on a virtual node, and the parents that hold them for SLURM."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = set((path / "environ").read_bytes().split(b"\0"))
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        step = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_JOB_ID={job}".encode()}
+        if step <= variables:
+            found.add(int(path.name))
+            if b"slurmstepd" in command:
+                found.add(parent)
+    return sorted(found)
 
 
 def test_a_mistake_ends_the_job_with_one_line_of_ours(cluster, tmp_path):

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from consensus.comm import Launch
 from consensus.core.potentials import POTENTIALS
+from consensus.run.checks import ConfigError
 from consensus.run.compose import config_dir
 from consensus.run.config import Config
+from consensus.run.plan import make_plan
 
 CONFIGS = Path(config_dir())
 
@@ -411,3 +414,89 @@ def test_a_saved_config_is_the_same_config(make_config, tmp_path):
     assert OmegaConf.to_object(loaded) == config
     assert config.potential.options == {"weight": [1.0, 2.5, 3]}
     assert config.output.name == "no"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["workers=4"], "`workers` is 4; allowed: null: as many as there are"),
+        (
+            ["algorithm=msgd"],
+            "`algorithm` is msgd; allowed: consensus, or another that couples workers",
+        ),
+        (
+            ["algorithm=ddp"],
+            "`algorithm` is ddp; allowed: consensus, or another that couples workers",
+        ),
+        (["algorithm.u_update=exact"], "`algorithm.u_update` is exact; allowed: gradient"),
+        *(
+            (
+                [f"data.partition={name}"],
+                f"`data.partition` is {name}; allowed: full: shards depend on the number of "
+                "workers",
+            )
+            for name in ("sharded", "label_skew")
+        ),
+        (["group=nccl"], "`group` is nccl; allowed: auto, gloo"),
+        (["group.sum=gather", "potential=huber"], "`group.sum` is gather; allowed: reduce"),
+        (["group.compress=bf16"], "`group.compress` is bf16; allowed: null"),
+        (
+            ["deterministic=true", "group.workers_per_process=2"],
+            "`deterministic` is true; allowed: false, or group.workers_per_process=1",
+        ),
+    ],
+)
+def test_refusals_of_an_elastic_run(refusal, overrides, line):
+    assert refusal("group.elastic=true", *overrides) == f"{line} with group.elastic=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["group.workers_per_process=2"],
+            "`group.workers_per_process` is 2; allowed: 1 without group.elastic=true",
+        ),
+        (
+            ["group.min_workers=2"],
+            "`group.min_workers` is 2; allowed: 1 without group.elastic=true",
+        ),
+        (
+            ["group.elastic=true", "group.min_workers=0"],
+            "`group.min_workers` is 0; allowed: a whole number >= 1",
+        ),
+        (
+            ["group.elastic=true", "group.workers_per_process=0"],
+            "`group.workers_per_process` is 0; allowed: a whole number >= 1",
+        ),
+        (
+            ["group.replay=runs/mine", "group.elastic=true"],
+            "`group.elastic` is true; allowed: false with group.replay",
+        ),
+        (
+            ["group.replay=runs/mine"],
+            "`deterministic` is false; allowed: true with group.replay, as in that run: else sums "
+            "depend on the processes",
+        ),
+        (
+            ["group.replay=runs/mine", "deterministic=true", "workers=2"],
+            "`workers` is 2; allowed: null with group.replay",
+        ),
+        (
+            ["group.replay=runs/mine", "deterministic=true", "resume=runs/mine"],
+            "`resume` is RESUME; allowed: never with group.replay",
+        ),
+    ],
+)
+def test_refusals_around_elastic_runs(refusal, overrides, line):
+    assert refusal(*overrides) == line.replace("RESUME", str(Path("runs/mine").absolute()))
+
+
+def test_a_replay_of_no_elastic_run_is_refused(make_config, tmp_path):
+    where = tmp_path / "none"
+    config = make_config(f"group.replay={where}", "deterministic=true", "device=cpu")
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config, Launch())
+    line = str(caught.value)
+    assert line.startswith(f"`group.replay` is {where}; allowed: the directory of an elastic run (")
+    assert "\n" not in line
