@@ -1,6 +1,7 @@
 """Launcher of an elastic run on one machine: it starts processes, and none ends with another.
 
     python -m consensus.elastic --processes 4 potential=tan output.run_dir=runs/elastic
+    python -m consensus.elastic --processes 4 --script my_loop.py        # with an ElasticCoupling
 
 The launcher keeps the key-value store in which the members agree, starts members, and tells the
 others when one of its own has ended. It trains nothing itself. On several machines each has a
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store")
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--run", default="")
+    parser.add_argument("--script")
     return parser
 
 
@@ -91,7 +93,7 @@ COUNTS = {"processes": ("1", 0), "restarts": ("0", 0), "wait": ("60", 1), "expec
 
 def _check(options: Any, rest: Sequence[str]) -> None:
     """Take the numbers and the address from the options; ValueError for a mistake."""
-    for text in rest:
+    for text in rest if options.script is None else ():
         override = ("=" in text and text[0] != "-") or text[0] == "~"
         if not override and not text.startswith("--config-dir="):
             raise ValueError(f"`{text}` is no option and no override; --help lists the options")
@@ -128,7 +130,10 @@ class Launcher:
         from consensus.comm.rendezvous import connect, serve  # imports torch
 
         self.options = options
-        self.command = [sys.executable, "-m", "consensus.train", "group.elastic=true", *overrides]
+        program = ["-m", "consensus.train", "group.elastic=true"]
+        if options.script is not None:
+            program = [options.script]
+        self.command = [sys.executable, *program, *overrides]
         host, port = options.host, options.port
         self._server = None
         if options.serve or not options.store:

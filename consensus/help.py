@@ -154,9 +154,10 @@ Start processes of one elastic run on this machine. A process that is killed
 does not end the others, and more of them may join at any time.
 
 Usage: python -m consensus.elastic [OPTION ...] [KEY=VALUE ...]
+       python -m consensus.elastic [OPTION ...] --script FILE [ARGUMENT ...]
 
 Keys are those of python -m consensus.train. A process that joins a run takes
-those that it is not given from the run.
+those that it is not given from the run. A script has an ElasticCoupling.
 
 Options (default):
   --processes N (1)    processes to start here; 0 with --serve: only the store
@@ -165,6 +166,7 @@ Options (default):
   --serve              keep the store here, at the port of --store
   --wait S (60)        longest wait for the store, in seconds
   --run NAME           of the run, where a store has several
+  --script FILE        start this Python file in place of the trainer
   --restarts N (0)     new processes for lost ones
   --version            print the version
 

@@ -6,6 +6,8 @@ Examples of several processes run on real ranks, end with the same u on all, and
 import base64
 import importlib.util
 import math
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -45,6 +47,7 @@ def run(name, folder, *arguments):
 
 def test_every_example_is_tested():
     names = {"robust_regression", "tv_denoising", "consensus_logistic", "fsdp2", "load_model"}
+    names |= {"elastic_loop"}
     assert {path.stem for path in FOLDER.glob("*.py")} == names | DISTRIBUTED | PLUGINS
     assert [path.stem for path in FOLDER.glob("*.ipynb")] == ["two_potentials"]
 
@@ -321,6 +324,22 @@ def test_label_skew(tmp_path):
         assert apart["quad", 1.0] < 0.3 < math.sqrt(math.pi / 2) < apart["quad", 0.3]
     errors = {(potential, pull): error for potential, pull, _, error, _ in found[0]}
     assert errors["tan", 0.3] < 0.5 * errors["quad", 1.0], "averages of distant copies are poor"
+
+
+def test_elastic_loop(tmp_path):
+    """The saved u fits a sine, of which a plain model of this size is capable."""
+    script = ["--script", str(FOLDER / "elastic_loop.py"), "--steps", "400"]
+    command = [sys.executable, "-m", "consensus.elastic", "--processes", "2", *script]
+    command += ["--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step 0: 2 workers, (0, 1)" in done.stdout
+    model = load("elastic_loop").network()
+    model.load_state_dict(torch.load(tmp_path / "elastic_loop.pt", weights_only=True))
+    x = torch.linspace(-1.0, 1.0, 201).unsqueeze(1)
+    loss = float((model(x).detach() - torch.sin(3.0 * x)).square().mean())
+    assert f"mean squared error of u: {loss:.2g}" in done.stdout
+    assert loss < 0.05 < float(torch.sin(3.0 * x).var())
 
 
 @pytest.mark.ranks

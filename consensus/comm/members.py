@@ -206,6 +206,18 @@ class Members:
         """Say that a process is lost or has left; the first word stands."""
         self.store.compare_set(f"gone/{member}", "", why)
 
+    def await_end(self) -> None:
+        """Wait, not for long, until all are at the end: an earlier close fails their collective."""
+        assert self.view is not None
+        deadline = time.monotonic() + self.SILENT_S
+        with suppress(RuntimeError):
+            self.store.set(f"ended/{self.name}", "ended")
+            while time.monotonic() < deadline:
+                missing = [m for m in self.view.members if not self._text(f"ended/{m}")]
+                if all(self.is_gone(member) for member in missing):
+                    return
+                time.sleep(self.LOOK_S)
+
     def close(self, why: str = "", finished: bool = False) -> None:
         """End the heartbeat and leave, for a reason; `finished`: nobody may join any more."""
         self._ended.set()

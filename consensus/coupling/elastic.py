@@ -11,6 +11,7 @@ them make it in the same call of `step`.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -132,6 +133,11 @@ class ElasticCoupling(Coupling):
         return self._processes.workers.size
 
     @property
+    def first(self) -> bool:
+        """Whether this process is the first by seniority, for instance to print and to save."""
+        return self._members.rank == 0
+
+    @property
     def number(self) -> int:
         """The number j of this worker, for instance to divide data; the lowest that was free."""
         view = self._members.view
@@ -152,9 +158,15 @@ class ElasticCoupling(Coupling):
 
     def close(self) -> None:
         """Wait for the sum on its way and end the run, which nobody can join any more."""
-        if not self._closed:
-            super().close()
-            self._members.close(finished=True)
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(GroupError):  # nobody needs the sum any more
+            for part in self._parts:
+                part.wait()
+        self._members.await_end()
+        self._processes.close()
+        self._members.close(finished=True)
 
     def restart(self) -> NoReturn:
         """Not offered: a process that joins later could not take part."""

@@ -169,6 +169,8 @@ def run_as_member(plan: Plan, members: Members) -> None:
                         trainer.end(str(error))  # the members are together as before
                     raise
                 agreed = time.time()
+            else:
+                members.await_end()
             if group is not None:
                 group.close()
         assert trainer is not None
