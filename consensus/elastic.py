@@ -201,9 +201,12 @@ class Launcher:
         except RuntimeError:
             self._lost = True
             if self.children and not self._finished:
-                line = f"the store at {self.address} is lost; the run stops with a checkpoint"
+                stops = self.options.script is None  # a script has no handler of SIGUSR1
+                then = "the run stops with a checkpoint" if stops else "nobody can join any more"
+                line = f"the store at {self.address} is lost; {then}"
                 print(f"consensus.elastic: {line}", file=sys.stderr, flush=True)
-                self._send(signal.SIGUSR1)
+                if stops:
+                    self._send(signal.SIGUSR1)
 
     def _is_needed(self) -> bool:
         """Whether the store is, without processes here: by others that live or may come."""
