@@ -37,7 +37,7 @@ from typing import Any
 
 from benchmarks import harness
 from consensus.comm.rendezvous import connect, serve
-from consensus.run.membership import MEMBERSHIP, Change, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, Change, read_changes
 
 LEAST, MOST, FIRST = 2, 6, 3
 PATIENCE_S = 120.0  # for a change; a benchmark that waits longer reports a hang

@@ -44,10 +44,10 @@ from consensus.run.compose import (
     to_config,
 )
 from consensus.run.continued import as_replayed, continued
+from consensus.run.elastic.member import train_as_member
+from consensus.run.elastic.replay import ReplayTrainer
 from consensus.run.limits import MachineError
-from consensus.run.member import train_as_member
 from consensus.run.overrides import take_as_text
-from consensus.run.replayed import ReplayTrainer
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
 from consensus.run.yaml_files import config_dir

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from consensus.run.membership import MEMBERSHIP, Change, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, Change, read_changes
 from tests.test_train import rows_of
 from tests.testing.launch import Ranks
 

@@ -29,8 +29,8 @@ from consensus.run.checkpoint.resume import find_origin
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE, as_call
+from consensus.run.elastic.log import changes_to_replay
 from consensus.run.limits import memory_of
-from consensus.run.membership import changes_to_replay
 from consensus.run.problem import load_data, make_model, make_shards
 from consensus.theory.descent import VECTORS
 from consensus.tree_sum import layouts

@@ -3,7 +3,7 @@
 import random
 
 from benchmarks.elastic import KINDS, LEAST, MOST, Event, act, print_times, spread
-from consensus.run.membership import Change
+from consensus.run.elastic.log import Change
 
 
 class Quiet:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from consensus import elastic
-from consensus.run.membership import MEMBERSHIP, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.test_elastic import RUN
 from tests.test_train import rows_of
 from tests.testing import ROOT

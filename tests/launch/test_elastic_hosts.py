@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from consensus.run.membership import MEMBERSHIP, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.launch.test_hosts import RUN, rows, wait_for
 from tests.testing import ROOT
 from tests.testing.hosts import Hosts

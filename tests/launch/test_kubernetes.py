@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from consensus.run.membership import MEMBERSHIP, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.test_elastic import RUN
 from tests.testing import ROOT
 

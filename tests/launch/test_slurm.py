@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from consensus.run.membership import MEMBERSHIP, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.testing import ROOT
 from tests.testing.slurm import Cluster
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from consensus.run.membership import MEMBERSHIP, read_changes
+from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.test_elastic import RUN
 from tests.test_train import rows_of
 from tests.testing import ROOT

@@ -12,7 +12,7 @@ from consensus import MODELS
 from consensus.comm import GroupError, Launch, Members
 from consensus.comm.rendezvous import serve
 from consensus.run.checks import ConfigError
-from consensus.run.member import run_as_member, train_as_member
+from consensus.run.elastic.member import run_as_member, train_as_member
 from consensus.run.plan import make_plan
 from consensus.run.signals import RunStopped
 

@@ -26,7 +26,7 @@ from consensus.run.checkpoint.directory import JoinedDirectory
 from consensus.run.checkpoint.manifest import as_hex
 from consensus.run.checkpoint.resume import Resumed, remove_incomplete, resume
 from consensus.run.diagnosis import Diagnosis
-from consensus.run.membership import Change, read_changes, write_changes
+from consensus.run.elastic.log import Change, read_changes, write_changes
 from consensus.run.metrics import better
 from consensus.run.plan import Plan
 from consensus.run.progress import Screen

@@ -6,7 +6,7 @@ from consensus.comm import Group
 from consensus.problem import Minibatches, MinibatchRisk
 from consensus.repeatable import begin_at_consensus
 from consensus.run.build import build_algorithm
-from consensus.run.membership import Change, changes_to_replay
+from consensus.run.elastic.log import Change, changes_to_replay
 from consensus.run.plan import Plan
 from consensus.run.stationarity import Stationarity
 from consensus.run.trainer import Trainer

@@ -36,7 +36,7 @@ from consensus.run.checks import ConfigError, require
 from consensus.run.compose import to_config
 from consensus.run.config import Config
 from consensus.run.continued import completed
-from consensus.run.elastic import ElasticTrainer
+from consensus.run.elastic.trainer import ElasticTrainer
 from consensus.run.limits import MachineError, machine_failures
 from consensus.run.plan import Plan, make_plan, set_determinism
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals

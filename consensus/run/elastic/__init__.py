@@ -1,0 +1,1 @@
+"""Training with members that join and leave: the trainer, its process, its log and its replay."""
