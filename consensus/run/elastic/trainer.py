@@ -13,6 +13,7 @@ the same iteration and make it at the next communication.
 
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +130,8 @@ class ElasticTrainer(Trainer):
         self.changes = self.group.share(kept)
         new = [j for own in self.group.gather_objects(self._absent) for j in own]
         self._log(tuple(new if self.at[0] else self.plan.numbers), [self.report()])
-        self.members.store.set("run_dir", str(self.run_dir))  # for others, if all are lost
+        with suppress(RuntimeError):  # a lost store is found out where it is needed
+            self.members.store.set("run_dir", str(self.run_dir))  # for others, if all are lost
 
     def restore(self) -> Resumed:
         """As in `Trainer`; workers that the checkpoint lacks begin at u."""
