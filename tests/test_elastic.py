@@ -155,6 +155,8 @@ def test_members_are_lost_join_and_leave_and_the_replay_has_the_same_bits(tmp_pa
         with Members(2, [], tmp_path / "more", joins=members) as more:  # the config is the run's
             found = members.until(lambda log: len(log[-1].workers) == 4)
             assert sorted(found[-1].workers) == [0, 1, 2, 3]
+            joined = {j for change in found[2:] for j in change.new}
+            assert joined == {0, 1, 2, 3} - {*found[1].workers}
             more.kill(0)
             members.until(lambda log: len(log[-1].workers) == 3)
             more.terminate(1)
@@ -251,4 +253,46 @@ def test_a_process_that_dies_where_the_run_begins(tmp_path, where):
     assert [row["workers"] for row in rows_of(tmp_path / "run")] == [2, 2]
     (change,) = read_changes(tmp_path / "run")
     assert (change.iteration, len(change.workers)) == (0, 2)
+    require_replayed(tmp_path / "run", tmp_path / "replay")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_member_that_is_behind_takes_u_and_catches_up(tmp_path, method):
+    """One member fails in a sum that the others finish: a run in which nothing happened."""
+    plugin = "plugins=[tests.testing.behind]"
+    overrides = [*RUN, *METHODS[method], plugin, "algorithm.iterations=60", "output.eval_every=20"]
+    with Members(2, overrides, tmp_path, expected=3) as members:
+        same, behind = [*overrides, f"output.run_dir={members.run_dir}"], {"BEHIND": "7"}
+        with Members(1, same, tmp_path / "behind", members, expected=3, env=behind) as late:
+            assert late.wait(60) == [0], late.err(0)
+            assert members.wait(60) == [0, 0], members.err(0)
+    log = read_changes(tmp_path / "run")
+    assert [change.workers for change in log] == [(0, 1, 2)] * 2
+    assert (log[1].new, log[1].gone) == ((), {})
+    (tmp_path / "plain").mkdir()
+    plain = [*overrides, "workers=3", f"output.run_dir={tmp_path / 'plain' / 'run'}"]
+    with Ranks(1, plain, tmp_path / "plain") as ranks:
+        assert ranks.wait(120) == [0], ranks.err(0)
+    assert digests(tmp_path / "run") == digests(tmp_path / "plain" / "run")
+
+
+def test_a_process_that_has_joined_goes_on_with_the_files_of_the_run(tmp_path):
+    overrides = [*RUN, "algorithm.iterations=400", "output.eval_every=20", SLOW]
+    with Members(1, overrides, tmp_path) as members:
+        members.until_row(40)
+        with Members(1, [], tmp_path / "more", joins=members) as more:
+            members.until(lambda log: len(log) == 2)
+            members.kill(0)
+            assert more.wait(60) == [0], more.err(0)
+    rows = rows_of(tmp_path / "run")
+    assert [row["iteration"] for row in rows] == list(range(20, 401, 20))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lowest = min(rows, key=lambda row: row["test_error"])
+    assert summary["best"]["test_error"] == lowest["test_error"]
+    log = read_changes(tmp_path / "run")
+    assert [(change.workers, change.new) for change in log] == [
+        ((0,), (0,)),
+        ((0, 1), (1,)),
+        ((1,), ()),
+    ]
     require_replayed(tmp_path / "run", tmp_path / "replay")
