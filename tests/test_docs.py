@@ -88,6 +88,9 @@ def overrides_of_launcher(arguments):
     """The overrides of a process that consensus.elastic starts with these arguments."""
     options, rest = elastic._parser().parse_known_args(arguments)
     elastic._check(options, rest)
+    if options.script is not None:  # its arguments are its own
+        assert (ROOT / options.script).is_file()
+        rest = []
     return ["group.elastic=true", *rest]
 
 

@@ -98,7 +98,8 @@ def require_replayed(run_dir: Path, cwd: Path) -> None:
             assert time.monotonic() < deadline, ranks.err(0)
             time.sleep(0.05)
         ranks.terminate(0)
-        assert ranks.wait(60)[0] in (0, 75), ranks.err(0)
+        # Python, which has finished already, may end by the signal.
+        assert ranks.wait(60)[0] in (0, 75, -15), ranks.err(0)
     assert digests(cwd / "run")[: len(expected)] == expected
 
 

@@ -92,7 +92,7 @@ class Members:
         self._places: dict[str, dict[str, str]] = {}  # name -> host and process
         self._counts: dict[str, tuple[str, float]] = {}  # name -> heartbeat, when it changed
         self._candidates: list[str] = []  # all that have ever come, in order
-        self._reading = threading.Lock()
+        self._reading = threading.Lock()  # of the candidates, and of whether one waits
         self._waiting = False  # whether a candidate waits, as the thread has last seen
         self._ended = threading.Event()
         place = {"name": self.name, **place_of(os.getpid())}
@@ -260,7 +260,8 @@ class Members:
         self.store.set("latest", str(view.number))
 
     def _enter(self, view: View) -> View:
-        self.view, self._waiting = view, False
+        with self._reading:
+            self.view, self._waiting = view, False
         if self.name not in view.members and not self.leaving:
             raise GroupError(self._without())
         return view
@@ -339,7 +340,8 @@ class Members:
         self._read_candidates()
         others = [c for c in self._candidates if c != self.name and not self.is_gone(c)]
         waiting = view is not None and any(name not in members for name in others)
-        self._waiting = waiting and self.view is view  # else those that waited may be members now
+        with self._reading:
+            self._waiting = waiting and self.view is view  # else they may be members now
         for name in others:
             count = store.get(f"alive/{name}").decode()
             before, changed = self._counts.get(name, ("", now))
