@@ -336,12 +336,11 @@ class Members:
     def _observe(self, store: dist.Store) -> None:
         """Look for candidates, and for heartbeats that have stopped."""
         view, now = self.view, time.monotonic()
-        members = view.members if view is not None else ()
         self._read_candidates()
         others = [c for c in self._candidates if c != self.name and not self.is_gone(c)]
-        waiting = view is not None and any(name not in members for name in others)
-        with self._reading:
-            self._waiting = waiting and self.view is view  # else they may be members now
+        with self._reading:  # in another view they may be members
+            strangers = view is not None and any(c not in view.members for c in others)
+            self._waiting = strangers and self.view is view
         for name in others:
             count = store.get(f"alive/{name}").decode()
             before, changed = self._counts.get(name, ("", now))
