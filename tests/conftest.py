@@ -29,13 +29,17 @@ MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" 
 # processes and those that compute alternate, so that the cores are busy throughout.
 SLOWEST = (
     "tests/launch/test_hosts.py",  # mostly waits
-    "tests/launch/test_elastic",  # mostly waits
+    "tests/launch/test_elastic_hosts.py",  # mostly waits
     "tests/test_algorithm.py",
-    "tests/test_faults.py",  # mostly waits
+    "tests/launch/test_slurm_script.py",  # mostly waits
     "tests/test_kill.py",
-    "tests/doctor/test_examination.py",  # mostly waits
+    "tests/launch/test_elastic.py",  # mostly waits
     "tests/test_population.py",
+    "tests/launch/test_kubernetes.py",  # mostly waits
+    "tests/test_faults.py",  # mostly waits
+    "tests/test_elastic.py",
     "tests/test_train.py",
+    "tests/doctor/test_examination.py",  # mostly waits
     "tests/test_docs.py",
     "tests/test_examples.py",
     "tests/test_any_config.py",
