@@ -228,11 +228,12 @@ def test_two_workers_on_each_process_and_a_measurement_of_stationarity(tmp_path)
     measured = ["stationarity.every=60", "stationarity.samples=20", "stationarity.budget=3"]
     with Members(2, [*overrides, *measured], tmp_path) as members:
         members.until_row(30)
-        members.kill(0)
-        assert members.wait(120) == [-9, 0], members.err(1)
+        second = next(r for r in range(2) if "4 workers" not in members.out(r))
+        members.kill(second)  # the first may have numbers for TensorBoard in its memory
+        assert sorted(members.wait(120)) == [-9, 0], members.err(1 - second)
     (first, *_, last) = rows_of(tmp_path / "run")
     assert (first["members"], first["workers"]) == ([0, 1, 2, 3], 4)
-    assert last["members"] in ([0, 1], [2, 3])
+    assert last["members"] == [0, 1]
     assert (last["iteration"], len(last["influence"])) == (120, 2)
     assert len(last["stationarity"]["worker_residual"]) == 2
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()

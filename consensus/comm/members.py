@@ -51,9 +51,7 @@ def _without_store() -> Iterator[None]:
 
 
 class Members:
-    """The view of one process, and its part in the agreement on the next.
-
-    A thread keeps up its heartbeat and observes those of the others.
+    """The view of one process, and its part in the agreement on the next. A thread has heartbeats.
 
     Args:
         store: The key-value store of the run.
@@ -159,9 +157,9 @@ class Members:
         view, began = self.view, time.monotonic()
         self.store.set(f"ready/{view.number}/{self.name}", ready)
         while True:
-            self._require_wanted()
             if (found := self._read(view.number + 1)) is not None:
                 return self._enter(found)
+            self._require_wanted()
             stopped = self._stopped(view)
             missing = [m for m in view.members if m not in stopped and not self.is_gone(m)]
             if missing and time.monotonic() > began + self._timeout_s:
@@ -258,6 +256,8 @@ class Members:
         """Write a view, unless another process was faster."""
         self.store.compare_set(f"view/{view.number}", "", view.to_json())
         self.store.set("latest", str(view.number))
+        for member, why in view.gone.items():  # one that leaves is no candidate meanwhile
+            self.declare_gone(member, why)
 
     def _enter(self, view: View) -> View:
         with self._reading:
