@@ -89,6 +89,15 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 
 
+def steady_gloo_threads():
+    """The number of Gloo threads, once all that have started have their names."""
+    before, now = -1, len(gloo_threads())
+    while now != before:
+        time.sleep(0.1)
+        before, now = now, len(gloo_threads())
+    return now
+
+
 def gloo_threads_after(expected):
     """The Gloo threads; the kernel takes a moment to remove one that has ended."""
     deadline = time.monotonic() + 10.0
@@ -280,7 +289,7 @@ def open_sides(group, folder):
         for name in ("worker", "replica", "worker"):
             rows = ProcessGroup(mesh.get_group(name), CPU, 60.0)
             plain_sum(rows.handle, 1.0)  # a thread has its name once it runs
-            threads = len(gloo_threads())
+            threads = steady_gloo_threads()
             side = rows.side()
             values.append(side.sum_(torch.tensor([float(dist.get_rank())])).item())
             values.append(side.share(dist.get_rank()))
