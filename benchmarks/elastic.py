@@ -60,7 +60,7 @@ def be_member(environment: dict[str, str], overrides: list[str]) -> None:
 
 @dataclass
 class Event:
-    """What was done to the run."""
+    """A disturbance of the run, and the changes that followed."""
 
     kind: str
     changes: list[Change] = field(default_factory=list)  # that followed

@@ -10,7 +10,7 @@ from consensus.comm.process_group import (
     may_share_memory,
     open_group,
 )
-from consensus.comm.rendezvous import Store, connect, first_line
+from consensus.comm.rendezvous import Store, connect_to_launcher, read_text
 from consensus.comm.sums import sent_sum
 from consensus.comm.user_group import (
     group_inside,
@@ -42,8 +42,7 @@ __all__ = [
     "ViewGroup",
     "backends",
     "choose_backend",
-    "connect",
-    "first_line",
+    "connect_to_launcher",
     "group_inside",
     "group_of_user",
     "have_others_in_common",
@@ -51,6 +50,7 @@ __all__ = [
     "num_ranks",
     "open_group",
     "open_view",
+    "read_text",
     "reshard",
     "sent_sum",
 ]

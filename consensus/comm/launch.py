@@ -86,14 +86,14 @@ def _number(name: str, default: str = "0") -> int:
 def _started() -> float:
     """The Unix time at which the parent, which is torchrun, started; 0 where there is no /proc."""
     with suppress(OSError, IndexError, ValueError, StopIteration):
-        ticks = int(_stat_of(os.getppid())[19])
+        ticks = int(stat_of(os.getppid())[19])
         lines = Path("/proc/stat").read_text().splitlines()
         boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
         return boot + ticks / os.sysconf("SC_CLK_TCK")
     return 0.0
 
 
-def _stat_of(pid: int) -> list[str]:
+def stat_of(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name of the program."""
     return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
 
@@ -105,5 +105,5 @@ def _launch_name() -> str:
         return name
     parent, started = os.getppid(), ""  # in clock ticks since boot; "" where there is no /proc
     with suppress(OSError, IndexError):
-        started = _stat_of(parent)[19]
+        started = stat_of(parent)[19]
     return f"{socket.gethostname()}:{parent}:{started}"

@@ -22,11 +22,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from consensus.comm.group import GroupError
-from consensus.comm.rendezvous import first_line
+from consensus.comm.rendezvous import first_line, read_text
 from consensus.comm.view import View, has_ended, place_of
 
 PLANNED, LOST, LEAVING = "planned", "lost", "leaving"
@@ -51,7 +52,7 @@ def _without_store() -> Iterator[None]:
 
 
 class Members:
-    """The view of one process, and its part in the agreement on the next. A thread has heartbeats.
+    """The view of one process, and its part in the agreement on the next; with its heartbeat.
 
     Args:
         store: The key-value store of the run.
@@ -99,6 +100,12 @@ class Members:
         self._thread = threading.Thread(target=self._beat, name="members", daemon=True)
         self._thread.start()
 
+    @classmethod
+    def of_launcher(cls, store: dist.Store, **options: Any) -> "Members":
+        """The part of a process whose name and number its launcher has put in the environment."""
+        name, expected = os.environ.get("CONSENSUS_MEMBER"), os.environ.get("CONSENSUS_MEMBERS", 1)
+        return cls(store, name=name, expected=int(expected), **options)
+
     @property
     def rank(self) -> int:
         """The place of this process in the view."""
@@ -106,11 +113,8 @@ class Members:
         return self.view.members.index(self.name)
 
     @property
-    def wishes(self) -> bool:
-        """Whether this process wants a planned change.
-
-        It leaves, or it is the first member and a candidate waits.
-        """
+    def requests_change(self) -> bool:
+        """Whether this process leaves, or is the first member while a candidate waits."""
         return self.leaving or (self._waiting and self.rank == 0)
 
     def join(self, give_up: Callable[[], bool] = lambda: False) -> View:
@@ -178,14 +182,13 @@ class Members:
         return ""
 
     def _lost(self) -> str:
-        assert self.view is not None
         view = self.view
-        others = [member for member in view.members if member != self.name]
-        if gone := [member for member in others if self.is_gone(member)]:
-            return f"{gone[0]}: {self._gone[gone[0]]}"
-        for member, ready in self._stopped(view, others).items():
-            if ready == LOST:
-                return f"{member} has lost a peer"
+        assert view is not None
+        for member in view.members:
+            if member != self.name and self.is_gone(member):
+                return f"{member}: {self._gone[member]}"
+        if lost := [member for member, ready in self._stopped(view).items() if ready == LOST]:
+            return f"{lost[0]} has lost a peer"
         return "the members have changed" if self._read(view.number + 1) is not None else ""
 
     def is_gone(self, member: str) -> bool:
@@ -207,12 +210,11 @@ class Members:
     def await_end(self) -> None:
         """Wait, not for long, until all are at the end: an earlier close fails their collective."""
         assert self.view is not None
-        deadline = time.monotonic() + self.SILENT_S
+        members, deadline = self.view.members, time.monotonic() + self.SILENT_S
         with suppress(RuntimeError):
             self.store.set(f"ended/{self.name}", "ended")
-            while time.monotonic() < deadline:
-                missing = [m for m in self.view.members if not self._text(f"ended/{m}")]
-                if all(self.is_gone(member) for member in missing):
+            while not all(self._text(f"ended/{m}") or self.is_gone(m) for m in members):
+                if time.monotonic() > deadline:
                     return
                 time.sleep(self.LOOK_S)
 
@@ -279,10 +281,9 @@ class Members:
             known, number = found, number + 1
         return known
 
-    def _stopped(self, view: View, members: Sequence[str] | None = None) -> dict[str, str]:
+    def _stopped(self, view: View) -> dict[str, str]:
         """The members of a view that have stopped for a change, and why."""
-        members = view.members if members is None else members
-        found = {m: self._text(f"ready/{view.number}/{m}") for m in members}
+        found = {m: self._text(f"ready/{view.number}/{m}") for m in view.members}
         return {m: text for m, text in found.items() if text}
 
     def _living_candidates(self, view: View | None) -> list[str]:
@@ -308,7 +309,7 @@ class Members:
                 self._candidates.append(place["name"])
 
     def _text(self, key: str) -> str:
-        return self.store.get(key).decode() if self.store.check([key]) else ""
+        return read_text(self.store, key)
 
     def _require_wanted(self) -> None:
         if self._text("finished"):
@@ -338,13 +339,12 @@ class Members:
         view, now = self.view, time.monotonic()
         self._read_candidates()
         others = [c for c in self._candidates if c != self.name and not self.is_gone(c)]
+        waits = view is not None and any(c not in view.members for c in others)
         with self._reading:  # in another view they may be members
-            strangers = view is not None and any(c not in view.members for c in others)
-            self._waiting = strangers and self.view is view
+            self._waiting = waits and self.view is view
         for name in others:
             count = store.get(f"alive/{name}").decode()
             before, changed = self._counts.get(name, ("", now))
             self._counts[name] = (count, now if count != before else changed)
             if now - self._counts[name][1] > self.SILENT_S:
-                why = f"no heartbeat for {self.SILENT_S:g} s"
-                store.compare_set(f"gone/{name}", "", why)
+                self.declare_gone(name, f"no heartbeat for {self.SILENT_S:g} s")

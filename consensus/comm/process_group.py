@@ -162,10 +162,14 @@ class ProcessGroup(Group):
 
         def wait() -> Tensor:
             with self.reporting(operation):
-                work.wait()
+                self.await_work(work)
             return result
 
         return Pending(wait)
+
+    def await_work(self, work: dist.Work) -> None:
+        """Wait for an operation of the backend."""
+        work.wait()
 
     def share(self, value: Any, source: int = 0) -> Any:
         """Broadcast of a pickled object from a rank of the group."""

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from consensus.comm.group import GroupError
+
 T = TypeVar("T")
 
 Store = dist.Store
@@ -92,24 +94,25 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while True:
         if rank == 0:
-            seen = ",".join(_read(store, f"rank/{r}") for r in range(size))
+            seen = ",".join(read_text(store, f"rank/{r}") for r in range(size))
             store.set("seen", seen)
         else:
-            seen = _read(store, "seen")
+            seen = read_text(store, "seen")
         met = hashlib.sha256(seen.encode()).hexdigest()
         if seen.split(",")[rank:][:1] == [mine]:
             store.set(f"{met}/{rank}", "here")
-            if rank == 0 and all(_read(store, f"{met}/{r}") for r in range(size)):
+            if rank == 0 and all(read_text(store, f"{met}/{r}") for r in range(size)):
                 store.set(f"{met}/all", "here")
-            if _read(store, f"{met}/all"):
+            if read_text(store, f"{met}/all"):
                 return met
         if time.monotonic() > deadline:
-            absent = ", ".join(str(r) for r in range(size) if not _read(store, f"{met}/{r}"))
+            absent = ", ".join(str(r) for r in range(size) if not read_text(store, f"{met}/{r}"))
             raise TimeoutError(f"rank {absent} did not come within {timeout_s:g} s")
         time.sleep(0.05)
 
 
-def _read(store: dist.Store, key: str) -> str:
+def read_text(store: dist.Store, key: str) -> str:
+    """The text of a key; "" if it is absent."""
     return store.get(key).decode(errors="replace") if store.check([key]) else ""
 
 
@@ -181,7 +184,7 @@ class Heartbeat:
 
     def _texts(self, kind: str) -> list[str]:
         with self._lock:
-            return [_read(self._store, f"{kind}/{rank}") for rank in range(self._size)]
+            return [read_text(self._store, f"{kind}/{rank}") for rank in range(self._size)]
 
     def stop(self) -> None:
         """Join the heartbeat thread, which must end before interpreter shutdown."""
@@ -223,6 +226,18 @@ def connect(host: str, port: int, run: str, timeout: timedelta) -> Store:
     except RuntimeError as error:
         raise TimeoutError(f"{problem}: {first_line(error)}") from error
     return dist.PrefixStore(f"elastic/{run}", store)
+
+
+def connect_to_launcher(timeout: timedelta) -> Store:
+    """The store that the launcher of this process has named in its environment.
+
+    GroupError if it cannot be reached in time; KeyError without MASTER_ADDR and MASTER_PORT.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return connect(host, port, os.environ.get("CONSENSUS_RUN", ""), timeout)
+    except (RuntimeError, TimeoutError) as error:
+        raise GroupError(f"no store at {host}:{port}: {first_line(error)}") from error
 
 
 def _await_answer(host: str, port: int, timeout_s: float) -> None:

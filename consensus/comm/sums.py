@@ -1,15 +1,15 @@
 """Repeated sums: compressed to bfloat16, in a fixed order, or in shared memory."""
 
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from consensus.comm import shared_memory
-from consensus.comm.group import Group, Pending, RepeatedSum, SentSum
+from consensus.comm.group import Group, PeerLostError, Pending, RepeatedSum, SentSum
 from consensus.comm.shared_memory import PeersGoneError, SharedSum
 from consensus.tree_sum import tree_sum
 
@@ -104,7 +104,8 @@ def open_shared_sum(
     memories = group.gather_objects(shared_memory.identity() if enabled else "")
     if "" in memories or len(set(memories)) > 1:
         return None
-    path, problem, shared = "", "", None
+    path = place = problem = ""
+    shared = None
     if group.rank == 0:
         try:
             path = SharedSum.reserve(group.size, numel, dtype)
@@ -117,9 +118,12 @@ def open_shared_sum(
             except OSError as error:
                 problem = str(error)
         complete = all(group.gather_objects(shared is not None))
+    except PeerLostError:
+        path = path or place  # rank 0, which else removes the name, may be the lost one
+        raise
     finally:
         if path:  # either all ranks have opened it, or none will use it
-            os.unlink(path)
+            Path(path).unlink(missing_ok=True)
     if problem:
         line = f"rank {group.rank}: no shared memory, sums go through Gloo: {problem}"
         warnings.warn(line, stacklevel=3)

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from consensus.comm.launch import stat_of
+
 
 @dataclass(frozen=True)
 class View:
@@ -52,13 +54,8 @@ def place_of(pid: int) -> dict[str, str]:
     with suppress(OSError, IndexError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         place["host"] = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        place["started"] = _stat(pid)[19]
+        place["started"] = stat_of(pid)[19]
     return place
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name of the program: state, parent, ..."""
-    return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
 
 
 def has_ended(place: Mapping[str, str]) -> bool:
@@ -66,7 +63,7 @@ def has_ended(place: Mapping[str, str]) -> bool:
     if "started" not in place or place["host"] != place_of(os.getpid()).get("host"):
         return False
     try:
-        state, *others = _stat(int(place["pid"]))
+        state, *others = stat_of(int(place["pid"]))
     except (OSError, ValueError):
         return True
     return state in "ZX" or others[18] != place["started"]

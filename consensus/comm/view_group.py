@@ -45,9 +45,12 @@ class ViewGroup(ProcessGroup):
         **options: Any,
     ) -> None:
         super().__init__(handle, device, timeout_s, **options)
-        self.lost = lost  # type: ignore[method-assign]
-        self._connect, self._options = connect, options
+        self._lost, self._connect, self._options = lost, connect, options
         self._sides = 0
+
+    def lost(self) -> str:
+        """As in `ProcessGroup`."""
+        return self._lost()
 
     def side(self) -> "ViewGroup":
         """Another group of the same members, for CPU tensors of another thread. A collective."""
@@ -55,38 +58,28 @@ class ViewGroup(ProcessGroup):
         with self.reporting("start"):
             handle = self._connect(f"side/{self._sides}")
         where = torch.device("cpu"), self.timeout_s
-        side = ViewGroup(handle, *where, self.lost, self._connect, **self._options)
+        side = ViewGroup(handle, *where, self._lost, self._connect, **self._options)
         self._owned.callback(side.close)
         return side
 
-    def _wait(self, operation: str, work: dist.Work) -> None:
-        with self.reporting(operation):
-            while True:
-                try:
-                    work.wait(CHECK_EVERY)
-                    return
-                except RuntimeError:
-                    if work.is_completed():
-                        raise
-                if why := self.lost():
-                    raise TimeoutError(why)
-
-    def _pending(self, operation: str, work: dist.Work | None, result: Tensor) -> Pending:
-        assert work is not None
-
-        def wait() -> Tensor:
-            self._wait(operation, work)
-            return result
-
-        return Pending(wait)
+    def await_work(self, work: dist.Work) -> None:
+        """Wait for an operation of Gloo, or until a member is lost."""
+        while True:
+            try:
+                work.wait(CHECK_EVERY)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            if why := self.lost():
+                raise TimeoutError(why)
 
     def min_(self, tensor: Tensor) -> Tensor:
         """All-reduce with MIN."""
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         with self.reporting("min"):
-            work = self.handle.allreduce([tensor], options)
-        self._wait("min", work)
+            self.await_work(self.handle.allreduce([tensor], options))
         return tensor
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
@@ -94,8 +87,7 @@ class ViewGroup(ProcessGroup):
         options = dist.BroadcastOptions()
         options.rootRank = source
         with self.reporting("broadcast"):
-            work = self.handle.broadcast([tensor], options)
-        self._wait("broadcast", work)
+            self.await_work(self.handle.broadcast([tensor], options))
         return tensor
 
     def start_reduce(self, tensor: Tensor) -> Pending:
@@ -151,7 +143,6 @@ def open_view(
     timeout_s: float,
     *,
     shared_memory: bool = True,
-    compress: str | None = None,
     tree: bool = False,
 ) -> Group:
     """The group of the members' current view; `Solo` for one. A collective of the view.
@@ -190,6 +181,5 @@ def open_view(
         members.lost,
         connect,
         shared_memory=shared_memory and available(),
-        compress=compress,
         tree=tree,
     )

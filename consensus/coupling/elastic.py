@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -27,12 +28,12 @@ from consensus.comm import (
     Members,
     PeerLostError,
     Solo,
-    connect,
+    connect_to_launcher,
     open_view,
 )
 from consensus.core.potentials import Potential
 from consensus.coupling.coupling import Coupling
-from consensus.coupling.elastic_part import ElasticPart, Report, Wish
+from consensus.coupling.elastic_part import ChangeRequest, ElasticPart, Report
 from consensus.coupling.part import Part
 from consensus.server import digest, verify_replicas
 
@@ -62,7 +63,8 @@ class ElasticCoupling(Coupling):
     Raises:
         ValueError: As in `Coupling`; also if MASTER_ADDR is not set, or a setting needs a fixed set
             of processes.
-        GroupError: If the run is complete, or has gone on without this process.
+        GroupError: If there is no store, or the run is complete or has gone on without this
+            process.
     """
 
     _make_part: type[Part] = ElasticPart
@@ -103,7 +105,7 @@ class ElasticCoupling(Coupling):
 
     def _couple(self, plans: Any, described: dict[str, Any], *others: Any) -> None:
         self._described = described
-        self._wish = Wish(Solo(self._device))
+        self._request = ChangeRequest(Solo(self._device))
         super()._couple(plans, described, *others)
         if self._processes.inside.size > 1:
             raise ValueError("`model` is one of several processes of a worker; allowed: one each")
@@ -112,7 +114,7 @@ class ElasticCoupling(Coupling):
     def _restart(self) -> None:
         """Begin at u = z_j, or at u of a run that goes on."""
         if self._processes.workers is self._view:
-            self._wish.regroup(self._view)
+            self._request.regroup(self._view)
             super()._restart()
             return
         calls, communications = self._adopt(self._view, self._reports)
@@ -181,17 +183,17 @@ class ElasticCoupling(Coupling):
                 for part in parts:
                     if part.pending is None:
                         part.start(part in settled)
-                if self._wish.pending is None:
-                    self._wish.start(self._members.wishes)
+                if self._request.pending is None:
+                    self._request.start(self._members.requests_change)
                 return
             except PeerLostError:
                 self._change(LOST)
 
     def _finish(self, parts: Sequence[Part], displaced: bool) -> None:
         for part in parts:
-            self._repeat(lambda part=part: part.finish(displaced))  # type: ignore[misc]
+            self._repeat(partial(part.finish, displaced))
         view = self._members.view
-        wanted = self._repeat(self._wish.finish)
+        wanted = self._repeat(self._request.finish)
         self._wanted = wanted and self._members.view is view
         self._communications += 1
 
@@ -219,7 +221,7 @@ class ElasticCoupling(Coupling):
                 raise GroupError(f"after {self._calls} calls of `step`: {view.stop}")
             try:
                 group = open_view(self._members, self._device, self._timeout_s)
-                finished = (*(part.server.finished for part in self._parts), self._wish.finished)
+                finished = (*(part.server.finished for part in self._parts), self._request.finished)
                 report = Report(self._calls, self._communications, finished)
                 self._adopt(group, group.gather_objects(report))
                 return
@@ -230,12 +232,12 @@ class ElasticCoupling(Coupling):
         """Meet the members of a view. Returns the largest calls and communications of all."""
         joins = reports[group.rank] is None
         known = [(rank, found) for rank, found in enumerate(reports) if found is not None]
-        options = [{k: v for k, v in g.items() if k != "params"} for g in self._options()]
-        first = known[0][0]
-        described, theirs = group.share((self._described, options), first)
+        groups = self._optimizer.param_groups
+        options = [{k: v for k, v in own.items() if k != "params"} for own in groups]
+        described, theirs = group.share((self._described, options), known[0][0])
         if joins:
             self._require_same(described)
-            for own, given in zip(self._options(), theirs, strict=True):
+            for own, given in zip(groups, theirs, strict=True):
                 own.update(given)
         bits = []
         for i, part in enumerate(self._parts):
@@ -250,26 +252,23 @@ class ElasticCoupling(Coupling):
                     part.take(state)
             bits.append(u)
         most = max(x.finished[-1] for _, x in known)
-        late = self._wish.finished < most and not joins
+        late = self._request.finished < most and not joins
         self._processes.workers = group
         verify_replicas(torch.cat([digest(u).view(1) for u in bits]), group)
         for part in self._parts:
             part.regroup(group)
-        self._wish.regroup(group)
+        self._request.regroup(group)
         for part in self._parts:
             if part.pending is not None:
                 part.start()
-        if self._wish.pending is not None:
+        if self._request.pending is not None:
             if late:
-                self._wish.take()
+                self._request.take()
             else:
-                self._wish.start(self._members.wishes)
+                self._request.start(self._members.requests_change)
         if joins:
-            self._wish.finished = most
+            self._request.finished = most
         return max(x.calls for _, x in known), max(x.communications for _, x in known)
-
-    def _options(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
 
     def _require_same(self, others: Mapping[str, Any]) -> None:
         """Raise a ValueError if this process has other settings than the run that it joins."""
@@ -297,12 +296,5 @@ def _members(min_workers: int, timeout_s: float) -> Members:
             "an ElasticCoupling needs MASTER_ADDR and MASTER_PORT of a store, and no torchrun, "
             "which ends all its processes with the first; allowed: the launcher consensus.elastic"
         )
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = connect(*where, os.environ.get("CONSENSUS_RUN", ""), timedelta(seconds=timeout_s))
-    return Members(
-        store,
-        name=os.environ.get("CONSENSUS_MEMBER"),
-        expected=int(os.environ.get("CONSENSUS_MEMBERS", "1")),
-        least=min_workers,
-        timeout_s=timeout_s,
-    )
+    store = connect_to_launcher(timedelta(seconds=timeout_s))
+    return Members.of_launcher(store, least=min_workers, timeout_s=timeout_s)

@@ -15,11 +15,11 @@ from consensus.repeatable import RepeatableServer
 
 @dataclass(frozen=True)
 class Report:
-    """What a process that has taken part says to those of the next view."""
+    """Progress of a process that has taken part, for the processes of the next view."""
 
     calls: int
     communications: int
-    finished: tuple[int, ...]  # of each part and of the wish: the sums that it has finished
+    finished: tuple[int, ...]  # sums that it has finished: of each part, of the request
 
 
 class ElasticPart(Part):
@@ -75,7 +75,7 @@ class ElasticPart(Part):
         self.parameters.write(self.z[0])
 
 
-class Wish:
+class ChangeRequest:
     """The number of processes that want a change, summed beside the forces."""
 
     def __init__(self, group: Group) -> None:

@@ -32,7 +32,6 @@ EQUATIONS = {
     "translation_gap": "translation_gap_(9)",
 }
 """Keys of a measurement -> tags with the number of the equation in the paper."""
-LARGEST = 1 << 30  # more workers than any run has
 MINIBATCH_LOSS = "training/minibatch_loss"
 """The scalar that the screen shows between evaluations: mean over the workers of this rank."""
 
@@ -142,7 +141,7 @@ class TensorBoardSink(Sink):
         ):
             scalars |= {f"{group}/{key}": values.get(key) for key in keys}
         scalars |= self._of_layers("distance", row["distance"])
-        numbers = row.get("members") or range(row.get("workers", LARGEST))
+        numbers = row.get("members")
         if "members" in row:
             scalars["training/workers"] = row["workers"]
         scalars |= _of_workers("influence", row.get("influence", ()), numbers)
@@ -175,7 +174,9 @@ class TensorBoardSink(Sink):
         named = zip(self._info.layer_names, values, strict=True)
         return {f"{DETAILS}/{name}/{layer}": value for layer, value in named}
 
-    def _stationarity(self, found: Measurement, numbers: Sequence[int]) -> dict[str, float | None]:
+    def _stationarity(
+        self, found: Measurement, numbers: Sequence[int] | None
+    ) -> dict[str, float | None]:
         scalars: dict[str, float | None] = {
             f"stationarity/{EQUATIONS.get(k, k)}": v
             for k, v in found.items()
@@ -185,7 +186,8 @@ class TensorBoardSink(Sink):
             scalars[f"stationarity/{EQUATIONS[key]}"] = largest(found[key])
         for key in ("envelope_gradients", "worker_residual", "translation_gap", "force"):
             scalars |= _of_workers(EQUATIONS.get(key, key), found[key], numbers)
-        for j, gaps in zip(numbers, found["consensus_gap"], strict=False):
+        every = found["consensus_gap"]
+        for j, gaps in zip(numbers or range(len(every)), every, strict=True):
             scalars |= self._of_layers(f"consensus_gap/worker_{j}", gaps)
         return scalars
 
@@ -205,9 +207,9 @@ class TensorBoardSink(Sink):
 
 
 def _of_workers(
-    name: str, values: Sequence[float | None], numbers: Sequence[int]
+    name: str, values: Sequence[float | None], numbers: Sequence[int] | None
 ) -> dict[str, float | None]:
-    named = zip(numbers, values, strict=False)  # a row of an earlier version has no number of them
+    named = zip(numbers or range(len(values)), values, strict=True)
     return {f"{DETAILS}/{name}/worker_{j}": value for j, value in named}
 
 

@@ -198,7 +198,7 @@ class Trainer:
         self._clock, self._counted = time.perf_counter(), start
 
     def after(self, done: int) -> None:
-        """What is due after so many iterations. A collective, or nothing, on all ranks alike."""
+        """Evaluation, checkpoint and checks where due. A collective, or nothing, on all ranks."""
         output, health = self.config.output, self.health
         log = done % output.log_every == 0
         analyse = self.is_due(self.analyse_every, done)

@@ -84,10 +84,10 @@ def test_it_waits_for_as_many_as_are_expected(member, monkeypatch):
 def test_a_candidate_takes_the_lowest_free_number_at_a_planned_change(member):
     a, b, c = begin(member, "abc")
     d = member("d")
-    until(lambda: a.wishes)
-    assert not any((b.wishes, c.wishes)), "one asks for all"
+    until(lambda: a.requests_change)
+    assert not any((b.requests_change, c.requests_change)), "one asks for all"
     b.leaving = True
-    assert b.wishes
+    assert b.requests_change
     views = at_once(
         lambda: a.change(PLANNED), lambda: b.change(LEAVING), lambda: c.change(PLANNED), d.join
     )
@@ -95,20 +95,20 @@ def test_a_candidate_takes_the_lowest_free_number_at_a_planned_change(member):
         assert (view.members, view.workers) == (("a", "c", "d"), ((0,), (2,), (1,)))
         assert (view.new, view.gone) == (("d",), {"b": "has left"})
     assert [own.rank for own in (a, c, d)] == [0, 1, 2], "seniority decides, not the number"
-    assert not a.wishes
+    assert not a.requests_change
 
 
 def test_a_lost_member_is_missing_in_the_next_view_which_admits_nobody(member):
     a, b, c = begin(member, "abc")
     member("d")
-    until(lambda: a.wishes)
+    until(lambda: a.requests_change)
     assert b.lost() == ""
     c.declare_gone("a", "killed")
     assert b.lost() == "a: killed"
     view = change((b, LOST), (c, LOST))
     assert (view.members, view.workers, view.gone) == (("b", "c"), ((1,), (2,)), {"a": "killed"})
     assert b.rank == 0
-    until(lambda: b.wishes)
+    until(lambda: b.requests_change)
 
 
 def test_all_wait_for_a_member_that_lives(member):

@@ -100,7 +100,8 @@ def test_the_others_go_on_as_a_plain_loop(tmp_path, settings, overlap):
         while loops.codes[0] is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        with Loops([others], settings, tmp_path / "more", joins=loops) as more:
+        late = [[*others, "--lr", "0.5"]]  # a stale learning rate: that of the others counts
+        with Loops(late, settings, tmp_path / "more", joins=loops) as more:
             assert more.wait(60) == [0], more.err(0)
             assert loops.wait(60) == [-9, 0, 0], loops.err(1)
     notes = seen(tmp_path)

@@ -36,13 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("settings", type=json.loads, help="arguments of ElasticCoupling")
     parser.add_argument("--steps", type=int, default=100000)
-    parser.add_argument("--until", type=int, default=0, help="workers: ends when so many have come")
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--kill", type=int, default=-1, help="the iteration before which to die")
     parser.add_argument("--leave", type=int, default=-1)
     parser.add_argument("--pause", type=float, default=0.0)
     options = parser.parse_args()
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
     coupling = ElasticCoupling(model, optimizer, timeout_s=60.0, **options.settings)
     first, rows = coupling.calls, []
     t = first
@@ -69,6 +69,5 @@ def main() -> None:
 
 def note(coupling: ElasticCoupling, first: int, rows: list) -> None:
     """Write what this process has seen: its number, first iteration, and a row for each call."""
-    lr = coupling._options()[0]["lr"]
-    content = {"number": coupling.number, "first": first, "rows": rows, "lr": lr}
+    content = {"number": coupling.number, "first": first, "rows": rows}
     Path(f"seen{os.getpid()}.json").write_text(json.dumps(content))

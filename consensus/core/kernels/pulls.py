@@ -114,7 +114,7 @@ class Pull(Protocol):
         """Both lines tile by tile, where that takes less time. (n,), (n,)."""
 
     def strength(self, pull: float) -> float:
-        """That of `Together.move`."""
+        """The strength of `Together.move` for a pull."""
 
 
 class Explicit:

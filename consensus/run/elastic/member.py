@@ -25,9 +25,9 @@ from consensus.comm import (
     Store,
     StoreLostError,
     View,
-    connect,
-    first_line,
+    connect_to_launcher,
     open_view,
+    read_text,
 )
 from consensus.problem import SampleError
 from consensus.run.checkpoint.directory import JoinedDirectory
@@ -61,13 +61,7 @@ def train_as_member(cfg: DictConfig, overrides: Sequence[str], launch: Launch) -
     allowed = "with MASTER_ADDR and MASTER_PORT of a store, as `python -m consensus.elastic` sets"
     known = {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
     require(known, "group.elastic", "true", allowed)
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = timedelta(seconds=min(MEET_S, float(cfg.group.timeout_s)))
-    try:
-        store = connect(*where, os.environ.get("CONSENSUS_RUN", ""), limit)
-    except (RuntimeError, TimeoutError) as error:
-        place = ":".join(map(str, where))
-        raise GroupError(f"no store at {place}: {first_line(error)}") from error
+    store = connect_to_launcher(timedelta(seconds=min(MEET_S, float(cfg.group.timeout_s))))
     config = _agreed_config(cfg, overrides, store)
     set_determinism(config)
     with machine_failures():
@@ -81,11 +75,9 @@ def train_as_member(cfg: DictConfig, overrides: Sequence[str], launch: Launch) -
         if config.output.tensorboard:  # it takes a second, which a run that has lost its first
             with suppress(ImportError):  # member would wait for
                 importlib.import_module("torch.utils.tensorboard")
-        members = Members(
+        members = Members.of_launcher(
             store,
-            name=os.environ.get("CONSENSUS_MEMBER"),
             workers=how.workers_per_process,
-            expected=int(os.environ.get("CONSENSUS_MEMBERS", "1")),
             least=how.min_workers,
             timeout_s=how.timeout_s,
         )
@@ -112,13 +104,9 @@ def _agreed_config(cfg: DictConfig, overrides: Sequence[str], store: Store) -> C
     return config
 
 
-def _text(store: Store, key: str) -> str:
-    return store.get(key).decode() if store.check([key]) else ""
-
-
 def _config_of(store: Store) -> dict[Any, Any] | None:
     """The config that the first process has given, as plain data."""
-    if not (text := _text(store, "config")):
+    if not (text := read_text(store, "config")):
         return None
     found: Any = OmegaConf.to_container(OmegaConf.create(text))
     return dict(found)
@@ -201,7 +189,7 @@ def _join(members: Members, signals: StopSignals) -> View:
 
 def _begun(plan: Plan, members: Members) -> Plan:
     """A plan that continues the run of this store, if that has lost all its members."""
-    run_dir, view = _text(members.store, "run_dir"), members.view
+    run_dir, view = read_text(members.store, "run_dir"), members.view
     if not run_dir or view is None or view.new != view.members:
         return plan
     config = replace(plan.config, resume="auto")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from consensus.algorithm import Consensus
 from consensus.comm import Group, Members, Pending
 from consensus.records import Row
 from consensus.repeatable import RepeatableOracle, RepeatableServer, begin_at_consensus
@@ -41,7 +42,7 @@ EVENTS, ITERATION = 0, 1
 
 @dataclass(frozen=True)
 class Report:
-    """What a member that has taken part says to the others of the next view."""
+    """Progress of a member that has taken part, for the members of the next view."""
 
     at: tuple[int, int]  # its position
     finished: int  # the number of communications that it has finished
@@ -52,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True)
 class History:
-    """What a new member needs to know of the run, beside u."""
+    """Files and evaluations of the run so far, for a new member; u is apart."""
 
     run_dir: Path
     rows: list[Row]
@@ -83,7 +84,7 @@ class ElasticTrainer(Trainer):
         self.members, self.signals = members, signals
         self.at = (0, ITERATION)
         self.changes: list[Change] = []
-        self._wish: Pending | None = None  # the number of members that want a change
+        self._requested: Pending | None = None  # the number of members that want a change
         self.noticed = self.agreed = time.time()  # of the last change, see `Report`
         self._shows = directory is None and group.rank == 0  # the run, and writes its files
         self._owed = False  # a checkpoint was lost with a member
@@ -129,6 +130,7 @@ class ElasticTrainer(Trainer):
                 kept = []  # it was no elastic run before
         self.changes = self.group.share(kept)
         new = [j for own in self.group.gather_objects(self._absent) for j in own]
+        self._open_requests()
         self._log(tuple(new if self.at[0] else self.plan.numbers), [self.report()])
         with suppress(RuntimeError):  # a lost store is found out where it is needed
             self.members.store.set("run_dir", str(self.run_dir))  # for others, if all are lost
@@ -156,14 +158,14 @@ class ElasticTrainer(Trainer):
             self._take_consensus(first[0], first[1].finished, joins, at[0])
         self._take_history(max(known, key=lambda pair: pair[1].rows)[0], joins)
         self.server.regroup(group)
-        assert hasattr(self.algorithm, "tau")
+        assert isinstance(self.algorithm, Consensus)
         self.algorithm.tau = tau_of(self.config, plan.num_workers)
         self._show()
         self.begin(at[0])
         if joins:
             self.server.finished, self.at = first[1].finished, at
         self._catch_up(at)
-        self._wish = None
+        self._open_requests()
         if group.rank == 0:  # no member writes a checkpoint any more
             remove_incomplete(self.run_dir)
         self.writer = self.open_writer()
@@ -290,16 +292,18 @@ class ElasticTrainer(Trainer):
         self.health.observe(t, self.algorithm.u, self.algorithm.worker.z)
         self.at = (t + 1, EVENTS)
 
+    def _open_requests(self) -> None:
+        """Open the sum of requests for a change, of which none is on its way. A collective."""
+        self._request, self._requested = self.group.repeated_sum(1, torch.zeros(1)), None
+
     def _change_wanted(self) -> bool:
         """Whether a member wanted a change at the last communication; begins to ask again."""
-        if self._wish is not None and float(self._wish.wait()[0]) > 0:
-            self._wish = None
+        if self._requested is not None and float(self._requested.wait()[0]) > 0:
+            self._requested = None
             return True
         self.members.leaving = self.signals.received == signal.SIGTERM
-        if self._wish is None:
-            self._wishes = self.group.repeated_sum(1, torch.zeros(1))
-        self._wishes.message.fill_(float(self.members.wishes))
-        self._wish = self._wishes.start()
+        self._request.message.fill_(float(self.members.requests_change))
+        self._requested = self._request.start()
         return False
 
     def after(self, done: int) -> None:
