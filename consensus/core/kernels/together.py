@@ -11,7 +11,7 @@ cache for its next operation. Of n coordinates these vectors are read from memor
 
 Small models take less time for memory than for Python code, and for the first call of an operation
 after a forward and backward pass, which finds the caches cold: the methods here are long rather
-than deep, and parameters have a loop, whose operations the optimizer has just called.
+than deep.
 """
 
 import math
@@ -25,6 +25,10 @@ from consensus.core.flat import ViewsOf
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters, TiledParameters
 from consensus.core.sizes import CHUNK
+
+Tile = Sequence[tuple[Tensor, ...]]
+"""Pieces of a parameter, of z and of u."""
+FEW = 16  # pieces of a tile: up to here a loop, whose operations the optimizer has just called
 
 
 class Together(Protocol):
@@ -85,8 +89,7 @@ class LinearTogether(_Tiles):
         pieces = self._fixed or self._tiles.pieces()
         for tile, u, z, w in zip(pieces, self._u, self._z, self._along(message), strict=True):
             if read:
-                for p, view, _ in tile:
-                    view.copy_(p)
+                _read(tile)
             torch.sub(u, z, out=w)
 
     def move(self, total: Tensor | None, t_u: float, strength: float, keep: bool) -> None:
@@ -97,10 +100,7 @@ class LinearTogether(_Tiles):
             if w is not None:
                 u.add_(w, alpha=-t_u)
             torch.sub(u, z, out=z)
-            for p, view, _ in tile:
-                p.add_(view, alpha=strength)
-                if keep:
-                    view.copy_(p)
+            _add(tile, strength, keep)
 
 
 class RadialTogether(_Tiles):
@@ -130,8 +130,7 @@ class RadialTogether(_Tiles):
         if self._small:  # fewer operations
             if read:
                 for tile in self._tiles.pieces():
-                    for p, view, _ in tile:
-                        view.copy_(p)
+                    _read(tile)
             torch.sub(self._center, self._own, out=whole)
             for w, slot in zip(parts, self._slots, strict=True):
                 torch.dot(w, w, out=slot)
@@ -139,8 +138,7 @@ class RadialTogether(_Tiles):
             tiles = self._tiles.pieces(), self._u, self._z, parts, self._slots
             for tile, u, z, w, slot in zip(*tiles, strict=True):
                 if read:
-                    for p, view, _ in tile:
-                        view.copy_(p)
+                    _read(tile)
                 torch.sub(u, z, out=w)
                 torch.dot(w, w, out=slot)
         c_of = self._fractions(self._strength)
@@ -175,10 +173,7 @@ class RadialTogether(_Tiles):
         c_of = self._fractions(strength)
         for tile, layer in zip(self._fixed or self._tiles.pieces(), self._layers, strict=True):
             c = c_of[layer]
-            for p, view, _ in tile:
-                p.add_(view, alpha=c)
-                if keep:
-                    view.copy_(p)
+            _add(tile, c, keep)
 
     def _fractions(self, strength: float) -> list[float]:
         """The c of each layer, from the squares of its tiles."""
@@ -217,8 +212,7 @@ class SeparableTogether(_Tiles):
         reach, c = self._common.get(self._strength) or self._find_common(self._strength)
         for tile, u, z, w, weight in zip(pieces, self._u, self._z, parts, weights, strict=True):
             if read:
-                for p, view, _ in tile:
-                    view.copy_(p)
+                _read(tile)
             torch.sub(u, z, out=w)
             if c is not None and (reach == math.inf or _furthest(w) <= reach):
                 w.mul_(c)
@@ -250,14 +244,35 @@ class SeparableTogether(_Tiles):
             if factor is None or (reach < math.inf and _furthest(z) > reach):
                 z.mul_(self._phi.fraction(z, strength))
                 factor = 1.0
-            for p, view, _ in tile:
-                p.add_(view, alpha=factor)
-                if keep:
-                    view.copy_(p)
+            _add(tile, factor, keep)
 
     def _find_common(self, strength: float) -> tuple[float, float | None]:
         found = self._common[strength] = self._phi.common_within(self._center.dtype, strength)
         return found
+
+
+def _read(tile: Tile) -> None:
+    """Set z to the parameters."""
+    if len(tile) > FEW:
+        own, z, _ = zip(*tile, strict=True)
+        torch._foreach_copy_(z, own)
+        return
+    for p, view, _ in tile:
+        view.copy_(p)
+
+
+def _add(tile: Tile, c: float, keep: bool) -> None:
+    """Add c times w, which is in place of z, to the parameters; then z is set to them, if kept."""
+    if len(tile) > FEW:
+        own, z, _ = zip(*tile, strict=True)
+        torch._foreach_add_(own, z, alpha=c)
+        if keep:
+            torch._foreach_copy_(z, own)
+        return
+    for p, view, _ in tile:
+        p.add_(view, alpha=c)
+        if keep:
+            view.copy_(p)
 
 
 def _furthest(w: Tensor) -> float:

@@ -81,11 +81,13 @@ class Case:
         return message
 
 
-@pytest.fixture(params=[1, 5, 1000])
+# The last: pieces of a tile by foreach, as in a model of many parameters.
+@pytest.fixture(params=[(1, 16), (5, 16), (1000, 16), (1000, 0)])
 def tile(request, monkeypatch):
     """The coordinates in a tile."""
     for place in (flat_parameters, sizes, module):
-        monkeypatch.setattr(place, "CHUNK", request.param)
+        monkeypatch.setattr(place, "CHUNK", request.param[0])
+    monkeypatch.setattr(module, "FEW", request.param[1])
 
 
 @pytest.mark.usefixtures("tile")
