@@ -1,8 +1,7 @@
 """Members of an elastic run: processes that join and leave, and agree on a list of themselves.
 
 The list is a `View`. It changes only where all members have stopped for the change, so every
-collective belongs to one view. The agreement needs a key-value store, which lives in a launcher and
-not in a member:
+collective belongs to one view. The agreement needs a key-value store, which a launcher keeps:
 
     candidate/N    a process that wants to take part, in order of arrival
     view/E         the view number E, written once, by the first member that is alive
@@ -128,9 +127,8 @@ class Members:
     def _join(self, give_up: Callable[[], bool]) -> View:
         latest, quiet, seen = self._latest(), time.monotonic(), 0
         while True:
-            self._require_wanted()
-            if give_up():
-                raise GroupError("stopped before it became a member")
+            if why := self._unwanted() or (give_up() and "stopped before it became a member"):
+                raise GroupError(why)
             latest = self._latest(latest)
             if latest is not None and self.name in latest.members:
                 return self._enter(latest)
@@ -161,9 +159,11 @@ class Members:
         view, began = self.view, time.monotonic()
         self.store.set(f"ready/{view.number}/{self.name}", ready)
         while True:
+            unwanted = self._unwanted()  # before the view: that is written first where it leaves
             if (found := self._read(view.number + 1)) is not None:
                 return self._enter(found)
-            self._require_wanted()
+            if unwanted:
+                raise GroupError(unwanted)
             stopped = self._stopped(view)
             missing = [m for m in view.members if m not in stopped and not self.is_gone(m)]
             if missing and time.monotonic() > began + self._timeout_s:
@@ -311,11 +311,11 @@ class Members:
     def _text(self, key: str) -> str:
         return read_text(self.store, key)
 
-    def _require_wanted(self) -> None:
+    def _unwanted(self) -> str:
+        """Why this process cannot take part in further views; "" if it can."""
         if self._text("finished"):
-            raise GroupError("the run has finished; another one needs a store of its own")
-        if self.is_gone(self.name):
-            raise GroupError(self._without())
+            return "the run has finished; another one needs a store of its own"
+        return self._without() if self.is_gone(self.name) else ""
 
     def _without(self) -> str:
         why = self._text(f"gone/{self.name}")

@@ -163,6 +163,21 @@ def test_all_leave(member):
     )
 
 
+def test_one_that_leaves_finds_the_view_that_is_written_while_it_looks(member, monkeypatch):
+    a, b = begin(member, "ab")
+    b.leaving, read, views = True, b._read, []
+
+    def read_just_before_it_is_written(number: int) -> View | None:
+        found = read(number)
+        if not views:  # then a writes the view, and declares b gone
+            views.append(a.change(PLANNED))
+        return found
+
+    monkeypatch.setattr(b, "_read", read_just_before_it_is_written)
+    assert b.change(LEAVING) == views[0]
+    assert views[0].members == ("a",)
+
+
 def test_too_few_are_left_after_a_loss(member):
     a, _ = begin(member, "ab", least=2)
     a.declare_gone("b", "killed")

@@ -219,6 +219,8 @@ def test_tensorboard_of_a_continued_run(tmp_path, continues_after, iterations):
         for t in (10, 15):
             before.evaluation({**ROW, "iteration": t})
         before.close()
+        (events,) = tmp_path.iterdir()  # files of one second are read in the order of their names
+        events.rename(tmp_path / "events.out.tfevents.1700000000.host.1.0")
     sink = TensorBoardSink(RunInfo(tmp_path, ("conv1", "fc"), [kept], continues_after))
     sink.evaluation(ROW)
     sink.close()
