@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from consensus.algorithm import Algorithm, Consensus
+from consensus.delayed import DelayedConsensus
 from consensus.problem import MinibatchRisk
 
 Call = Callable[[], object]
@@ -36,6 +37,8 @@ def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
         return "the device is no GPU"
     if processes > 1:
         return f"there are {processes} processes, and their messages are not recorded"
+    if isinstance(algorithm, DelayedConsensus):
+        return "with a delay an iteration ends a sum that another one has begun"
     if not algorithm.closed_form:
         return "a solver or an optimizer of torch reads numbers on the host"
     oracle = algorithm.worker.oracle

@@ -343,6 +343,7 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "algorithm.batch_size": [*NO_WHOLE, "null", "0", "-7", "41", "1" + "0" * 18, "1" + "0" * 400],
     "algorithm.iterations": [*NO_WHOLE, "null", "0", "-4"],
     "algorithm.period": [*NO_WHOLE, "null", "0"],
+    "algorithm.delay": [*NO_WHOLE, "null", "-1", "1", "7"],
     "algorithm.order": NO_WORD,
     "algorithm.momentum_on": NO_WORD,
     "algorithm.u_step_on": NO_WORD,

@@ -147,6 +147,9 @@ class Draw:
         if self.method != "msgd":
             self.says["algorithm.period"] = self.one([1, 1, 2, 3])
         self.coupling()
+        last = self.says.get("algorithm.period", 1) - 1
+        if last and "algorithm.u_update" not in self.says and self.now_and_then(2):
+            self.says["algorithm.delay"] = self.one(range(1, last + 1))
         for name in ("sigma", "tau", "lam"):
             rate = {"lam": "pull", "tau": "outer"}.get(name, "")
             theirs = self.method in METHODS and name != "sigma"

@@ -117,6 +117,10 @@ def test_one_process_and_refusals(make_config):
             ["potential=huber", "group.compress=bf16"],
             "`group.compress` is bf16; allowed: null with",
         ),
+        (
+            ["potential=huber", "algorithm.period=2", "algorithm.delay=1"],
+            "`algorithm.delay` is 1; allowed: 0 with group.sum=gather",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             make_config(*overrides, "group.sum=gather")

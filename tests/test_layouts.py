@@ -28,6 +28,11 @@ CASES = {
     "exact, radial": ["potential=tan", SMALL, "workers=4", "algorithm.u_update=exact"],
     "ddp": ["algorithm=ddp", "potential=quad", SMALL, "workers=8"],
     "outer": ["algorithm=diloco", "algorithm.period=2", SMALL, "workers=4"],
+    "delay": ["potential=quad", SMALL, "workers=8", "algorithm.period=3", "algorithm.delay=2"],
+    "delay, cut": [
+        *("potential=log", "potential.eta=0.01", SMALL, "workers=4", "algorithm.sigma=0.05"),
+        *("algorithm.period=2", "algorithm.delay=1"),
+    ],
     "nine": ["potential=quad", SMALL, "workers=9"],
     "stationarity": [
         "potential=tan",

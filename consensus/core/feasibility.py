@@ -82,6 +82,17 @@ class Domain:
             return True
         return self.far_inside(reach, self.reach(d), self.reach(u))
 
+    def step_within(self, reach: Tensor, d: Tensor, u: Tensor) -> Tensor:
+        """The largest of 1, 1/2, 1/4, ... that is feasible for every w of a reach.
+
+        By the triangle inequality, |x| + t |d| < radius in every group, with the margins of
+        `feasible_step`: it needs the `reach` of the points alone, not the points.
+        (..., G or 1), (..., n), (..., n) -> (...).
+        """
+        left = self._safe_radius(self.reach(u)) - reach
+        length = self.reach(d).abs()  # that of a separable 0 may be -0
+        return largest_halving_below(self._first(left / length))
+
     def far_inside(self, reach: Tensor, reach_of_d: Tensor, reach_of_u: Tensor) -> bool:
         """`surely_feasible` from the reaches of w, d and u. Each (..., G or 1)."""
         # An eighth of the radius as a margin: rounding cannot make the boundary step disagree.

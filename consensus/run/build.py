@@ -7,11 +7,15 @@ q(w) = (eta^2 / 2) grad phi(w). Rates are translated here:
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from consensus.algorithm import Algorithm, Consensus, Ddp, Msgd, StepSize, half_square
 from consensus.comm import Group, Solo
 from consensus.core.kernels import consensus_kernel, worker_kernel
 from consensus.core.kernels.by_worker import ForceOfEach, StepOfEach
+from consensus.core.kernels.reach_step import ReachStep
+from consensus.delayed import DelayedConsensus
 from consensus.gathered import GatheringServer
 from consensus.repeatable import RepeatableOracle, RepeatableServer
 from consensus.run.config import Config
@@ -31,6 +35,8 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     gathers = plan.config.group.sum == "gather"
     total = Solo(u.device).sum_ if gathers else group.sum_
     line_3 = consensus_kernel(config.u_update, plan.phi, u, total)
+    if config.delay and plan.phi.bounded:
+        line_3 = ReachStep(line_3, plan.phi)
     if plan.config.deterministic:
         line_3, line_6 = ForceOfEach(line_3), StepOfEach(line_6)
     elastic = plan.config.group.elastic
@@ -53,7 +59,10 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         server: Server = GatheringServer(u, plan.phi, group, len(z), kernel)
     else:
         server = (RepeatableServer if elastic else Server)(u, plan.phi, group, kernel)
-    return Consensus(
+    make: Callable[..., Consensus] = Consensus
+    if config.delay:
+        make = partial(DelayedConsensus, delay=config.delay, implicit=config.coupling == "implicit")
+    return make(
         server,
         worker,
         tau=tau_of(plan.config, plan.num_workers),

@@ -206,13 +206,14 @@ class Config:
                 value = getattr(group, name)
                 require(value == 1, f"group.{name}", value, "1 without group.elastic=true")
             return
-        name, update = self.algorithm.name, self.algorithm.u_update
+        name, update, delay = (getattr(self.algorithm, k) for k in ("name", "u_update", "delay"))
         one_each = group.workers_per_process == 1 or not self.deterministic
         partition, full = self.data.partition, "full: shards depend on the number of workers"
         for key, found, good, allowed in (
             ("workers", self.workers, self.workers is None, "null: as many as there are"),
             ("algorithm", name, name not in ALONE, "consensus, or another that couples workers"),
             ("algorithm.u_update", update, update == "gradient", "gradient"),
+            ("algorithm.delay", delay, delay == 0, "0"),
             ("data.partition", partition, partition == "full", full),
             ("group", group.name, group.name != "nccl", "auto, gloo"),
             ("group.sum", group.sum, group.sum == "reduce", "reduce"),
@@ -230,6 +231,8 @@ class Config:
         require("A4" not in self.potential.make().assumptions, "group.sum", "gather", allowed)
         allowed = "null with group.sum=gather, which sends the z_j as they are"
         require(self.group.compress is None, "group.compress", self.group.compress, allowed)
+        delay, allowed = self.algorithm.delay, "0 with group.sum=gather"
+        require(delay == 0, "algorithm.delay", delay, allowed)
 
     def _require_representable(self) -> None:
         """Refuse step sizes and factors that overflow the dtype in some iteration."""

@@ -141,6 +141,7 @@ class AlgorithmConfig(Section, key="algorithm"):
     schedule: SchedulesConfig
     on_nonfinite: str = field(default="stop", metadata=one_of(ON_NONFINITE))
     tau_per_worker: bool = False
+    delay: int = field(default=0, metadata=rule(lambda x: x >= 0, "a whole number >= 0"))
 
     def __post_init__(self) -> None:
         if isinstance(self.outer, int) and not isinstance(self.outer, bool):
@@ -155,6 +156,11 @@ class AlgorithmConfig(Section, key="algorithm"):
         divided = self.tau is not None or not self.tau_per_worker
         allowed = "false with algorithm.outer, which does not depend on M"
         require(divided, "algorithm.tau_per_worker", "true", allowed)
+        allowed = f"a number of iterations below algorithm.period = {self.period}"
+        require(self.delay < self.period, "algorithm.delay", self.delay, allowed)
+        if self.delay:
+            where = f"with algorithm.delay={self.delay}: its sums wait for each other"
+            self._require_implied("u_update", "gradient", f"gradient {where}")
         if self.outer is not None:
             where = "with algorithm.outer, the step of u"
             self._require_implied("u_step_on", "coupling", f"coupling {where}")

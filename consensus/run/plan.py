@@ -132,6 +132,8 @@ class Plan:
             rates.append(f"local_pull {algorithm.local_pull:.3g}")
         if algorithm.period > 1:
             rates.append(f"period {algorithm.period}")
+        if algorithm.delay:
+            rates.append(f"delay {algorithm.delay}")
         return ", ".join(rates)
 
     def remarks(self) -> list[str]:

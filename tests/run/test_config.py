@@ -429,6 +429,7 @@ def test_a_saved_config_is_the_same_config(make_config, tmp_path):
             "`algorithm` is ddp; allowed: consensus, or another that couples workers",
         ),
         (["algorithm.u_update=exact"], "`algorithm.u_update` is exact; allowed: gradient"),
+        (["algorithm.period=3", "algorithm.delay=2"], "`algorithm.delay` is 2; allowed: 0"),
         *(
             (
                 [f"data.partition={name}"],

@@ -339,6 +339,7 @@ class PlainRun:
         self.noise = self.random.standard_normal(starts.shape)
         self.noise[0] = 0
         self.momentum = np.zeros_like(starts)  # of an optimizer over u
+        self.points = z.copy()  # whose forces are summed: of an earlier iteration, with a delay
         self.set_objective(0)
 
     def _scheduled(self, name: str, t: int) -> float:
@@ -368,16 +369,23 @@ class PlainRun:
     def step(self, t: int, chosen: Array) -> State:
         """Iteration t on the samples `chosen` (M, B)."""
         algorithm, phi, state = self.config.algorithm, self.phi, self.state
-        communicates = t % algorithm.period == 0
+        communicates = t % algorithm.period == algorithm.delay
         u, z, v = state.u, state.z, state.v
+        if t % algorithm.period == 0:
+            self.points = z.copy()
         ahead = z + algorithm.momentum * v
         delta = self.data.gradient(ahead, chosen, algorithm.loss_reduction == "mean")
         if communicates and algorithm.name != "msgd":
             state.u = self.line_3(t)
         center = (u if algorithm.order == "jacobi" else state.u)[:, None]
         sigma = self._scheduled("sigma", t)
+        inner = np.ones(v.shape[:-1])
+        if communicates and algorithm.delay:
+            z, v, inner = self.moved_inside(z, v)
         v = algorithm.momentum * v - sigma * (delta + algorithm.weight_decay * z)
-        if communicates and algorithm.coupling == "implicit":
+        if communicates and algorithm.delay:
+            self.late_line_6(t, center, z, v, inner)
+        elif communicates and algorithm.coupling == "implicit":
             w = phi.prox(center - (z + v), np.array(self.strength(t)))
             state.v = center - w - z if algorithm.momentum_on == "objective" else v
             state.z = center - w
@@ -400,6 +408,38 @@ class PlainRun:
         self.set_objective(t)
         return state
 
+    def moved_inside(self, z: Array, v: Array) -> tuple[Array, Array, Array]:
+        """z and v after those outside the domain around u are moved towards it; the factors."""
+        w = self.state.u[:, None] - z
+        s = self.cut(lambda s: self.phi.inside(s[..., None] * w), w)
+        moved = s[..., None] < 1
+        return np.where(moved, self.state.u[:, None] - s[..., None] * w, z), s[..., None] * v, s
+
+    def late_line_6(self, t: int, center: Array, z: Array, v: Array, inner: Array) -> None:
+        """The step by the loss, then that by the force at `points`; each has a line search."""
+        algorithm, phi, state = self.config.algorithm, self.phi, self.state
+        u = state.u[:, None]
+        first = self.cut(lambda s: phi.inside(u - (z + s[..., None] * v)), v)
+        z, v = z + first[..., None] * v, first[..., None] * v
+        b = center - self.points
+        if algorithm.coupling == "implicit":
+            d = b - phi.prox(b, np.array(self.strength(t)))
+        else:
+            d = self.strength(t) * phi.grad(b)
+        s = self.cut(lambda s: phi.inside(u - (z + s[..., None] * d)), d)
+        state.cuts_z = state.cuts_z + (np.minimum(np.minimum(first, inner), s) < 1)
+        state.z = z + s[..., None] * d
+        state.v = v + s[..., None] * d if algorithm.momentum_on == "objective" else v
+
+    def within_reach(self, w: Array, d: Array) -> Array:
+        """The step of u that the distances of u - z_j = w (P, M, n) allow in any direction."""
+        reach, length = (np.sqrt(self.phi.sizes(x)) for x in (w, d))
+        reach = reach.max(1)
+        if self.phi.separable:
+            reach, length = reach.max(-1, keepdims=True), length.max(-1, keepdims=True)
+        radius = math.sqrt(self.phi.shape.bound)
+        return self.cut(lambda s: (reach + s[:, None] * length < radius).all(-1), d)
+
     def rounded(self, x: Array) -> Array:
         """x (P, ...), which in all runs but the first is moved by one rounding or not at all."""
         unit = np.spacing(np.abs(x).astype(self.dtype)).astype(float)
@@ -416,7 +456,7 @@ class PlainRun:
     def line_3(self, t: int) -> Array:
         """u+."""
         algorithm, phi, state = self.config.algorithm, self.phi, self.state
-        u, z = state.u, state.z
+        u, z = state.u, self.points
         if algorithm.u_update == "exact":
             return mean_of(phi, z, u, self.noise, self.error)
         outer, eta = algorithm.outer, self.config.potential.eta
@@ -433,7 +473,10 @@ class PlainRun:
             self.momentum = kappa * self.momentum - d
             nesterov = optimizer.get("nesterov", False)
             d = -optimizer["lr"] * (kappa * self.momentum - d if nesterov else self.momentum)
-        s = self.cut(lambda s: phi.inside((u + s[:, None] * d)[:, None] - z).all(-1), d)
+        if algorithm.delay:
+            s = self.within_reach(u[:, None] - z, d)
+        else:
+            s = self.cut(lambda s: phi.inside((u + s[:, None] * d)[:, None] - z).all(-1), d)
         state.cuts_u = state.cuts_u + (s < 1)
         self.momentum = s[:, None] * self.momentum
         return u + s[:, None] * d

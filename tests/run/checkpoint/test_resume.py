@@ -46,6 +46,15 @@ def test_a_grown_run_equals_one_that_was_as_long_from_the_start(train, tmp_path)
     assert OmegaConf.load(tmp_path / "a" / "config.yaml").algorithm.iterations == 20
 
 
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_a_run_with_a_delay_continues_to_the_same_bits(train, tmp_path, delay):
+    options = ["algorithm.period=5", f"algorithm.delay={delay}", "potential=tan"]
+    for run_dir, first in ((tmp_path / "a", 12), (tmp_path / "b", 20)):
+        train(f"output.run_dir={run_dir}", *options, f"algorithm.iterations={first}")
+    train(f"output.run_dir={tmp_path}/a", *options, "algorithm.iterations=20", "resume=auto")
+    assert rows_of(tmp_path / "a")[-1]["digest"] == rows_of(tmp_path / "b")[-1]["digest"]
+
+
 def test_time_continues(train, tmp_path):
     train(f"output.run_dir={tmp_path}/a")
     before = rows_of(tmp_path / "a")[-1]["wall_s"]
