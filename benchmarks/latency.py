@@ -15,10 +15,11 @@ with the same period are compared, and the trainer compares those of the ranks.
 
 The expected time of an iteration:
 
-    t = g + (max(0, a - g) + q m) / H,    and b max(1 / E, t / 1 s) on top
+    t = g + (max(0, a - (1 + d) g) + q m) / H,    and b max(1 / E, t / 1 s) on top
 
 g is an iteration without communication, and a the all-reduce of line 3, which overlaps with the
-gradient. m is the minimum that may follow it where the domain is bounded. b is the cross-rank check
+gradients of 1 + d iterations, d = `algorithm.delay`; with a delay nobody waits for the check of a
+second. m is the minimum that may follow it where the domain is bounded. b is the cross-rank check
 (run/health.py), once a second and at the end of a segment of E iterations. a, m and b are measured
 in separate ranks on the same hosts. g is the time of an iteration at the longest period and the
 smallest latency, so that this point is no test of the formula. q is the share of sums that a
@@ -313,7 +314,8 @@ def measure_all(plan: Plan) -> Found:
     alone = statistics.median(samples[min(plan.latencies), max(plan.periods)])
     rows = [
         Row(latency, run.period, samples[latency, run.period],
-            costs[latency].expected(alone, run.period, run.share, plan.segment))
+            costs[latency].expected(
+                alone, run.period, run.share, plan.segment, plan.delay_of(run.period)))
         for latency in plan.latencies
         for run in runs
     ]  # fmt: skip
@@ -340,6 +342,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hosts", type=int, default=2, help="of one process each")
     parser.add_argument("--loss", type=float, default=0.0, help="probability of a packet")
     parser.add_argument("--potential", default="tan")
+    parser.add_argument("--delay", type=int, default=0, metavar="D",
+                        help="algorithm.delay, where the period is longer")  # fmt: skip
+    parser.add_argument("--segment", type=int, default=64, metavar="E",
+                        help="iterations from one evaluation to the next, at least")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="runs of each period")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -352,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that hosts and runs end too
     plan = Plan(
         tuple(options.latencies), tuple(options.periods), options.rounds, options.hosts,
-        options.loss, options.potential, options.seed,
+        options.loss, options.potential, options.seed, options.delay, options.segment,
     )  # fmt: skip
     found = measure_all(plan)
     print(tables(found))

@@ -12,7 +12,6 @@ from consensus.report.style import BLACK, house_style, new_figure, series_style
 from consensus.run.health import HealthCheck
 
 SEGMENTS = 2  # that count, of each latency in each run
-LEAST_SEGMENT = 64  # iterations
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class Plan:
         loss: The probability that a packet is lost.
         potential: By name.
         seed: Of the runs, and of the losses.
+        delay: Iterations by which sums are late, where the period is longer.
+        least_segment: The smallest E.
     """
 
     latencies: tuple[float, ...]
@@ -36,11 +37,17 @@ class Plan:
     loss: float
     potential: str
     seed: int
+    delay: int = 0
+    least_segment: int = 64
 
     @property
     def segment(self) -> int:
         """E, a multiple of all periods. Iterations."""
-        return math.lcm(*self.periods) * -(-LEAST_SEGMENT // math.lcm(*self.periods))
+        return math.lcm(*self.periods) * -(-self.least_segment // math.lcm(*self.periods))
+
+    def delay_of(self, period: int) -> int:
+        """The delay of the run with this period."""
+        return min(self.delay, period - 1)
 
     @property
     def iterations(self) -> int:
@@ -52,6 +59,7 @@ class Plan:
         return [
             *("device=cpu", f"seed={self.seed}", f"workers={self.hosts}"),
             *(f"potential={self.potential}", f"algorithm.period={period}"),
+            f"algorithm.delay={self.delay_of(period)}",
             *(f"algorithm.batch_size={BATCH}", f"algorithm.iterations={self.iterations}"),
             *(f"output.run_dir={run_dir}", f"output.eval_every={self.segment}"),
             *(f"output.log_every={self.segment}", "output.checkpoint_every=null"),
@@ -73,7 +81,9 @@ class Costs:
     minimum: float
     gather: float
 
-    def expected(self, alone: float, period: int, share: float, segment: int) -> float:
+    def expected(
+        self, alone: float, period: int, share: float, segment: int, delay: int = 0
+    ) -> float:
         """Seconds of one iteration, where a minimum follows this share of the sums.
 
         Args:
@@ -81,9 +91,11 @@ class Costs:
             period: H.
             share: q.
             segment: E.
+            delay: d.
         """
-        t = alone + (max(0.0, self.total - alone) + share * self.minimum) / period
-        return t + self.gather * max(1.0 / segment, t / HealthCheck.CHECK_EVERY_S)
+        t = alone + (max(0.0, self.total - (1 + delay) * alone) + share * self.minimum) / period
+        each_second = 0.0 if delay else t / HealthCheck.CHECK_EVERY_S  # else nobody waits for it
+        return t + self.gather * max(1.0 / segment, each_second)
 
 
 @dataclass
@@ -160,7 +172,8 @@ def tables(found: Found) -> str:
         parts = (costs.total, costs.minimum, costs.gather)
         lines.append(f"| {latency:g} | {' | '.join(f'{1e3 * part:.1f}' for part in parts)} |")
     heads = " | ".join(f"{latency:g} ms" for latency in plan.latencies)
-    lines += ["", f"| period | {heads} | minima | test error |"]
+    late = f", sums up to {plan.delay} late" if plan.delay else ""
+    lines += ["", f"| period{late} | {heads} | minima | test error |"]
     lines += ["| --- " * (3 + len(plan.latencies)) + "|"]
     for run in found.runs:
         own = [row for row in found.rows if row.period == run.period]
@@ -190,7 +203,10 @@ def draw(found: Found, path: str) -> None:
         expected = [1e3 * row.expected for row in own]
         times.plot(plan.periods, expected, "--", color=color, linewidth=1)
     loss = f", {100 * plan.loss:g} % lost" if plan.loss else ""
-    times.set_title(f"LeNet-5, {plan.potential}, {plan.hosts} hosts{loss}: dashed as expected")
+    late = f", delay {plan.delay}" if plan.delay else ""
+    times.set_title(
+        f"LeNet-5, {plan.potential}, {plan.hosts} hosts{loss}{late}: dashed as expected"
+    )
     times.legend(title="latency, one way")
     errors.plot(plan.periods, [run.test_error for run in found.runs], "o-", color=BLACK)
     errors.set_title(f"The same number of iterations, {plan.iterations}")

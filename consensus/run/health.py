@@ -5,20 +5,31 @@ One small gather carries the state of each rank, so that all ranks draw the same
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from consensus.comm import Group, GroupError
+from consensus.comm import Group, GroupError, Pending
 
 ADVICE = "smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An exchange after `done` iterations, and the problem of this rank in it."""
+
+    done: int
+    states: Pending
+    problem: str | None
 
 
 class HealthCheck:
     """Checks at iterations that all ranks choose alike, about once a second.
 
     `numbers` are the j of all workers, as many on each process; `log_every` limits the iterations
-    between checks. `dropped` is `Worker.dropped`; None: no worker is ever dropped.
+    between checks. `dropped` is `Worker.dropped`; None: no worker is ever dropped. `late` is the
+    number of iterations that an exchange which nobody waits for may take.
     """
 
     CHECK_EVERY_S = 1.0
@@ -29,8 +40,11 @@ class HealthCheck:
         numbers: Sequence[int],
         log_every: int,
         dropped: Tensor | None = None,
+        late: int = 0,
     ) -> None:
         self.group, self.numbers, self.log_every = group, numbers, log_every
+        self._late = late
+        self._begun: _Begun | None = None  # the exchange that nobody waits for
         self._dropped = dropped
         self._counts = [0] * len(numbers)  # of the drops, at the last check
         self._told = list(self._counts)  # at the last line about each worker
@@ -38,6 +52,7 @@ class HealthCheck:
         # 2 t if a z_j of this rank became non-finite first, 2 t + 1 if u did.
         self._first = torch.full((), self._never, dtype=torch.int64, device=group.device)
         self._last: int | None = None  # the iteration of the last check
+        self._checked = 0  # that of the last one with results
         self._clock = time.perf_counter()
         self._stride = 1
 
@@ -53,16 +68,33 @@ class HealthCheck:
         torch.minimum(self._first, z_or_u_at, out=self._first)
 
     def due(self, done: int) -> bool:
-        """Whether a check is due after `done` iterations; the same on all ranks."""
+        """Whether a check is due after `done` iterations, or one ends; the same on all ranks."""
+        if self._begun is not None:
+            return done >= self._begun.done + self._late
         return self._last is None or done - self._last >= self._stride
 
-    def check(self, done: int, signal: int = 0, problem: str | None = None) -> int:
+    def check(
+        self, done: int, signal: int = 0, problem: str | None = None, wait: bool = True
+    ) -> int:
         """Exchange the state of all ranks, stop signals and write errors included. A collective.
 
         Returns a stop signal that some rank received, the same on all; 0 if none. GroupError on
         every rank, with the first iteration and rank that became non-finite or a rank's problem,
-        or where all workers have been dropped since the last check.
+        or where all workers have been dropped since the last check. Without `wait` the exchange may
+        take `late` iterations: one call begins it, and that at its end has the results.
         """
+        earlier = 0
+        if self._begun is not None:
+            earlier = self._conclude(self._begun)
+            if not wait:
+                return earlier
+        begun = self._begin(done, signal, problem)
+        if wait or not self._late:
+            return max(earlier, self._conclude(begun))
+        self._begun = begun
+        return earlier
+
+    def _begin(self, done: int, signal: int, problem: str | None) -> "_Begun":
         now = time.perf_counter()
         passed = max(1, done - (self._last or 0))
         microseconds = int(1e6 * (now - self._clock) / passed)
@@ -72,25 +104,30 @@ class HealthCheck:
         parts = [self._first.unsqueeze(0), mine]
         if self._dropped is not None:
             parts.append(self._dropped)
-        first, signals, durations, problems, *drops = self.group.gather(torch.cat(parts)).T.tolist()
+        state = torch.cat(parts)
+        states = state.new_empty(self.group.size, len(state))
+        self._last, self._clock = done, now
+        return _Begun(done, self.group.start_gather(state, states), problem)
+
+    def _conclude(self, begun: "_Begun") -> int:
+        self._begun = None
+        first, signals, durations, problems, *drops = begun.states.wait().T.tolist()
         if max(problems):
-            self.group.raise_together(problem)
+            self.group.raise_together(begun.problem)
         if min(first) < self._never:
             raise GroupError(self._non_finite(first))
         if drops:
-            self._require_some_left(
-                done, [count for rank in zip(*drops, strict=True) for count in rank]
-            )
+            self._require_some_left([count for rank in zip(*drops, strict=True) for count in rank])
         slowest_s = max(1e-6, max(durations) / 1e6)
         self._stride = max(1, min(int(self.CHECK_EVERY_S / slowest_s), self.log_every))
-        self._last, self._clock = done, now
+        self._checked = begun.done
         return int(max(signals))
 
-    def _require_some_left(self, done: int, counts: list[int]) -> None:
+    def _require_some_left(self, counts: list[int]) -> None:
         """Raise on all ranks if all workers have been dropped since the last check."""
         before, self._counts = self._counts, counts
         if all(now > old for now, old in zip(counts, before, strict=True)):
-            since = f"iterations {(self._last or 0) + 1} to {done}"
+            since = f"iterations {self._checked + 1} to {self._last}"
             raise GroupError(f"{since}: each of the {len(counts)} workers was non-finite; {ADVICE}")
 
     def remark(self) -> str | None:
@@ -104,7 +141,7 @@ class HealthCheck:
         for i in named:
             self._told[i] = self._counts[i]
         who = ", ".join(f"worker {self.numbers[i]} ({self._counts[i]} so far)" for i in named)
-        return f"iteration {self._last}: non-finite, left out of u and begun again at u: {who}"
+        return f"iteration {self._checked}: non-finite, left out of u and begun again at u: {who}"
 
     def _non_finite(self, first: list[int]) -> str:
         """The message about the earliest non-finite value, from `_first` of each rank."""

@@ -194,7 +194,9 @@ class Trainer:
         drops = self.config.algorithm.on_nonfinite == "drop"
         dropped = self.algorithm.worker.dropped if drops else None
         numbers, log_every = self.plan.numbers, self.config.output.log_every
-        self.health = HealthCheck(self.group, numbers, log_every, dropped)
+        delay = self.config.algorithm.delay
+        late = delay + 1 if delay else 0  # as the sums, on networks where it counts
+        self.health = HealthCheck(self.group, numbers, log_every, dropped, late)
         self._clock, self._counted = time.perf_counter(), start
 
     def after(self, done: int) -> None:
@@ -204,11 +206,11 @@ class Trainer:
         analyse = self.is_due(self.analyse_every, done)
         evaluate = self.is_due(output.eval_every, done) or analyse
         save = self.is_due(output.checkpoint_every, done)
-        if not (log or evaluate or save or health.due(done)):
-            return
-        signal = health.check(done, self.stop_signal, self.problem)
-        if line := health.remark():
-            self.screen.say(line)
+        signal, wait = 0, evaluate or save
+        if wait or health.due(done):
+            signal = health.check(done, self.stop_signal, self.problem, wait)
+            if line := health.remark():
+                self.screen.say(line)
         if log or evaluate:
             self.log(done)
         if evaluate:

@@ -24,6 +24,10 @@ def test_the_expected_time_by_hand():
     # Whatever is shorter than the gradient is hidden.
     hidden = replace(costs, total=0.005, gather=0.0)
     assert hidden.expected(0.01, 1, 0.0, 10) == 0.01
+    # Hidden by the gradients of three iterations, as is the check of a second.
+    late = costs.expected(0.01, 4, 0.0, 10, delay=2)
+    assert late == pytest.approx(0.01 + (0.05 - 0.03) / 4 + 0.02 / 10)
+    assert costs.expected(0.01, 16, 0.0, 10, delay=7) == pytest.approx(0.01 + 0.02 / 10)
     assert hidden.expected(0.01, 1, 1.0, 10) == pytest.approx(0.03)
 
 

@@ -100,3 +100,28 @@ def test_all_ranks_have_the_same_line_about_dropped_workers(ranks):
     told = "non-finite, left out of u and begun again at u: worker 3"
     lines = [f"iteration 3: {told} (2 so far)", None, f"iteration 9: {told} (4 so far)"]
     assert ranks(2, lines_about_drops) == [lines] * 2
+
+
+def late(group):
+    """Signals that come before and during an exchange that takes three iterations."""
+    health = HealthCheck(group, range(group.size), log_every=100, late=3)
+    health.observe(0, *finite(1))
+    own = signal.SIGTERM if group.rank == 1 else 0
+    found = [health.due(1), health.check(1, own, wait=False)]
+    found += [health.due(2), health.due(3), health.due(4), health.check(4, wait=False)]
+    health._stride = 1
+    found += [health.due(5), health.check(5, wait=False)]
+    found += [health.check(6, own)]  # an evaluation is due: it waits for both
+    health._stride = 1
+    health.check(7, problem="the disk is full" if group.rank == 1 else None, wait=False)
+    try:
+        health.check(10, wait=False)
+    except GroupError as error:
+        return found, str(error)
+
+
+@pytest.mark.ranks
+def test_a_check_that_nobody_waits_for(ranks):
+    term = signal.SIGTERM
+    expected = [True, 0, False, False, True, term, True, 0, term], "rank 1: the disk is full"
+    assert ranks(2, late) == [expected, expected]
