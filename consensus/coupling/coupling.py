@@ -17,7 +17,8 @@ the parameters by the optimizer, and q(w) = (eta^2 / 2) grad phi(w), a communica
     implicit   the weighted proximal steps of core/kernels/weighted.py
 
 Data flow with `overlap`: a call of `step` copies z_j to the parameters and begins the sum, which
-forward, backward and optimizer step hide. The next call finishes it and moves u and z_j (part.py).
+forward, backward and optimizer step hide. The next call, or with a `delay` a later one, finishes it
+and moves u and z_j (part.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ class Coupling:
         order: "gauss_seidel" pulls z_j towards u+, as Algorithm 1; "jacobi" towards u, as (17).
         overlap: Hide the sum over processes behind the next iteration. Otherwise it is formed of
             the parameters after the optimizer step, and finished in the same call.
+        delay: Hide it behind so many iterations more, below the period, for slow networks. There is
+            no local pull while it is on its way.
         group: Processes that are coupled: a process group or one-dimensional device mesh of torch;
             None: the default group, or this process alone if there is none. If a worker is several
             processes by fully_shard or DistributedDataParallel: one process of each worker.
@@ -100,31 +103,20 @@ class Coupling:
         implicit: bool | None = None,
         order: str = "gauss_seidel",
         overlap: bool = True,
+        delay: int = 0,
         group: Any = None,
         layers: Sequence[Sequence[str]] | None = None,
         buffers: str = "local",
         timeout_s: float = 600.0,
     ) -> None:
-        self._model, self._overlap, self._period = model, overlap, period
+        self._model, self._overlap, self._period, self._delay = model, overlap, period, delay
         workers = self._open_group(group, device_of(model), timeout_s)
         self._processes = Processes(workers, model, timeout_s)
         try:
             plans, described, problem = [], {}, None
             try:
-                settings = Settings(
-                    potential=potential,
-                    options=options,
-                    eta=eta,
-                    pull=pull,
-                    outer=outer,
-                    local_pull=local_pull,
-                    period=period,
-                    fragments=fragments,
-                    implicit=implicit,
-                    order=order,
-                    overlap=overlap,
-                    buffers=buffers,
-                )
+                own = (potential, options, eta, pull, outer, local_pull, period, fragments)
+                settings = Settings(*own, implicit, order, overlap, delay, buffers)
                 check_model(model, optimizer, group)
                 plans = make_plans(model, optimizer, settings, layers, self._processes.shards)
                 described = settings.describe()
@@ -181,11 +173,12 @@ class Coupling:
                 for part in self._parts:
                     if part.pending is None:
                         part.move_between()
-                moved = [part for part in self._parts if part.pending is not None]
+                on_way = [part for part in self._parts if part.pending is not None]
+                moved = [part for part in on_way if self._age(part) == self._delay]
                 if moved:
                     self._finish(moved, displaced=True)
                 self._calls += 1
-                due = [part for part in self._parts if self._calls % self._period == part.offset]
+                due = [part for part in self._parts if self._age(part) == 0]
                 if due:
                     self._watch.check()
                 self._start(due, moved)  # where the parameters are z_j already
@@ -314,7 +307,11 @@ class Coupling:
         """Begin the sums that are on their way after so many calls."""
         self._calls, self._communications = calls, communications
         if self._overlap:
-            self._start([p for p in self._parts if calls % self._period == p.offset], self._parts)
+            self._start([p for p in self._parts if self._age(p) <= self._delay], self._parts)
+
+    def _age(self, part: Part) -> int:
+        """How many calls of `step` ago the last sum of a part was due, below the period."""
+        return (self._calls - part.offset) % self._period
 
     def _start(self, parts: Sequence[Part], settled: Sequence[Part]) -> None:
         """Begin the sums of some parts; of the `settled` ones the parameters are z_j."""

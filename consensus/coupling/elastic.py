@@ -282,6 +282,8 @@ def _refuse_fixed(settings: Mapping[str, Any]) -> None:
     """Refuse settings that need a fixed set of processes."""
     if settings.get("group") is not None:
         raise ValueError("`group` is given; allowed: none, the members are the processes")
+    if settings.get("delay", 0) != 0:
+        raise ValueError(f"`delay` is {settings['delay']}; allowed: 0, where members change")
     if settings.get("buffers", "local") != "local":
         raise ValueError(
             f"`buffers` is {settings['buffers']}; allowed: local, where members change"

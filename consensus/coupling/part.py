@@ -67,7 +67,8 @@ class Part:
         # Whether an iteration without communication changes what the optimizer did.
         self._moves_between = settings.local_pull > 0 or plan.puller.cuts_steps
         # Whether z_j is needed after a communication, before it is set to the parameters again.
-        self._keeps = self._moves_between or (settings.overlap and settings.period == 1)
+        again = settings.overlap and settings.delay == settings.period - 1  # in the same call
+        self._keeps = self._moves_between or again
         self._stale = False  # whether its values are lost until then
 
     @property

@@ -26,6 +26,7 @@ class Settings:
     implicit: bool | None
     order: str
     overlap: bool
+    delay: int
     buffers: str
 
     def __post_init__(self) -> None:
@@ -39,6 +40,10 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value}; allowed: a whole number >= 1")
+        last = self.period - 1 if self.overlap else 0
+        if not isinstance(self.delay, int) or not 0 <= self.delay <= last:
+            text = "0 to period - 1" if self.overlap else "0 with overlap=False"
+            raise ValueError(f"`delay` is {self.delay}; allowed: {text}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 values = ", ".join(allowed)

@@ -168,17 +168,25 @@ def test_named_methods_without_overlap(ranks, method):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("pull", "outer", "period"), [(1.0, 1.0, H), (0.3, 0.6, H), (0.3, 0.6, 1)])
-def test_with_overlap_the_sum_is_one_displacement_late(ranks, pull, outer, period):
-    us, zs, _ = on_ranks(ranks, M, STEPS, LR, pull=pull, outer=outer, period=period)
-    z, u, mean = np.stack([start()] * M), start(), start()
+@pytest.mark.parametrize(
+    ("pull", "outer", "period", "delay"),
+    [
+        *((1.0, 1.0, H, 0), (0.3, 0.6, H, 0), (0.3, 0.6, 1, 0)),
+        *((1.0, 1.0, H, 1), (1.0, 0.7, H, H - 1), (0.3, 0.6, H, 2), (0.3, 0.6, H, H - 1)),
+    ],
+)
+def test_with_overlap_the_sum_is_one_displacement_late_or_more(ranks, pull, outer, period, delay):
+    options = {"pull": pull, "outer": outer, "period": period, "delay": delay}
+    us, zs, _ = on_ranks(ranks, M, STEPS, LR, **options)
+    z = np.stack([start()] * M)
+    u, y = start(), z
     for t in range(STEPS):
-        d = sgd(z, t) - z
-        if mean is not None:
-            u = u + outer * (mean - u)
-            z = z + pull * (u - z)
-        z = z + d
-        mean = z.mean(0) if (t + 1) % period == 0 else None
+        z = sgd(z, t)
+        if t % period == delay:
+            u = u + outer * (y.mean(0) - u)
+            z = z + pull * (u - y)
+        if (t + 1) % period == 0:
+            y = z
         np.testing.assert_allclose(zs[t], z, rtol=0, atol=1e-14)
         np.testing.assert_allclose(us[t], u, rtol=0, atol=1e-14)
 
@@ -214,7 +222,7 @@ def test_a_full_pull_of_quad_gives_the_bits_of_u():
 # ---- 3. The implicit, weighted step
 
 
-def weighted_loop(name, eta, pull, local_pull, outer, period, overlap):
+def weighted_loop(name, eta, pull, local_pull, outer, period, overlap, delay=0):
     """u and z by the formulas: scalar equations for each group of coordinates of each worker."""
 
     def strength(rate):
@@ -234,13 +242,16 @@ def weighted_loop(name, eta, pull, local_pull, outer, period, overlap):
         return z + np.stack([fraction(u - own, rate) * (u - own) for own in z])
 
     z, u = np.stack([start()] * M), start()
-    late, us, zs = overlap, [], []
+    late, us, zs, y = overlap, [], [], z
     for t in range(STEPS):
         d = sgd(z, t) - z
-        if late:
-            u = u - outer * means(u, z)
-        z = pulled(z, u, pull if late else local_pull) + d
-        late = (t + 1) % period == 0
+        if late and t % period == delay:
+            u = u - outer * means(u, y)
+            z, late = z + pulled(y, u, pull) - y + d, False
+        else:
+            z = (z if late else pulled(z, u, local_pull)) + d
+        if (t + 1) % period == 0:
+            late, y = True, z
         if late and not overlap:
             u = u - outer * means(u, z)
             z, late = pulled(z, u, pull), False
@@ -258,6 +269,9 @@ IMPLICIT = {"eta": 0.4, "pull": 0.3, "local_pull": 0.05, "outer": 0.9, "period":
     [
         ("tan", {}),
         ("log", {"period": 1, "local_pull": 0.0}),
+        ("tan", {"period": 4, "delay": 1}),
+        ("log", {"period": 3, "delay": 2}),
+        ("tan_sep", {"period": 4, "delay": 3, "local_pull": 0.0}),
         ("tan_sep", {"overlap": False}),
         ("cubic", {"pull": 1.0}),
         ("pseudo_huber", {"local_pull": 0.0}),
@@ -342,6 +356,8 @@ RESUMED = [
     ("quad", {"period": 3, "pull": 0.3}),
     ("quad", {"overlap": False, "local_pull": 0.1, "period": 2}),
     ("tan", {"eta": 0.05, "period": 4}),
+    ("quad", {"period": 4, "delay": 3}),
+    ("tan", {"eta": 0.05, "period": 4, "delay": 1}),
     ("log", {"eta": 0.3, "implicit": False, "outer": 0.2}),
 ]
 
@@ -642,6 +658,12 @@ def refused(match, model=None, make=sgd_of, **options):
         ("`period` is 1.5; allowed", {"period": 1.5}),
         ("`eta` is 0; allowed: a finite number > 0", {"eta": 0}),
         ("`buffers` is no; allowed: local, mean", {"buffers": "no"}),
+        ("`delay` is 1; allowed: 0 to period - 1", {"delay": 1}),
+        ("`delay` is -1; allowed: 0 to period - 1", {"delay": -1, "period": 3}),
+        (
+            "`delay` is 1; allowed: 0 with overlap=False",
+            {"delay": 1, "period": 2, "overlap": False},
+        ),
         ("unknown potential `tam`; known: ", {"potential": "tam"}),
         ("potential `tan` has no option `p`", {"potential": "tan", "options": {"p": 1}}),
         ("`potential` is 3; allowed: a name or a Potential", {"potential": 3}),

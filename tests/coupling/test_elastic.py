@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from consensus import ElasticCoupling
 from tests.testing.elastic_loop import LR, network, samples
 from tests.testing.launch import Ranks
 
@@ -118,3 +119,17 @@ def test_the_others_go_on_as_a_plain_loop(tmp_path, settings, overlap):
         for t, _, u, _ in note["rows"]:
             own = torch.tensor(u, dtype=torch.float64)
             torch.testing.assert_close(own, wanted[t], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("delay", 1, "`delay` is 1; allowed: 0, where members change"),
+        ("buffers", "mean", "`buffers` is mean; allowed: local, where members change"),
+    ],
+)
+def test_settings_that_need_fixed_processes_are_refused(setting, value, allowed):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=allowed):
+        ElasticCoupling(model, optimizer, **{"period": 2, setting: value})
