@@ -2,7 +2,8 @@
 
 One worker with a model as large as ResNet-50 or GPT-2 small: its step without coupling, and with
 quad and tan. In float32 with torch's defaults: in lower precision the gradients take less time, and
-the coupling a larger share of it.
+the coupling a larger share of it. Then the loop of a user with Nesterov SGD, alone and with
+`Coupling`, with parameters in float32 and in bfloat16 (u and z are in float32 in both).
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import cross_entropy, gelu
 
 from benchmarks.harness import (
     KAPPA,
@@ -25,7 +26,7 @@ from benchmarks.harness import (
     require_finite,
     table,
 )
-from consensus import POTENTIALS, Layerwise
+from consensus import POTENTIALS, Coupling, Layerwise
 from consensus.algorithm import Algorithm, Consensus, Msgd
 from consensus.comm import Solo
 from consensus.problem import Batch, Risk
@@ -33,8 +34,8 @@ from consensus.server import Server
 from consensus.worker import Worker
 
 COLUMNS = {
-    "model": "<9", "parameters": ">12,", "layers": ">7", "method": "<8", "ms": ">9.2f",
-    "/ local": ">8.3f",
+    "model": "<9", "parameters": ">12,", "layers": ">7", "dtype": "<9", "method": "<14",
+    "ms": ">9.2f", "/ first": ">8.3f",
 }  # fmt: skip
 
 
@@ -93,6 +94,12 @@ class Workload:
     model: nn.Module
     inputs: Tensor
     labels: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Workload":
+        """With parameters, and inputs that are no tokens, of a type."""
+        real = self.inputs.is_floating_point()
+        inputs = self.inputs.to(dtype) if real else self.inputs
+        return Workload(self.model.to(dtype), inputs, self.labels)
 
 
 def resnet50(device: torch.device, quick: bool) -> Workload:
@@ -161,33 +168,68 @@ def one_worker(workload: Workload, potential: str | None) -> Algorithm:
     return Consensus(Server(u, phi, group), worker, tau=TAU, sigma=SIGMA, lam=LAM)
 
 
+class UserLoop:
+    """A plain PyTorch loop, with `Coupling` if there is a potential."""
+
+    def __init__(self, workload: Workload, potential: str | None) -> None:
+        self.workload, self.model = workload, workload.model
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.SGD(parameters, SIGMA, momentum=KAPPA, nesterov=True)
+        self.coupling = None
+        if potential is not None:
+            self.coupling = Coupling(self.model, self.optimizer, potential)
+
+    def step(self, t: int) -> None:
+        """One iteration; no wait for the device."""
+        i = t % len(self.workload.inputs)
+        self.optimizer.zero_grad()
+        logits = self.model(self.workload.inputs[i])
+        cross_entropy(logits.float(), self.workload.labels[i]).backward()
+        self.optimizer.step()
+        if self.coupling is not None:
+            self.coupling.step()
+
+
 @dataclass
 class ModelRow:
-    """The step of one worker with a large model."""
+    """The step of one worker with a large model; the ratio is that to the first of its kind."""
 
     model: str
     parameters: int
     layers: int
+    dtype: str
     method: str
     ms: float
-    ratio_to_local: float
+    ratio: float
 
 
 def model_rows(device: torch.device, name: str, quick: bool, effort: Effort) -> list[ModelRow]:
-    """Without coupling, then with."""
+    """By Algorithm 1 and in a loop of a user, each without coupling, then with."""
     workload = MODELS[name](device, quick)
     rows: list[ModelRow] = []
-    for method in ("local", "quad", "tan"):
-        algorithm = one_worker(workload, None if method == "local" else method)
+    for potential in (None, "quad", "tan"):
+        algorithm = one_worker(workload, potential)
         ms = median_ms(counted(algorithm.step), device, effort)
         require_finite(algorithm)
         n, layers = algorithm.u.numel(), len(algorithm.phi.layers)
-        local = rows[0].ms if rows else ms
-        rows.append(ModelRow(name, n, layers, method, ms, ms / local))
+        first = rows[0].ms if rows else ms
+        rows.append(ModelRow(name, n, layers, "float32", potential or "local", ms, ms / first))
+    del algorithm
+    for dtype in (torch.float32, torch.bfloat16):
+        first = 0.0
+        for potential in (None, "quad", "tan"):
+            loop = UserLoop(MODELS[name](device, quick).to(dtype), potential)
+            ms = median_ms(counted(loop.step), device, effort)
+            finite = all(bool(p.isfinite().all()) for p in loop.model.parameters())
+            assert finite, f"{name} in {dtype} with {potential}"
+            first, method = first or ms, f"Coupling {potential}" if potential else "loop"
+            kind = str(dtype).removeprefix("torch.")
+            rows.append(ModelRow(name, n, layers, kind, method, ms, ms / first))
+            del loop
     return rows
 
 
 def show(rows: list[ModelRow]) -> None:
     """Print the table."""
-    cells = [(r.model, r.parameters, r.layers, r.method, r.ms, r.ratio_to_local) for r in rows]
+    cells = [(r.model, r.parameters, r.layers, r.dtype, r.method, r.ms, r.ratio) for r in rows]
     print("\n" + table(COLUMNS, cells))

@@ -1,6 +1,7 @@
 """The GPU benchmark times Algorithm 1, and its tables agree with arithmetic."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -218,10 +219,16 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
             assert row["bytes_per_s"] == pytest.approx(1e3 * row["bytes"] / row["ms"])
             assert row["share_of_copy"] == pytest.approx(row["bytes_per_s"] / copy)
     assert sum(line.endswith("absent: No working C++ compiler found") for line in printed) == 2
-    methods = [(row["model"], row["method"]) for row in found["models"]]
-    assert methods == [(m, x) for m in ("gpt2",) for x in ("local", "quad", "tan")]
-    for row in found["models"]:
-        assert (row["ratio_to_local"] == 1.0) or (row["method"] != "local")
+    kinds = [(row["dtype"], row["method"]) for row in found["models"]]
+    loops = [
+        (dtype, method)
+        for dtype in ("float32", "bfloat16")
+        for method in ("loop", "Coupling quad", "Coupling tan")
+    ]
+    assert kinds == [*(("float32", x) for x in ("local", "quad", "tan")), *loops]
+    for first in (0, 3, 6):
+        for row in found["models"][first : first + 3]:
+            assert row["ratio"] == pytest.approx(row["ms"] / found["models"][first]["ms"])
     traces = {path.name: path for path in (tmp_path / "traces").iterdir()}
     assert set(traces) == {
         *(f"lenet5-tan-loop-{mode}.json" for mode in ("plain", "eager", "static")),
@@ -266,3 +273,46 @@ def test_it_needs_torch_alone():
     absent = ("hydra", "omegaconf", "torchvision", "sklearn", "matplotlib", "rich", "tensorboard")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import benchmarks.gpu"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>calls
+case "$*" in
+    *cuda.is_available*) exit "${GPU:-1}" ;;
+    "-m pytest"*) printf 'one failed\\n'; exit 1 ;;
+esac
+"""
+
+
+def gpu_session(folder, **env):
+    python = folder / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return subprocess.run(
+        [ROOT / "scripts" / "gpu_session", folder / "out"], cwd=folder, text=True,
+        env=os.environ | {"PYTHON": str(python)} | env, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "codes"),
+    [
+        ("840", ["tests: exit code 1"]),
+        ("0", [f"{name}: exit code 124" for name in ("tests", "gpu", "population")]),
+    ],
+)
+def test_a_part_that_fails_or_is_late_does_not_keep_the_others_from_running(
+    tmp_path, seconds, codes
+):
+    ended = gpu_session(tmp_path, SECONDS_IN_ALL=seconds)
+    assert ended.returncode == 1
+    failed = [line.partition(" after")[0] for line in ended.stderr.splitlines()]
+    assert failed == [f"scripts/gpu_session: {code}" for code in codes]
+    if seconds == "840":
+        assert (tmp_path / "out" / "tests.txt").read_text() == "one failed\n"
+        assert (tmp_path / "out" / "population.txt").read_text() == ""
+
+
+def test_a_session_without_a_gpu_is_refused(tmp_path):
+    ended = gpu_session(tmp_path, GPU="0")
+    assert (ended.returncode, ended.stderr) == (2, "scripts/gpu_session: torch finds no GPU\n")
