@@ -167,9 +167,10 @@ class Risk:
         leaves = [view.requires_grad_() for view in views.values()]
         with torch.enable_grad():
             values = function(views)
-        return values.detach(), torch.autograd.grad(
-            values, leaves, torch.ones_like(values), materialize_grads=True
-        )
+        # None is 1 for a single value; a tensor makes torch import sympy, in a second of each rank.
+        weights = None if values.ndim == 0 else torch.ones_like(values)
+        found = torch.autograd.grad(values, leaves, weights, materialize_grads=True)
+        return values.detach(), found
 
     def _outputs(self, views: Views, inputs: Tree) -> Any:
         if not self.low_precision:
