@@ -1,8 +1,8 @@
-"""Private names of Hydra, OmegaConf, torch and Python, in one place.
+"""Private names of Hydra, OmegaConf and Python, in one place.
 
 Nothing outside this module reads a name that its owner marks as private. Each function states a
 contract, and tests/test_private_api.py checks it, so an upgrade that breaks it fails there. Hydra
-and torch are imported by the functions, because a caller need not load both.
+is imported by the functions, because not every caller needs it.
 """
 
 import argparse
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 
 def hydra_argument_parser() -> argparse.ArgumentParser:
@@ -72,13 +71,6 @@ def expand_sweep(overrides: Sequence["Override"]) -> list[list[str]]:
 def has_content(node: "DictConfig") -> bool:
     """Whether a config node is neither null nor missing (`???`); interpolations stay unresolved."""
     return not node._is_none() and not node._is_missing()
-
-
-def storage_info(file: str, offset: int, length: int) -> "_StorageInfo":
-    """The place of a tensor, in bytes, in a file relative to the checkpoint: of `storage_data`."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    return _StorageInfo(file, offset, length)
 
 
 def run_exit_handlers() -> None:

@@ -58,8 +58,8 @@ MAY_IMPORT = {
     | {"help", "startup"},
 }
 
-# Processes communicate in comm/ alone. Checkpoints use torch's file format. The doctor checks the
-# network through a key-value store, before a process group can be opened.
+# Processes communicate in comm/ alone. The doctor checks the network through a key-value store,
+# before a process group can be opened.
 MAY_IMPORT_DISTRIBUTED = {
     "consensus.comm.rendezvous": "torch.distributed",
     "consensus.comm.process_group": "torch.distributed",
@@ -67,9 +67,6 @@ MAY_IMPORT_DISTRIBUTED = {
     "consensus.comm.view_group": "torch.distributed",
     "consensus.comm.user_group": "torch.distributed",
     "consensus.doctor.exchange": "torch.distributed",
-    "consensus.private_api": "torch.distributed.checkpoint",
-    "consensus.run.checkpoint.reader": "torch.distributed.checkpoint",
-    "consensus.run.checkpoint.writer": "torch.distributed.checkpoint",
 }
 
 

@@ -1,12 +1,10 @@
 """The contracts of private names that the package relies on."""
 
 import argparse
-import io
 import subprocess
 import sys
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -21,7 +19,6 @@ from consensus.private_api import (
     hydra_argument_parser,
     hydra_callbacks,
     names_in_group,
-    storage_info,
 )
 from consensus.run.compose import config_dir
 
@@ -98,32 +95,6 @@ def test_which_nodes_have_content():
     assert has_content(config.empty)
     assert not has_content(OmegaConf.create({"none": None})._get_node("none"))
     assert not has_content(OmegaConf.create({"missing": "???"})._get_node("missing"))
-
-
-def test_a_reader_of_torch_reads_at_the_place(tmp_path):
-    """A checkpoint file of torch's own writer, read at the places that its index names."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import Metadata
-
-    tensors = {"a": torch.arange(6.0), "b": torch.tensor(7, dtype=torch.int64)}
-    dcp.save(tensors, checkpoint_id=tmp_path, no_dist=True)
-    written = dcp.FileSystemReader(tmp_path).read_metadata()
-    places = {
-        index: storage_info(place.relative_path, place.offset, place.length)
-        for index, place in written.storage_data.items()
-    }
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args, **kwargs):
-            return Metadata(written.state_dict_metadata, storage_data=places)
-
-    found = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
-    dcp.load(found, storage_reader=Reader(tmp_path), no_dist=True)
-    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
-    content = (tmp_path / places[next(iter(places))].relative_path).read_bytes()
-    for index, place in places.items():
-        piece = io.BytesIO(content[place.offset : place.offset + place.length])
-        assert torch.equal(torch.load(piece, weights_only=True), tensors[index.fqn])
 
 
 EXIT = """

@@ -20,18 +20,16 @@ Everything outside a checkpoint is a function of its content: shuffles, minibatc
 import hashlib
 import io
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.comm import Group, GroupError
-from consensus.private_api import storage_info
 from consensus.run.checkpoint.manifest import (
     CONFIG,
     LARGEST,
@@ -45,14 +43,8 @@ from consensus.run.checkpoint.manifest import (
 )
 from consensus.run.checks import ConfigError
 
-# torch.distributed.checkpoint is imported where it is used, because it imports sympy. That takes
-# two seconds, which a refused command, `--help` or a run without checkpoints need not wait for.
-
 FOLDER = "checkpoints"
 _NAME = re.compile(r"\d{8,}")
-
-# With one process there is no process group, and torch warns about it at each call.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 def file_digest(path: Path) -> tuple[int, str]:
@@ -146,11 +138,6 @@ def load(
     `choose` has verified the checkpoint. GroupError, on this rank alone, if a tensor is missing or
     has another shape or dtype.
     """
-    from torch.distributed.checkpoint import metadata as md
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_into
-
     fresh = {key: torch.empty_like(x, device="cpu").contiguous() for key, x in state.items()}
     left = tuple(f"worker/{j}/" for j in absent)
     wanted = {k: x for k, x in by_worker(fresh, workers).items() if not k.startswith(left)}
@@ -158,8 +145,6 @@ def load(
         held = Manifest.read(checkpoint).tensors
     except (DamagedError, ConfigError) as error:
         raise GroupError(f"checkpoint {checkpoint}: {error}") from error
-    tensors: dict[str, Any] = {}
-    places = {}
     for key, tensor in wanted.items():
         if key not in held:
             raise GroupError(f"checkpoint {checkpoint} lacks {key}")
@@ -168,36 +153,32 @@ def load(
         if found != needed:
             raise GroupError(f"checkpoint {checkpoint}: {key} is {found} instead of {needed}")
         try:
-            _require_stored(checkpoint / place.file, place)
-        except Exception as error:  # zipfile has more of them than BadZipFile
+            tensor.copy_(read_tensor(checkpoint / place.file, place))
+        except Exception as error:  # zipfile and torch.load have many kinds
             raise GroupError(f"checkpoint {checkpoint}: {key}: {brief(error)}") from error
-        start = torch.Size([0] * tensor.dim())
-        chunk = md.ChunkStorageMetadata(start, tensor.shape)
-        properties = md.TensorProperties.create_from_tensor(tensor)
-        tensors[key] = md.TensorStorageMetadata(properties, tensor.shape, [chunk])
-        info = storage_info(place.file, place.offset, place.length)
-        places[md.MetadataIndex(key, start)] = info
-
-    class Reader(FileSystemReader):
-        """torch's reader with the index of the manifest, instead of a pickle."""
-
-        def read_metadata(self, *args: Any, **kwargs: Any) -> md.Metadata:
-            return md.Metadata(tensors, storage_data=places)
-
-    try:
-        load_into(wanted, storage_reader=Reader(checkpoint), no_dist=True)
-    except CheckpointException as error:
-        cause, _ = error.failures[0]  # without a process group this is rank 0
-        raise GroupError(f"checkpoint {checkpoint}: {brief(cause)}") from error
     return fresh
 
 
-def _require_stored(path: Path, place: Place) -> None:
+def read_tensor(path: Path, place: Place) -> Tensor:
+    """The tensor at a place of a file; DamagedError if it is another one than the place says."""
+    with path.open("rb") as file:
+        part = io.BufferedReader(_Part(file, place))
+        _require_stored(part)
+        part.seek(0)
+        found: Any = torch.load(part, map_location="cpu", weights_only=True)
+    kind = (str(found.dtype), tuple(found.shape)) if isinstance(found, Tensor) else type(found)
+    if kind != (place.dtype, place.shape):
+        raise DamagedError(f"{kind} instead of {place.shape} {place.dtype}")
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _require_stored(part: BinaryIO) -> None:
     """DamagedError if the archive of a tensor is compressed: a small one may inflate to any size.
 
     torch stores them uncompressed.
     """
-    with path.open("rb") as file, zipfile.ZipFile(_Part(file, place)) as archive:
+    with zipfile.ZipFile(part) as archive:
         if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
             raise DamagedError("compressed, as no checkpoint is written")
 
@@ -205,7 +186,7 @@ def _require_stored(path: Path, place: Place) -> None:
 class _Part(io.RawIOBase):
     """The bytes of one tensor in a file, as a file."""
 
-    def __init__(self, file: IO[bytes], place: Place) -> None:
+    def __init__(self, file: io.BufferedReader, place: Place) -> None:
         self._file, self._place, self._at = file, place, 0
 
     def seekable(self) -> bool:
@@ -224,10 +205,9 @@ class _Part(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._file.seek(self._place.offset + self._at)
         count = max(0, min(len(buffer), self._place.length - self._at))
-        content = self._file.read(count)
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
+        count = self._file.readinto(memoryview(buffer)[:count])
+        self._at += count
+        return count
 
 
 def by_worker(state: dict[str, Tensor], workers: Sequence[int]) -> dict[str, Tensor]:

@@ -1,23 +1,22 @@
 """Writing checkpoints in the background; a checkpoint appears complete or not at all.
 
 Data flow: the training thread copies the state to the CPU and continues. A second thread, over a
-group of its own, compares the digests of u, passes every rank's tensors to
-torch.distributed.checkpoint, hashes the files, writes the manifest, syncs, and renames
+group of its own, compares the digests of u, writes every rank's tensors, hashes the files, writes
+the manifest, syncs, and renames
 
     checkpoints/.00000500.tmp  ->  checkpoints/00000500
 
 so a name without a dot is a complete checkpoint, at whatever time the run is killed.
 """
 
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -153,45 +152,26 @@ class CheckpointWriter:
         self.side.raise_together(problem and f"cannot write checkpoint {final}: {problem}")
 
     def _save(self, aside: Path, final: Path) -> dict[str, Place]:
-        """Write the tensors of this rank. Returns the places of those of all ranks."""
-        # Imported here: see reader.py.
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        places: dict[str, Place] = {}
+        """Write the tensors of this rank to one file. Returns the places of those of all ranks."""
         rank = self.side.rank
-
-        class Writer(FileSystemWriter):
-            """torch's writer without its index, a pickle; the places go to the manifest."""
-
-            def prepare_global_plan(self, plans: Any) -> Any:
-                (plan,) = super().prepare_global_plan(plans)  # each rank plans for itself
-                prefix = type(plan.storage_data)(f"__{rank}_")
-                return [replace(plan, storage_data=prefix)]
-
-            def write_data(self, plan: Any, planner: Any) -> Any:
-                try:
-                    return super().write_data(plan, planner)
-                except RuntimeError as error:  # torch.save hides the OSError
-                    cause = error.__context__
-                    raise cause if isinstance(cause, OSError) else error from error
-
-            def finish(self, metadata: Any, results: Any) -> None:
-                for written in chain.from_iterable(results):
-                    key, where = written.index.fqn, written.storage_data
-                    tensor = metadata.state_dict_metadata[key]
-                    kind = str(tensor.properties.dtype), tuple(tensor.size)
-                    places[key] = Place(*kind, where.relative_path, where.offset, where.length)
-
         rows = by_worker(self._copy, self.workers)
         if rank > 0:  # what is no worker's is equal on all ranks
             rows = {key: x for key, x in rows.items() if key.startswith("worker/")}
+        places: dict[str, Place] = {}
         problem = None
         try:
-            save(rows, storage_writer=Writer(aside, sync_files=True), no_dist=True)
-        except CheckpointException as error:  # a BaseException
-            cause, _ = error.failures[0]
+            with (aside / f"__{rank}_0.distcp").open("wb") as file:
+                for key, x in rows.items():
+                    start = file.tell()
+                    alone = x.untyped_storage().nbytes() == x.nbytes
+                    torch.save(x if alone else x.clone(), file)  # not the rows beside a view
+                    where = Path(file.name).name, start, file.tell() - start
+                    places[key] = Place(str(x.dtype), tuple(x.shape), *where)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception as error:
+            cause = error.__context__  # torch.save hides an OSError
+            cause = cause if isinstance(cause, OSError) else error
             problem = f"cannot write checkpoint {final}: {brief(cause)}"
         self.side.raise_together(problem)
         return {k: x for part in self.side.gather_objects(places) for k, x in part.items()}

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from consensus.comm import GroupError, Solo
-from consensus.run.checkpoint.manifest import DamagedError, Manifest
+from consensus.run.checkpoint.manifest import DamagedError, Manifest, Place
 from consensus.run.checkpoint.reader import (
     by_worker,
     candidates,
@@ -23,6 +23,7 @@ from consensus.run.checkpoint.reader import (
     inspect,
     list_checkpoints,
     load,
+    read_tensor,
     verify_files,
 )
 from consensus.run.checks import ConfigError
@@ -64,6 +65,26 @@ def test_every_layout_reads_the_checkpoints_of_every_layout(ranks, config, tmp_p
             workers = range(rank * each, (rank + 1) * each)
             assert states == [bits(make_state(workers, 500, dtype))] * len(SIZES)
             assert digests == [[answers[0][1][0][0]] * size] * len(SIZES)
+
+
+def test_a_file_of_torchs_own_writer_is_read(tmp_path):
+    """torch.distributed.checkpoint wrote the tensors of earlier versions."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(7, dtype=torch.int64)}
+    dcp.save(tensors, checkpoint_id=tmp_path, no_dist=True)
+    places = dcp.FileSystemReader(tmp_path).read_metadata().storage_data
+    assert len(places) == 2
+    for index, where in places.items():
+        tensor = tensors[index.fqn]
+        place = where.relative_path, where.offset, where.length
+        own = Place(str(tensor.dtype), tuple(tensor.shape), *place)
+        found = read_tensor(tmp_path / where.relative_path, own)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+        other = Place("torch.int8", tuple(tensor.shape), *place)
+        with pytest.raises(DamagedError, match="instead of"):
+            read_tensor(tmp_path / where.relative_path, other)
 
 
 # ---- damage
