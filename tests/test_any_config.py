@@ -168,6 +168,7 @@ def runnable(draw: st.DrawFn) -> Line:
         "model.name": one_of(["logistic"] * 4 + ["mlp"] * 2 + ["lenet5"]),
         "potential.name": one_of(POTENTIALS) if free else "quad",
         "output.tensorboard": now_and_then(12),
+        "output.figures": not now_and_then(12),
     }
     chosen = {f"{key}.name": key for key in ("algorithm", "model", "potential")}
     groups = {key: says[name] for name, key in chosen.items()}
@@ -259,6 +260,7 @@ def resumed(draw: st.DrawFn) -> Line:
     iterations = draw(st.sampled_from([3, 4]))
     free = {
         "output.tensorboard": [True, False],
+        "output.figures": [True, False],
         "output.checkpoint_every": [None, 1],
         "output.eval_every": [1, 3],
         "deterministic": [True],
@@ -382,6 +384,7 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "output.keep_checkpoints": [*NO_WHOLE, "null", "0"],
     "output.log_every": [*NO_WHOLE, "null", "0"],
     "output.tensorboard": NO_TRUTH,
+    "output.figures": NO_TRUTH,
     "stationarity.every": [*NO_WHOLE, "0"],
     "stationarity.lam": [*NO_NUMBER, "true", "0", "-1", "nan", "inf"],
     "stationarity.samples": [*NO_WHOLE, "0"],
@@ -452,6 +455,7 @@ ODD: dict[str, list[str]] = {  # key -> values of which each may be refused or n
     "resume": [*PATHS, "auto", "used", "used/checkpoints/00000003", LONG],
     "plugins": ["[os]", "[consensus.train]", "[consensus]", "[sys,sys]"],
     "output.tensorboard": ["2", "on", "'yes'", "0", "-1"],
+    "output.figures": ["2", "on", "'yes'", "0"],
     "deterministic": ["2", "on", "'yes'", "0"],
     "cuda_graph": ["2", "on", "'yes'", "0"],
     "device": ["auto"],
@@ -909,7 +913,8 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
         assert OmegaConf.select(config, key) == value, key
 
     output, total = config.output, config.algorithm.iterations
-    files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt", "convergence.png"}
+    files = {".lock", "config.yaml", "metrics.jsonl", "summary.json", "model.pt"}
+    files |= {"convergence.png"} if output.figures else set()
     files |= {"checkpoints"} if output.checkpoint_every is not None else set()
     files |= {"events"} if output.tensorboard else set()  # events.out.tfevents.TIME.HOST...
     algorithm = config.algorithm
@@ -917,8 +922,9 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     pulled = pulled or (algorithm.local_pull and algorithm.period > 1)
     coupled = algorithm.name not in ("msgd", "ddp") and pulled
     every = config.stationarity.every if coupled and config.stationarity.every else math.inf
-    files |= {"stationarity.png", "stationarity.pdf"} if every < math.inf else set()
-    files |= {"convergence.pdf"} if line.picture else set()
+    drawn = output.figures and every < math.inf
+    files |= {"stationarity.png", "stationarity.pdf"} if drawn else set()
+    files |= {"convergence.pdf"} if line.picture and output.figures else set()
     made = {path.name.partition(".out.")[0] for path in run_dir.iterdir()}
     if run_dir == folder:  # run_dir=.
         made -= {"file", "empty", "used", "data"}
@@ -953,7 +959,7 @@ def check_run(line: Line, ended: Ended, folder: Path) -> None:
     assert str(flat.dtype) == f"torch.{config.dtype}"
     assert torch.equal(flat, seen.algorithm.u)
     assert flat.isfinite().all()
-    if line.picture:
+    if line.picture and output.figures:
         assert (run_dir / "convergence.png").read_bytes().startswith(b"\x89PNG")
     if output.checkpoint_every is not None:
         every, keep = output.checkpoint_every, output.keep_checkpoints

@@ -123,6 +123,7 @@ class OutputConfig(Section, key="output"):
     keep_checkpoints: int = field(metadata=COUNT)
     log_every: int = field(metadata=COUNT)
     tensorboard: bool
+    figures: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

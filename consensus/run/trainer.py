@@ -323,5 +323,6 @@ class Trainer:
         names, writer = ("written", "wait_s", "write_s"), self.writer
         extra = {"checkpoints": {name: getattr(writer, name) for name in names}} if writer else {}
         finish_run(self.run_dir, self.rows, self.best, self.algorithm.u, self.plan, extra)
-        every = self.config.output.checkpoint_every
-        draw_pictures(self.run_dir, self.rows, self.screen.say, every)
+        output = self.config.output
+        if output.figures:
+            draw_pictures(self.run_dir, self.rows, self.screen.say, output.checkpoint_every)

@@ -57,6 +57,13 @@ def test_a_signal_without_checkpoints(train, tmp_path, monkeypatch):
     assert caught.value.code == 128 + signal.SIGTERM
 
 
+def test_a_run_without_figures_draws_none(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("consensus.run.trainer.draw_pictures", lambda *_: pytest.fail("drawn"))
+    train(f"output.run_dir={tmp_path}/a", "output.figures=false")
+    assert (tmp_path / "a" / "summary.json").exists()
+    assert list((tmp_path / "a").glob("*.p[nd][gf]")) == []
+
+
 def test_a_run_whose_picture_fails_is_complete(train, tmp_path, monkeypatch, capsys):
     def fail(rows, path, **others):
         assert (tmp_path / "a" / "summary.json").exists(), "the summary comes first"
