@@ -60,6 +60,20 @@ def names_in_group(group: str) -> list[str]:
     return found
 
 
+def own_keys(name: str) -> set[str] | None:
+    """The keys at the top of one config, "defaults" if it lists other configs; None: no such file.
+
+    Nothing is composed, which takes a fifth of a second. Hydra must be initialized.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.repository.load_config(name)  # type: ignore[attr-defined]
+    if found is None or not hasattr(found.config, "keys"):
+        return None
+    return {str(key) for key in found.config} | ({"defaults"} if found.defaults_list else set())
+
+
 def expand_sweep(overrides: Sequence["Override"]) -> list[list[str]]:
     """All combinations of overrides such as `seed=1,2`, the last one varying fastest."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper

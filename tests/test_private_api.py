@@ -19,6 +19,7 @@ from consensus.private_api import (
     hydra_argument_parser,
     hydra_callbacks,
     names_in_group,
+    own_keys,
 )
 from consensus.run.compose import config_dir
 
@@ -79,6 +80,22 @@ def test_the_names_in_a_group_are_those_of_the_loader(tmp_path):
             assert {"lenet5", "mine", "stored_here"} <= set(names_in_group("model"))
         finally:
             del ConfigStore.instance().repo["model"]["stored_here.yaml"]
+
+
+def test_the_own_keys_of_a_config_are_those_of_its_file(tmp_path):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "plain.yaml").write_text("# @package _global_\nseed: 1\nplugins: [json]\n")
+    (folder / "other.yaml").write_text("# @package _global_\ndefaults:\n  - plain\n  - _self_\n")
+    (folder / "empty.yaml").write_text("")
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        assert own_keys("experiment/plain") is None
+        add_config_source(f"file://{tmp_path}")
+        assert own_keys("experiment/plain") == {"seed", "plugins"}
+        assert own_keys("experiment/other") == {"defaults"}
+        assert own_keys("experiment/empty") == set()
+        assert own_keys("experiment/smoke") == {"algorithm", "output"}
+        assert own_keys("experiment/nothing") is own_keys("experiment/[smoke]") is None
 
 
 def test_a_sweep_is_expanded_in_the_order_of_a_nested_loop():

@@ -43,6 +43,7 @@ from consensus.private_api import (
     has_content,
     hydra_argument_parser,
     names_in_group,
+    own_keys,
 )
 from consensus.run.checks import ConfigError, allowed_by, require
 from consensus.run.config import Config
@@ -55,6 +56,9 @@ from consensus.run.yaml_files import (
     nearest,
     register_resolvers,
 )
+
+NAMING = ("plugins", "defaults")
+"""The keys of an experiment by which it may name plugins: its own, or those of another config."""
 
 REFUSALS = (ConfigError, HydraException, OmegaConfBaseException)
 """The errors that are mistakes of the user: the entries print one line and exit with code 2."""
@@ -132,7 +136,8 @@ def import_plugins(overrides: Sequence[str]) -> None:
     others = [f"{group}={min(Path(config_dir(), group).glob('*.yaml')).stem}" for group in TABLES]
     known = _EXPERIMENTS.setdefault(GlobalHydra.instance().config_loader(), set())
     for experiment in choices(overrides, "experiment"):
-        if str(experiment) in known:
+        keys = own_keys(f"experiment/{experiment}")
+        if str(experiment) in known or (keys is not None and keys.isdisjoint(NAMING)):
             continue
         plugins = None
         with suppress(*REFUSALS):  # explained when the whole command line is composed

@@ -89,9 +89,15 @@ def test_an_experiment_names_its_plugin(folder, make_config, refusal):
             "# @package _global_\ndefaults:\n  - smoke\n  - override /potential: quartic\n"
             f"  - _self_\nplugins: [{plugin}]\n"
         )
-    config = make_config("--config-dir=own", "experiment=mine")
-    assert (config.potential.name, config.plugins) == ("quartic", ["mine"])
-    assert config.algorithm.iterations == 20, "of smoke"
+    others = {"heir": "defaults: [mine]\n", "short": "plugins: [mine]\n"}
+    for name, content in others.items():
+        file = folder / "own" / "experiment" / f"{name}.yaml"
+        file.write_text(f"# @package _global_\n{content}")
+    for experiment, potential in (("mine", []), ("heir", []), ("short", ["potential=quartic"])):
+        forget(folder)
+        config = make_config("--config-dir=own", f"experiment={experiment}", *potential)
+        assert (config.potential.name, config.plugins) == ("quartic", ["mine"])
+        assert config.algorithm.iterations == (30_000 if experiment == "short" else 20)
     line = refusal("--config-dir=own", "experiment=lost")
     assert line.startswith("`plugins` is lost; allowed: a module on the Python path ")
 
