@@ -53,6 +53,7 @@ class Ended:
     def __init__(self, code: int, out: str, err: str, seconds: float, left_behind: list[str]):
         self.code, self.out, self.err, self.seconds = code, out, err, seconds
         self.left_behind = left_behind  # processes of it that are still alive
+        self.modules: dict[str, set[str]] = {}  # at the end of each process, by rank
 
     @property
     def lines(self) -> list[str]:
@@ -145,14 +146,51 @@ class PlainLeNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
+# Python imports it at its start: each process of a command lists its modules at its end.
+LISTING = """
+import atexit, os, pathlib, sys
+path = pathlib.Path(__file__).with_name(f"modules-{os.environ.get('RANK', 'launcher')}")
+atexit.register(lambda: path.write_text("\\n".join(sys.modules)))
+"""
+
+HEAVY = {"matplotlib", "tensorboard", "torch.utils.tensorboard", "sklearn", "scipy"}
+HEAVY |= {"torchvision", "pandas", "sympy", "torch._dynamo", "torch._inductor"}
+HEAVY |= {"torch.distributed.checkpoint", "torch.distributed.tensor", "functorch"}
+"""Modules that take a tenth of a second or more, and that training does not need."""
+
+ONLY_FIRST = {"matplotlib", "tensorboard", "torch.utils.tensorboard"}
+"""Those that rank 0 needs: figures, events."""
+
+
 @pytest.fixture(scope="module", params=[0, 2], ids=["python", "torchrun"])
 def smoke(request, tmp_path_factory):
     """A finished run of two workers: its folder, its options and its output."""
     folder = tmp_path_factory.mktemp("smoke")
+    listing = tmp_path_factory.mktemp("modules")
+    (listing / "sitecustomize.py").write_text(LISTING)
+    path = os.pathsep.join(filter(None, [str(listing), os.environ.get("PYTHONPATH")]))
     how = [] if request.param else ["workers=2"]
-    ended = run(folder, *SMOKE, *how, "output.run_dir=run", processes=request.param)
+    where = "output.run_dir=run"
+    ended = run(folder, *SMOKE, *how, where, processes=request.param, PYTHONPATH=path)
     assert ended.code == 0, ended.err
+    ended.modules = {
+        file.name.removeprefix("modules-"): set(file.read_text().split())
+        for file in listing.glob("modules-*")
+    }
     return folder / "run", how, ended
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_smoke_imports_no_module_that_it_does_not_need(smoke):
+    """Each costs every rank a part of a second of CPU time, at the start of every run."""
+    _, how, ended = smoke
+    first, *others = ("launcher",) if how else ("0", "1")
+    assert {"torch", "consensus.run.trainer"} <= ended.modules[first]
+    assert ended.modules[first] & HEAVY == ONLY_FIRST
+    for rank in others:
+        assert {"torch", "consensus.run.trainer"} <= ended.modules[rank]
+        assert ended.modules[rank] & HEAVY == set()
 
 
 def rows_of(run_dir):
