@@ -484,6 +484,7 @@ def test_a_clone_with_windows_line_endings_has_none_in_its_files(tmp_path):
         (["population", "--quick"], "-m benchmarks.population --quick", "7"),
         (["robust"], "-m benchmarks.robust", "1"),
         (["scaling"], "-m benchmarks.scaling", "1"),
+        (["startup"], "-m benchmarks.startup", "1"),
         (["checkpoints"], "-m benchmarks.checkpoints", "7"),
     ],
 )
@@ -499,7 +500,7 @@ def test_bench_lists_the_benchmarks(checkout, words):
     assert code == 0
     names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
     here = ["compare", "coupling", "pull", "robust", "elastic", "char_gpt", "gpu"]
-    assert names == [*here, "latency", "population", "scaling", "checkpoints"]
+    assert names == [*here, "latency", "population", "scaling", "startup", "checkpoints"]
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
     assert checkout.calls() == []
 
