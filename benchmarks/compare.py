@@ -13,7 +13,7 @@ round. It includes the modules that torch imports for the method.
 import gc
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import BATCH, CPU, Problem, slowest_s, table
-from benchmarks.methods import Local, Method, methods
+from benchmarks.loops import Method
+from benchmarks.methods import Local, Make, methods
 from consensus.comm import Group, Launch, open_group
 from consensus.report.style import BLUE, SKY, house_style, new_figure
 
@@ -99,7 +100,9 @@ def block(make: Callable[[], Method], steps: int, group: Group, sample: bool) ->
     sent = method.payload - payload
     numbers = torch.tensor([wait / steps, sent / steps, memory], dtype=torch.float64)
     waited_s, sent, peak = group.gather(numbers).amax(0).tolist()
-    return Block(seconds, waited_s, sent, int(peak), method.error() if sample else None)
+    error = method.error() if sample else None
+    method.close()
+    return Block(seconds, waited_s, sent, int(peak), error)
 
 
 @dataclass
@@ -126,11 +129,12 @@ class Row:
         return self.workload, self.method, *rates, self.waiting, self.peak_mib, self.error
 
 
-def compare(workload: str, group: Group, rounds: int, seconds: float) -> list[Row]:
-    """All methods on one workload, interleaved."""
+def compare(
+    workload: str, makers: Mapping[str, Make], group: Group, rounds: int, seconds: float
+) -> list[Row]:
+    """Methods, "local" among them, on one workload, interleaved."""
     problem = Problem(*WORKLOADS[workload])
     parameters = sum(p.numel() for p in problem.model().parameters())
-    makers = methods()
     first = block(lambda: Local(problem, group), 2, group, sample=False)
     steps = int(min(200, max(2, seconds / first.seconds)))
     steps = steps // 10 * 10 if steps >= 10 else steps
@@ -199,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     group = open_group(Launch.from_environment(), "gloo", CPU, 600.0)
     rows: list[Row] = []
     for workload in options.workloads:
-        new = compare(workload, group, options.rounds, options.seconds)
+        new = compare(workload, methods(), group, options.rounds, options.seconds)
         rows += new
         if group.rank == 0:
             print(table(COLUMNS, [row.cells() for row in new]), flush=True)

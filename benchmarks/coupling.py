@@ -1,7 +1,7 @@
 """The overhead of `Coupling` on top of a plain PyTorch loop, beside other averaging of parameters.
 
 Started as `scripts/bench coupling`, which starts itself under torchrun. Each method is the loop of
-benchmarks/methods.py with one call after the optimizer step:
+benchmarks/loops.py with one call after the optimizer step:
 
     coupling ...      `Coupling.step`; "late": `overlap=False`
     averager ...      torch's PeriodicModelAverager, as PostLocalSGD uses it after its warm-up
@@ -23,16 +23,13 @@ import gc
 import importlib.util
 import statistics
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,8 +37,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import harness
 from benchmarks.compare import WORKLOADS
 from benchmarks.harness import CPU, Problem, table
-from benchmarks.methods import Loop
-from consensus import Coupling
+from benchmarks.loops import Accelerate, Averager, Coupled, LikeLocalSgd, Loop
 from consensus.comm import Group, Launch, open_group
 
 COLUMNS = {
@@ -53,95 +49,19 @@ PERIODS = (1, 10)
 CALLS = 10  # divided by all periods
 
 
-class Plain(Loop):
-    """A loop without communication."""
-
-    called_s = 0.0  # CPU time in `after`
-
-    def step(self, t: int) -> None:
-        self.train()
-        started = time.process_time()
-        self.after()
-        self.called_s += time.process_time() - started
-
-    def after(self) -> None:
-        """The call of a method after the optimizer step; none for the plain loop."""
-
-    def close(self) -> None:
-        """Leave the group of the method, if it has one."""
-
-
-class Coupled(Plain):
-    """The loop with `Coupling`."""
-
-    def __init__(self, problem: Problem, group: Group, options: dict[str, Any]) -> None:
-        super().__init__(problem, group)
-        self.coupling = Coupling(self.module, self.optimizer, **options)
-        self.after, self.close = self.coupling.step, self.coupling.close
-
-
-class Averager(Plain):
-    """The loop with torch's PeriodicModelAverager."""
-
-    def __init__(self, problem: Problem, group: Group, period: int) -> None:
-        super().__init__(problem, group)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "When period is 1")  # torch recommends DDP then
-            self.averager = PeriodicModelAverager(period=period, warmup_steps=0)
-
-    def after(self) -> None:
-        self.averager.average_parameters(self.module.parameters())
-
-
-class LocalSgd(Plain):
-    """Local SGD as accelerate does it: a barrier, and the mean of a copy of each parameter."""
-
-    def __init__(self, problem: Problem, group: Group, period: int) -> None:
-        super().__init__(problem, group)
-        self.period, self.calls = period, 0
-
-    def after(self) -> None:
-        self.calls += 1
-        if self.calls % self.period:
-            return
-        dist.barrier()
-        for parameter in self.module.parameters():
-            mean = parameter.data.clone()
-            dist.all_reduce(mean)
-            parameter.data = mean.div_(self.group.size)
-
-
-class Accelerate(Plain):
-    """The loop with accelerate's LocalSGD."""
-
-    def __init__(self, problem: Problem, group: Group, period: int) -> None:
-        super().__init__(problem, group)
-        from accelerate import Accelerator
-        from accelerate.local_sgd import LocalSGD
-
-        self.model = Accelerator(cpu=True).prepare(self.module)
-        self.local_sgd = LocalSGD(Accelerator(cpu=True), self.model, period)
-        self.local_sgd.__enter__()
-        self.after = self.local_sgd.step
-
-
-def methods() -> dict[str, Callable[[Problem, Group], Plain]]:
+def methods() -> dict[str, Callable[[Problem, Group], Loop]]:
     """The constructors of all methods, by the name in the table."""
-    found: dict[str, Callable[[Problem, Group], Plain]] = {}
+    found: dict[str, Callable[[Problem, Group], Loop]] = {}
+    absent = importlib.util.find_spec("accelerate") is None
+    kind, name = (LikeLocalSgd, "like local sgd") if absent else (Accelerate, "local sgd")
     for period in PERIODS:
         for potential in ("quad", "tan", "cubic", "tan_sep"):
             for overlap in (True, False):
                 options = {"potential": potential, "period": period, "overlap": overlap}
-                name = f"coupling {potential}, period {period}{'' if overlap else ', late'}"
-                found[name] = lambda problem, group, own=options: Coupled(problem, group, own)
-        found[f"averager, period {period}"] = lambda problem, group, period=period: Averager(
-            problem, group, period
-        )
-        absent = importlib.util.find_spec("accelerate") is None
-        kind, name = (LocalSgd, "like local sgd") if absent else (Accelerate, "local sgd")
-        found[f"{name}, period {period}"] = lambda problem, group, kind=kind, period=period: kind(
-            problem, group, period
-        )
+                late = "" if overlap else ", late"
+                found[f"coupling {potential}, period {period}{late}"] = partial(Coupled, **options)
+        found[f"averager, period {period}"] = partial(Averager, period=period)
+        found[f"{name}, period {period}"] = partial(kind, period=period)
     return found
 
 
@@ -187,7 +107,7 @@ def storages(share: float) -> dict[int, float]:
     return found
 
 
-def vectors_kept(make: Callable[[], Plain], n: int, share: float) -> tuple[Plain, float]:
+def vectors_kept(make: Callable[[], Loop], n: int, share: float) -> tuple[Loop, float]:
     """A method after some iterations, and the n-vectors that it keeps beside those of its loop."""
     known = set(storages(share))
     method = make()
@@ -229,7 +149,7 @@ class Row:
         return self.workload, self.method, *times, *counts
 
 
-def block(method: Plain, calls: int, group: Group) -> tuple[float, float, float]:
+def block(method: Loop, calls: int, group: Group) -> tuple[float, float, float]:
     """Seconds of an iteration: of the slowest process, of the CPU, of the CPU in the call.
 
     A collective.
@@ -250,7 +170,7 @@ def measure(
 ) -> list[Row]:
     """The plain loop and the methods of these names on one workload, in turn."""
     problem = Problem(*WORKLOADS[workload])
-    plain = Plain(problem, group)
+    plain = Loop(problem, group)
     parameters = sum(p.numel() for p in plain.module.parameters())
     first = [block(plain, CALLS, group) for _ in range(2)]
     calls = CALLS * max(1, round(min(500.0, seconds / first[-1][0]) / CALLS))
@@ -296,16 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="with one thread each")
     workloads = ["lenet5", "mlp10m"]
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=workloads)
-    parser.add_argument("--methods", nargs="+", metavar="TEXT", help="those whose name has a TEXT")
+    harness.add_methods(parser)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a block, about")
     options = parser.parse_args(arguments)
     harness.start_ranks("coupling", options.processes, arguments)
     if options.quick:
         options.workloads, options.rounds, options.seconds = ["lenet5"], 3, 0.2
-    names = [n for n in methods() if any(text in n for text in options.methods or [""])]
-    if not names:
-        parser.error(f"`--methods` is {' '.join(options.methods)}; no name has it")
+    names = harness.chosen(methods(), options)
     group = open_group(Launch.from_environment(), "gloo", CPU, 600.0)
     rows: list[Row] = []
     for workload in options.workloads:

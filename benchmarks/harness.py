@@ -237,6 +237,23 @@ def parser(
     return options
 
 
+def add_methods(options: argparse.ArgumentParser) -> None:
+    """The option `--methods` of `chosen`."""
+    options.add_argument("--methods", nargs="+", metavar="TEXT", help="those whose name has a TEXT")
+
+
+def chosen(names: Iterable[str], options: argparse.Namespace) -> list[str]:
+    """The names that have one of the texts of `--methods`; without the option all.
+
+    Raises:
+        SystemExit: If none has one.
+    """
+    found = [name for name in names if any(text in name for text in options.methods or [""])]
+    if not found:
+        raise SystemExit(f"`--methods` is {' '.join(options.methods)}; no name of a method has it")
+    return found
+
+
 def start_ranks(name: str, processes: int, arguments: Sequence[str] | None) -> None:
     """Replace this process by the benchmark `name` under torchrun, unless it is a rank already.
 

@@ -8,44 +8,23 @@ naive           synchronous EASGD as it is usually written, one all-reduce per p
 """
 
 import time
-import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import KAPPA, LAM, NU, SIGMA, TAU, Problem
+from benchmarks.loops import Averager, Loop, Method
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Msgd
 from consensus.comm import Group, Pending, ProcessGroup, RepeatedSum, Solo, sent_sum
 from consensus.worker import Worker
 
 POTENTIALS_TIMED = ("quad", "cubic", "tan", "log", "tan_sep")
-
-
-class Method(ABC):
-    """A training method; `step(t)` is iteration t on this rank.
-
-    Attributes:
-        waited_s: Seconds in which this rank waited for others; None where torch hides them.
-        payload: Bytes that this rank has passed to collectives.
-    """
-
-    waited_s: float | None = None
-    payload = 0
-
-    @abstractmethod
-    def step(self, t: int) -> None: ...
-
-    def error(self) -> float | None:
-        """The relative error of the sums in the Euclidean norm; None where torch sends them."""
-        return None
 
 
 class _Timed(Pending):
@@ -154,56 +133,12 @@ class OurConsensus(Method):
         return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
 
 
-class Loop(Method):
-    """A plain PyTorch training loop."""
-
-    def __init__(self, problem: Problem, group: Group) -> None:
-        self.group = group
-        self.dataset, (self.minibatches,) = problem.dataset, problem.minibatches([group.rank])
-        self.module = problem.model()
-        self.model: nn.Module = self.module
-        self.optimizer = torch.optim.SGD(
-            self.module.parameters(), SIGMA, momentum=KAPPA, weight_decay=NU, nesterov=True
-        )
-        self.bytes = sum(p.nbytes for p in self.module.parameters())
-
-    def train(self) -> None:
-        index = self.minibatches.draw()
-        batch = self.dataset.train.select(index)
-        self.optimizer.zero_grad()
-        cross_entropy(self.model(batch.inputs), batch.targets, reduction="sum").backward()
-        self.optimizer.step()
-
-
 class Ddp(Loop):
     """DistributedDataParallel."""
 
     def __init__(self, problem: Problem, group: Group) -> None:
-        super().__init__(problem, group)
+        super().__init__(problem, group, period=1)
         self.model = DistributedDataParallel(self.module)
-
-    def step(self, t: int) -> None:
-        self.train()
-        self.payload += self.bytes
-
-
-class PostLocal(Loop):
-    """PostLocalSGD after its warm-up."""
-
-    def __init__(self, problem: Problem, group: Group, period: int) -> None:
-        super().__init__(problem, group)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "When period is 1")  # torch recommends DDP then
-            self.averager = PeriodicModelAverager(period=period, warmup_steps=0)
-        self.waited_s = 0.0
-
-    def step(self, t: int) -> None:
-        self.train()
-        self.payload += self.bytes * (self.averager.step % self.averager.period == 0)
-        started = time.perf_counter()
-        self.averager.average_parameters(self.module.parameters())
-        assert self.waited_s is not None
-        self.waited_s += time.perf_counter() - started
 
 
 class NaiveEasgd(Loop):
@@ -232,29 +167,26 @@ class NaiveEasgd(Loop):
         self.payload += self.bytes
 
 
-def methods() -> dict[str, Callable[[Problem, Group], Method]]:
+Make = Callable[[Problem, Group], Method]
+
+
+def methods() -> dict[str, Make]:
     """The constructors of all methods, by the name in the table."""
-    ours: dict[str, Callable[[Problem, Group], Method]] = {
-        f"consensus {potential}, period {period}": (
-            lambda problem, group, potential=potential, period=period: OurConsensus(
-                problem, group, potential, period
-            )
-        )
-        for period in (1, 10)
-        for potential in (POTENTIALS_TIMED if period == 1 else ("quad", "tan"))
-    }
-    peers: dict[str, Callable[[Problem, Group], Method]] = {
-        "ddp": Ddp,
-        "postlocal, period 1": lambda problem, group: PostLocal(problem, group, 1),
-        "postlocal, period 10": lambda problem, group: PostLocal(problem, group, 10),
-        "naive easgd": NaiveEasgd,
-    }
-    sent: dict[str, Callable[[Problem, Group], Method]] = {
-        name: lambda problem, group, sent=sent: OurConsensus(problem, group, "quad", 1, sent)
+    ours: dict[str, Make] = {}
+    for period in (1, 10):
+        for potential in POTENTIALS_TIMED if period == 1 else ("quad", "tan"):
+            name = f"{potential}, period {period}"
+            ours[f"consensus {name}"] = partial(OurConsensus, potential=potential, period=period)
+    sent: dict[str, Make] = {
+        name: partial(OurConsensus, potential="quad", period=1, sent=sent)
         for name, sent in (
             ("consensus quad over Gloo", "plain"),
             ("  the same in bf16", "bf16"),
             ("  in a fixed order", "tree"),
         )
     }
-    return {"local": Local} | ours | sent | peers
+    theirs: dict[str, Make] = {"ddp": Ddp}
+    for period in (1, 10):
+        theirs[f"postlocal, period {period}"] = partial(Averager, period=period)
+    theirs["naive easgd"] = NaiveEasgd
+    return {"local": Local} | ours | sent | theirs

@@ -4,12 +4,13 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.compare import COLUMNS, Row, compare, draw
+from benchmarks.methods import methods
 
 N = 33_580
 
 
 def rows_of(group) -> list[Row]:
-    return compare("lenet5", group, 1, 0.001)
+    return compare("lenet5", methods(), group, 1, 0.001)
 
 
 @pytest.mark.ranks
