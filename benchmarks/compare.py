@@ -23,6 +23,7 @@ from benchmarks import harness
 from benchmarks.harness import BATCH, CPU, Problem, slowest_s, table
 from benchmarks.loops import Method
 from benchmarks.methods import Local, Make, methods
+from benchmarks.peers import require
 from consensus.comm import Group, Launch, open_group
 from consensus.report.style import BLUE, SKY, house_style, new_figure
 
@@ -33,7 +34,7 @@ WORKLOADS: dict[str, tuple[str, dict[str, object]]] = {
     "mlp100m": ("mlp", {"hidden": [8192, 8192, 3072]}),
 }
 COLUMNS = {
-    "workload": "<9", "method": "<26", "ms": ">9.2f", "/ local": ">8.2f", "samples/s": ">10.0f",
+    "workload": "<9", "method": "<31", "ms": ">9.2f", "/ local": ">8.2f", "samples/s": ">10.0f",
     "MiB sent": ">9.2f", "waiting": ">8.0%", "MiB memory": ">11.0f", "error": ">8.1e",
 }  # fmt: skip
 
@@ -196,14 +197,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a block, about")
+    harness.add_methods(parser)
+    parser.add_argument("--peers", action="store_true", help="accelerate's and torchft's as well")
     options = parser.parse_args(arguments)
+    if options.peers:
+        require()
+    makers = methods(options.peers)
+    names = harness.chosen(makers, options)
+    makers = {name: make for name, make in makers.items() if name in ("local", *names)}
     harness.start_ranks("compare", options.processes, arguments)
     if options.quick:
         options.workloads, options.rounds, options.seconds = ["lenet5"], 5, 0.5
     group = open_group(Launch.from_environment(), "gloo", CPU, 600.0)
     rows: list[Row] = []
     for workload in options.workloads:
-        new = compare(workload, methods(), group, options.rounds, options.seconds)
+        new = compare(workload, makers, group, options.rounds, options.seconds)
         rows += new
         if group.rank == 0:
             print(table(COLUMNS, [row.cells() for row in new]), flush=True)

@@ -145,5 +145,6 @@ class Accelerate(Loop):
         accelerator = Accelerator(cpu=True)
         self.model = accelerator.prepare(self.module)
         self.local_sgd = LocalSGD(accelerator, self.model, period)
+        assert accelerator.num_processes == group.size, "accelerate sees no torchrun"
         self.local_sgd.__enter__()
         self.after = self.local_sgd.step

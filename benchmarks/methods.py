@@ -2,9 +2,11 @@
 
 local           independent workers, no communication: the limit
 consensus ...   Algorithm 1 with a potential and a period
+coupling ...    `Coupling` in a plain loop
 ddp             torch.nn.parallel.DistributedDataParallel
 postlocal ...   torch's PostLocalSGD: PeriodicModelAverager with a period
 naive           synchronous EASGD as it is usually written, one all-reduce per parameter tensor
+others          benchmarks/peers.py
 """
 
 import time
@@ -17,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import peers
 from benchmarks.harness import KAPPA, LAM, NU, SIGMA, TAU, Problem
-from benchmarks.loops import Averager, Loop, Method
+from benchmarks.loops import Accelerate, Averager, Coupled, Loop, Method
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Msgd
 from consensus.comm import Group, Pending, ProcessGroup, RepeatedSum, Solo, sent_sum
@@ -170,13 +173,17 @@ class NaiveEasgd(Loop):
 Make = Callable[[Problem, Group], Method]
 
 
-def methods() -> dict[str, Make]:
-    """The constructors of all methods, by the name in the table."""
+def methods(others: bool = False) -> dict[str, Make]:
+    """The constructors of all methods, by the name in the table; `others`: of packages too."""
     ours: dict[str, Make] = {}
     for period in (1, 10):
         for potential in POTENTIALS_TIMED if period == 1 else ("quad", "tan"):
             name = f"{potential}, period {period}"
             ours[f"consensus {name}"] = partial(OurConsensus, potential=potential, period=period)
+    for period in (1, 10):
+        for potential in ("quad", "tan"):
+            name = f"coupling {potential}, period {period}"
+            ours[name] = partial(Coupled, potential=potential, period=period)
     sent: dict[str, Make] = {
         name: partial(OurConsensus, potential="quad", period=1, sent=sent)
         for name, sent in (
@@ -186,7 +193,13 @@ def methods() -> dict[str, Make]:
         )
     }
     theirs: dict[str, Make] = {"ddp": Ddp}
-    for period in (1, 10):
-        theirs[f"postlocal, period {period}"] = partial(Averager, period=period)
+    kinds: dict[str, Callable[..., Method]] = {"postlocal": Averager}
+    if others:
+        kinds["accelerate local sgd"] = Accelerate
+        kinds["torchft local sgd"] = partial(peers.Torchft, make=peers.local_sgd)
+        kinds["torchft diloco"] = partial(peers.Torchft, make=peers.diloco)
+    for kind, make in kinds.items():
+        for period in (1, 10):
+            theirs[f"{kind}, period {period}"] = partial(make, period=period)
     theirs["naive easgd"] = NaiveEasgd
     return {"local": Local} | ours | sent | theirs

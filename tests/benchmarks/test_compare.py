@@ -29,6 +29,10 @@ def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
         "consensus tan_sep, period 1": 4 * (N + 2),
         "consensus quad, period 10": pytest.approx(4 * N / 10),
         "consensus tan, period 10": pytest.approx(4 * (N + 2 * layers) / 10),
+        "coupling quad, period 1": 4 * N,
+        "coupling tan, period 1": 4 * (N + layers),  # the weights of the mean
+        "coupling quad, period 10": pytest.approx(4 * N / 10),
+        "coupling tan, period 10": pytest.approx(4 * (N + layers) / 10),
         "consensus quad over Gloo": 4 * N,
         "  the same in bf16": 2 * N,
         "  in a fixed order": 4 * N,

@@ -53,6 +53,17 @@ def test_a_problem_is_the_same_for_everyone_and_every_worker_draws_for_itself():
     assert not torch.equal(one.worker.z[0], one.worker.z[1])
 
 
+def test_methods_are_chosen_by_a_part_of_their_name():
+    options = harness.parser("compare")
+    harness.add_methods(options)
+    names = ["local", "tan, period 1", "tan, period 10", "ddp"]
+    assert harness.chosen(names, options.parse_args([])) == names
+    own = options.parse_args(["--methods", "period 10", "dd"])
+    assert harness.chosen(iter(names), own) == ["tan, period 10", "ddp"]
+    with pytest.raises(SystemExit, match="`--methods` is no; no name of a method has it"):
+        harness.chosen(names, options.parse_args(["--methods", "no"]))
+
+
 def test_the_name_of_the_command_is_in_its_help(capsys):
     with pytest.raises(SystemExit):
         harness.parser("gpu", quick="tiny", device=True, plot=True).parse_args(["--help"])
