@@ -6,13 +6,16 @@ benchmarks/methods.py train the same model on the same minibatches and processes
 Data flow: in each round every method in turn is built afresh, warmed up, and timed over a block of
 steps that starts at a barrier. A block takes as long as its slowest rank. A ratio compares two
 blocks of one round, so that other load of the machine affects both; medians over the rounds are
-printed. Memory is the growth of the process while a method is built and steps, sampled in the first
-round. It includes the modules that torch imports for the method.
+printed. CPU time is that of all threads of a process, the mean over the processes: with other load
+on the cores it varies less than the time of a step. Memory is the growth of the process while a
+method is built and steps, sampled in the first round. It includes the modules that torch imports
+for the method.
 """
 
 import gc
 import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,8 @@ WORKLOADS: dict[str, tuple[str, dict[str, object]]] = {
     "mlp100m": ("mlp", {"hidden": [8192, 8192, 3072]}),
 }
 COLUMNS = {
-    "workload": "<9", "method": "<31", "ms": ">9.2f", "/ local": ">8.2f", "samples/s": ">10.0f",
+    "workload": "<9", "method": "<31", "ms": ">9.2f", "/ local": ">8.2f",
+    "CPU ms": ">8.2f", "CPU / local": ">12.2f", "samples/s": ">10.0f",
     "MiB sent": ">9.2f", "waiting": ">8.0%", "MiB memory": ">11.0f", "error": ">8.1e",
 }  # fmt: skip
 
@@ -44,6 +48,7 @@ class Block:
     """One method in one round."""
 
     seconds: float  # of one step, on the slowest rank
+    cpu_s: float  # of one step and all threads of a process, the mean over the processes
     waited_s: float  # of one step, NaN if unknown
     payload: float  # bytes of one step
     memory: int  # bytes
@@ -96,14 +101,18 @@ def block(make: Callable[[], Method], steps: int, group: Group, sample: bool) ->
         if steps >= 10:
             method.step(t)
     waited, payload = method.waited_s, method.payload
+    cpu = time.process_time()
     seconds = slowest_s(method.step, range(10, 10 + steps), group)
+    cpu_s = (time.process_time() - cpu) / steps
     wait = float("nan") if waited is None or method.waited_s is None else method.waited_s - waited
     sent = method.payload - payload
-    numbers = torch.tensor([wait / steps, sent / steps, memory], dtype=torch.float64)
-    waited_s, sent, peak = group.gather(numbers).amax(0).tolist()
+    numbers = torch.tensor([wait / steps, sent / steps, memory, cpu_s], dtype=torch.float64)
+    every = group.gather(numbers)
+    waited_s, sent, peak, _ = every.amax(0).tolist()
+    cpu_s = float(every[:, 3].mean())
     error = method.error() if sample else None
     method.close()
-    return Block(seconds, waited_s, sent, int(peak), error)
+    return Block(seconds, cpu_s, waited_s, sent, int(peak), error)
 
 
 @dataclass
@@ -116,6 +125,8 @@ class Row:
     processes: int
     ms: float
     ratio_to_local: float
+    cpu_ms: float
+    cpu_ratio: float
     samples_per_s: float
     bytes_per_iteration: float
     waiting: float | None
@@ -126,7 +137,8 @@ class Row:
     def cells(self) -> tuple[object, ...]:
         """By COLUMNS."""
         sent = self.bytes_per_iteration / 2**20
-        rates = (self.ms, self.ratio_to_local, self.samples_per_s, sent)
+        times = (self.ms, self.ratio_to_local, self.cpu_ms, self.cpu_ratio)
+        rates = (*times, self.samples_per_s, sent)
         return self.workload, self.method, *rates, self.waiting, self.peak_mib, self.error
 
 
@@ -149,7 +161,7 @@ def compare(
             gc.collect()
     rows = []
     for name, blocks in found.items():
-        ratios = [b.seconds / a.seconds for a, b in zip(found["local"], blocks, strict=True)]
+        pairs = list(zip(found["local"], blocks, strict=True))
         ms = 1e3 * statistics.median(b.seconds for b in blocks)
         wait = statistics.median(b.waited_s / b.seconds for b in blocks)
         rows.append(
@@ -159,7 +171,9 @@ def compare(
                 parameters=parameters,
                 processes=group.size,
                 ms=ms,
-                ratio_to_local=statistics.median(ratios),
+                ratio_to_local=statistics.median(b.seconds / a.seconds for a, b in pairs),
+                cpu_ms=1e3 * statistics.median(b.cpu_s for b in blocks),
+                cpu_ratio=statistics.median(b.cpu_s / a.cpu_s for a, b in pairs),
                 samples_per_s=group.size * BATCH * 1e3 / ms,
                 bytes_per_iteration=blocks[0].payload,
                 waiting=None if wait != wait else wait,

@@ -1,6 +1,7 @@
 """The training methods that benchmarks/compare.py compares, each one step at a time.
 
 local           independent workers, no communication: the limit
+plain loop      the same as a loop of torch, the basis of `Coupling` and of others' methods
 consensus ...   Algorithm 1 with a potential and a period
 coupling ...    `Coupling` in a plain loop
 ddp             torch.nn.parallel.DistributedDataParallel
@@ -202,4 +203,4 @@ def methods(others: bool = False) -> dict[str, Make]:
         for period in (1, 10):
             theirs[f"{kind}, period {period}"] = partial(make, period=period)
     theirs["naive easgd"] = NaiveEasgd
-    return {"local": Local} | ours | sent | theirs
+    return {"local": Local, "plain loop": Loop} | ours | sent | theirs

@@ -22,6 +22,7 @@ def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
     layers = 3
     assert sent == {
         "local": 0,
+        "plain loop": 0,
         "consensus quad, period 1": 4 * N,
         "consensus cubic, period 1": 4 * N,
         "consensus tan, period 1": 4 * (N + 2 * layers),  # two ranks send how far they are from 0
@@ -44,6 +45,7 @@ def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
     for row in rows:
         assert (row.workload, row.parameters, row.processes) == ("lenet5", N, 2)
         assert row.ms > 0
+        assert row.cpu_ms > 0
         error = {"consensus quad over Gloo": 2.0**-23, "  the same in bf16": 2.0**-7}
         error["  in a fixed order"] = 2.0**-23
         if row.method in error:  # two numbers rounded, and their sum, of unknown signs
@@ -51,6 +53,6 @@ def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
         else:
             assert row.error is None
         assert row.samples_per_s == pytest.approx(2 * 20 * 1e3 / row.ms)
-    assert rows[0].ratio_to_local == 1.0
+    assert rows[0].ratio_to_local == rows[0].cpu_ratio == 1.0
     draw(rows, str(tmp_path / "bars.png"))
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
