@@ -25,7 +25,7 @@ from benchmarks.harness import KAPPA, LAM, NU, SIGMA, TAU, Problem
 from benchmarks.loops import Accelerate, Averager, Coupled, Loop, Method
 from consensus import POTENTIALS, Layerwise
 from consensus.algorithm import Msgd
-from consensus.comm import Group, Pending, ProcessGroup, RepeatedSum, Solo, sent_sum
+from consensus.comm import Group, Pending, ProcessGroup, RepeatedSum, Solo
 from consensus.worker import Worker
 
 POTENTIALS_TIMED = ("quad", "cubic", "tan", "log", "tan_sep")
@@ -77,13 +77,12 @@ class Metered:
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
         if self._sent is None:
             return _TimedSum(self._group.repeated_sum(numel, like), self)
-        if self._sent == "tree":
-            assert isinstance(self._group, ProcessGroup)
-            own = self._group
-            tree = ProcessGroup(own.handle, own.device, 600.0, shared_memory=False, tree=True)
-            return _TimedSum(tree.repeated_sum(numel, like), self)
-        compress = None if self._sent == "plain" else self._sent
-        return _TimedSum(sent_sum(self._group, numel, like, compress), self)
+        assert isinstance(self._group, ProcessGroup)
+        where = self._group.handle, self._group.device, 600.0
+        tree = self._sent == "tree"
+        compress = None if self._sent in ("plain", "tree") else self._sent
+        group = ProcessGroup(*where, shared_memory=False, compress=compress, tree=tree)
+        return _TimedSum(group.repeated_sum(numel, like), self)
 
     def min_(self, tensor: Tensor) -> Tensor:
         self.payload += tensor.nbytes

@@ -63,6 +63,7 @@ MAY_IMPORT = {
 MAY_IMPORT_DISTRIBUTED = {
     "consensus.comm.rendezvous": "torch.distributed",
     "consensus.comm.process_group": "torch.distributed",
+    "consensus.comm.exchanged_sum": "torch.distributed",
     "consensus.comm.members": "torch.distributed",
     "consensus.comm.view_group": "torch.distributed",
     "consensus.comm.user_group": "torch.distributed",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from consensus.comm.exchanged_sum import LARGEST, ExchangedSum
 from consensus.comm.group import Group, GroupError, PeerLostError, Pending, RepeatedSum, Solo
 from consensus.comm.launch import Launch
 from consensus.comm.rendezvous import Heartbeat, first_line, in_time, open_store
@@ -42,6 +43,8 @@ class ProcessGroup(Group):
         tree: Whether sums have the order of tree_sum.py, whatever the backend.
         heartbeat: Source of the names of lost peers in error messages; None: the backend's message.
     """
+
+    _exchanges = True  # whether sums of two may be exchanged messages
 
     def __init__(
         self,
@@ -132,17 +135,21 @@ class ProcessGroup(Group):
     def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
         """In shared memory if the tensors are on the CPU and all ranks on one host; else sent."""
         if numel == 0:
-            return sent_sum(Solo(), numel, like)  # nothing to send
+            return sent_sum(Solo(), like.new_empty(0))  # nothing to send
         shared = None
         if like.device.type == "cpu":
             what = numel, like.dtype, self.timeout_s, self._shared_memory
             shared = open_shared_sum(self, *what, self.lost)
-        if shared is None and self._tree:
-            return TreeSum(self, like.new_empty(numel))
-        if shared is None:
-            return sent_sum(self, numel, like, self._compress)
-        self._owned.callback(shared.close)
-        return SumInSharedMemory(shared, self.reporting)
+        if shared is not None:
+            self._owned.callback(shared.close)
+            return SumInSharedMemory(shared, self.reporting)
+        message = like.new_empty(numel)
+        if self._tree:
+            return TreeSum(self, message)
+        small = like.device.type == "cpu" and message.nbytes <= LARGEST  # of CPU tensors: Gloo
+        if self._exchanges and self._compress is None and self.size == 2 and small:
+            return ExchangedSum(self, message)
+        return sent_sum(self, message, self._compress)
 
     def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
         """Asynchronous all-gather."""

@@ -37,9 +37,8 @@ class Bfloat16Sum(RepeatedSum):
         return Pending(lambda: self.message.copy_(pending.wait()))
 
 
-def sent_sum(group: Group, numel: int, like: Tensor, compress: str | None = None) -> RepeatedSum:
+def sent_sum(group: Group, message: Tensor, compress: str | None = None) -> RepeatedSum:
     """A repeated sum by all-reduce, of the messages as they are (None) or in bfloat16 ("bf16")."""
-    message = like.new_empty(numel)
     return SentSum(group, message) if compress is None else Bfloat16Sum(group, message)
 
 

@@ -35,6 +35,8 @@ class ViewGroup(ProcessGroup):
         options: Keyword arguments of `ProcessGroup`.
     """
 
+    _exchanges = False  # to wait for a message for a short time would break its connection
+
     def __init__(
         self,
         handle: dist.ProcessGroupGloo,

@@ -227,14 +227,11 @@ def use_groups_of_the_user(group, folder, options):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        ({}, "SumInSharedMemory" if shared_memory.available() else "SentSum"),
-        ({"shared_memory": False}, "SentSum"),
-    ],
-)
-def test_groups_that_the_user_has_created(ranks, tmp_path, options, kind):
+@pytest.mark.parametrize("options", [{}, {"shared_memory": False}])
+def test_groups_that_the_user_has_created(ranks, tmp_path, options):
+    kinds = {2: "ExchangedSum", 4: "SentSum"}  # by the number of processes
+    if not options and shared_memory.available():
+        kinds = dict.fromkeys(kinds, "SumInSharedMemory")
     sizes = {"world": 4, "1 and 3": 2, "worker": 2, "replica": 2, "again": 4}
     places = {  # rank within the group, by global rank
         "world": [0, 1, 2, 3],
@@ -252,7 +249,7 @@ def test_groups_that_the_user_has_created(ranks, tmp_path, options, kind):
                 continue
             found, kind_and_exact, (rank, bits, u), left = answer[name]
             assert found == closed_form(size), name
-            assert kind_and_exact == (kind, True), name
+            assert kind_and_exact == (kinds[size], True), name
             assert left == size, "the user's group still sums after `close`"
             assert rank == place
             torch.testing.assert_close(torch.tensor(u).double(), followed(size))
@@ -351,7 +348,7 @@ def another_host(group, folder):
 
 @pytest.mark.ranks
 def test_ranks_on_two_hosts_do_not_share_memory(ranks, tmp_path):
-    assert ranks(2, another_host, str(tmp_path)) == ["SentSum"] * 2
+    assert ranks(2, another_host, str(tmp_path)) == ["ExchangedSum"] * 2
 
 
 def within_the_group_of_the_user(group, folder):

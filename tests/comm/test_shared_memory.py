@@ -101,7 +101,7 @@ def without(group):
 
 
 def test_if_one_rank_cannot_share_memory_all_ranks_send(ranks):
-    assert ranks(2, without) == [("SentSum", [3.0] * 3)] * 2
+    assert ranks(2, without) == [("ExchangedSum", [3.0] * 3)] * 2
 
 
 def no_room(group):
@@ -121,7 +121,7 @@ def test_without_room_one_line_is_printed_and_all_ranks_send(ranks):
     line = "rank 0: no shared memory, sums go through Gloo: No space left on device"
     answers = ranks(2, no_room)
     assert [lines for lines, *_ in answers] == [[line], []]
-    assert [rest for _, *rest in answers] == [["SentSum", [3.0] * 3]] * 2
+    assert [rest for _, *rest in answers] == [["ExchangedSum", [3.0] * 3]] * 2
 
 
 def another_folder(group):
@@ -138,7 +138,7 @@ def another_folder(group):
 def test_a_rank_without_the_file_creates_none(ranks):
     before = leftovers()
     answers = ranks(2, another_folder)
-    assert answers == [(told, "SentSum", [3.0] * 3) for told in (0, 1)]
+    assert answers == [(told, "ExchangedSum", [3.0] * 3) for told in (0, 1)]
     assert leave_no_name(before)
 
 
