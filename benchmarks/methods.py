@@ -56,8 +56,8 @@ class _TimedSum(RepeatedSum):
 class Metered:
     """A group that counts the bytes sent and the seconds waited.
 
-    With `sent`, sums do not use shared memory: "plain" is float32, "bf16" is compressed, and "tree"
-    has the fixed order of `deterministic=true`.
+    With `sent`, sums do not use shared memory: "plain" is float32, "bf16" and "int8" are rounded,
+    and "tree" has the fixed order of `deterministic=true`.
     """
 
     def __init__(self, group: Group, sent: str | None = None) -> None:
@@ -74,15 +74,15 @@ class Metered:
         yield
         self.waited_s += time.perf_counter() - started
 
-    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+    def repeated_sum(self, numel: int, like: Tensor, exact: int = 0) -> RepeatedSum:
         if self._sent is None:
-            return _TimedSum(self._group.repeated_sum(numel, like), self)
+            return _TimedSum(self._group.repeated_sum(numel, like, exact), self)
         assert isinstance(self._group, ProcessGroup)
         where = self._group.handle, self._group.device, 600.0
         tree = self._sent == "tree"
         compress = None if self._sent in ("plain", "tree") else self._sent
         group = ProcessGroup(*where, shared_memory=False, compress=compress, tree=tree)
-        return _TimedSum(group.repeated_sum(numel, like), self)
+        return _TimedSum(group.repeated_sum(numel, like, exact), self)
 
     def min_(self, tensor: Tensor) -> Tensor:
         self.payload += tensor.nbytes
@@ -189,6 +189,7 @@ def methods(others: bool = False) -> dict[str, Make]:
         for name, sent in (
             ("consensus quad over Gloo", "plain"),
             ("  the same in bf16", "bf16"),
+            ("  in int8", "int8"),
             ("  in a fixed order", "tree"),
         )
     }

@@ -68,6 +68,11 @@ class Algorithm(ABC):
         return {"worker": self.worker, **server}
 
     @property
+    def residual(self) -> Tensor | None:
+        """What the rounding of sums has kept back on this process; None: sums are not so. (n,)."""
+        return None if self.server is None else self.server.sum.residual
+
+    @property
     def closed_form(self) -> bool:
         """Whether no line is a solver or an optimizer of torch, which read numbers on the host."""
         return all(part.kernel.closed_form for part in self.parts.values())
@@ -83,18 +88,24 @@ class Algorithm(ABC):
 
         Keys `worker/...` have a row for each worker of this process, (K, ...); those of the server,
         `server/...`, are equal on all ranks. The tensors are not copies: the next step may change
-        them.
+        them. `worker/residual` is that of the process in its first row, and 0 in the others.
         """
-        return {
+        state = {
             f"{owner}/{key}": value
             for owner, part in self.parts.items()
             for key, value in part.state_dict().items()
         }
+        if self.residual is not None:
+            state["worker/residual"] = torch.zeros_like(self.worker.z)
+            state["worker/residual"][0] = self.residual
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from copies of a `state_dict`, on any device."""
         for owner, part in self.parts.items():
             part.load_state_dict(part_of(state, owner))
+        if self.residual is not None:  # of other processes, if they had these workers
+            self.residual.copy_(state["worker/residual"].sum(0))
 
     @abstractmethod
     def verify(self) -> int:
@@ -256,6 +267,11 @@ class Ddp(Algorithm):
         tree_sum(delta.unbind(), self._sum.message)
         delta.copy_(self._sum.start().wait()).div_(self.num_workers)
         self.worker.update(delta, value_at(self.sigma, t), None, self.u, self.u)
+
+    @property
+    def residual(self) -> Tensor | None:
+        """As in `Algorithm`."""
+        return self._sum.residual
 
     @property
     def u(self) -> Tensor:

@@ -57,8 +57,8 @@ class Server:
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
         self._over = group if summed_by is None else summed_by
         self._search = LineSearch(self.step, self.cuts, self._over.min_)
-        size = self.kernel.force_size + self._over.size * self.kernel.reach_size
-        self.sum = self._over.repeated_sum(size, u)
+        reaches = self._over.size * self.kernel.reach_size
+        self.sum = self._over.repeated_sum(self.kernel.force_size + reaches, u, exact=reaches)
 
     @property
     def memory(self) -> Tensor:

@@ -541,6 +541,8 @@ def feasible_run(group, name, dtype, period, compress):
         (1, torch.float32, 1, None),
         (2, torch.float32, 1, None),
         (2, torch.float32, 1, "bf16"),
+        (2, torch.float32, 1, "int8"),
+        (4, torch.float32, 5, "int8"),
         (2, torch.float64, 1, None),
         (4, torch.float32, 5, None),
     ],

@@ -103,7 +103,7 @@ ANY_ALGORITHM = {  # key -> valid values
     "cuda_graph": [True, False],
     "group": ["auto", "gloo"],
     "group.timeout_s": [1, 10.0, 600],
-    "group.compress": [None, "bf16"],
+    "group.compress": [None, "bf16", "int8"],
     "group.sum": ["reduce"],
     "data.alpha": [0.001, 1.0, 1e9],
     "data.root": ["data", "elsewhere"],
@@ -266,7 +266,7 @@ def resumed(draw: st.DrawFn) -> Line:
         "deterministic": [True],
         "cuda_graph": [False],
         "group.timeout_s": [5],
-        "group.compress": ["bf16"],
+        "group.compress": ["bf16", "int8"],
         "plugins": [["json"]],
         "stationarity.every": [1, None],
     }

@@ -50,14 +50,15 @@ class Exchange:
     def expect(self, memory: Mapping[int, Tensor]) -> None:
         """Announce memory for the next messages from each rank, after those announced before."""
         handle = self._group.handle
-        works = [handle.recv([x], rank, self._tag) for rank, x in memory.items()]
+        works = [handle.recv([x], rank, self._tag) for rank, x in memory.items() if x.numel()]
         self._announced.append((memory, works))
 
     def send(self) -> None:
         """Begin to send. `outgoing` must not change until `wait` has returned."""
         handle = self._group.handle
         for rank, x in self._outgoing.items():
-            self._leaving.append(handle.send([x], rank, self._tag))
+            if x.numel():
+                self._leaving.append(handle.send([x], rank, self._tag))
 
     def wait(self) -> Mapping[int, Tensor]:
         """Wait for one message from and to each rank; return the memory of those that came."""

@@ -24,7 +24,7 @@ class PeerLostError(GroupError):
 
 @dataclass
 class Pending:
-    """A running sum. Its input must not be touched before `wait`, which returns the total."""
+    """A running sum. Its input must not be touched before `wait`, which returns the total; once."""
 
     wait: Callable[[], Tensor]
 
@@ -34,6 +34,7 @@ class RepeatedSum(ABC):
 
     message: Tensor  # (numel,), the summand of this rank, to be written from `wait` to `start`
     in_shared_memory = False  # True: the ranks add up in shared memory and send nothing
+    residual: Tensor | None = None  # what rounding has kept back so far; part of the state
 
     @property
     def num_bytes(self) -> int:
@@ -93,8 +94,12 @@ class Group(ABC):
     def start_sum(self, tensor: Tensor) -> Pending:
         """Begin `sum_`, in place, so that it overlaps with a gradient."""
 
-    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
-        """The fastest `start_sum` for vectors (numel,) like a tensor. A collective."""
+    def repeated_sum(self, numel: int, like: Tensor, exact: int = 0) -> RepeatedSum:
+        """The fastest `start_sum` for vectors (numel,) like a tensor. A collective.
+
+        The last `exact` numbers are not rounded to int8.
+        """
+        del exact
         return SentSum(self, like.new_empty(numel))
 
     @abstractmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consensus.comm.exchanged_sum import LARGEST, ExchangedSum
 from consensus.comm.group import Group, GroupError, PeerLostError, Pending, RepeatedSum, Solo
+from consensus.comm.int8_sum import Int8Sum
 from consensus.comm.launch import Launch
 from consensus.comm.rendezvous import Heartbeat, first_line, in_time, open_store
 from consensus.comm.shared_memory import PeersGoneError, available
@@ -39,7 +40,8 @@ class ProcessGroup(Group):
         timeout_s: Longest wait for a peer in shared memory and while `side` connects, and in
             collectives of `side`, in seconds. Collectives on `handle` keep the timeout it has.
         shared_memory: Whether repeated sums of CPU tensors on one host may use shared memory.
-        compress: "bf16" sends repeated sums in bfloat16, except those in shared memory.
+        compress: "bf16" or "int8" rounds repeated sums, except those in shared memory; "int8" needs
+            CPU tensors.
         tree: Whether sums have the order of tree_sum.py, whatever the backend.
         heartbeat: Source of the names of lost peers in error messages; None: the backend's message.
     """
@@ -59,7 +61,7 @@ class ProcessGroup(Group):
     ) -> None:
         if isinstance(handle, int):  # new_group's answer to other processes
             raise ValueError(f"`handle` is {handle}; allowed: a group that has this process")
-        assert compress in (None, "bf16"), compress
+        assert compress in (None, "bf16", "int8"), compress
         assert not (tree and compress), "a partial sum that is rounded depends on the layout"
         self.handle, self.device, self.timeout_s = handle, device, timeout_s
         self.rank, self.size = handle.rank(), handle.size()
@@ -132,7 +134,7 @@ class ProcessGroup(Group):
             work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.handle, async_op=True)
         return self._pending("sum", work, tensor)
 
-    def repeated_sum(self, numel: int, like: Tensor) -> RepeatedSum:
+    def repeated_sum(self, numel: int, like: Tensor, exact: int = 0) -> RepeatedSum:
         """In shared memory if the tensors are on the CPU and all ranks on one host; else sent."""
         if numel == 0:
             return sent_sum(Solo(), like.new_empty(0))  # nothing to send
@@ -146,6 +148,8 @@ class ProcessGroup(Group):
         message = like.new_empty(numel)
         if self._tree:
             return TreeSum(self, message)
+        if self._compress == "int8":
+            return Int8Sum(self, message, exact)
         small = like.device.type == "cpu" and message.nbytes <= LARGEST  # of CPU tensors: Gloo
         if self._exchanges and self._compress is None and self.size == 2 and small:
             return ExchangedSum(self, message)

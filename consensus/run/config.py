@@ -103,7 +103,9 @@ class GroupConfig(Section, key="group"):
     name: str = field(metadata=one_of(("auto", "gloo", "nccl")))
     timeout_s: float = field(metadata=rule(lambda x: 1 <= x < math.inf, "a number of seconds >= 1"))
     shared_memory: bool
-    compress: str | None = field(metadata=rule(lambda x: x in (None, "bf16"), "null, bf16"))
+    compress: str | None = field(
+        metadata=rule(lambda x: x in (None, "bf16", "int8"), "null, bf16, int8")
+    )
     sum: str = field(default="reduce", metadata=one_of(("reduce", "gather")))
     elastic: bool = False
     workers_per_process: int = field(default=1, metadata=COUNT)

@@ -176,14 +176,14 @@ class Plan:
 def make_plan(config: Config, launch: Launch) -> Plan:
     """Load the data, build the model and assign the data to the workers, or raise ConfigError."""
     num_workers = count_workers(config, launch)
-    replayed = config.group.replay
-    members = None if replayed is None else changes_to_replay(replayed)[0].workers
+    members = changes_to_replay(path)[0].workers if (path := config.group.replay) else None
     elastic = config.group.elastic  # then the origin is found when the members have met
     origin = Origin() if elastic else find_origin(config, launch, num_workers)
     device = choose_device(config, launch)
     backend = "gloo" if elastic else choose_backend(config.group.name, device, launch)
-    movable = backend != "nccl" or device.type == "cuda"
-    require(movable, "group", "nccl", "gloo or auto here: NCCL moves CUDA tensors only")
+    gpu, nccl, rounding = device.type == "cuda", backend == "nccl", config.group.compress
+    require(gpu or not nccl, "group", "nccl", "gloo or auto here: NCCL moves CUDA tensors only")
+    require(not gpu or rounding != "int8", "group.compress", rounding, "null or bf16 on a GPU")
     dtype = config.dtype_of_u
     dataset = load_data(config).to(device, dtype)
     loss = config.loss.make()

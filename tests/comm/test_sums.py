@@ -38,7 +38,7 @@ def test_a_sum_in_bfloat16_is_near_and_the_same_on_all_ranks(ranks, size, dtype)
 
 def kinds_of_sum(group):
     x, names = torch.zeros(3), []
-    for compress in (None, "bf16"):
+    for compress in (None, "bf16", "int8"):
         for shared in (True, False):
             group._compress, group._shared_memory = compress, shared
             names.append(type(group.repeated_sum(3, x)).__name__)
@@ -48,5 +48,6 @@ def kinds_of_sum(group):
 @pytest.mark.ranks
 def test_only_sent_sums_are_compressed(ranks):
     here = "SumInSharedMemory" if available() else None
-    expected = [here or "ExchangedSum", "ExchangedSum", here or "Bfloat16Sum", "Bfloat16Sum"]
+    sent = ["ExchangedSum", "Bfloat16Sum", "Int8Sum"]
+    expected = [name for kind in sent for name in (here or kind, kind)]
     assert ranks(2, kinds_of_sum) == [expected] * 2

@@ -297,7 +297,7 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         (["group.name=mpi"], "`group.name` is mpi; allowed: auto, gloo, nccl"),
         (["group.timeout_s=0"], "`group.timeout_s` is 0.0; allowed: a number of seconds >= 1"),
         (["group.timeout_s=inf"], "`group.timeout_s` is inf; allowed: a number of seconds >= 1"),
-        (["group.compress=fp8"], "`group.compress` is fp8; allowed: null, bf16"),
+        (["group.compress=fp8"], "`group.compress` is fp8; allowed: null, bf16, int8"),
         (
             ["device=cpu", "group=nccl"],
             "`group` is nccl; allowed: auto or gloo with device=cpu: NCCL moves CUDA tensors only",
@@ -441,6 +441,7 @@ def test_a_saved_config_is_the_same_config(make_config, tmp_path):
         (["group=nccl"], "`group` is nccl; allowed: auto, gloo"),
         (["group.sum=gather", "potential=huber"], "`group.sum` is gather; allowed: reduce"),
         (["group.compress=bf16"], "`group.compress` is bf16; allowed: null"),
+        (["group.compress=int8"], "`group.compress` is int8; allowed: null"),
         (
             ["deterministic=true", "group.workers_per_process=2"],
             "`deterministic` is true; allowed: false, or group.workers_per_process=1",

@@ -177,6 +177,14 @@ def test_nccl_without_a_device_is_refused(make_config, cuda_devices):
     )
 
 
+def test_int8_on_a_device_is_refused(make_config, cuda_devices):
+    config = make_config("group.compress=int8")
+    cuda_devices(1)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config, Launch(0, 2, 0, 2))
+    assert str(caught.value) == "`group.compress` is int8; allowed: null or bf16 on a GPU"
+
+
 def test_devices(make_config, cuda_devices):
     cuda_devices(2)
     auto = make_config("device=auto")

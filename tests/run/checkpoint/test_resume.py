@@ -4,18 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from consensus.comm import GroupError, Launch, Solo
+from consensus.comm import GroupError, Launch, ProcessGroup, Solo
 from consensus.run.checkpoint.directory import Origin
-from consensus.run.checkpoint.reader import (
-    choose,
-    list_checkpoints,
-)
+from consensus.run.checkpoint.manifest import Manifest
+from consensus.run.checkpoint.reader import choose, list_checkpoints, load
 from consensus.run.checkpoint.resume import find_origin, set_aside
 from consensus.run.checks import ConfigError
 from consensus.run.plan import make_plan
 from consensus.run.trainer import Trainer
+from consensus.server import digest
 from tests.testing.checkpoints import at, names, save, whole
 from tests.testing.small_runs import PACE, SMALL, rows_of, same_rows
 
@@ -327,3 +327,69 @@ def test_incomplete_checkpoints_are_ignored_and_removed(config, tmp_path):
     set_aside(tmp_path, 0)
     assert list_checkpoints(tmp_path) == []
     set_aside(tmp_path / "nowhere", 0)
+
+
+# ---- what compressed sums keep back
+
+
+def run_compressed(group, configs, compress="int8"):
+    """Train one config after another: the digests of u and of the own z_j, and the residual."""
+    launch, found = Launch(group.rank, group.size, group.rank, group.size), []
+    for config in configs:
+        how = {"shared_memory": False, "compress": compress}
+        own = ProcessGroup(group.handle, group.device, 60.0, **how) if group.size > 1 else group
+        trainer = Trainer(make_plan(config, launch), own)
+        trainer.run()
+        algorithm = trainer.algorithm
+        digests = [int(digest(z)) for z in (algorithm.u, *algorithm.worker.z)]
+        found.append((digests, algorithm.residual, sorted(algorithm.state_dict())))
+        if own is not group:
+            own.close()
+    return found
+
+
+COMPRESSED = [*SMALL, *PACE, "workers=4", "potential=tan", "algorithm.momentum=0.9"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("method", [(), ("algorithm=ddp", "potential=quad")])
+def test_a_compressed_run_continues_to_the_same_bits(ranks, make_config, tmp_path, size, method):
+    own = [*COMPRESSED, *method]
+    whole = make_config(*own, f"output.run_dir={tmp_path}/whole", "algorithm.iterations=20")
+    half = make_config(*own, f"output.run_dir={tmp_path}/half", "algorithm.iterations=10")
+    again = [f"output.run_dir={tmp_path}/half", "algorithm.iterations=20", "resume=auto"]
+    rest = make_config(*own, *again)
+    # The origin of a plan is looked for when it is made, so after the half.
+    answers = ranks(size, run_compressed, [whole, half, rest])
+    for one, part, other in answers:
+        assert one[0] == other[0]
+        assert one[0] != part[0]
+        assert torch.equal(one[1], other[1])
+        assert one[1].abs().max() > 0
+        assert "worker/residual" in one[2]
+    assert len({answer[0][0][0] for answer in answers}) == 1, "u differs between the ranks"
+
+
+@pytest.mark.ranks
+def test_another_layout_keeps_the_total_of_what_sums_kept_back(ranks, make_config, tmp_path):
+    def config(*overrides):
+        return make_config(*COMPRESSED, f"output.run_dir={tmp_path}/run", *overrides)
+
+    ranks(4, run_compressed, [config("algorithm.iterations=10")])
+    (path,) = list_checkpoints(tmp_path / "run")[:1]
+    n = Manifest.read(path).tensors["server/u"].shape[0]
+    rows = load(path, {"worker/residual": torch.zeros(4, n)}, range(4))["worker/residual"]
+    assert (rows.abs().amax(1) > 0).all()
+    still = config("algorithm.iterations=10", "resume=auto", "output.eval_every=1")
+    answers = ranks(2, run_compressed, [still])
+    for rank, ((_, residual, _),) in enumerate(answers):
+        assert torch.equal(residual, rows[2 * rank : 2 * rank + 2].sum(0))
+    # One process rounds nothing, and a run whose sums were exact has kept nothing back.
+    more = config("algorithm.iterations=12", "resume=auto")
+    ((_, residual, keys),) = ranks(1, run_compressed, [more])[0]
+    assert residual is None
+    assert "worker/residual" not in keys
+    again = config("algorithm.iterations=12", "resume=auto", "output.eval_every=1")
+    for ((_, residual, _),) in ranks(2, run_compressed, [again]):
+        assert residual.abs().max() == 0
