@@ -174,20 +174,17 @@ def share_of_minima(plan: Plan, period: int) -> float:
     return group.minima / (plan.iterations // period)
 
 
-def costs_of(hosts: Hosts, plan: Plan) -> dict[float, Costs]:
-    """The times of the collectives at every latency, measured by one rank on each host.
+def start_on(hosts: Hosts, words: Sequence[str], talk: bool = False) -> list[subprocess.Popen[str]]:
+    """Start one rank on each host, Python with these words; rank 0's output is a pipe.
 
-    Raises:
-        SystemExit: If the ranks fail; their messages are on stderr.
+    `talk`: so is its input.
     """
-    hosts.set_latency(0.0)
-    words = [sys.executable, "-m", "benchmarks.latency", "--child", str(len(plan.latencies))]
     here = str(ROOT), os.environ.get("PYTHONPATH", "")
     ranks = []
     for rank, name in enumerate(hosts.names):
         environment = os.environ | {
             "RANK": str(rank),
-            "WORLD_SIZE": str(plan.hosts),
+            "WORLD_SIZE": str(len(hosts.names)),
             "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": hosts.addresses[0],
@@ -196,11 +193,24 @@ def costs_of(hosts: Hosts, plan: Plan) -> dict[float, Costs]:
             "PYTHONPATH": ":".join(filter(None, here)),
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # no warnings about addresses without names
         }
+        command = f"exec {shlex.join([sys.executable, *words])}"
         process = subprocess.Popen(
-            [hosts.remote, name, f"exec {shlex.join(words)}"], env=environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if rank == 0 else None,
+            [hosts.remote, name, command], env=environment, text=True,
+            stdin=subprocess.PIPE if talk and rank == 0 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if rank == 0 else None,
         )  # fmt: skip
         ranks.append(process)
+    return ranks
+
+
+def costs_of(hosts: Hosts, plan: Plan) -> dict[float, Costs]:
+    """The times of the collectives at every latency, measured by one rank on each host.
+
+    Raises:
+        SystemExit: If the ranks fail; their messages are on stderr.
+    """
+    hosts.set_latency(0.0)
+    ranks = start_on(hosts, ["-m", "benchmarks.latency", "--child", str(len(plan.latencies))])
     found: dict[float, Costs] = {}
     try:
         assert ranks[0].stdout is not None
