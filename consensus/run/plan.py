@@ -130,10 +130,8 @@ class Plan:
         rates = ["", f"pull {pull:.3g}", of_u]
         if algorithm.local_pull:
             rates.append(f"local_pull {algorithm.local_pull:.3g}")
-        if algorithm.period > 1:
-            rates.append(f"period {algorithm.period}")
-        if algorithm.delay:
-            rates.append(f"delay {algorithm.delay}")
+        rates += [f"period {algorithm.period}"] if algorithm.period > 1 else []
+        rates += [f"delay {algorithm.delay}"] if algorithm.delay else []
         return ", ".join(rates)
 
     def remarks(self) -> list[str]:
