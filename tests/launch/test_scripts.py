@@ -500,7 +500,7 @@ def test_bench_lists_the_benchmarks(checkout, words):
     assert code == 0
     names = re.findall(r"^  (\w+)  ", out, re.MULTILINE)
     here = ["compare", "coupling", "pull", "robust", "elastic", "char_gpt", "gpu"]
-    assert names == [*here, "latency", "population", "scaling", "startup", "checkpoints"]
+    assert names == [*here, "latency", "sums", "population", "scaling", "startup", "checkpoints"]
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
     assert checkout.calls() == []
 
