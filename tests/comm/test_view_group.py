@@ -51,6 +51,7 @@ def _collectives(group, tree: bool, shared_memory: bool) -> dict[str, object]:
                 "repeated": numbers.start().wait().tolist(),
             }
     both["in shared memory"] = view.repeated_sum(4, mine).in_shared_memory
+    both["kind"] = type(numbers).__name__
     side = view.side()
     both["side"] = side.sum_(torch.ones(1)).item()
     both["digest"] = int(digest(view.sum_(mine.clone())))
@@ -61,13 +62,21 @@ def _collectives(group, tree: bool, shared_memory: bool) -> dict[str, object]:
     return both
 
 
-@pytest.mark.parametrize(("size", "tree", "shared"), [(2, False, True), (4, True, False)])
-def test_collectives_are_those_of_torch(rank_pool, tmp_path, size, tree, shared):
+@pytest.mark.parametrize(
+    ("size", "tree", "shared", "kind"),
+    [
+        (2, False, True, "SumInSharedMemory"),
+        (2, False, False, "SentSum"),  # no exchange: a lost member must end it
+        (4, True, False, "TreeSum"),
+    ],
+)
+def test_collectives_are_those_of_torch(rank_pool, tmp_path, size, tree, shared, kind):
     found = rank_pool.run(size, _collectives, tree, shared, folder=tmp_path, timeout=60)
     for rank, own in enumerate(found):
         assert own["view"] == own["torch"]
         assert own["side"] == size
         assert own["in shared memory"] == shared
+        assert own["kind"] == kind
         assert own["rank"] == (rank, size)
     assert len({own["digest"] for own in found}) == 1
 
