@@ -117,7 +117,7 @@ class RadialTogether(_Tiles):
         self, parameters: FlatParameters, u: Tensor, z: Tensor, phi: Layerwise, strength: float
     ) -> None:
         super().__init__(parameters, u, z, phi.layers)
-        self._phi, self._strength, self._scale = phi, strength, float(phi.scale)
+        self._phi, self._strength = phi, strength
         self._layers, self._small = self._tiles.layers, len(u) <= CHUNK
         squares = u.new_empty(len(self._layers))  # |w|^2 of each tile
         self._slots, self._squares = squares.unbind(), _numbers(squares)
@@ -182,12 +182,7 @@ class RadialTogether(_Tiles):
             return [1.0] * len(squares)
         for layer, square in zip(self._layers, self._squares, strict=True):
             squares[layer] += square
-        scale, profile, dtype = self._scale, self._phi.profile, self._center.dtype
-        r = [scale * math.sqrt(square) for square in squares]
-        if profile.numbers is not None:
-            return profile.fractions(r, strength * scale * scale, dtype)
-        found: list[float] = self._phi.fraction_of(torch.tensor(r, dtype=dtype), strength).tolist()
-        return found
+        return fractions_of(squares, self._phi, strength, self._center.dtype)
 
 
 class SeparableTogether(_Tiles):
@@ -249,6 +244,21 @@ class SeparableTogether(_Tiles):
     def _find_common(self, strength: float) -> tuple[float, float | None]:
         found = self._common[strength] = self._phi.common_within(self._center.dtype, strength)
         return found
+
+
+def fractions_of(
+    squares: Sequence[float], phi: Layerwise, strength: float, dtype: torch.dtype
+) -> list[float]:
+    """The fraction c that a proximal step removes from each radial layer, by its |w|^2.
+
+    `phi` has one scale for all layers.
+    """
+    scale, profile = float(phi.scale), phi.profile
+    r = [scale * math.sqrt(square) for square in squares]
+    if profile.numbers is not None:
+        return profile.fractions(r, strength * scale * scale, dtype)
+    found: list[float] = phi.fraction_of(torch.tensor(r, dtype=dtype), strength).tolist()
+    return found
 
 
 def _read(tile: Tile) -> None:
