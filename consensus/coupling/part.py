@@ -58,7 +58,8 @@ class Part:
         self._copy = Copy(self.parameters, self.z[0], lambda: self._server.memory)
         jacobi = settings.order == "jacobi"
         self._before = torch.empty_like(self.u) if jacobi else None
-        together = None if jacobi else plan.puller.together(self.parameters, self.u, self.z[0])
+        own = self.parameters, self.u, self.z[0], group.min_
+        together = None if jacobi else plan.puller.together(*own)
         self._together: Together | None = together
         self.pending: Pending | None = None
         self.waited_s = 0.0

@@ -29,6 +29,8 @@ from consensus.core.kernels import (
     TotalForce,
     choose_kernel,
 )
+from consensus.core.kernels.native import agreed
+from consensus.core.kernels.native_together import NativeLinear, NativeRadial, NativeSeparable
 from consensus.core.kernels.together import (
     LinearTogether,
     RadialTogether,
@@ -39,6 +41,9 @@ from consensus.core.kernels.weighted import WeightedProximal
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters
 from consensus.core.sizes import Separable
+
+Smallest = Callable[[Tensor], Tensor]
+"""The elementwise minimum over processes, in place."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,13 @@ class Pull(Protocol):
     def force(self, w: Tensor) -> Tensor:
         """q(w), or c(w) w of the proximal steps of a communication. (n,) -> (n,)."""
 
-    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> Together | None:
-        """Both lines tile by tile, where that takes less time. (n,), (n,)."""
+    def together(
+        self, parameters: FlatParameters, u: Tensor, z: Tensor, smallest: Smallest
+    ) -> Together | None:
+        """Both lines together, where that takes less time. (n,), (n,). A collective.
+
+        `smallest` is the minimum over the processes that hold u, in place.
+        """
 
     def strength(self, pull: float) -> float:
         """The strength of `Together.move` for a pull."""
@@ -147,9 +157,11 @@ class Explicit:
         self.kernel.move_workers(block, u, anchor, numbers, self.search)
         copy.parameters.write(copy.z)
 
-    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> None:
+    def together(
+        self, parameters: FlatParameters, u: Tensor, z: Tensor, smallest: Smallest
+    ) -> None:
         """None, for the kernels of Algorithm 1 have tiles."""
-        del parameters, u, z
+        del parameters, u, z, smallest
 
     def strength(self, pull: float) -> float:
         """As in `Pull`."""
@@ -204,9 +216,16 @@ class Linear:
             center, z, w = copy.operands(anchor, displaced)
             copy.add(torch.sub(center, z, out=w), float(pull))
 
-    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> Together | None:
+    def together(
+        self, parameters: FlatParameters, u: Tensor, z: Tensor, smallest: Smallest
+    ) -> Together | None:
         """As in `Pull`."""
-        return LinearTogether(parameters, u, z) if parameters.in_tiles else None
+        if not parameters.in_tiles:
+            return None
+        library = agreed(smallest, u)
+        if library is not None:
+            return NativeLinear(library, parameters, u, z)
+        return LinearTogether(parameters, u, z)
 
     def strength(self, pull: float) -> float:
         """As in `Pull`."""
@@ -243,12 +262,18 @@ class Proximal:
             center, z, w = copy.operands(anchor, displaced)
             copy.add(w, self._weighted.factors(center, z, w, self.strength(pull)))
 
-    def together(self, parameters: FlatParameters, u: Tensor, z: Tensor) -> Together | None:
+    def together(
+        self, parameters: FlatParameters, u: Tensor, z: Tensor, smallest: Smallest
+    ) -> Together | None:
         """As in `Pull`."""
         if not parameters.in_tiles or not isinstance(self._phi.scale, float):
             return None
-        kind = SeparableTogether if isinstance(self._phi.size, Separable) else RadialTogether
-        return kind(parameters, u, z, self._phi, self._weighted.strength)
+        library, own = agreed(smallest, u), (parameters, u, z, self._phi, self._weighted.strength)
+        if not isinstance(self._phi.size, Separable):
+            return RadialTogether(*own) if library is None else NativeRadial(library, *own)
+        if library is None or self._phi.common_within(u.dtype, self._weighted.strength)[1] is None:
+            return SeparableTogether(*own)
+        return NativeSeparable(library, *own)
 
     def strength(self, pull: float) -> float:
         """The step of a proximal operator that removes the part `pull` of w where q(w) = w."""

@@ -10,7 +10,9 @@ from torch import nn
 from consensus.core import parameters as flat_parameters
 from consensus.core import sizes
 from consensus.core.flat import FlatLayout
+from consensus.core.kernels import native_together, pulls
 from consensus.core.kernels import together as module
+from consensus.core.kernels.native import library
 from consensus.core.kernels.pulls import choose_pull
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters
@@ -20,6 +22,11 @@ from tests.testing.proximal import groups, removed
 ETA, PULL, OUTER, RANKS = 0.6, 0.3, 0.7, 3
 NAMES = ["quad", "tan", "cubic", "huber", "tan_sep", "pseudo_huber"]
 STRENGTH = 0.5 * ETA**2 * PULL / (1.0 - PULL)
+
+
+def alone(own: torch.Tensor) -> torch.Tensor:
+    """The minimum over one process."""
+    return own
 
 
 class Case:
@@ -42,7 +49,7 @@ class Case:
             torch.from_numpy(x).to(dtype, copy=True) for x in (self.u, self.z[0])
         )
         self.pull = choose_pull(self.phi, self.own_z[None], PULL, None)
-        found = self.pull.together(self.parameters, self.own_u, self.own_z)
+        found = self.pull.together(self.parameters, self.own_u, self.own_z, alone)
         assert found is not None
         self.together = found
 
@@ -81,13 +88,34 @@ class Case:
         return message
 
 
-# The last: pieces of a tile by foreach, as in a model of many parameters.
-@pytest.fixture(params=[(1, 16), (5, 16), (1000, 16), (1000, 0)])
+# The last of torch: pieces of a tile by foreach, as in a model of many parameters.
+@pytest.fixture(
+    params=[
+        *(("torch", 1, 16), ("torch", 5, 16), ("torch", 1000, 16), ("torch", 1000, 0)),
+        *(("c", 5, None), ("c", 1000, None)),
+    ]
+)
 def tile(request, monkeypatch):
-    """The coordinates in a tile."""
+    """The coordinates in a tile, of operations of torch or of native.c."""
+    lines, size, few = request.param
+    if lines == "c":
+        if library() is None:
+            pytest.skip("no C compiler")
+        monkeypatch.setattr(native_together, "TILE", size)
+        return
+    monkeypatch.setattr(pulls, "agreed", lambda smallest, u: None)
     for place in (flat_parameters, sizes, module):
-        monkeypatch.setattr(place, "CHUNK", request.param[0])
-    monkeypatch.setattr(module, "FEW", request.param[1])
+        monkeypatch.setattr(place, "CHUNK", size)
+    monkeypatch.setattr(module, "FEW", few)
+
+
+@pytest.fixture(params=["torch", "c"])
+def lines(request, monkeypatch):
+    """Operations of torch or of native.c."""
+    if request.param == "torch":
+        monkeypatch.setattr(pulls, "agreed", lambda smallest, u: None)
+    elif library() is None:
+        pytest.skip("no C compiler")
 
 
 @pytest.mark.usefixtures("tile")
@@ -130,6 +158,7 @@ def test_a_full_pull_is_exact(displaced):
     np.testing.assert_array_equal(case.own_z.numpy(), wanted)
 
 
+@pytest.mark.usefixtures("lines")
 @pytest.mark.parametrize("spread", [[1e-4] * 3, [1e-4, 1.0, 1e-4]])
 def test_equal_weights_of_all_ranks_and_of_some(spread):
     """float32, where the weights are one number near 0: the total tells whether all are equal."""
@@ -163,7 +192,7 @@ def test_tiles_of_one_machine_only():
     layout, z = FlatLayout.trainable(model), torch.zeros(10)
     for kind, implicit, taken in ("quad", None, True), ("tan", None, True), ("tan", False, False):
         pull = choose_pull(Layerwise(POTENTIALS[kind], layout.layers), z[None], PULL, implicit)
-        found = pull.together(FlatParameters(model, layout), z, z.clone())
+        found = pull.together(FlatParameters(model, layout), z, z.clone(), alone)
         assert (found is not None) == taken
         rounded = FlatParameters(nn.Linear(4, 2).bfloat16(), layout)
-        assert pull.together(rounded, z, z.clone()) is None
+        assert pull.together(rounded, z, z.clone(), alone) is None
