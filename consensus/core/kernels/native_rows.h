@@ -1,5 +1,5 @@
-/* Lines 3 and 6 of the trainer, for K workers in rows of n coordinates: a part of native.c, for each
-   type. `plan` gives the groups. */
+/* Lines 3 and 6 of the trainer, for K workers in rows of n coordinates: a part of native.c, for
+   each type. `plan` gives the groups. */
 
 /* |u - z_k|^2 of each group, (K, G). */
 void NAME(squares_of_rows)(const struct plan *plan, const REAL *u, const REAL *z, int64_t workers,
