@@ -1,7 +1,6 @@
 """Many configurations as one block against the same configurations as separate runs."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import consensus
 from benchmarks.gpu_vectors import Unbranched
 from consensus import POTENTIALS, Layerwise
 from consensus.comm import Launch, Solo
-from consensus.core.kernels import native
 from consensus.population import Population
 from consensus.problem import Minibatches, PopulationRisk, Way
 from consensus.replay import cuda_graph
@@ -26,13 +24,6 @@ SETTINGS = [  # eta, lam, sigma, tau, kappa, nu, seed
     (2.0, 0.025, 0.002, 0.001, 0.0, 0.0, 1),
     (0.4, 0.1, 0.005, 0.01, 0.9, 1e-3, 1),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def operations_of_torch():
-    """Also in separate runs: a difference in the last place grows where steps are cut."""
-    with mock.patch.object(native, "library", return_value=None):
-        yield
 
 
 def configs(make_config, potential, *others, settings=SETTINGS):

@@ -1,7 +1,6 @@
-/* Lines 3 and 6 on a CPU, in as few passes over memory as they need.
+/* Lines 3 and 6 of Coupling for one worker on a CPU, in as few passes over memory as they need.
 
-native.py compiles this file where a compiler is. native_together.py calls it for Coupling,
-native_kernel.py for the trainer. Plain C11: it needs
+native.py compiles this file where a compiler is; native_together.py calls it. Plain C11: it needs
 no header of Python or torch. All floating-point operations are those written here, each rounded to
 its type (no contraction, no -ffast-math), and sums have a fixed order, so the bits do not depend on
 the compiler or on the width of its vector instructions.
@@ -56,11 +55,9 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
 #define EACH_GROUP                                                                              \
     for (const struct run *first = plan->runs, *last, *end = first + plan->num_runs;            \
          first < end && (last = end_of_group(first, end)); first = last)
-/* The coordinates in a block. */
-#define LENGTH (run->count - at < BLOCK ? run->count - at : BLOCK)
-/* The operands of a block of Coupling. */
+/* The operands of a block. */
 #define OPERANDS                                                             \
-    const int64_t n = LENGTH;                                                \
+    const int64_t n = run->count - at < BLOCK ? run->count - at : BLOCK;     \
     const int64_t place = run->start + at;                                   \
     REAL *restrict p = (REAL *)run->own + at;                                \
     REAL *restrict u = (REAL *)plan->u + place;                              \
@@ -300,7 +297,5 @@ int64_t NAME(move_near)(const struct plan *plan, const REAL *total, double t_u, 
     }
     return count;
 }
-
-#include "native_rows.h"
 
 #endif

@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,25 +29,18 @@ from torch import Tensor
 from consensus.core.sizes import CHUNK
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = (SOURCE, SOURCE.with_name("native_rows.h"))
 SWITCH = "CONSENSUS_NATIVE"  # 0: do without
 # Bits do not depend on the processor: no operation is contracted, and sums have a fixed order.
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC")
 TIMEOUT_S = 60.0
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
-_FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
+_FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     "squares": ([_POINTER, _INT, _POINTER], None),
     "start": ([_POINTER, _POINTER, _INT, _POINTER, _POINTER], None),
     "move": ([_POINTER, _POINTER, _DOUBLE, _DOUBLE, _INT], None),
     "lead": ([_POINTER, _POINTER, _POINTER, _DOUBLE, _POINTER], None),
     "pull": ([_POINTER, _POINTER, _POINTER, _INT], None),
-    "squares_of_rows": ([_POINTER] * 3 + [ctypes.c_int64, _POINTER], None),
-    "forces": ([_POINTER] * 3 + [ctypes.c_int64] + [_POINTER] * 2, None),
-    "squares_of_both": ([_POINTER] * 5, None),
-    "move_u": ([_POINTER] * 3 + [_DOUBLE], None),
-    "squares_before": ([_POINTER] * 5 + [_DOUBLE] * 3 + [_POINTER] * 3, None),
-    "move_row": ([_POINTER] * 5 + [_DOUBLE] * 3 + [_POINTER, _INT], None),
     "replace": ([_POINTER, _INT], None),
     "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _POINTER], ctypes.c_int64),
     "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER], ctypes.c_int64),
@@ -78,30 +71,6 @@ class Library:
         return found
 
 
-class Run(ctypes.Structure):
-    """As in native.c."""
-
-    _fields_ = (
-        ("own", ctypes.c_void_p),
-        ("start", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-    )
-
-
-class Plan(ctypes.Structure):
-    """As in native.c; u and z are addresses."""
-
-    _fields_ = (
-        ("runs", ctypes.c_void_p),
-        ("num_runs", ctypes.c_int64),
-        ("num_groups", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("u", ctypes.c_void_p),
-        ("z", ctypes.c_void_p),
-    )
-
-
 @functools.cache
 def library() -> Library | None:
     """The library, compiled unless it is in the cache; None if there is none."""
@@ -114,25 +83,17 @@ def library() -> Library | None:
         return None
 
 
-def library_for(like: Tensor) -> Library | None:
-    """The library if it takes vectors (..., n) like a tensor in less time than torch.
-
-    It uses one thread. Where torch has several, it takes large vectors in less time.
-    """
-    fits = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
-    alone = torch.get_num_threads() == 1 or like.shape[-1] <= CHUNK
-    return library() if fits and alone else None
-
-
 def agreed(smallest: Callable[[Tensor], Tensor], u: Tensor) -> Library | None:
-    """`library_for` u (n,) if all processes have that of one source. A collective.
+    """The library if all processes have that of one source and want it. A collective.
+
+    The functions use one thread: where torch has several, it takes large vectors in less time.
 
     Args:
         smallest: The minimum over processes, in place.
         u: A vector that the processes would move alike.
     """
-    own = library_for(u)
-    key = 0 if own is None else int.from_bytes(_digest_of_source()[:7])
+    own = library() if torch.get_num_threads() == 1 or u.numel() <= CHUNK else None
+    key = 0 if own is None else int.from_bytes(_digest(SOURCE.read_bytes())[:7])
     found = smallest(torch.tensor([key, -key], device=u.device)).tolist()
     return own if found == [key, -key] else None
 
@@ -154,7 +115,7 @@ def _open(folder: Path, compiler: list[str]) -> Library:
     program = Path(found).resolve()
     known = program.stat()
     identity = [str(program), str(known.st_size), str(known.st_mtime_ns), *flags, _processor()]
-    key = _digest(_digest_of_source(), *map(str.encode, identity)).hex()
+    key = _digest(SOURCE.read_bytes(), *map(str.encode, identity)).hex()
     path = folder / f"native-{key}.so"
     if path.is_file():
         try:
@@ -193,10 +154,6 @@ def _processor() -> str:
     except OSError:
         flags = platform.processor()
     return platform.machine() + flags
-
-
-def _digest_of_source() -> bytes:
-    return _digest(*(part.read_bytes() for part in PARTS))
 
 
 def _digest(*parts: bytes) -> bytes:
