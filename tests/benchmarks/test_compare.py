@@ -36,6 +36,7 @@ def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
         "coupling tan, period 10": pytest.approx(4 * (N + layers) / 10),
         "consensus quad over Gloo": 4 * N,
         "  the same in bf16": 2 * N,
+        "  in int8": N + 4 * -(-N // 256),  # and a scale for each block of 256
         "  in a fixed order": 4 * N,
         "ddp": 4 * N,
         "postlocal, period 1": 4 * N,
@@ -48,6 +49,7 @@ def test_the_bytes_and_errors_of_all_methods(ranks, tmp_path):
         assert row.cpu_ms > 0
         error = {"consensus quad over Gloo": 2.0**-23, "  the same in bf16": 2.0**-7}
         error["  in a fixed order"] = 2.0**-23
+        error["  in int8"] = 16 / 254  # |x - rounded x| <= max |x| / 254 in a block of 256
         if row.method in error:  # two numbers rounded, and their sum, of unknown signs
             assert 0 < row.error < error[row.method]
         else:
