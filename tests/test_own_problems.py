@@ -100,7 +100,7 @@ PROBLEMS = {
             "+model.options.name=shufflenet_v2_x0_5",
             "data.validation=0.2",
         ],
-        ["algorithm.sigma=0.001", "algorithm.tau=0.001"],
+        ["algorithm.sigma=1e-4", "algorithm.tau=0.001"],
         ["error"],
     ),
     "own_folder": (

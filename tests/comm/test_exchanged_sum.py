@@ -111,6 +111,8 @@ def lose_a_peer(group, late):
     try:
         total.start().wait()
     except PeerLostError as error:
+        mine.close()  # the next test counts the threads of this process
+        group.close()
         return str(error)
 
 

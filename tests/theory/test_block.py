@@ -50,8 +50,8 @@ def test_one_iteration_is_14a_and_14b(weight, way):
 
 @pytest.mark.parametrize("way", ["gradient", "prox"])
 def test_subproblems_above_their_tolerance_are_counted(way):
-    """A few steps reduce no residual of these models to a millionth; both runs still converge."""
-    options = {"relative": 1e-8, "inner_reduction": 1e-6}
+    """A few steps reduce no residual to a ten-thousandth; both runs still converge."""
+    options = {"relative": 1e-8, "inner_reduction": 1e-4}
     hasty = alternating_minimization(
         linear_model(way, way), tensor(U0), tensor(Z0), inner_budget=6 if way == "gradient" else 1,
         **options,
