@@ -17,9 +17,7 @@ order.
 """
 
 import itertools
-import threading
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor
 from consensus.comm.blocks import BLOCK, Decoder, Encoder, Packet
 from consensus.comm.exchanged_sum import AHEAD, Exchange
 from consensus.comm.group import Pending, RepeatedSum
+from consensus.comm.rendezvous import in_thread
 
 if TYPE_CHECKING:
     from consensus.comm.process_group import ProcessGroup
@@ -96,7 +95,9 @@ class Int8Sum(RepeatedSum):
                 self._second.expect(self._memory)
             self._first.send()
         # Somebody has to begin the second phase when the first has ended.
-        return Pending(self._finish) if self._second is None else in_thread(self._finish)
+        if self._second is None:
+            return Pending(self._finish)
+        return Pending(in_thread(self._finish, "sum").result)
 
     def _finish(self) -> Tensor:
         with self._group.reporting("sum"):
@@ -121,27 +122,3 @@ class Int8Sum(RepeatedSum):
             self._encode_total()
             self._lost += self._left
             self._left.zero_()
-
-
-def in_thread(work: Callable[[], Tensor]) -> Pending:
-    """A result that a thread computes; its errors are raised by `wait`."""
-    found: list[Tensor] = []
-    problems: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(work())
-        except BaseException as error:
-            problems.append(error)
-
-    # A daemon: at the end of a process nothing waits for peers that may be gone.
-    thread = threading.Thread(target=run, name="sum", daemon=True)
-    thread.start()
-
-    def wait() -> Tensor:
-        thread.join()
-        if problems:
-            raise problems[0]
-        return found[0]
-
-    return Pending(wait)

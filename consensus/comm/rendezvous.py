@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,11 +21,8 @@ Store = dist.Store
 """A key-value store of torch."""
 
 
-def in_time(work: Callable[[], T], timeout_s: float, problem: str) -> T:
-    """Result of a call that may block for ever, such as a connection to an unreachable peer.
-
-    After `timeout_s` seconds it raises TimeoutError(problem), and the call goes on in its thread.
-    """
+def in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Future of a call in a daemon thread: at its end the process does not wait for peers."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -34,9 +31,17 @@ def in_time(work: Callable[[], T], timeout_s: float, problem: str) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    thread = threading.Thread(target=run, name="in-time", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result
+
+
+def in_time(work: Callable[[], T], timeout_s: float, problem: str) -> T:
+    """Result of a call that may block for ever, such as a connection to an unreachable peer.
+
+    After `timeout_s` seconds it raises TimeoutError(problem), and the call goes on in its thread.
+    """
+    result = in_thread(work, "in-time")
+    wait([result], timeout_s)
     if not result.done():
         raise TimeoutError(problem)
     return result.result()

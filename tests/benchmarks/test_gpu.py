@@ -276,7 +276,6 @@ def test_it_needs_torch_alone():
 
 
 PYTHON = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >>calls
 case "$*" in
     *cuda.is_available*) exit "${GPU:-1}" ;;
     "-m pytest"*) printf 'one failed\\n'; exit 1 ;;
