@@ -69,7 +69,7 @@ class Algorithm(ABC):
 
     @property
     def residual(self) -> Tensor | None:
-        """What the rounding of sums has kept back on this process; None: sums are not so. (n,)."""
+        """Residual of the rounding of sums on this process; None: they are not rounded. (n,)."""
         return None if self.server is None else self.server.sum.residual
 
     @property

@@ -92,7 +92,7 @@ def step_within(name, eta, points, d):
 
 
 def pulled(name, eta, strength, b, implicit):
-    """What line 6 adds for b = u+ - y_j: the force, or b less its proximal point, by bisection."""
+    """The step of line 6 for b = u+ - y_j: the force, or b less its prox, by bisection."""
     grad = layer_gradient(name, eta)
     if not implicit:
         return strength * grad(b)

@@ -99,7 +99,7 @@ def agreed(smallest: Callable[[Tensor], Tensor], u: Tensor) -> Library | None:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; a RuntimeError if there is no home directory."""
+    """The folder of the libraries; a RuntimeError if there is no home directory."""
     given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else Path.home() / ".cache") / "consensus"
 
@@ -147,7 +147,7 @@ def compile_to(path: Path, command: list[str]) -> None:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: the instructions of this processor."""
+    """The instructions of this processor, on which `-march=native` depends."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -3,7 +3,7 @@
     checkpoints/00000500/   manifest.json       index: iteration, place of each tensor, and hash of
                                                 every other file
                             config.yaml         the run
-                            __RANK_0.distcp     the tensors, written by torch.distributed.checkpoint
+                            __RANK_0.distcp     the tensors of a rank, each by torch.save
 
 The tensors are keyed by worker (`worker/3/z`), not by rank, so any number of processes can read
 them. The index is JSON: torch's own, `.metadata`, is a pickle, and is neither written nor read.
