@@ -30,7 +30,7 @@ def summand(rank, t, numel):
 
 
 def quantized(x):
-    """What NumPy decodes after it has encoded x."""
+    """x after NumPy has encoded and decoded it."""
     found = np.zeros_like(x)
     for start in range(0, len(x), BLOCK):
         block = x[start : start + BLOCK]
