@@ -5,6 +5,7 @@ is thus a function of its request, in this process or in loader processes.
 """
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
@@ -76,16 +77,27 @@ def read(
         worker_init_fn=partial(_follow, os.getpid()) if _FORK else None,
         generator=torch.Generator(),  # else the DataLoader draws from the global one
     )
+    before = multiprocessing.active_children()
     with _start_of_processes() if processes else nullcontext():
         found = iter(loader)
+    started = [child for child in multiprocessing.active_children() if child not in before]
     try:
         yield from found
     except (OSError, EOFError, RuntimeError) as error:  # those of the dataset are a `Failure`
-        cause = str(error).partition("\n")[0] or type(error).__name__
+        causes = [str(error).partition("\n")[0] or type(error).__name__]
+        causes += [f"process {x.pid}: {_ending(x.exitcode)}" for x in started if not x.is_alive()]
+        cause = "; ".join(causes)
         remedy = "memory is a frequent cause, or /dev/shm: fewer data.loader_workers"
         raise SampleError(f"a loader process has failed ({cause}); {remedy}") from error
     finally:
         del found  # ends the processes
+
+
+def _ending(code: int | None) -> str:
+    """How a process has ended, by its exit code."""
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
 
 
 def read_now(source: Any, request: Request) -> Batch | Failure:

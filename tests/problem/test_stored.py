@@ -306,7 +306,8 @@ def test_a_loader_process_that_is_killed_is_told(plugin):
 
     data = Dataset(Killed(samples()), samples()).loaded_by(1)
     before = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(SampleError, match=r"^a loader process has failed \(.*; memory is a fre"):
+    told = r"^a loader process has failed \(.*; process \d+: killed by SIGKILL\); memory is a fre"
+    with pytest.raises(SampleError, match=told):
         list(data.train.split(2))
     assert signal.getsignal(signal.SIGCHLD) == before
     assert gone([process.pid for process in loaders()])
