@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 
 def test_a_run_goes_on_without_a_host_that_is_killed_and_one_that_is_cut_off(tmp_path):
-    own = ["workers=null", "algorithm.iterations=2000", "output.run_dir=mine"]
-    own += ["plugins=[tests.testing.patient]", "output.eval_every=500", "group.timeout_s=15"]
+    own = ["workers=null", "algorithm.iterations=500", "output.run_dir=mine"]
+    own += ["plugins=[tests.testing.patient]", "output.eval_every=125", "group.timeout_s=15"]
     go, run = tmp_path / "go", tmp_path / "mine"
 
     def workers(count):
@@ -62,7 +62,7 @@ def test_a_run_goes_on_without_a_host_that_is_killed_and_one_that_is_cut_off(tmp
     assert [len(change.workers) for change in changes] == [3, 2, 1]
     assert list(changes[-1].gone.values()) == ["no heartbeat for 10 s"]
     assert all(change.digest for change in changes)  # that all members have compared
-    assert rows(run)[-1]["iteration"] == 2000
+    assert rows(run)[-1]["iteration"] == 500
     left = subprocess.run(
         ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
     )

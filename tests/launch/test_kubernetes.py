@@ -180,8 +180,8 @@ def test_an_evicted_pod_leaves_and_its_successor_joins(tmp_path):
         args = [word.replace("29400", str(port)) for word in own.get("args", [])]
         variables = {entry["name"]: entry["value"] for entry in own.get("env", [])}
         if variables:
-            args = [*args[1:], *RUN, "plugins=[tests.testing.patient]", "output.eval_every=500"]
-            args += [f"output.run_dir={tmp_path / 'run'}", "algorithm.iterations=2000"]
+            args = [*args[1:], *RUN, "plugins=[tests.testing.patient]", "output.eval_every=125"]
+            args += [f"output.run_dir={tmp_path / 'run'}", "algorithm.iterations=500"]
             variables |= {"NNODES": "2", "RENDEZVOUS": f"localhost:{port}", "SERVE": "false"}
         with (tmp_path / f"{len(pods)}.log").open("w") as log:
             pod = subprocess.Popen(

@@ -111,8 +111,8 @@ def free_port():
 
 @pytest.mark.slow
 def test_an_elastic_job_is_requeued_with_a_checkpoint_and_goes_on_without_a_node(tmp_path):
-    own = [*RUN, "plugins=[tests.testing.patient]", "algorithm.iterations=2000"]
-    own += ["output.eval_every=500"]
+    own = [*RUN, "plugins=[tests.testing.patient]", "algorithm.iterations=500"]
+    own += ["output.eval_every=125"]
     with Job(tmp_path, 1, 0, *own) as job:
         job.until(lambda: job.workers() == 1)
         os.kill(job.process.pid, signal.SIGUSR1)  # B:USR1 reaches the batch script alone
@@ -132,4 +132,4 @@ def test_an_elastic_job_is_requeued_with_a_checkpoint_and_goes_on_without_a_node
     changes = read_changes(job.run)
     assert [len(change.workers) for change in changes] == [1, 2, 1]
     assert all(change.digest for change in changes)  # that all members have compared
-    assert rows_of(job.run)[-1]["iteration"] == 2000
+    assert rows_of(job.run)[-1]["iteration"] == 500

@@ -1,6 +1,7 @@
-"""A plugin that makes an iteration of Algorithm 1 take 50 ms more until a test lets it go on.
+"""A plugin that slows the iterations of Algorithm 1 down until a test lets them go on.
 
-It does so while the file in $CONSENSUS_GO does not exist; without the variable, always.
+An iteration takes 200 ms more while the file in $CONSENSUS_GO does not exist; without the variable,
+always 50 ms.
 """
 
 import os
@@ -10,12 +11,12 @@ from pathlib import Path
 from consensus.algorithm import Consensus
 
 step = Consensus.step
-go = Path(os.environ.get("CONSENSUS_GO", "no such file"))
+go = os.environ.get("CONSENSUS_GO")
 
 
 def patient(self: Consensus, t: int) -> None:
-    if not go.exists():
-        time.sleep(0.05)
+    if go is None or not Path(go).exists():
+        time.sleep(0.05 if go is None else 0.2)
     step(self, t)
 
 
