@@ -49,10 +49,25 @@ def _label_skew(labels: Tensor, num_workers: int, seed: int, alpha: float) -> li
     return [torch.cat(piece) for piece in pieces]
 
 
+def _by_label(labels: Tensor, num_workers: int, seed: int, alpha: float) -> list[Tensor]:
+    """Disjoint shards that use every index; worker j has the classes j, j + M, ..., counted from 0.
+
+    With C < M classes, the workers j, j + C, ... share class j in about equal parts.
+    """
+    order = torch.randperm(len(labels), generator=stream(seed, "partition"))
+    members = [order[labels[order] == label] for label in sorted(set(labels.tolist()))]
+    count = min(num_workers, len(members))
+    own = [torch.cat(members[i::count]) for i in range(count)]
+    sharing = [len(range(i, num_workers, count)) for i in range(count)]
+    parts = [some.tensor_split(number) for some, number in zip(own, sharing, strict=True)]
+    return [parts[j % count][j // count] for j in range(num_workers)]
+
+
 PARTITIONS: dict[str, Callable[[Tensor, int, int, float], list[Tensor]]] = {
     "full": _full,
     "sharded": _sharded,
     "label_skew": _label_skew,
+    "by_label": _by_label,
 }
 """The kinds of partition: (labels, num_workers, seed, alpha) -> one index tensor per worker."""
 

@@ -72,8 +72,8 @@ def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tens
     Every rank checks every shard, so all ranks refuse alike.
     """
     data, batch_size = config.data, config.algorithm.batch_size
-    classes = dataset.labels is not None or data.partition != "label_skew"
-    found = "label_skew without classes"
+    classes = dataset.labels is not None or data.partition not in ("label_skew", "by_label")
+    found = f"{data.partition} without classes"
     allowed = "full, sharded for targets that are no classes (N,)"
     if not dataset.in_memory:
         allowed = "full, sharded, or a data set with an attribute `targets`, its classes (N,)"

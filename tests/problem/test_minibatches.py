@@ -69,7 +69,24 @@ def test_label_skew_has_dirichlet_proportions():
     assert np.var(shares) == pytest.approx(a * b / ((a + b) ** 2 * (a + b + 1)), abs=0.012)
 
 
-@pytest.mark.parametrize("kind", ["sharded", "label_skew"])
+@pytest.mark.parametrize("workers", [1, 4, 10])
+def test_by_label_gives_each_worker_whole_classes(workers):
+    labels = skewed_labels()
+    shards = partition(labels, "by_label", workers, seed=0, alpha=1.0)
+    for j, shard in enumerate(shards):
+        assert set(labels[shard].tolist()) == set(range(j, 10, workers))
+    assert sorted(torch.cat(shards).tolist()) == list(range(1003))
+
+
+def test_by_label_divides_a_class_where_there_are_more_workers():
+    labels = 5 * (torch.arange(100) % 3)  # 34, 33 and 33 samples of the classes 0, 5 and 10
+    shards = partition(labels, "by_label", 8, seed=0, alpha=1.0)
+    assert [set(labels[shard].tolist()) for shard in shards] == [{5 * (j % 3)} for j in range(8)]
+    assert [len(shard) for shard in shards] == [12, 11, 17, 11, 11, 16, 11, 11]
+    assert sorted(torch.cat(shards).tolist()) == list(range(100))
+
+
+@pytest.mark.parametrize("kind", ["sharded", "label_skew", "by_label"])
 def test_partition_depends_on_the_seed_only(kind):
     def make(seed):
         return [s.tolist() for s in partition(skewed_labels(), kind, 4, seed=seed, alpha=0.5)]
@@ -89,9 +106,8 @@ def test_partition_gives_int64(kind):
 
 def test_partition_refuses():
     labels = skewed_labels(5)
-    with pytest.raises(
-        ValueError, match=r"`data\.partition` is 'iid'; allowed: full, sharded, label_skew"
-    ):
+    line = r"`data\.partition` is 'iid'; allowed: full, sharded, label_skew, by_label"
+    with pytest.raises(ValueError, match=line):
         partition(labels, "iid", 2, seed=0, alpha=1.0)
     with pytest.raises(ValueError, match=r"`data\.partition` is 'sharded' with 6 .* 5 samples"):
         partition(labels, "sharded", 6, seed=0, alpha=1.0)

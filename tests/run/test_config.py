@@ -285,7 +285,7 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         (["data.name=cifar"], "`data.name` is cifar; allowed: digits, mnist"),
         (
             ["data.partition=half"],
-            "`data.partition` is half; allowed: full, label_skew, sharded",
+            "`data.partition` is half; allowed: by_label, full, label_skew, sharded",
         ),
         (["data.alpha=0"], "`data.alpha` is 0.0; allowed: a finite number > 0"),
         (["model.name=resnet"], "`model.name` is resnet; allowed: lenet5, logistic, mlp"),
@@ -436,7 +436,7 @@ def test_a_saved_config_is_the_same_config(make_config, tmp_path):
                 f"`data.partition` is {name}; allowed: full: shards depend on the number of "
                 "workers",
             )
-            for name in ("sharded", "label_skew")
+            for name in ("sharded", "label_skew", "by_label")
         ),
         (["group=nccl"], "`group` is nccl; allowed: auto, gloo"),
         (["group.sum=gather", "potential=huber"], "`group.sum` is gather; allowed: reduce"),
