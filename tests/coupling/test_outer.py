@@ -41,6 +41,15 @@ def by_group(model):
     return torch.optim.SGD(groups, lr=LR)
 
 
+def heavy_ball(model):
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.8)
+
+
+def look_ahead(model):
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.8, nesterov=True)
+
+
+ELASTIC = {"order": "jacobi", "period": H}
 CASES = {
     "diloco": {"pull": 1.0, "outer": nesterov, "period": H, "overlap": False},
     "diloco, late": {"pull": 1.0, "outer": nesterov, "period": H},
@@ -49,6 +58,8 @@ CASES = {
     "streaming, late": {"pull": 0.5, "outer": nesterov, "period": 5, "fragments": 2},
     "groups": {"pull": 0.7, "outer": 0.9, "period": H, "overlap": False, "make": by_group},
     "easgd": {"pull": 0.1, "outer": 0.1 * M, "order": "jacobi"},
+    "measgd, heavy ball": {"pull": 0.1, "outer": 0.1 * M, **ELASTIC, "make": heavy_ball},
+    "measgd, torch's Nesterov": {"pull": 0.1, "outer": 0.1 * M, **ELASTIC, "make": look_ahead},
     "easgd, moved": {"pull": 0.3, "outer": 0.6, "period": 3, "order": "jacobi", "overlap": False},
 }
 
@@ -167,7 +178,7 @@ EXPECTED = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_named_methods_are_their_loops(cases, name):
     us, zs, _ = cases[name]
     wanted_us, wanted_zs = EXPECTED[name]()
@@ -176,13 +187,23 @@ def test_named_methods_are_their_loops(cases, name):
 
 
 @pytest.mark.ranks
-def test_the_loop_of_easgd_is_the_published_one(cases):
-    """Zhang, Choromanska, LeCun 2015: x_j -= lr g_j + a (x_j - c), c += a sum_j (x_j - c)."""
-    us, zs, _ = cases["easgd"]
-    x, c = np.stack([start()] * M), start()
+@pytest.mark.parametrize(
+    ("name", "period", "kappa"),
+    [("easgd", 1, 0.0), ("measgd, heavy ball", H, 0.8), ("measgd, torch's Nesterov", H, 0.8)],
+)
+def test_elastic_averaging_is_the_published_one(cases, name, period, kappa):
+    """Zhang, Choromanska, LeCun 2015: x_j += v_j - a (x_j - c), c += a sum_j (x_j - c).
+
+    v_j = kappa v_j - lr g_j. torch's Nesterov SGD has x_j + kappa v_j as its parameters: it moves
+    them by kappa v_j - lr g_j after v_j, and the elastic force acts there.
+    """
+    us, zs, _ = cases[name]
+    x, c, v = np.stack([start()] * M), start(), np.zeros((M, N))
     for t in range(STEPS):
-        pull = 0.1 * (x - c)
-        x = x - LR * np.stack([gradient(j, t, own) for j, own in enumerate(x)]) - pull
+        pull = 0.1 * (x - c) if t % period == 0 else np.zeros((M, N))
+        step = LR * np.stack([gradient(j, t, own) for j, own in enumerate(x)])
+        v = kappa * v - step
+        x = x + (kappa * v - step if "Nesterov" in name else v) - pull
         c = c + pull.sum(0)
         np.testing.assert_allclose(zs[t], x, rtol=0, atol=1e-14)
         np.testing.assert_allclose(us[t], c, rtol=0, atol=1e-14)

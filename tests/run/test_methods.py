@@ -3,8 +3,11 @@
 The loops differ from those of the textbooks by one displacement. There a worker moves by v_j, then
 all are averaged. In Algorithm 1 the mean is that of the z_j before this move, so that its sum can
 be formed while the gradients are computed, and every worker makes its move from the new center.
-The model is logistic regression, whose gradient has a closed form.
+EASGD is published with this order. The model is logistic regression, whose gradient has a closed
+form.
 """
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,14 +24,29 @@ SMALL = [
     *(f"algorithm.sigma={SIGMA}", f"algorithm.momentum={KAPPA}", f"algorithm.weight_decay={NU}"),
     *(f"algorithm.iterations={LENGTH}", f"algorithm.period={H}"),
 ]
-NO_SGD = ["~algorithm.outer.momentum", "~algorithm.outer.nesterov"]
+HEAVY_BALL = f"{{optimizer: SGD, lr: {SIGMA}, momentum: {KAPPA}, weight_decay: {NU}}}"
 METHODS = {  # overrides, M
     "local_sgd": (["algorithm=local_sgd"], 4),
     "fedprox": (["algorithm=fedprox", "algorithm.local_pull=0.05"], 4),
     "lookahead": (["algorithm=lookahead"], 1),
     "lookahead of a mean": (["algorithm=lookahead", "algorithm.outer=0.3"], 4),
     "diloco": (["algorithm=diloco", "algorithm.outer.lr=0.6", "algorithm.outer.momentum=0.8"], 4),
-    "adam": (["algorithm=diloco", "algorithm.outer={optimizer: Adam, lr: 0.01}", *NO_SGD], 4),
+    "adam": (["algorithm.outer={optimizer: Adam, lr: 0.01}", "algorithm.pull=1"], 4),
+    "momentum": (
+        ["algorithm.outer={optimizer: SGD, lr: 0.6, momentum: 0.8}", "algorithm.pull=1"],
+        4,
+    ),
+    "one-sided data": (["algorithm=local_sgd", "data.partition=label_skew"], 4),
+    "a class each": (["algorithm=local_sgd", "data.partition=by_label"], 10),
+    "easgd": (["algorithm=easgd", "algorithm.pull=0.1", "algorithm.momentum=0"], 4),
+    "measgd": (["algorithm=easgd", "algorithm.pull=0.1"], 4),
+    "measgd, heavy ball": (
+        [
+            *("algorithm=easgd", "algorithm.pull=0.1", f"algorithm.optimizer={HEAVY_BALL}"),
+            *("algorithm.momentum=0", "algorithm.weight_decay=0"),
+        ],
+        4,
+    ),
 }
 
 
@@ -49,14 +67,17 @@ class Part:
         return u + self.part * (mean - u)
 
 
-class Nesterov:
-    """DiLoCo: SGD with Nesterov momentum, as torch defines it."""
+class Momentum:
+    """DiLoCo and FedAvgM: SGD with momentum, as torch defines it, of Nesterov's form or not."""
 
     buffer = 0.0
 
+    def __init__(self, nesterov):
+        self.nesterov = nesterov
+
     def __call__(self, u, mean):
         self.buffer = 0.8 * self.buffer + (u - mean)
-        return u - 0.6 * (u - mean + 0.8 * self.buffer)
+        return u - 0.6 * (u - mean + 0.8 * self.buffer if self.nesterov else self.buffer)
 
 
 class Adam:
@@ -72,37 +93,65 @@ class Adam:
         return u - 0.01 * self.first / (1 - 0.9**self.steps) / root
 
 
-CENTERS = {  # how u moves, and the local pull
-    "local_sgd": (Mean, 0.0),
-    "fedprox": (Mean, 0.05),
-    "lookahead": (lambda: Part(0.5), 0.0),
-    "lookahead of a mean": (lambda: Part(0.3), 0.0),
-    "diloco": (Nesterov, 0.0),
-    "adam": (Adam, 0.0),
-}
-
-
-def loop(plan, center_of, local):
-    """U and the copies after LENGTH iterations."""
-    move_center = center_of()
-    images, labels = (
-        plan.dataset.train.inputs.flatten(1).numpy(),
-        plan.dataset.train.targets.numpy(),
-    )
+def averaging(plan, center_of=Mean, local=0.0):
+    """u and the copies after LENGTH iterations, where the copies continue from u."""
+    move_center, gradient = center_of(), gradients(plan)
     u = plan.start.numpy().copy()
     z = np.tile(u, (plan.num_workers, 1))
     v = np.zeros_like(z)
     for t in range(LENGTH):
-        center, communicate = u, t % H == 0
+        communicate = t % H == 0
         if communicate:
-            u = center = move_center(u, z.mean(0))
-        for j, source in enumerate(plan.oracle.minibatches):
-            chosen = source.draw().numpy()
-            gradient = of_logistic(z[j] + KAPPA * v[j], images[chosen], labels[chosen])
-            v[j] = KAPPA * v[j] - SIGMA * (gradient + NU * z[j])
-            base = center if communicate else z[j] + local * (center - z[j])
-            z[j] = base + v[j]
+            u = move_center(u, z.mean(0))
+        for j in range(plan.num_workers):
+            g = gradient(j, z[j] + KAPPA * v[j])
+            v[j] = KAPPA * v[j] - SIGMA * (g + NU * z[j])
+            z[j] = (u if communicate else z[j] + local * (u - z[j])) + v[j]
     return u, z
+
+
+def elastic(plan, kappa=KAPPA, nesterov=True):
+    """The center and the copies of EASGD and EAMSGD (Zhang, Choromanska, LeCun 2015)."""
+    alpha, gradient = 0.1, gradients(plan)
+    center = plan.start.numpy().copy()
+    x = np.tile(center, (plan.num_workers, 1))
+    v = np.zeros_like(x)
+    for t in range(LENGTH):
+        elastic_force = alpha * (x - center) if t % H == 0 else np.zeros_like(x)
+        for i in range(plan.num_workers):
+            g = gradient(i, x[i] + kappa * v[i] if nesterov else x[i])
+            v[i] = kappa * v[i] - SIGMA * (g + NU * x[i])
+        x = x + v - elastic_force
+        center = center + elastic_force.sum(0)
+    return center, x
+
+
+LOOPS = {
+    "local_sgd": averaging,
+    "fedprox": partial(averaging, local=0.05),
+    "lookahead": partial(averaging, center_of=lambda: Part(0.5)),
+    "lookahead of a mean": partial(averaging, center_of=lambda: Part(0.3)),
+    "diloco": partial(averaging, center_of=lambda: Momentum(nesterov=True)),
+    "adam": partial(averaging, center_of=Adam),
+    "momentum": partial(averaging, center_of=lambda: Momentum(nesterov=False)),
+    "one-sided data": averaging,
+    "a class each": averaging,
+    "easgd": partial(elastic, kappa=0.0),
+    "measgd": elastic,
+    "measgd, heavy ball": partial(elastic, nesterov=False),
+}
+
+
+def gradients(plan):
+    """The function (j, point) -> gradient at the point, of the next minibatch of worker j."""
+    train = plan.dataset.train
+    images, labels = train.inputs.flatten(1).numpy(), train.targets.numpy()
+
+    def gradient(j, point):
+        chosen = plan.oracle.minibatches[j].draw().numpy()
+        return of_logistic(point, images[chosen], labels[chosen])
+
+    return gradient
 
 
 def of_logistic(point, x, labels):
@@ -135,7 +184,7 @@ def config_of(make_config, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_its_loop(make_config, method):
     config = config_of(make_config, method)
-    u, z = loop(make_plan(config, Launch()), *CENTERS[method])
+    u, z = LOOPS[method](make_plan(config, Launch()))
     ((found_u, found_z, _),) = through_the_trainer(Solo(), [config])
     np.testing.assert_allclose(found_u, u, rtol=0, atol=1e-12)
     np.testing.assert_allclose(found_z, z, rtol=0, atol=1e-12)
@@ -144,12 +193,13 @@ def test_a_method_is_its_loop(make_config, method):
 
 @pytest.mark.ranks
 def test_methods_on_two_ranks(make_config, ranks):
-    methods = [method for method, (_, workers) in METHODS.items() if workers > 1]
+    alike = {"adam", "momentum", "one-sided data", "easgd"}  # as another of them, over ranks
+    methods = [name for name, (_, workers) in METHODS.items() if workers > 1 and name not in alike]
     configs = [config_of(make_config, method) for method in methods]
     first, second = ranks(2, through_the_trainer, configs)
     for method, config, one, other in zip(methods, configs, first, second, strict=True):
         assert one[2] == other[2], "u differs between ranks"
-        u, z = loop(make_plan(config, Launch()), *CENTERS[method])
+        u, z = LOOPS[method](make_plan(config, Launch()))
         np.testing.assert_allclose(one[0], u, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.concatenate([one[1], other[1]]), z, rtol=0, atol=1e-12)
 
