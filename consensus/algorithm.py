@@ -54,7 +54,8 @@ class Algorithm(ABC):
         The line search keeps every z_j inside the domain around it.
         """
         delta = self.worker.gradient(self.worker.draw())
-        self.worker.update(delta, value_at(self.sigma, t), self.local, self.u, self.u)
+        sigma = value_at(self.sigma, t)
+        self.worker.update(delta, sigma, self.local, self.u, self.u, alone=True)
 
     @property
     @abstractmethod

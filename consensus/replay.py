@@ -44,6 +44,8 @@ def obstacle_to_replay(algorithm: Algorithm, processes: int) -> str | None:
     oracle = algorithm.worker.oracle
     if not isinstance(oracle, MinibatchRisk):
         return f"{type(oracle).__name__} does not provide the indices of its minibatches"
+    if any(source.every > 1 for source in oracle.minibatches):
+        return "some workers rest in some iterations"
     if oracle.ahead is not None:
         return "the samples are read from storage"
     if oracle.model_draws:

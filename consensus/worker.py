@@ -4,6 +4,7 @@ A worker contains no model and no data. It takes an oracle, any object that draw
 returns gradients, so the algorithm runs on quadratics with known answers as well as on MNIST.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,8 @@ class Worker:
         kernel: Line 6; None: the fastest implementation of the explicit step.
         clip: The largest norm of a worker's minibatch gradient; above it the gradient is scaled to
             this norm. None: no limit.
+        resting: The workers k that rest in this iteration: their v stays, and z_j moves by the
+            coupling of a communication alone. They need a kernel for it, such as `StepOfEach`.
         on_nonfinite: "drop": a z_j that is not finite begins again at u, with velocity 0, and thus
             has no part in the next sum of line 3; "stop": it stays, and a check ends the run.
 
@@ -76,13 +79,14 @@ class Worker:
         kernel: WorkerKernel | None = None,
         clip: float | None = None,
         on_nonfinite: str = "stop",
+        resting: Callable[[], frozenset[int]] = frozenset,
     ) -> None:
         assert momentum_on in MOMENTUM_ON, momentum_on
         assert on_nonfinite in ON_NONFINITE, on_nonfinite
         self.z = z.clone()
         self.v = torch.zeros_like(z)
         self.scratch = torch.empty_like(z)
-        self.oracle, self.phi = oracle, phi
+        self.oracle, self.phi, self.resting = oracle, phi, resting
         self.kappa, self.nu = kappa, nu
         self.momentum_on, self.clip, self.on_nonfinite = momentum_on, clip, on_nonfinite
         self.kernel = choose_kernel(phi, z) if kernel is None else kernel
@@ -122,7 +126,14 @@ class Worker:
         return self.oracle.gradient(point, batch)
 
     def update(
-        self, delta: Tensor, sigma: Scalar, pull: Scalar | None, u: Tensor, anchor: Tensor
+        self,
+        delta: Tensor,
+        sigma: Scalar,
+        pull: Scalar | None,
+        u: Tensor,
+        anchor: Tensor,
+        *,
+        alone: bool = False,
     ) -> None:
         """Line 6: move z and v.
 
@@ -132,12 +143,14 @@ class Worker:
             pull: sigma / lam; None in an iteration without coupling.
             u: u+, against which u - z_j stays feasible. (n,)
             anchor: The center of the coupling: u+ (Gauss-Seidel) or u (Jacobi). (n,)
+            alone: Whether this is an iteration between two communications.
         """
         if self.clip is not None:
             clip_norms(delta, self.clip)
         through = self.momentum_on == "objective"
-        numbers = Hyperparameters(self.kappa, sigma, self.nu, pull, through)
-        block = Block(self.z, self.v, delta, self.scratch)
+        at_rest = None if alone else pull  # `local_pull` is a part of a worker's own step
+        numbers = Hyperparameters(self.kappa, sigma, self.nu, pull, through, at_rest)
+        block = Block(self.z, self.v, delta, self.scratch, self.resting())
         search = LineSearch(self.step, self.cuts)
         self.kernel.move_workers(block, u, anchor, numbers, search)
         if self.on_nonfinite == "drop":

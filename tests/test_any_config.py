@@ -346,6 +346,7 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "algorithm.iterations": [*NO_WHOLE, "null", "0", "-4"],
     "algorithm.period": [*NO_WHOLE, "null", "0"],
     "algorithm.delay": [*NO_WHOLE, "null", "-1", "1", "7"],
+    "algorithm.step_every": ["0", "3", "abc", "[]", "[0]", "[1.5]", "[abc]", "{a: 1}"],
     "algorithm.order": NO_WORD,
     "algorithm.momentum_on": NO_WORD,
     "algorithm.u_step_on": NO_WORD,

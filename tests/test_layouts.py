@@ -33,6 +33,7 @@ CASES = {
         *("potential=log", "potential.eta=0.01", SMALL, "workers=4", "algorithm.sigma=0.05"),
         *("algorithm.period=2", "algorithm.delay=1"),
     ],
+    "stragglers": ["potential=tan", SMALL, "workers=4", "algorithm.step_every=[1,2,1,3]"],
     "nine": ["potential=quad", SMALL, "workers=9"],
     "stationarity": [
         "potential=tan",

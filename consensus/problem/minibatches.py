@@ -88,17 +88,20 @@ class Minibatches:
 
     An epoch is a new permutation of the worker's samples, `indices` (size,) on the device of the
     data, cut into floor(size / B) minibatches. An incomplete last minibatch is dropped. `position`,
-    the number of draws so far, is the complete state and may be set.
+    the number of draws so far, is the complete state and may be set. The next minibatch comes in
+    every `every`-th draw, and again in the draws between, in which the worker rests.
     """
 
-    def __init__(self, indices: Tensor, batch_size: int, seed: int, worker: int) -> None:
+    def __init__(
+        self, indices: Tensor, batch_size: int, seed: int, worker: int, every: int = 1
+    ) -> None:
         if not 1 <= batch_size <= len(indices):
             raise ValueError(
                 f"`algorithm.batch_size` is {batch_size}, and worker {worker} has {len(indices)}"
                 " samples; allowed: at least 1 and at most the samples of each worker"
             )
         self.indices, self.batch_size = indices, batch_size
-        self.seed, self.worker = seed, worker
+        self.seed, self.worker, self.every = seed, worker, every
         self.batches_per_epoch = len(indices) // batch_size
         self.position = 0
         self._epoch = -1
@@ -106,7 +109,7 @@ class Minibatches:
 
     def draw(self) -> Tensor:
         """The indices of the next minibatch. (B,) int64, a view that must not be written to."""
-        epoch, batch = divmod(self.position, self.batches_per_epoch)
+        epoch, batch = divmod(self.position // self.every, self.batches_per_epoch)
         if epoch != self._epoch:
             generator = stream(self.seed, "minibatch", self.worker, epoch)
             order = torch.randperm(len(self.indices), generator=generator)
@@ -114,6 +117,11 @@ class Minibatches:
             self._epoch = epoch
         self.position += 1
         return self._shuffled[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last draw gave the minibatch of the draw before."""
+        return (self.position - 1) % self.every != 0
 
     def assign(self, worker: int) -> None:
         """Draw the minibatches of another worker."""

@@ -71,10 +71,12 @@ class BatchedRisk(Risk):
         seeds: Sequence[int] | None = None,
         out: Tensor | None = None,
         running: RunningBuffers | None = None,
+        resting: frozenset[int] = frozenset(),
     ) -> Tensor:
         """As `Risk.gradient`: (K, n), (K, B, ...), (K, B, ...) -> (K, n)."""
         assert seeds is None, "a batched pass cannot seed the models one by one"
         assert not running, "a batched pass cannot change buffers"
+        assert not resting, "a batched pass has a gradient for each model"
         gradients = self._allocate(points, out)
         losses, parts = self._differentiate(
             points, lambda views: self._batched(self._loss, (0, 0, 0), views, inputs, targets)

@@ -78,6 +78,7 @@ class Risk:
         seeds: Sequence[int] | None = None,
         out: Tensor | None = None,
         running: RunningBuffers | None = None,
+        resting: frozenset[int] = frozenset(),
     ) -> Tensor:
         """The gradient of each worker's minibatch loss at its own point: delta_j of line 5, (16).
 
@@ -85,25 +86,18 @@ class Risk:
         `points`. The seeds are those of the global generators, one for each worker; None leaves
         them alone. Passes update the `running` buffers of their workers. The workers are evaluated
         one by one and not by vmap. The bits of a worker's gradient then do not depend on the number
-        of workers in its process.
+        of workers in its process. Workers k at rest have no pass, and no gradient.
         """
         gradients = self._allocate(points, out)
-        passes = [
-            partial(
-                self._backward,
-                points[k],
-                map_tree(lambda x: x[k], inputs),  # noqa: B023  (called at once)
-                map_tree(lambda x: x[k], targets),  # noqa: B023
-                gradients[k],
-                self.losses[k],
-                (running, k) if running else None,
-            )
-            for k in range(len(points))
-        ]
+        passes = {}
+        for k in sorted(set(range(len(points))) - resting):
+            x, y = (map_tree(lambda rows: rows[k], part) for part in (inputs, targets))  # noqa: B023
+            to = gradients[k], self.losses[k], (running, k) if running else None
+            passes[k] = partial(self._backward, points[k], x, y, *to)
         if self.side_by_side and seeds is None:
-            self._run_on_streams(passes)
+            self._run_on_streams([*passes.values()])
             return gradients
-        for k, run in enumerate(passes):
+        for k, run in passes.items():
             if seeds is not None:
                 seed_all(seeds[k])
             run()
@@ -112,7 +106,7 @@ class Risk:
     def _allocate(self, points: Tensor, out: Tensor | None) -> Tensor:
         """Memory for the gradients (K, n); `losses` gets its size (K,)."""
         if self.losses.shape != (len(points),) or self.losses.device != points.device:
-            self.losses = points.new_empty(len(points))
+            self.losses = points.new_full((len(points),), torch.nan)
         return torch.empty_like(points) if out is None else out
 
     def _run_on_streams(self, passes: Sequence[Callable[[], None]]) -> None:
@@ -347,4 +341,8 @@ class MinibatchRisk:
         The gradients overwrite the points, which saves the memory of one block.
         """
         seeds = [s.model_seed for s in self.minibatches] if self.model_draws else None
-        return self.risk.gradient(points, *batch, seeds=seeds, out=points, running=self.running)
+        return self.risk.gradient(points, *batch, seeds, points, self.running, self.resting())
+
+    def resting(self) -> frozenset[int]:
+        """The workers k that rest in the iteration of the last `draw`."""
+        return frozenset(k for k, source in enumerate(self.minibatches) if source.rests)

@@ -169,7 +169,8 @@ class ReadAhead:
         """The minibatches from the current positions on, drawn from copies of the sources."""
         copies = []
         for own in self.minibatches:
-            copies.append(Minibatches(own.indices.cpu(), own.batch_size, own.seed, own.worker))
+            own_draws = own.batch_size, own.seed, own.worker, own.every
+            copies.append(Minibatches(own.indices.cpu(), *own_draws))
             copies[-1].position = own.position
         while True:
             index = torch.cat([source.draw() for source in copies])

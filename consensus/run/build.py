@@ -38,7 +38,9 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     if config.delay and plan.phi.bounded:
         line_3 = ReachStep(line_3, plan.phi)
     if plan.config.deterministic:
-        line_3, line_6 = ForceOfEach(line_3), StepOfEach(line_6)
+        line_3 = ForceOfEach(line_3)
+    if plan.config.deterministic or config.step_every is not None:
+        line_6 = StepOfEach(line_6)
     elastic = plan.config.group.elastic
     worker = Worker(
         z,
@@ -50,6 +52,7 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
         kernel=config.own_kernel(line_6, plan.phi, z),
         clip=config.clip_grad_norm,
         on_nonfinite=config.on_nonfinite,
+        resting=plan.oracle.resting if config.step_every else frozenset,
     )
     if config.name in ALONE:
         one_model = {"msgd": Msgd, "ddp": Ddp}[config.name]

@@ -183,7 +183,9 @@ class Config:
         require(name == "consensus" or potential == "quad", "potential", potential, allowed)
         known = self.algorithm.optimizer is None or not self.coupled
         known = known or self.stationarity.every is None
-        allowed = "a number > 0 with algorithm.optimizer, or stationarity.every=null"
+        key = "step_every" if known else "optimizer"
+        known = known and (self.algorithm.step_every is None or self.stationarity.every is None)
+        allowed = f"a number > 0 with algorithm.{key}, or stationarity.every=null"
         require(known or self.stationarity.lam is not None, "stationarity.lam", "null", allowed)
         exact = not self.deterministic or self.group.compress is None
         allowed = "null with deterministic=true: rounded partial sums depend on the layout"
@@ -196,13 +198,14 @@ class Config:
 
     def _require_elastic(self) -> None:
         """Refuse what cannot work where workers join and leave, or in a replay of such a run."""
-        group = self.group
+        group, strides = self.group, self.algorithm.step_every
         if group.replay is not None:
             group.replay = absolute("group.replay", group.replay)
             require(not group.elastic, "group.elastic", "true", "false with group.replay")
             allowed = "true with group.replay, as in that run: else sums depend on the processes"
             require(self.deterministic, "deterministic", "false", allowed)
             require(self.workers is None, "workers", self.workers, "null with group.replay")
+            require(strides is None, "algorithm.step_every", strides, "null with group.replay")
             require(self.resume == "never", "resume", self.resume, "never with group.replay")
         if not group.elastic:
             for name in ("workers_per_process", "min_workers"):
@@ -217,6 +220,7 @@ class Config:
             ("algorithm", name, name not in ALONE, "consensus, or another that couples workers"),
             ("algorithm.u_update", update, update == "gradient", "gradient"),
             ("algorithm.delay", delay, delay == 0, "0"),
+            ("algorithm.step_every", strides, strides is None, "null"),
             ("data.partition", partition, partition == "full", full),
             ("group", group.name, group.name != "nccl", "auto, gloo"),
             ("group.sum", group.sum, group.sum == "reduce", "reduce"),

@@ -110,6 +110,12 @@ ALONE = ("msgd", "ddp")
 """Methods that train one model: nothing is coupled."""
 
 
+STRIDES = rule(
+    lambda x: isinstance(x, list) and all(type(n) is int and n >= 1 for n in x),
+    "a list of whole numbers >= 1, one for each worker",
+)
+
+
 @dataclass
 class AlgorithmConfig(Section, key="algorithm"):
     """Algorithm 1 and its baselines."""
@@ -142,6 +148,9 @@ class AlgorithmConfig(Section, key="algorithm"):
     on_nonfinite: str = field(default="stop", metadata=one_of(ON_NONFINITE))
     tau_per_worker: bool = False
     delay: int = field(default=0, metadata=rule(lambda x: x >= 0, "a whole number >= 0"))
+    step_every: list[int] | None = field(
+        default=None, metadata=or_null(STRIDES, "a step in every iteration")
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.outer, int) and not isinstance(self.outer, bool):
@@ -161,6 +170,9 @@ class AlgorithmConfig(Section, key="algorithm"):
         if self.delay:
             where = f"with algorithm.delay={self.delay}: its sums wait for each other"
             self._require_implied("u_update", "gradient", f"gradient {where}")
+        if self.step_every is not None:
+            allowed = "loss with algorithm.step_every: the velocity of a worker at rest stays"
+            self._require_implied("momentum_on", "loss", allowed)
         if self.outer is not None:
             where = "with algorithm.outer, the step of u"
             self._require_implied("u_step_on", "coupling", f"coupling {where}")
@@ -231,7 +243,7 @@ class AlgorithmConfig(Section, key="algorithm"):
         implied: dict[str, object] = {}
         if self.name in ALONE:
             implied = {"period": 1, "pull": None, "outer": None, "local_pull": 0}
-            implied["on_nonfinite"] = "stop"
+            implied |= {"on_nonfinite": "stop", "step_every": None}
             only = {"msgd": {"optimizer": None}, "ddp": {"lam": None, "tau": None}}
             implied |= only[self.name]
         elif self.name in AVERAGING:
@@ -264,6 +276,10 @@ class AlgorithmConfig(Section, key="algorithm"):
         """Refuse any value of a key but the one that `name` implies."""
         value = attrgetter(key)(self)
         require(value == needed, f"algorithm.{key}", value, allowed)
+
+    def strides(self, num_workers: int) -> list[int]:
+        """Iterations from a step of a worker to its next, for each worker."""
+        return [1] * num_workers if self.step_every is None else self.step_every
 
     def factors(self, name: str) -> tuple[float, float]:
         """The smallest and the largest factor of the schedule of tau, sigma or lam in this run."""

@@ -19,7 +19,6 @@ from consensus.problem import (
     MODELS,
     NUMBERS_AT_ONCE,
     Dataset,
-    Minibatches,
     MinibatchRisk,
     Risk,
     Trial,
@@ -31,7 +30,7 @@ from consensus.run.config import Config
 from consensus.run.config_algorithm import ALONE, as_call
 from consensus.run.elastic.log import changes_to_replay
 from consensus.run.limits import memory_of
-from consensus.run.problem import load_data, make_model, make_shards
+from consensus.run.problem import load_data, make_minibatches, make_model, make_shards
 from consensus.theory.descent import VECTORS
 from consensus.tree_sum import layouts
 
@@ -95,7 +94,9 @@ class Plan:
         An epoch of minibatches drops its last partial one, so it is slightly less than 1 here.
         """
         samples = iterations * self.config.algorithm.batch_size
-        return sum(samples / size for size in self.shard_sizes) / len(self.shard_sizes)
+        strides = self.config.algorithm.strides(self.num_workers)
+        own = (samples / n / size for n, size in zip(strides, self.shard_sizes, strict=True))
+        return sum(own) / self.num_workers
 
     def description(self) -> str:
         """One line: the method, the workers, the processes, the model, the data, the coupling."""
@@ -132,6 +133,7 @@ class Plan:
             rates.append(f"local_pull {algorithm.local_pull:.3g}")
         rates += [f"period {algorithm.period}"] if algorithm.period > 1 else []
         rates += [f"delay {algorithm.delay}"] if algorithm.delay else []
+        rates += [f"step_every {algorithm.step_every}"] if algorithm.step_every else []
         return ", ".join(rates)
 
     def remarks(self) -> list[str]:
@@ -188,11 +190,8 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     model, trial = make_model(config, dataset, loss)
     require_memory(config, model, num_workers // launch.size, device)
     shards = make_shards(config, dataset, num_workers)
-    minibatches = [
-        Minibatches(shards[i].to(device), config.algorithm.batch_size, config.seed, worker=j)
-        for i, j in enumerate(members or range(num_workers))
-        if i in launch.block(num_workers)
-    ]
+    own = launch.block(num_workers)
+    minibatches = make_minibatches(config, shards, members or range(num_workers), own, device)
     risk = Risk(model, config.algorithm.loss_reduction, loss)  # type: ignore[arg-type]
     oracle = MinibatchRisk(risk, dataset, minibatches)
     allowed = f"false with model={config.model.name}, whose running statistics a member would lack"

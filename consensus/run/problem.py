@@ -1,5 +1,6 @@
 """The training problem of a run from its config: data, model, loss and shards, or one refusal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from consensus.problem import (
     Dataset,
     DataUnavailableError,
     Loss,
+    Minibatches,
     SampleError,
     Trial,
     build_model,
@@ -98,6 +100,29 @@ def make_shards(config: Config, dataset: Dataset, num_workers: int) -> list[Tens
     )
     require(batch_size <= most, "algorithm.batch_size", batch_size, allowed)
     return shards
+
+
+def make_minibatches(
+    config: Config,
+    shards: Sequence[Tensor],
+    numbers: Sequence[int],
+    own: range,
+    device: torch.device,
+) -> list[Minibatches]:
+    """The sources of the workers at the places `own`; every rank checks those of all M workers.
+
+    `numbers` are the numbers j of the M workers, by place.
+    """
+    algorithm = config.algorithm
+    given, strides = algorithm.step_every, algorithm.strides(len(shards))
+    allowed = f"null, or a list of {len(shards)} whole numbers >= 1, one for each worker"
+    require(len(strides) == len(shards), "algorithm.step_every", given, allowed)
+    return [
+        Minibatches(
+            shards[i].to(device), algorithm.batch_size, config.seed, numbers[i], every=strides[i]
+        )
+        for i in own
+    ]
 
 
 def _larger_alpha(config: Config, labels: Tensor, num_workers: int) -> str:

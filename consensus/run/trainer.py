@@ -257,7 +257,8 @@ class Trainer:
     def evaluate(self, done: int, analyse: bool) -> None:
         """Measure on all ranks, `analyse` stationarity too, and write on rank 0. A collective."""
         seconds = time.perf_counter() - self._clock
-        samples = (done - self._counted) * self.config.algorithm.batch_size * self.plan.num_workers
+        steps_each = (1 / n for n in self.config.algorithm.strides(self.plan.num_workers))
+        samples = (done - self._counted) * self.config.algorithm.batch_size * sum(steps_each)
         algorithm, digest_of_u = self.algorithm, self.algorithm.verify()
         state = algorithm.u, algorithm.worker.z, algorithm.phi, algorithm.lam, algorithm.cuts
         row = measure(*state, self.plan, self.group, done)

@@ -126,6 +126,7 @@ def can_be_member(config: Config) -> bool:
     explicit = explicit and not isinstance(algorithm.outer, dict)
     explicit = explicit and algorithm.optimizer is None and algorithm.clip_grad_norm is None
     explicit = explicit and algorithm.on_nonfinite == "stop" and algorithm.delay == 0
+    explicit = explicit and algorithm.step_every is None
     measured = config.stationarity.every is not None and config.coupled
     return algorithm.name not in ALONE and explicit and not measured
 

@@ -223,6 +223,22 @@ def noisy(processes):
     return Dataset(stored, stored, num_classes=3).loaded_by(processes).hold_out(0.25)
 
 
+def test_a_straggler_reads_its_minibatch_again():
+    y = torch.arange(30)
+    stored = importlib.import_module(PLUGIN).Stored(Samples(torch.rand(30, 1, 28, 28), y))
+    train = Dataset(stored, stored, num_classes=30).train
+    slow = [Minibatches(torch.arange(30), 4, 7, 0, every=3)]
+    reader, usual = ReadAhead(train, slow), sources(0)[0]
+    wanted = [usual.draw().tolist() for _ in range(3)]
+    found, rests = [], []
+    for _ in range(9):
+        found.append(reader.draw().targets.tolist())
+        rests.append(slow[0].rests)
+    reader.close()
+    assert found == [batch for batch in wanted for _ in range(3)]
+    assert rests == 3 * [False, True, True]
+
+
 def drain(reader, draws=11):
     for _ in range(draws):
         reader.draw()

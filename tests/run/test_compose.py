@@ -162,7 +162,8 @@ IN_OUTPUT = (
             "unknown key `algorithm.lr` (did you mean `algorithm.sigma`?); allowed in `algorithm`: "
             "name, lam, tau, pull, outer, local_pull, optimizer, clip_grad_norm, sigma, momentum, "
             "weight_decay, batch_size, iterations, period, order, momentum_on, u_step_on, "
-            "coupling, u_update, loss_reduction, schedule, on_nonfinite, tau_per_worker, delay",
+            "coupling, u_update, loss_reduction, schedule, on_nonfinite, tau_per_worker, delay, "
+            "step_every",
         ),
         ("a.b.c=1", f"unknown key `a`; allowed in the top level: {TOP}"),
         (

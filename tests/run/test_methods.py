@@ -7,6 +7,7 @@ EASGD is published with this order. The model is logistic regression, whose grad
 form.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,6 +25,8 @@ SMALL = [
     *(f"algorithm.sigma={SIGMA}", f"algorithm.momentum={KAPPA}", f"algorithm.weight_decay={NU}"),
     *(f"algorithm.iterations={LENGTH}", f"algorithm.period={H}"),
 ]
+STRIDES = [1, 2, 3, 7]  # with H = 4, workers at rest also take part in communications
+SLOW = f"algorithm.step_every={STRIDES}"
 HEAVY_BALL = f"{{optimizer: SGD, lr: {SIGMA}, momentum: {KAPPA}, weight_decay: {NU}}}"
 METHODS = {  # overrides, M
     "local_sgd": (["algorithm=local_sgd"], 4),
@@ -44,6 +47,20 @@ METHODS = {  # overrides, M
         [
             *("algorithm=easgd", "algorithm.pull=0.1", f"algorithm.optimizer={HEAVY_BALL}"),
             *("algorithm.momentum=0", "algorithm.weight_decay=0"),
+        ],
+        4,
+    ),
+    "local_sgd, stragglers": (["algorithm=local_sgd", SLOW], 4),
+    "fedprox, stragglers": (["algorithm=fedprox", "algorithm.local_pull=0.05", SLOW], 4),
+    "diloco, stragglers": (
+        ["algorithm=diloco", "algorithm.outer.lr=0.6", "algorithm.outer.momentum=0.8", SLOW],
+        4,
+    ),
+    "measgd, stragglers": (["algorithm=easgd", "algorithm.pull=0.1", SLOW], 4),
+    "heavy ball, stragglers": (
+        [
+            *("algorithm=easgd", "algorithm.pull=0.1", f"algorithm.optimizer={HEAVY_BALL}"),
+            *("algorithm.momentum=0", "algorithm.weight_decay=0", SLOW),
         ],
         4,
     ),
@@ -93,8 +110,11 @@ class Adam:
         return u - 0.01 * self.first / (1 - 0.9**self.steps) / root
 
 
-def averaging(plan, center_of=Mean, local=0.0):
-    """u and the copies after LENGTH iterations, where the copies continue from u."""
+def averaging(plan, center_of=Mean, local=0.0, strides=()):
+    """u and the copies after LENGTH iterations, where the copies continue from u.
+
+    Worker j makes a step in every `strides[j]`-th iteration, by default in each.
+    """
     move_center, gradient = center_of(), gradients(plan)
     u = plan.start.numpy().copy()
     z = np.tile(u, (plan.num_workers, 1))
@@ -104,13 +124,16 @@ def averaging(plan, center_of=Mean, local=0.0):
         if communicate:
             u = move_center(u, z.mean(0))
         for j in range(plan.num_workers):
+            if strides and t % strides[j]:
+                z[j] = u if communicate else z[j]
+                continue
             g = gradient(j, z[j] + KAPPA * v[j])
             v[j] = KAPPA * v[j] - SIGMA * (g + NU * z[j])
             z[j] = (u if communicate else z[j] + local * (u - z[j])) + v[j]
     return u, z
 
 
-def elastic(plan, kappa=KAPPA, nesterov=True):
+def elastic(plan, kappa=KAPPA, nesterov=True, strides=(1,) * 4):
     """The center and the copies of EASGD and EAMSGD (Zhang, Choromanska, LeCun 2015)."""
     alpha, gradient = 0.1, gradients(plan)
     center = plan.start.numpy().copy()
@@ -118,10 +141,12 @@ def elastic(plan, kappa=KAPPA, nesterov=True):
     v = np.zeros_like(x)
     for t in range(LENGTH):
         elastic_force = alpha * (x - center) if t % H == 0 else np.zeros_like(x)
+        moved = np.zeros_like(x)
         for i in range(plan.num_workers):
-            g = gradient(i, x[i] + kappa * v[i] if nesterov else x[i])
-            v[i] = kappa * v[i] - SIGMA * (g + NU * x[i])
-        x = x + v - elastic_force
+            if t % strides[i] == 0:
+                g = gradient(i, x[i] + kappa * v[i] if nesterov else x[i])
+                moved[i] = v[i] = kappa * v[i] - SIGMA * (g + NU * x[i])
+        x = x + moved - elastic_force
         center = center + elastic_force.sum(0)
     return center, x
 
@@ -139,7 +164,20 @@ LOOPS = {
     "easgd": partial(elastic, kappa=0.0),
     "measgd": elastic,
     "measgd, heavy ball": partial(elastic, nesterov=False),
+    "local_sgd, stragglers": partial(averaging, strides=STRIDES),
+    "fedprox, stragglers": partial(averaging, local=0.05, strides=STRIDES),
+    "diloco, stragglers": partial(
+        averaging, center_of=lambda: Momentum(nesterov=True), strides=STRIDES
+    ),
+    "measgd, stragglers": partial(elastic, strides=STRIDES),
+    "heavy ball, stragglers": partial(elastic, nesterov=False, strides=STRIDES),
 }
+
+
+def one_draw_a_step(config):
+    """The plan for a loop, which draws a minibatch in a step of a worker only."""
+    algorithm = replace(config.algorithm, step_every=None)
+    return make_plan(replace(config, algorithm=algorithm), Launch())
 
 
 def gradients(plan):
@@ -184,7 +222,7 @@ def config_of(make_config, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_its_loop(make_config, method):
     config = config_of(make_config, method)
-    u, z = LOOPS[method](make_plan(config, Launch()))
+    u, z = LOOPS[method](one_draw_a_step(config))
     ((found_u, found_z, _),) = through_the_trainer(Solo(), [config])
     np.testing.assert_allclose(found_u, u, rtol=0, atol=1e-12)
     np.testing.assert_allclose(found_z, z, rtol=0, atol=1e-12)
@@ -194,12 +232,13 @@ def test_a_method_is_its_loop(make_config, method):
 @pytest.mark.ranks
 def test_methods_on_two_ranks(make_config, ranks):
     alike = {"adam", "momentum", "one-sided data", "easgd"}  # as another of them, over ranks
+    alike |= {"local_sgd, stragglers", "diloco, stragglers"}
     methods = [name for name, (_, workers) in METHODS.items() if workers > 1 and name not in alike]
     configs = [config_of(make_config, method) for method in methods]
     first, second = ranks(2, through_the_trainer, configs)
     for method, config, one, other in zip(methods, configs, first, second, strict=True):
         assert one[2] == other[2], "u differs between ranks"
-        u, z = LOOPS[method](make_plan(config, Launch()))
+        u, z = LOOPS[method](one_draw_a_step(config))
         np.testing.assert_allclose(one[0], u, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.concatenate([one[1], other[1]]), z, rtol=0, atol=1e-12)
 

@@ -38,6 +38,7 @@ class Hyperparameters:
     nu: Scalar  # weight of R
     pull: Scalar | None  # sigma / lam; None in an iteration without coupling
     through: bool = False  # whether the coupling passes through the velocity
+    pull_at_rest: Scalar | None = None  # `pull` of workers at rest
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Block:
     v: Tensor  # the velocities
     delta: Tensor  # the minibatch gradients, overwritten by line 6
     scratch: Tensor | None = None  # memory that line 6 may overwrite; may be `delta`
+    resting: frozenset[int] = frozenset()  # workers k moved by the coupling alone; see StepOfEach
 
     def row(self, k: int) -> "Block":
         """Worker k as a block of its own, (1, n)."""
         own = slice(k, k + 1)
         scratch = None if self.scratch is None else self.scratch[own]
-        return Block(self.z[own], self.v[own], self.delta[own], scratch)
+        resting = frozenset({0}) if k in self.resting else frozenset()
+        return Block(self.z[own], self.v[own], self.delta[own], scratch, resting)
 
 
 class ConsensusKernel(Protocol):

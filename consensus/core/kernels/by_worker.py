@@ -48,7 +48,10 @@ class ForceOfEach:
 
 
 class StepOfEach:
-    """`WorkerKernel` that moves the workers one after another."""
+    """`WorkerKernel` that moves the workers one after another.
+
+    Those at rest keep their velocity, and are moved by `pull_at_rest` alone.
+    """
 
     def __init__(self, kernel: WorkerKernel) -> None:
         self._kernel = kernel
@@ -61,5 +64,11 @@ class StepOfEach:
         steps = torch.ones_like(search.step).repeat(len(block.z))
         for k, step in enumerate(steps.unbind()):
             own = LineSearch(step, search.cuts[k : k + 1])
-            self._kernel.move_workers(block.row(k), u, anchor, numbers, own)
+            row, of_row = block.row(k), numbers
+            if k in block.resting:
+                if numbers.pull_at_rest is None:
+                    continue
+                row = Block(row.z, torch.zeros_like(row.v), row.delta.zero_(), row.scratch)
+                of_row = Hyperparameters(0.0, 0.0, 0.0, numbers.pull_at_rest)
+            self._kernel.move_workers(row, u, anchor, of_row, own)
         search.step.copy_(steps.amin())

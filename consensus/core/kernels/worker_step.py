@@ -7,6 +7,7 @@ d_j is the step of the optimizer of worker j from z_j, with its minibatch gradie
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,22 +55,23 @@ class WorkerOptimizerStep:
         """As in `WorkerKernel`."""
         z, d, delta = block.z, block.v, block.delta
         d.copy_(z)
-        for parameter, point, gradient in zip(self._parameters, d, delta, strict=True):
-            parameter.data, parameter.grad = point, gradient
+        for k, parameter in enumerate(self._parameters):  # torch skips one without a gradient
+            parameter.data, parameter.grad = d[k], None if k in block.resting else delta[k]
         for group in self.optimizer.param_groups:
             group["lr"] = numbers.sigma
         with torch.enable_grad():  # as in a training loop: torch's optimizers switch it off
             self.optimizer.step()
         d -= z
-        moved = Block(z, d, delta.zero_(), block.scratch)
-        displaced = Hyperparameters(kappa=1.0, sigma=0.0, nu=0.0, pull=numbers.pull)
+        moved = Block(z, d, delta.zero_(), block.scratch, block.resting)
+        displaced = replace(numbers, kappa=1.0, sigma=0.0, nu=0.0)
         if not self._cut:
             return self.kernel.move_workers(moved, u, anchor, displaced, search)
         steps = []
         for k, parameter in enumerate(self._parameters):  # one by one, for the step of each
             own = LineSearch(torch.ones_like(search.step), search.cuts[k : k + 1])
             self.kernel.move_workers(moved.row(k), u, anchor, displaced, own)
-            if own.step.device.type != "cpu" or own.step < 1:  # it is 1 nearly always
+            known = own.step.device.type == "cpu"
+            if k not in block.resting and not (known and own.step == 1):  # it is 1 nearly always
                 scale_momentum([self.optimizer.state[parameter]], own.step)
             steps.append(own.step)
         search.step.copy_(torch.stack(steps).amin())
