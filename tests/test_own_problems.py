@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from consensus.algorithm import Consensus
-from consensus.comm import Launch
+from consensus.comm import Launch, Solo
 from consensus.run.health import HealthCheck
 from consensus.run.plan import make_plan
 from consensus.run.signals import RunStopped
@@ -162,3 +163,31 @@ def test_a_plugin_trains_and_continues_to_the_same_bits(ranks, make_config, tmp_
     model.load_state_dict(state)
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert parameters.isfinite().all()
+
+
+def test_the_standard_library_is_a_text_to_train_on(make_config, tmp_path):
+    """Windows are those of modules, the test set's of others, and the loss falls below a guess."""
+    load("own_text")
+    config = make_config(
+        *("data.name=standard_library", "+data.options.rows=300", "data.partition=sharded"),
+        *("model.name=char_gru", "+model.options.width=24", "loss=token_cross_entropy"),
+        *("algorithm.optimizer={optimizer: AdamW, lr: 0.01}", "algorithm.pull=0.3"),
+        *("algorithm.outer=1", "algorithm.batch_size=8", "algorithm.iterations=60"),
+        *("output.eval_every=60", "output.checkpoint_every=null", "workers=2", "device=cpu"),
+        f"output.run_dir={tmp_path / 'run'}",
+    )
+    plan = make_plan(config, Launch())
+    text = [path.read_bytes() for path in sorted(Path(argparse.__file__).parent.glob("*.py"))]
+    own = {"test": b"".join(text[::10]), "train": b"".join(t for i, t in enumerate(text) if i % 10)}
+    for name, source in own.items():
+        samples = plan.dataset.splits[name]
+        assert len(samples) == pytest.approx({"train": 300, "test": 30}[name], rel=0.04)
+        for inputs, targets in zip(samples.inputs[::7], samples.targets[::7], strict=True):
+            window = bytes([*inputs.tolist(), targets[-1]])
+            assert window in source.translate(bytes(min(i, 127) for i in range(256)))
+            assert window[1:] == bytes(targets.tolist())
+    row = Trainer(plan, Solo()).run()
+    counts = np.bincount(np.frombuffer(own["train"], np.uint8).clip(max=127), minlength=128) + 1
+    frequencies = counts / counts.sum()
+    guess = -np.log(frequencies[plan.dataset.test.targets.numpy()]).mean()
+    assert row["test_loss"] / len(plan.dataset.test) < guess - 0.2
