@@ -11,6 +11,7 @@ from consensus.problem import DATASETS, MODELS, Dataset, partition
 from consensus.run.checks import ConfigError
 from consensus.run.compose import explain
 from consensus.run.plan import choose_device, count_workers, load_data, make_plan
+from consensus.run.problem import make_shards
 
 
 @pytest.fixture
@@ -138,6 +139,19 @@ def test_shards_that_are_too_small_name_alpha_and_a_remedy(
 def test_no_alpha_gives_more_images_than_there_are(plan_refusal):
     own = ["workers=100", "data.partition=label_skew", "model=logistic", "device=cpu"]
     assert plan_refusal(Launch(), *own).endswith("; take fewer workers or a smaller batch")
+
+
+@pytest.mark.parametrize("kind", ["label_skew", "by_label"])
+def test_partitions_by_class_need_classes(make_config, kind):
+    samples = torch.rand(40, 3), torch.rand(40)
+    dataset = Dataset(samples, samples)
+    with pytest.raises(ConfigError) as caught:
+        make_shards(make_config(f"data.partition={kind}"), dataset, 2)
+    assert str(caught.value) == (
+        f"`data.partition` is {kind} without classes; allowed: full, sharded for targets that are "
+        "no classes (N,)"
+    )
+    assert len(make_shards(make_config("data.partition=sharded"), dataset, 2)) == 2
 
 
 def test_missing_data_are_refused(plan_refusal, tmp_path):
