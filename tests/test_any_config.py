@@ -384,6 +384,7 @@ WRONG: dict[str, list[str]] = {  # key -> values that must be refused, whatever 
     "output.checkpoint_every": [*NO_WHOLE, "0"],
     "output.keep_checkpoints": [*NO_WHOLE, "null", "0"],
     "output.log_every": [*NO_WHOLE, "null", "0"],
+    "output.stop_at": [*NO_WHOLE, "0", "-1", "5", "1" + "0" * 18],
     "output.tensorboard": NO_TRUTH,
     "output.figures": NO_TRUTH,
     "stationarity.every": [*NO_WHOLE, "0"],
@@ -1072,7 +1073,7 @@ EACH_CHECK = [
     *("model.name=resnet", "group.name=mpi", "group.timeout_s=0.5", "group.timeout_s=inf"),
     *("output.name=''", "output.name=a/b", "output.run_dir=file", "output.run_dir=used"),
     *("output.eval_every=0", "output.checkpoint_every=0", "output.keep_checkpoints=0"),
-    "output.log_every=0",
+    *("output.log_every=0", "output.stop_at=0"),
 ]
 
 EDGES = [
@@ -1128,6 +1129,7 @@ EDGES = [
     runs("algorithm=ddp", "workers=2", "algorithm.clip_grad_norm=1", "stationarity.every=1"),
     runs("algorithm.optimizer={optimizer: AdamW, lr: 0.01}", "potential=tan", "workers=2"),
     refused("algorithm.optimizer={optimizer: AdamW, lr: 0.01}", "algorithm.sigma=0.1"),
+    refused("output.stop_at=1", "output.checkpoint_every=null"),
     runs("algorithm.pull=0", "stationarity.every=1"),
     either("algorithm.pull=1", "potential.eta=1e-18", "algorithm.outer=1"),
     runs("algorithm.lam=inf", "potential=tan", "algorithm.momentum_on=objective"),

@@ -126,6 +126,7 @@ class OutputConfig(Section, key="output"):
     log_every: int = field(metadata=COUNT)
     tensorboard: bool
     figures: bool = True
+    stop_at: int | None = field(default=None, metadata=or_null(COUNT, "algorithm.iterations"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,9 +193,21 @@ class Config:
         require(exact, "group.compress", self.group.compress, allowed)
         self._require_bounded_force()
         self._require_elastic()
+        self._require_stop()
         movable = self.device != "cpu" or self.group.name != "nccl"
         allowed = "auto or gloo with device=cpu: NCCL moves CUDA tensors only"
         require(movable, "group", self.group.name, allowed)
+
+    def _require_stop(self) -> None:
+        """Refuse to stop a run early where it cannot continue."""
+        stop, most, every = self.output.stop_at, self.algorithm.iterations, "checkpoint_every"
+        if stop is not None:
+            allowed = f"null, or a whole number from 1 to {most}, the iterations of the run"
+            require(stop <= most, "output.stop_at", stop, allowed)
+            saves = getattr(self.output, every) is not None
+            require(saves, f"output.{every}", "null", "a number with output.stop_at")
+            other = self.group.elastic or self.group.replay is not None
+            require(not other, "output.stop_at", stop, "null with group.elastic or group.replay")
 
     def _require_elastic(self) -> None:
         """Refuse what cannot work where workers join and leave, or in a replay of such a run."""

@@ -34,7 +34,7 @@ def continued(cfg: DictConfig, overrides: Sequence[str], processes: int) -> Dict
         return cfg  # its own checks explain it
     if run_dir is None or before is None:
         return cfg
-    cfg = completed(cfg, overrides, before, {"resume", "output.run_dir"})
+    cfg = completed(cfg, overrides, before, {"resume", "output.run_dir", "output.stop_at"})
     if cfg.workers is None and (workers := _workers_of(run_dir)) not in (None, processes):
         cfg.workers = workers
     return cfg

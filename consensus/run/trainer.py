@@ -55,6 +55,7 @@ class Trainer:
         self.directory = directory or RunDirectory(plan.origin, plan.config, plan.launch, group)
         self.run_dir = self.directory.path
         self.iterations = plan.config.algorithm.iterations
+        self.until = plan.config.output.stop_at or self.iterations  # of this process
         self.screen = Screen(self.iterations, enabled=group.rank == 0 and not quiet)
         self.patience_s = plan.config.group.timeout_s if owns_process else None
         every = plan.config.stationarity.every if plan.config.coupled else None
@@ -128,12 +129,17 @@ class Trainer:
             self.screen.say(line)
 
     def complete(self, start: int) -> None:
-        """Write the results after the last iteration; `start` is the first of this process."""
-        if not self.rows or self.rows[-1]["iteration"] != self.iterations:
+        """Write the results after the last iteration; `start` is the first of this process.
+
+        RunStopped if the run stops before, at `output.stop_at`.
+        """
+        if not self.rows or self.rows[-1]["iteration"] != self.until:
             # The loaded checkpoint is that of the last iteration, but its row was lost.
-            self.evaluate(self.iterations, self.stationarity is not None)
-        if self.writer is not None and start == self.iterations and not self.plan.origin.continues:
+            self.evaluate(self.until, self.stationarity is not None)
+        if self.writer is not None and start == self.until and not self.plan.origin.continues:
             self.save(start)  # a new run that starts at its end has a checkpoint too
+        if self.until < self.iterations:
+            self.stop(self.until, "output.stop_at", 0, saved=True)
         self.finish_writing()
         self.agree()
         with self.directory.writing():
@@ -155,7 +161,8 @@ class Trainer:
         share_buffers(plan, self.group)
         self.started = began - resumed.seconds
         self.rows, self.best, start = resumed.rows, resumed.best, resumed.iteration
-        complete = start == self.iterations and bool(self.rows)
+        self.until = max(self.until, start)  # it may be beyond output.stop_at already
+        complete = start == self.until and bool(self.rows)
         if complete and self.stationarity is not None and "stationarity" not in self.rows[-1]:
             self.rows.pop()  # evaluated again, with the measurement
         for row in self.rows:
@@ -185,7 +192,7 @@ class Trainer:
         """All iterations, with the evaluations and checkpoints that are due between them."""
         self.begin(start)
         step = self.step_function()
-        for t in range(start, self.iterations):
+        for t in range(start, self.until):
             step(t)
             self.after(t + 1)
 
@@ -217,12 +224,12 @@ class Trainer:
             self.evaluate(done, analyse and not signal)
         if save:
             self.save(done)
-        if signal and done < self.iterations:
-            self.stop(done, signal, saved=save)
+        if signal and done < self.until:
+            self.stop(done, Signals(signal).name, TRY_AGAIN, saved=save)
 
     def is_due(self, every: int | None, done: int) -> bool:
         """Whether an event of this interval, which also happens at the end, is due."""
-        return every is not None and (done % every == 0 or done == self.iterations)
+        return every is not None and (done % every == 0 or done == self.until)
 
     def step_function(self) -> Callable[[int], None]:
         """An iteration and its observation, replayed as a CUDA graph where possible."""
@@ -294,19 +301,19 @@ class Trainer:
         facts = Facts(done, int(digest(self.algorithm.u)), wall_s, self.best)
         self.writer.write(self.algorithm.state_dict(), facts)
 
-    def stop(self, done: int, signal: int, saved: bool) -> None:
+    def stop(self, done: int, cause: str, code: int, saved: bool) -> None:
         """Write a checkpoint, then raise RunStopped; GroupError if it fails. On all ranks."""
-        stopped = f"{Signals(signal).name}: stopped at iteration {done}"
+        stopped = f"{cause}: stopped at iteration {done}"
         if self.writer is None:
             why = "output.checkpoint_every=null"
-            raise RunStopped(f"{stopped} without a checkpoint ({why})", 128 + signal)
+            raise RunStopped(f"{stopped} without a checkpoint ({why})", 128 + Signals[cause])
         if not saved:
             self.save(done)
         self.finish_writing()
         self.agree()
         again = self.command()
         again += f" {for_shell(['resume=auto', override('output.run_dir', str(self.run_dir))])}"
-        raise RunStopped(f"{stopped} with a checkpoint; to continue: {again}", TRY_AGAIN)
+        raise RunStopped(f"{stopped} with a checkpoint; to continue: {again}", code)
 
     def command(self) -> str:
         """The command that starts as many processes, without its arguments."""

@@ -25,7 +25,14 @@ from consensus.sweep.job import summary_of
 
 _PLACE = {"output.root", "output.run_dir", "output.name", "data.root", "device", "resume"}
 _PLACE |= {"output.checkpoint_every", "output.keep_checkpoints", "output.log_every"}
-_PLACE |= {"output.tensorboard", "output.figures", "cuda_graph", "plugins", "data.loader_workers"}
+_PLACE |= {
+    "output.tensorboard",
+    "output.figures",
+    "output.stop_at",
+    "cuda_graph",
+    "plugins",
+    "data.loader_workers",
+}
 """Keys, beside the section `group`, that say where and how a run is computed, and not what."""
 
 

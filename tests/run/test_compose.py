@@ -120,7 +120,7 @@ TOP = (
 
 IN_OUTPUT = (
     "allowed in `output`: root, run_dir, name, eval_every, checkpoint_every, keep_checkpoints, "
-    "log_every, tensorboard, figures"
+    "log_every, tensorboard, figures, stop_at"
 )
 
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from consensus.run.compose import config_dir, register_schema, to_config
 from consensus.run.continued import continued
+from consensus.run.signals import RunStopped
 from tests.testing.small_runs import PACE, SMALL
 
 OTHER = [
@@ -99,3 +100,13 @@ def test_a_config_that_cannot_be_read_is_that_of_a_checkpoint(began, command, tm
     (tmp_path / "a" / "config.yaml").write_text("{[")
     auto = ["resume=auto", f"output.run_dir={tmp_path}/a"]
     assert command(*auto) == began | {"resume": "auto"}
+
+
+def test_a_run_that_stopped_at_an_iteration_goes_on(train, command, tmp_path):
+    """`output.stop_at` is of one command; the continuing one would stop at once."""
+    with pytest.raises(RunStopped):
+        train(f"output.run_dir={tmp_path}/a", "output.stop_at=3")
+    assert "stop_at: 3" in (tmp_path / "a" / "config.yaml").read_text()
+    auto = ["resume=auto", f"output.run_dir={tmp_path}/a"]
+    assert command(*auto)["output"]["stop_at"] is None
+    assert command(*auto, "output.stop_at=5")["output"]["stop_at"] == 5
