@@ -98,8 +98,8 @@ Examples:
   python -m consensus.sweep grid=smoke --dry-run
   python -m consensus.sweep experiment=digits seed=0,1,2 sweep.jobs=3
 
-Exit codes: 0 all runs are done, 1 some are not, 2 refused,
-            75 a population stopped with a checkpoint, 130 interrupted
+Exit codes: 0 all runs are done or stopped by sweep.halving, 1 some are not,
+            2 refused, 75 a population stopped (a checkpoint), 130 interrupted
 {rest}"""
 
 DOCTOR = """\

@@ -12,6 +12,7 @@ from consensus.atomic_files import write_whole
 from consensus.records import Row, columns, set_and_metric
 from consensus.report.best import best_files, best_lines
 from consensus.report.figure1 import draw_table1
+from consensus.report.halving import HALVED, read_places, rungs_table
 from consensus.report.latex import booktabs
 from consensus.report.runs import Run, varying
 from consensus.report.stationarity import (
@@ -66,6 +67,7 @@ PART_THREE = (
     "the last two evaluations. Columns `in N s` have the last evaluation within the time of the "
     "fastest run; methods are equal in samples only where their epochs are."
 )
+AS_NUMBERS = "As numbers: [table1.csv](table1.csv); for LaTeX: [table1.tex](table1.tex)."
 STATIONARITY = (
     "The last measurement of each run, for the lam of its problem. f_j is the expected minibatch "
     "loss of worker j plus R, its force grad phi(u - z_j) / lam. |sum grad e f_j (u)| is 0 where u "
@@ -105,6 +107,9 @@ def write_report(
     analysed = measured({run.label: run.rows for run in runs})
     if analysed:
         draw_stationarity(analysed, folder / "stationarity.png")
+    parts = [tables, *best_text(lines, folder), AS_NUMBERS]
+    if places := read_places(folder):
+        parts += ["## Successive halving", HALVED, markdown_table(rungs_table(places))]
     best = best_files(lines, folder)
     if best:
         (folder / "experiment").mkdir(exist_ok=True)
@@ -114,9 +119,7 @@ def write_report(
         "table1.csv": table1_csv(lines),
         "table1.tex": table1_tex(lines),
         "runs.csv": runs_csv(runs),
-        "report.md": page(
-            runs, lines, sources, [tables, *best_text(lines, folder)], figures, analysed, left_out
-        ),
+        "report.md": page(runs, lines, sources, parts, figures, analysed, left_out),
     }.items():
         write_whole(folder / name, text.encode("utf-8", errors="replace"))
 
@@ -154,7 +157,6 @@ def page(
             *(missing if left_out else ()),
             "## Table 1",
             *tables,
-            "As numbers: [table1.csv](table1.csv); for LaTeX: [table1.tex](table1.tex).",
             "## Figures",
             *(images or ["None: no run finished without diverging."]),
             *stationarity,

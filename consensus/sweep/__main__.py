@@ -4,8 +4,9 @@ With `sweep.engine=separate`, each configuration is a run of `consensus.train` i
 own, or a SLURM job. With `sweep.engine=population`, they train together in this process.
 
 Data flow: grid.py parses the command line into jobs, and earlier.py finds those that are done.
-job.py runs the others in child processes, or population_trainer.py trains them. dashboard.py shows
-their status files. The report reads the files of the runs.
+job.py runs the others in child processes, or population_trainer.py trains them; with
+`sweep.halving` to one rung after another, after each of which halving.py decides which go on.
+dashboard.py shows their status files. The report reads the files of the runs.
 """
 
 import os
@@ -21,7 +22,7 @@ answer_questions(__name__, "consensus.sweep")
 announce(__name__, "consensus.sweep")
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from hydra.types import HydraContext, RunMode
 from consensus.comm import GroupError
 from consensus.private_api import hydra_callbacks
 from consensus.report.__main__ import report
+from consensus.report.halving import HALVING, KEPT, Place, write_places
 from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, composing, explain
@@ -44,8 +46,9 @@ from consensus.run.signals import RunStopped
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.earlier import Found, find_earlier
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
+from consensus.sweep.halving import Candidate, Halving, Rung, plan_halving
 from consensus.sweep.job import run_here, run_job
-from consensus.sweep.members import Member
+from consensus.sweep.members import Member, Stage
 from consensus.sweep.population_trainer import train_populations
 from consensus.sweep.slurm_queue import cancel, jobs_in_queue
 
@@ -67,15 +70,18 @@ def main() -> None:
             sweep = read_sweep([text for text in others if text != "--dry-run"])
             check(sweep)
             require_launcher(sweep)
+            halving = plan_halving(sweep)
             earlier = find_earlier(sweep)
             dashboard = Dashboard(sweep.path, earlier)
             if "--dry-run" in others:
                 dashboard.list_runs()
+                for line in halving.lines() if halving else ():
+                    dashboard.print(line)
                 return
             require_no_jobs(sweep)
             with dashboard:
                 try:
-                    run(sweep, earlier, searched, dashboard)
+                    out = run(sweep, earlier, searched, dashboard, halving)
                 except KeyboardInterrupt:
                     cancelled = jobs_in_queue(sweep.path)  # of this call, see require_no_jobs
                     cancel(cancelled)
@@ -94,24 +100,70 @@ def main() -> None:
             report([sweep.path], paths=dashboard.run_dirs(), damaged=dashboard.damaged())
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
-    if failed := len(sweep.jobs) - dashboard.number("done"):
+    states = {job: dashboard.statuses[job.name].state for job in sweep.jobs}
+    missing = [j for j, state in states.items() if state != "done"]
+    if failed := len([job for job in missing if job not in out or states[job] == "failed"]):
         leave(f"{failed} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)
 
 
 def run(
-    sweep: Sweep, earlier: Mapping[Job, Found], searched: Sequence[str], dashboard: Dashboard
+    sweep: Sweep,
+    earlier: Mapping[Job, Found],
+    searched: Sequence[str],
+    dashboard: Dashboard,
+    halving: Halving | None,
+) -> set[Job]:
+    """Run all jobs that are not done, with `searched` for each separate run.
+
+    Returns the jobs that `halving` has stopped.
+    """
+    folder, say = sweep.path / "report", dashboard.print
+    todo = [job for job, found in earlier.items() if found.state in ("new", "continues")]
+    if halving is None:
+        (folder / HALVING).unlink(missing_ok=True)
+        train(sweep, earlier, earlier, todo, None, searched, say)
+        return set()
+    going: list[Candidate] = list(halving.candidates)
+    places: list[Place] = []
+    for rung in halving.rungs:
+        jobs = [job for candidate in going for job in candidate.jobs]
+        name = f"rung {rung.number} of {len(halving.rungs)}, {rung.iterations:,} iterations"
+        dashboard.begin_rung(name, jobs, rung.iterations, halving.after(rung))
+        mine = [j for j in jobs if j in todo and not rung.is_over(sweep.path / j.name)]
+        train(sweep, earlier, jobs, mine, rung, searched, say)
+        rows = {job: rung.row(sweep.path / job.name) for job in jobs}
+        found = halving.decide(rung, going, rows)
+        places += found
+        write_places(places, folder)
+        kept = {place.configuration for place in found if place.decision == KEPT}
+        if rung.keep is not None:
+            say(f"{name}: {len(kept)} of {len(going)} configurations go on")
+            going = [candidate for candidate in going if candidate.name in kept]
+    return set(sweep.jobs).difference(job for candidate in going for job in candidate.jobs)
+
+
+def train(
+    sweep: Sweep,
+    earlier: Mapping[Job, Found],
+    going: Iterable[Job],
+    todo: Sequence[Job],
+    rung: Rung | None,
+    searched: Sequence[str],
+    say: Callable[[str], None],
 ) -> None:
-    """Run all jobs that are not done, with `searched` for each separate run."""
-    separate = [job for job, found in earlier.items() if found.state in ("new", "continues")]
+    """Train the jobs `todo` to a rung, or to the end; `going` are all that come to it."""
+    separate, stop_at = todo, rung.iterations if rung and rung.keep is not None else None
     if sweep.options.engine == "population":
         # A damaged run, and one with checkpoints of its own, is no part of a population.
         alone = {j for j, f in earlier.items() if f.state == "damaged" or has_checkpoints(sweep, j)}
         found = {job: member_of(sweep, job) for job in sweep.jobs if job not in alone}
         members = [member for member in found.values() if member is not None]
-        folder = sweep.path / ".population"
-        left = train_populations(members, folder, dashboard.print, sweep.options.gradients)
-        separate = [job for job in separate if found.get(job) in (None, *left)]
-    launch(sweep, separate, searched, dashboard.print)
+        names, missing = ({job.name for job in jobs} for jobs in (going, todo))
+        stage = Stage(frozenset(names), frozenset(missing), stop_at)
+        folder, gradients = sweep.path / ".population", sweep.options.gradients
+        left = train_populations(members, folder, say, gradients, stage)
+        separate = [job for job in todo if found.get(job) in (None, *left)]
+    launch(sweep, separate, searched, say, stop_at)
 
 
 def has_checkpoints(sweep: Sweep, job: Job) -> bool:
@@ -143,18 +195,24 @@ def member_of(sweep: Sweep, job: Job) -> Member | None:
     return Member(job.name, run_dir, config) if can_be_member(config) else None
 
 
-def all_overrides(job: Job, folder: Path) -> list[str]:
+def all_overrides(job: Job, folder: Path, stop_at: int | None) -> list[str]:
     """The overrides of a job, with those that the sweep adds."""
-    return [*job.overrides, override("output.run_dir", str(folder / job.name)), "resume=auto"]
+    own = [override("output.run_dir", str(folder / job.name)), "resume=auto"]
+    return [*job.overrides, *own, *([f"output.stop_at={stop_at}"] if stop_at else [])]
 
 
 def launch(
-    sweep: Sweep, jobs: Sequence[Job], searched: Sequence[str], say: Callable[[str], None]
+    sweep: Sweep,
+    jobs: Sequence[Job],
+    searched: Sequence[str],
+    say: Callable[[str], None],
+    stop_at: int | None,
 ) -> None:
     """Run jobs on this machine, or through the launcher of Hydra that the command line names."""
     if not jobs:
         return
-    options, runs = sweep.options, {job: all_overrides(job, sweep.path) for job in jobs}
+    options = sweep.options
+    runs = {job: all_overrides(job, sweep.path, stop_at) for job in jobs}
     if not any(text.startswith("hydra/launcher=") for text in sweep.launcher):
         here = {sweep.path / job.name: [*searched, *own] for job, own in runs.items()}
         run_here(here, options.processes, options.jobs, say)

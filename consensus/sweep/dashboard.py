@@ -6,7 +6,7 @@ It reads the files of the runs, and therefore works alike for local runs and for
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class Dashboard:
         self._iterations: dict[str, int | None] = {
             j.name: f.iterations for j, f in earlier.items() if f.iterations
         }
+        self._rung, self._targets, self._later = "", dict[str, int](), 0
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dashboard", daemon=True)
@@ -85,6 +86,11 @@ class Dashboard:
     def damaged(self) -> dict[Path, str]:
         """The directories of the damaged runs, with the reasons."""
         return {self.path / job.name: f.problem for job, f in self.earlier.items() if f.problem}
+
+    def begin_rung(self, rung: str, jobs: Sequence[Job], iterations: int, later: int) -> None:
+        """From now on these jobs train to so many iterations, and `later` ones follow in all."""
+        self._targets = {job.name: iterations for job in jobs}
+        self._rung, self._later = f"{rung}: ", later
 
     def list_runs(self) -> None:
         """Print what there is of each run, for `--dry-run`."""
@@ -169,7 +175,7 @@ class Dashboard:
         states = ("done", "running", "waiting", "stopped", "failed")
         parts = [f"{self.number(state)} {state}" for state in states if self.number(state)]
         left = self.seconds_left()
-        return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
+        return self._rung + ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
 
     def seconds_left(self) -> float | None:
         """An estimate from the iterations done and to do; None before the first and at the end.
@@ -185,10 +191,10 @@ class Dashboard:
             return None
         usual = sum(known) / len(known)
         now = sum(max(0, done[job.name] - found.done) for job, found in self.earlier.items())
-        left = sum(
-            (self._iterations.get(name) or usual) - done[name]
+        left = self._later + sum(
+            max(0, (self._targets.get(name) or self._iterations.get(name) or usual) - done[name])
             for name, status in self.statuses.items()
-            if status.state not in ("done", "failed")
+            if status.state not in ("done", "failed") and name in (self._targets or self.statuses)
         )
         return (time.monotonic() - self._started) / now * left if now and left > 0 else None
 

@@ -9,7 +9,7 @@ ranges, choices and globs work.
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,12 @@ GRADIENTS = ("auto", "measure", *WAYS)
 `auto` measures on a GPU without `deterministic`, and is `one_by_one` otherwise.
 """
 
-OWN_KEYS = ("output.run_dir", "output.root", "resume")  # set by the sweep in each of its runs
+OWN_KEYS = (
+    "output.run_dir",
+    "output.root",
+    "output.stop_at",
+    "resume",
+)  # set by the sweep in each of its runs
 LONGEST_NAME = 200  # of a run directory, in bytes; file systems allow 255
 
 
@@ -58,6 +63,10 @@ class SweepOptions:
     processes: int
     engine: str
     gradients: str
+    halving: list[int] | None
+    keep: Any  # a number, or a list with one for each entry of `halving`
+    metric: str | None
+    within: str | None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -72,6 +81,31 @@ class SweepOptions:
             (self.processes == 1 or not together, "processes", "1 with sweep.engine=population"),
         ):
             require(accepted, f"sweep.{key}", getattr(self, key), allowed)
+        self._check_halving()
+
+    def _check_halving(self) -> None:
+        """Refuse rungs and numbers that suit no grid."""
+        rungs = self.halving
+        for key in ("metric", "within"):
+            alone = rungs is not None or getattr(self, key) is None
+            require(alone, f"sweep.{key}", getattr(self, key), "null without sweep.halving")
+        if rungs is None:
+            return
+        rising = all(low < high for low, high in itertools.pairwise([0, *rungs]))
+        allowed = "null, or increasing numbers of iterations such as [500,1500]"
+        require(rising and len(rungs) > 0, "sweep.halving", _text(rungs), allowed)
+        fits = not isinstance(self.keep, list) or len(self.keep) == len(rungs)
+        allowed = f"one number, or a list of {len(rungs)}, as many as sweep.halving has"
+        require(fits, "sweep.keep", _text(self.keep), allowed)
+        for keep in self.keeps():
+            known = isinstance(keep, int | float) and not isinstance(keep, bool)
+            allowed = "a share of the configurations below 1, or a whole number of them >= 1"
+            good = known and (0 < keep < 1 or (keep >= 1 and keep == keep // 1))
+            require(good, "sweep.keep", _text(self.keep), allowed)
+
+    def keeps(self) -> list[Any]:
+        """The numbers of `keep`, one for each entry of `halving`."""
+        return self.keep if isinstance(self.keep, list) else [self.keep] * len(self.halving or [])
 
 
 @dataclass
@@ -110,6 +144,10 @@ class Sweep:
         if job not in self._configs:
             self._configs[job] = to_config(compose("train", overrides=list(job.overrides)))
         return self._configs[job]
+
+    def composed(self) -> Mapping[Job, Config]:
+        """The configs that are composed so far."""
+        return self._configs
 
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
@@ -171,16 +209,25 @@ def _jobs(parts: Sequence[Sequence[str]]) -> list[Job]:
     for override in (override for part in parsed for override in part):
         _require_values(override)
     runs = list(dict.fromkeys(tuple(run) for part in parsed for run in expand_sweep(part)))
-    split = [{key: value for key, _, value in (o.partition("=") for o in run)} for run in runs]
-    varying = [
-        key
-        for key in dict.fromkeys(key for keys in split for key in keys)
-        if len({keys.get(key) for keys in split}) > 1
-    ]
+    jobs = [Job("", run) for run in runs]
+    keys = varying(map(values_of, jobs))
     return [
-        Job(_name({key: keys[key] for key in varying if key in keys}), run)
-        for keys, run in zip(split, runs, strict=True)
+        Job(name_of({key: own[key] for key in keys if key in own}), job.overrides)
+        for job, own in zip(jobs, map(values_of, jobs), strict=True)
     ]
+
+
+def values_of(job: Job) -> dict[str, str]:
+    """Key -> value of the overrides of a job, as on the command line."""
+    pairs = (text.partition("=") for text in job.overrides)
+    return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+def varying(values: Iterable[Mapping[str, str]]) -> list[str]:
+    """The keys whose values differ between the jobs of a sweep."""
+    of_jobs = list(values)
+    keys = dict.fromkeys(key for own in of_jobs for key in own)
+    return [key for key in keys if len({own.get(key) for own in of_jobs}) > 1]
 
 
 def _require_values(override: Override) -> None:
@@ -197,11 +244,11 @@ def _require_values(override: Override) -> None:
         raise ConfigError(f"`{key}` is {text}, which stands for no value; allowed: {allowed}")
 
 
-def _name(varying: dict[str, str]) -> str:
+def name_of(varying: Mapping[str, str]) -> str:
     """A name such as `potential=tan,lam=0.1`, from the last part of each key; a valid file name."""
-    full = [key.lstrip("+") for key in varying]
-    lasts = [key.rpartition(".")[2] for key in full]
-    short = [last if lasts.count(last) == 1 else key for key, last in zip(full, lasts, strict=True)]
+    lasts = [key.rpartition(".")[2] for key in varying]
+    pairs = zip(varying, lasts, strict=True)
+    short = [last if lasts.count(last) == 1 else key for key, last in pairs]
     text = ",".join(f"{key}={value}" for key, value in zip(short, varying.values(), strict=True))
     name = re.sub(r"[^\w.,=+-]", "-", text, flags=re.ASCII) or "run"
     if len(name) > LONGEST_NAME or name != (text or "run"):  # a hash keeps names distinct

@@ -47,7 +47,8 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2), which Linux alone has
 class Status:
     """The status of a run: waiting, running, done, stopped or failed.
 
-    waiting: not started; stopped: started, and then stopped or killed; it can be continued.
+    waiting: not started; stopped: started, and then stopped or killed; it can be continued. A run
+    that `output.stop_at` has stopped, at a rung of `sweep.halving`, has the exit code 0.
     """
 
     state: str = "waiting"
@@ -159,6 +160,8 @@ class Child:
             return None
         # TRY_AGAIN: a cluster signals all processes of a job, including the run.
         state = {0: "done", TRY_AGAIN: "stopped"}.get(code, "failed")
+        if state == "done" and summary_of(self.run_dir) is None:  # by output.stop_at
+            state = "stopped"
         message = ""
         if state == "failed":
             message = error_line((self.run_dir / "output.txt").read_text(errors="replace"))

@@ -34,6 +34,15 @@ class Member:
     rows: list[Row] = field(default_factory=list)  # its evaluations so far
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training of populations: a rung of `sweep.halving`, or all of it."""
+
+    going: frozenset[str]  # names of the members that are trained; the others are left out
+    todo: frozenset[str]  # those among them that are not there yet
+    iterations: int | None = None  # to which they are trained; None: the end
+
+
 def kind(config: Config) -> str:
     """The part of a config that all members of a population share, as a key."""
     shared = asdict(config)

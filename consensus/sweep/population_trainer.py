@@ -7,7 +7,7 @@ written atomically.
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,14 +34,19 @@ from consensus.run.results import environment, finish_run
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
 from consensus.run.sinks import JsonlSink, RunInfo
 from consensus.server import digest
+from consensus.sweep.halving import has_diverged
 from consensus.sweep.job import Status, allow_open_files, finished
-from consensus.sweep.members import Member, key_of, plan_alone, populations
+from consensus.sweep.members import Member, Stage, key_of, plan_alone, populations
 
 
 def train_populations(
-    members: Sequence[Member], folder: Path, log: Callable[[str], None], gradients: str
+    members: Sequence[Member],
+    folder: Path,
+    log: Callable[[str], None],
+    gradients: str,
+    stage: Stage,
 ) -> list[Member]:
-    """Train the members that are not done, one population after another, with `sweep.gradients`.
+    """Train the members of a stage, one population after another, with `sweep.gradients`.
 
     Returns the members that no population can train.
 
@@ -54,11 +59,13 @@ def train_populations(
     allow_open_files(max(map(len, found), default=0))
     for population in found:
         left = [m for m in population if not finished(m.run_dir, m.config.algorithm.iterations)]
+        if stage.todo.isdisjoint(member.name for member in left):
+            continue
         for member in left:
             find_origin(member.config, Launch(), count_workers(member.config, Launch()))
-        if left:
-            log(f"{len(left)} runs of {len(population)} advance together")
-            PopulationTrainer(left, folder, log, gradients, known).run()
+        going = sum(member.name in stage.going for member in left)
+        log(f"{going} runs of {len(population)} advance together")
+        PopulationTrainer(left, folder, log, gradients, known, stage).run()
     together = {member.name for population in found for member in population}
     return [member for member in members if member.name not in together]
 
@@ -66,8 +73,9 @@ def train_populations(
 class PopulationTrainer:
     """Trains one population: runs of one `kind`, with a checkpoint in `folder`.
 
-    `known` is a cache of measured gradient methods, shared with other populations. A ConfigError if
-    `gradients` names a method that does not work for this model.
+    `known` is a cache of measured gradient methods, shared with other populations. Members that do
+    not go on in the stage are frozen at its start. A ConfigError if `gradients` names a method that
+    does not work for this model.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class PopulationTrainer:
         log: Callable[[str], None],
         gradients: str,
         known: dict[str, Way],
+        stage: Stage,
     ) -> None:
         self.members, self.log = members, log
         self.checkpoint = folder / f"{key_of(members)}.pt"
@@ -102,15 +111,21 @@ class PopulationTrainer:
         self.population = self._make_population(plan)
         self.diagnoses = [Diagnosis(own) for own in self.plans]
         self.iterations = first.algorithm.iterations
-        self.start = self._restore()
+        self.until = stage.iterations or self.iterations  # at the end of the stage
+        self.start = self._restore(stage.todo)
+        gone = [members[i].name not in stage.going for i in self._active()]
+        self.population.freeze(torch.tensor(gone, dtype=torch.bool))
         if self.start == 0:
             self.oracle.way = self._way(gradients, known)
+        else:
+            self.log(f"continues {len(self.population.active)} runs at iteration {self.start:,}")
         self.log(f"gradients {self.oracle.way}")
         # Last, so that a refusal leaves no directory locked.
         self.directories = [
             # The sweep has checked what is there: every member continues its own run.
             RunDirectory(Origin(m.run_dir, m.run_dir), m.config, Launch(), self.group)
             for m in members
+            if m.name in stage.going
         ]
 
     def _make_population(self, plan: Plan) -> Population:
@@ -156,33 +171,36 @@ class PopulationTrainer:
         return known[same]
 
     def run(self) -> None:
-        """Train to the end, or to a stop signal: RunStopped, after a checkpoint."""
+        """Train to the end of the stage, or to a stop signal: RunStopped, after a checkpoint."""
         signals = StopSignals(600.0)
         running = Status.running()
-        for i in self.population.active.tolist():
+        for i in self._active():
             running.write(self.members[i].run_dir)
         try:
             self._train(signals)
         except BaseException:
             with suppress(OSError):  # a full disk
-                for i in self.population.active.tolist():
+                for i in self._active():
                     Status("stopped").write(self.members[i].run_dir)
             raise
         finally:
             signals.close()
             for directory in self.directories:
                 directory.close()
-        self.checkpoint.unlink(missing_ok=True)
+        if self.until == self.iterations or not len(self.population.active):
+            self.checkpoint.unlink(missing_ok=True)
         if signals.received:  # during the last iteration
             raise KeyboardInterrupt
 
     def _train(self, signals: StopSignals) -> None:
         output = self.members[0].config.output
         self._began, self._clock, self._done = time.perf_counter(), time.perf_counter(), self.start
-        for t in range(self.start, self.iterations):
+        if self.start >= self.until and any(self._reached(i) < self.start for i in self._active()):
+            self._evaluate(self.start)  # the checkpoint is that of the rung, but rows were lost
+        for t in range(self.start, self.until):
             self.population.step(t)
             done = t + 1
-            last = done == self.iterations
+            last = done == self.until
             evaluate = done % output.eval_every == 0 or last
             save = output.checkpoint_every is not None and done % output.checkpoint_every == 0
             if evaluate or save or done % output.log_every == 0:
@@ -191,14 +209,26 @@ class PopulationTrainer:
                 self._evaluate(done)
             if not len(self.population.active):
                 return
-            if last:
+            if done == self.iterations:
                 self._finish()
-            elif save or signals.received:
+            elif last or save or signals.received:
                 self._save(done)
             if signals.received and not last:
                 name = Signals(signals.received).name
                 how = f"{name}: stopped at iteration {done} with a checkpoint"
                 raise RunStopped(f"{how}; the same command continues it", TRY_AGAIN)
+        if self.until < self.iterations:
+            seconds = time.perf_counter() - self._began
+            for i in self._active():
+                Status("stopped", seconds=seconds, code=0).write(self.members[i].run_dir)
+
+    def _active(self) -> list[int]:
+        return self.population.active.tolist()
+
+    def _reached(self, i: int) -> int:
+        """The iteration of the last evaluation of a member; -1 without one."""
+        rows = self.members[i].rows
+        return rows[-1]["iteration"] if rows else -1
 
     def _freeze_non_finite(self, done: int) -> None:
         """Freeze the members that hold a number that is not finite."""
@@ -263,15 +293,19 @@ class PopulationTrainer:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.checkpoint, buffer.getvalue())
 
-    def _restore(self) -> int:
-        """Restore the checkpoint, if there is one. Returns the iterations done."""
+    def _restore(self, todo: Collection[str]) -> int:
+        """Restore the checkpoint, if it has all of `todo`. Returns the iterations done."""
         if not self.checkpoint.exists():
             return 0
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            done = int(state["iterations"])
+            done, active = int(state["iterations"]), state["population/active"].tolist()
         except Exception:  # whatever two parsers, and a file of somebody else, may lead to
             self.log(f"{self.checkpoint} cannot be read: these runs start again")
+            return 0
+        absent = [m for i, m in enumerate(self.members) if i not in active and m.name in todo]
+        if not all(has_diverged(member.run_dir) for member in absent):
+            self.log(f"{self.checkpoint} lacks runs that were stopped: these runs start again")
             return 0
         self.population.load_state_dict(part_of(state, "population"))
         self.oracle.load_state_dict(part_of(state, "oracle"))
@@ -279,5 +313,4 @@ class PopulationTrainer:
             member.rows = rows_until(member.run_dir, done)
             for row in member.rows:
                 diagnosis.remarks(row)  # they were made before
-        self.log(f"continues {len(self.population.active)} runs at iteration {done:,}")
         return done

@@ -26,11 +26,19 @@ if keys["seed"] in ("14", "15"):
     time.sleep(60)
 row = dict.fromkeys(["epoch", "objective", "train_loss", "train_error", "test_loss"], 1.0)
 iterations = int(re.search(r"  iterations: (\\d+)", (run_dir / "config.yaml").read_text())[1])
-row |= {"iteration": iterations, "test_error": float(keys["seed"])}
-(run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
-(run_dir / "summary.json").write_text(json.dumps(row))
+stop_at = int(keys.get("output.stop_at", iterations))
+row |= {"iteration": stop_at, "test_error": float(keys["seed"])}
+if "algorithm.lam" in keys:
+    row["train_loss"] = float(keys["algorithm.lam"])
+with (run_dir / "metrics.jsonl").open("a") as file:
+    print(json.dumps(row), file=file)
+if stop_at == iterations:
+    (run_dir / "summary.json").write_text(json.dumps(row))
 """
-"""A program in place of `consensus.train`: seed 13 fails, seeds 14 and 15 run until SIGTERM."""
+"""A program in place of `consensus.train`: seed 13 fails, seeds 14 and 15 run until SIGTERM.
+
+Its test error is the seed and its train loss lam.
+"""
 
 SLURM = """#!{python}
 import pathlib, sys
