@@ -66,6 +66,13 @@ def test_the_best_of_each_group_go_on(drawn, keep, goal):
     assert {name for name, decision in found.items() if decision == "no number"} == lost
 
 
+def test_a_share_is_rounded_up_exactly():
+    """0.07 * 100 is 7.000000000000001 in floating point."""
+    for hundredths, configurations in itertools.product(range(1, 100), range(1, 150)):
+        expected = math.ceil(Fraction(hundredths, 100) * configurations)
+        assert Rung(1, 5, hundredths / 100).count(configurations) == expected
+
+
 def test_a_configuration_is_the_mean_of_its_seeds():
     """Means 3, 2.5 and nan: one seed of the last has no number, so that it is the last."""
     values = [[1.0, 5.0], [3.0, 2.0], [0.0, math.nan]]

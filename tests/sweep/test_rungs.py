@@ -1,6 +1,7 @@
 """Sweeps with successive halving: the runs that they train, repeat and stop."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -239,6 +240,8 @@ def test_separate_runs_get_the_rung_and_seeds_go_together(sweep, tmp_path):
     ]
     status = Status.read(tmp_path / "many" / "lam=0.4,seed=1", 20)
     assert (status.state, status.code) == ("stopped", 0)
+    written = json.loads((tmp_path / "many" / "lam=0.4,seed=1" / "status.json").read_text())
+    assert written["state"] == "stopped"
     assert sweep(*own)[0] == 0
     assert sum(len(started(path)) for path in (tmp_path / "many").glob("lam=*")) == 14
 
