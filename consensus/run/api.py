@@ -91,7 +91,7 @@ def train(*overrides: str | Config, quiet: bool = False) -> Result:
         GroupError: If the run fails at run time, on all ranks; after a lost peer the process group
             cannot be used again.
         SampleError: A RuntimeError, if a rank cannot read a sample; the others lose a peer.
-        RunStopped: After a stop signal; the message names the checkpoint.
+        RunStopped: After a stop signal, or at `output.stop_at`; the message names the checkpoint.
     """
     with _ONE_AT_A_TIME, _process_of_a_command():
         launch = _launch()

@@ -133,6 +133,7 @@ def run(
         train(sweep, earlier, jobs, mine, rung, searched, say)
         rows = {job: rung.row(sweep.path / job.name) for job in jobs}
         found = halving.decide(rung, going, rows)
+        dashboard.refresh()  # the lines of the runs come before that of the rung
         places += found
         write_places(places, folder)
         kept = {place.configuration for place in found if place.decision == KEPT}

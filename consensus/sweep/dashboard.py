@@ -60,7 +60,7 @@ class Dashboard:
         }
         self._rung, self._targets, self._later = "", dict[str, int](), 0
         self._started = time.monotonic()
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="dashboard", daemon=True)
         self._live: Live | None = None
         if self.console.is_terminal:
@@ -138,6 +138,10 @@ class Dashboard:
 
     def refresh(self) -> None:
         """Read the status files; print a line for each run that has ended."""
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
         for job, found in self.earlier.items():
             old = self.statuses[job.name]
             if old.state == "done" or found.state == "damaged":

@@ -115,6 +115,24 @@ def test_the_best_is_of_the_metric_of_the_loss(tmp_path, monkeypatch):
     assert str(alone.table().columns[3].header) == "mae"
 
 
+def test_the_time_left_of_a_rung_counts_the_runs_that_come_to_it(tmp_path, monkeypatch):
+    """After 20 s, 800 iterations: 200 are left in this rung, and 3,000 in later ones."""
+    clock = [0.0]
+    monkeypatch.setattr("consensus.sweep.dashboard.time.monotonic", lambda: clock[0])
+    jobs = [Job(name, ()) for name in "abc"]
+    dashboard = Dashboard(tmp_path, dict.fromkeys(jobs, Found("new")), Console(file=io.StringIO()))
+    dashboard.begin_rung("rung 1 of 2, 500 iterations", jobs[:2], 500, later=3000)
+    for name, done in (("a", 500), ("b", 300)):
+        evaluated(tmp_path / name, done, 1.0)
+        Status.running().write(tmp_path / name)
+    dashboard.refresh()
+    clock[0] = 20.0
+    assert dashboard.seconds_left() == pytest.approx(20.0 / 800 * (200 + 3000))
+    assert dashboard.counts().startswith(
+        "rung 1 of 2, 500 iterations: 2 running, 1 waiting; about "
+    )
+
+
 def test_the_time_left_is_proportional_to_the_iterations_left(tmp_path, monkeypatch):
     """Two of four runs have done 1,000 of 4,000 in 10 s: 14,000 more take 70 s, and it falls."""
     clock = [100.0]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def test_the_runs_are_those_of_the_whole_grid_as_far_as_they_go(whole, halved):
     assert sorted(ends.values()) == [5, 5, 5, 5, 30, 30, 60, 60]
     assert "\nrung 3 of 3, 60 iterations: 2 done, 6 stopped\n" in out
     assert "rung 2 of 3, 30 iterations: 2 of 4 configurations go on\n" in out
+    first = out.partition("rung 1 of 3, 5 iterations: 4 of 8 configurations go on\n")[0]
+    assert sorted(re.findall(r"\nstopped  (\S+)  ", first)) == sorted(ends)
 
 
 def test_the_table_says_what_was_stopped_when(halved):
@@ -244,6 +247,16 @@ def test_separate_runs_get_the_rung_and_seeds_go_together(sweep, tmp_path):
     assert written["state"] == "stopped"
     assert sweep(*own)[0] == 0
     assert sum(len(started(path)) for path in (tmp_path / "many").glob("lam=*")) == 14
+
+
+def test_a_launcher_of_hydra_gets_the_rungs(sweep, tmp_path):
+    """`basic` runs the task in this process; submitit runs it in a job of a cluster."""
+    own = [*LAMS, "algorithm.lam=0.3,0.1", "seed=1", "hydra/launcher=basic", "sweep.halving=[5]"]
+    code, _, err = sweep(*own, "sweep.metric=train_loss")
+    assert (code, err) == (0, "")
+    starts = {v: len(started(tmp_path / "many" / f"lam={v}")) for v in (0.3, 0.1)}
+    assert starts == {0.3: 1, 0.1: 2}
+    assert Status.read(tmp_path / "many" / "lam=0.1", 20).state == "done"
 
 
 def test_a_failed_seed_stops_its_configuration(sweep, tmp_path):
