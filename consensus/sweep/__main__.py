@@ -35,7 +35,7 @@ from hydra.types import HydraContext, RunMode
 from consensus.comm import GroupError
 from consensus.private_api import hydra_callbacks
 from consensus.report.__main__ import report
-from consensus.report.halving import HALVING, KEPT, Place, write_places
+from consensus.report.halving import HALVING, KEPT, NO_NUMBER, Place, write_places
 from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, composing, explain
@@ -115,7 +115,7 @@ def run(
 ) -> set[Job]:
     """Run all jobs that are not done, with `searched` for each separate run.
 
-    Returns the jobs that `halving` has stopped.
+    Returns the jobs that `halving` has stopped. RunStopped if none can go on.
     """
     folder, say = sweep.path / "report", dashboard.print
     todo = [job for job, found in earlier.items() if found.state in ("new", "continues")]
@@ -136,6 +136,9 @@ def run(
         dashboard.refresh()  # the lines of the runs come before that of the rung
         places += found
         write_places(places, folder)
+        if all(place.decision == NO_NUMBER for place in found):
+            column = f" in {halving.column}" if halving.column else ""
+            raise RunStopped(f"{name}: no configuration has a number{column}", 1)
         kept = {place.configuration for place in found if place.decision == KEPT}
         if rung.keep is not None:
             say(f"{name}: {len(kept)} of {len(going)} configurations go on")

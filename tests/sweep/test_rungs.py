@@ -264,12 +264,15 @@ def test_a_failed_seed_stops_its_configuration(sweep, tmp_path):
     own = [*LAMS, "algorithm.lam=0.1", "seed=1,13", "sweep.halving=[5]"]
     code, _, err = sweep(*own)
     assert code == 1
-    assert err == "consensus.sweep: 1 of 2 runs are not done; see status.json in each\n"
+    line = "rung 1 of 2, 5 iterations: no configuration has a number"
+    assert err == f"consensus.sweep: {line}\n"
     (place,) = places(tmp_path / "many")
     assert (place["decision"], place["runs"]) == ("no number", "2")
     assert len(started(tmp_path / "many" / "seed=1")) == 1
     sweep(*own)
     assert [len(started(tmp_path / "many" / f"seed={s}")) for s in (1, 13)] == [1, 2]
+    code, _, err = sweep(*own, "seed=1,2", "sweep.metric=validation_error")
+    assert (code, err) == (1, f"consensus.sweep: {line} in validation_error\n")
 
 
 @pytest.mark.slow
