@@ -96,7 +96,7 @@ def rows_of_sweeps():
         "sweep.halving": "a list of increasing numbers below algorithm.iterations, or null",
         "sweep.keep": "a share in (0, 1), a whole number >= 1, or a list of them",
         "sweep.metric": "objective, train_loss, test_error and others, or null",
-        "sweep.within": "a key that varies over the sweep, or null",
+        "sweep.within": "a key that varies over the sweep, a list of them, or null",
     }
     known = keys_of_sweeps()
     for key, entry, kind in leaves(SweepConfig):

@@ -66,7 +66,7 @@ class SweepOptions:
     halving: list[int] | None
     keep: Any  # a number, or a list with one for each entry of `halving`
     metric: str | None
-    within: str | None
+    within: Any  # a key, or a list of keys
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -88,7 +88,7 @@ class SweepOptions:
         rungs = self.halving
         for key in ("metric", "within"):
             alone = rungs is not None or getattr(self, key) is None
-            require(alone, f"sweep.{key}", getattr(self, key), "null without sweep.halving")
+            require(alone, f"sweep.{key}", _text(getattr(self, key)), "null without sweep.halving")
         if rungs is None:
             return
         rising = all(low < high for low, high in itertools.pairwise([0, *rungs]))
@@ -102,6 +102,11 @@ class SweepOptions:
             allowed = "a share of the configurations below 1, or a whole number of them >= 1"
             good = known and (0 < keep < 1 or (keep >= 1 and keep == keep // 1))
             require(good, "sweep.keep", _text(self.keep), allowed)
+
+    def keys_within(self) -> tuple[str, ...]:
+        """The keys of `within`."""
+        keys = [] if self.within is None else self.within
+        return tuple(map(str, keys if isinstance(keys, list) else [keys]))
 
     def keeps(self) -> list[Any]:
         """The numbers of `keep`, one for each entry of `halving`."""

@@ -23,7 +23,7 @@ from consensus.run.checks import require
 from consensus.run.config import Config
 from consensus.run.health import ADVICE
 from consensus.run.yaml_files import did_you_mean, nearest
-from consensus.sweep.grid import Job, Sweep, name_of, values_of, varying
+from consensus.sweep.grid import Job, Sweep, SweepOptions, name_of, values_of, varying
 from consensus.sweep.job import Status
 
 OF_ALL_LOSSES = ("objective", "regularizer", "coupling")
@@ -69,7 +69,7 @@ class Candidate:
     """A configuration: its runs, which differ in their seed alone."""
 
     name: str
-    group: str  # the value of `sweep.within`; "" without it
+    group: str  # the values of `sweep.within`; "" without it
     goal: str  # min or max: the best number of the column
     jobs: tuple[Job, ...]
 
@@ -185,17 +185,17 @@ def plan_halving(sweep: Sweep) -> Halving | None:
 
 def _candidates(sweep: Sweep, composed: Mapping[Job, Config]) -> list[Candidate]:
     """The configurations of a sweep, in the order of the grid."""
-    within, keys = sweep.options.within, varying(map(values_of, sweep.jobs))
+    within, keys = sweep.options.keys_within(), varying(map(values_of, sweep.jobs))
     groups = [key for key in keys if key != "seed"]
-    if within is not None and within not in groups:
-        hint = did_you_mean(nearest(within, groups))
+    for key in within:
+        hint = did_you_mean(nearest(key, groups))
         allowed = f"a key that varies over the sweep: {', '.join(groups) or 'there is none'}{hint}"
-        require(False, "sweep.within", within, allowed)
+        require(key in groups, "sweep.within", key, allowed)
     jobs_of: dict[tuple[str, str], list[Job]] = {}
     configs_of: dict[str, list[Config]] = {}
     for job in sweep.jobs:
         values = values_of(job)
-        group = values.get(within, "absent") if within is not None else ""
+        group = ", ".join(filter(None, map(values.get, within)))
         name = name_of({key: values[key] for key in groups if key in values})
         jobs_of.setdefault((group, name), []).append(job)
         configs_of.setdefault(group, []).extend([composed[job]] if job in composed else [])
@@ -204,17 +204,18 @@ def _candidates(sweep: Sweep, composed: Mapping[Job, Config]) -> list[Candidate]
         configs = configs or [
             sweep.config(next(j[0] for (g, _), j in jobs_of.items() if g == group))
         ]
-        goals[group] = _goal(sweep.options.metric, within, configs)
+        goals[group] = _goal(sweep.options, configs)
     return [Candidate(name, g, goals[g], tuple(jobs)) for (g, name), jobs in jobs_of.items()]
 
 
-def _goal(metric: str | None, within: str | None, configs: Sequence[Config]) -> str:
+def _goal(options: SweepOptions, configs: Sequence[Config]) -> str:
     """The goal of the column that ranks a group; ConfigError if its runs are not comparable."""
     for key in ("data", "loss"):
         names = {getattr(config, key).name for config in configs}
         allowed = f"{key}, so that runs of {', '.join(sorted(names))} are not ranked together"
-        require(len(names) == 1, "sweep.within", "null" if within is None else within, allowed)
-    loss = configs[0].loss.make()
+        shown = ", ".join(options.keys_within()) or "null"
+        require(len(names) == 1, "sweep.within", shown, allowed)
+    loss, metric = configs[0].loss.make(), options.metric
     if metric is None:
         return loss.best[1]
     known = [*OF_ALL_LOSSES, *(f"{s}_{m}" for s in SPLITS for m in ("loss", *loss.metrics))]

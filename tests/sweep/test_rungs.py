@@ -113,14 +113,24 @@ def test_the_same_command_again_trains_nothing_and_decides_the_same(halved):
     assert (folder / "report" / "halving.csv").read_bytes() == before
 
 
-def test_dry_run_lists_the_rungs(tmp_path):
-    code, out, _ = call_sweep(*HALVING, f"sweep.dir={tmp_path}", "--dry-run")
+@pytest.mark.parametrize(
+    ("within", "second", "third", "total"),
+    [
+        ("potential", 4, 2, "200 iterations, 41.7 %"),  # 8 * 5 + 4 * 25 + 2 * 30 of 480
+        ("[potential]", 4, 2, "200 iterations, 41.7 %"),
+        ("[potential,algorithm.lam]", 8, 8, "480 iterations, 100 %"),
+        ("null", 4, 1, "170 iterations, 35.4 %"),
+    ],
+)
+def test_dry_run_lists_the_rungs(tmp_path, within, second, third, total):
+    own = [*HALVING[:-1], f"sweep.within={within}"]
+    code, out, _ = call_sweep(*own, f"sweep.dir={tmp_path}", "--dry-run")
     assert code == 0
     assert out.splitlines()[-4:] == [
         "rung 1: 8 runs to 5 iterations",
-        "rung 2: at most 4 runs to 30 iterations",
-        "rung 3: at most 2 runs to 60 iterations",
-        "at most 200 iterations, 41.7 % of the whole grid's",  # 8 * 5 + 4 * 25 + 2 * 30 of 480
+        f"rung 2: at most {second} runs to 30 iterations",
+        f"rung 3: at most {third} runs to 60 iterations",
+        f"at most {total} of the whole grid's",
     ]
 
 
