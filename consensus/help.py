@@ -130,6 +130,7 @@ REPORT = """\
 Compare runs from their metrics files.
 
 Usage: python -m consensus.report RUN_DIR ... [--output FILE] [--folder FOLDER]
+                                  [--by KEY,...]
 
 It prints the last evaluation of each run, and draws all runs in one figure. Two
 or more runs that differ in their config give Table 1, Figure 1 and report.md.
@@ -139,6 +140,8 @@ Arguments:
   --output FILE        the figure; default: report.png in the first RUN_DIR
   --folder FOLDER      for Table 1, Figure 1 and report.md; default: report in
                        the first RUN_DIR, if that is a folder of runs
+  --by KEY,...         methods side by side for each value of these keys, as in
+                       --by data.alpha or --by algorithm.period
   --version            print the version
 
 Examples:

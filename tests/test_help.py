@@ -79,7 +79,7 @@ def test_the_arguments_of_the_report_are_those_of_its_parser(capsys, monkeypatch
         report.main()
     usage = capsys.readouterr().err
     options = set(re.findall(r"--\w+", usage))
-    assert options == {"--output", "--folder"}
+    assert options == {"--output", "--folder", "--by"}
     assert options | {"--version"} == set(re.findall(r"(?m)^  (--\w+)", page("report")))
 
 

@@ -15,6 +15,7 @@ from consensus.report.best import best_lines
 from consensus.report.convergence import draw_convergence, draw_run
 from consensus.report.page import write_report
 from consensus.report.runs import comparable_runs, find_runs, is_run, labels, read_all
+from consensus.report.settings import settings, tables
 from consensus.report.stationarity import draw_stationarity, measured, stationarity_table, verdict
 from consensus.report.table1 import (
     Record,
@@ -42,9 +43,10 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--by", type=lambda text: text.split(","), default=())
     arguments = parser.parse_args()
     try:
-        report(arguments.paths, arguments.output, arguments.folder)
+        report(arguments.paths, arguments.output, arguments.folder, by=arguments.by)
     except (ValueError, OSError) as error:
         print(f"consensus.report: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,11 +58,13 @@ def report(
     folder: Path | None = None,
     paths: Sequence[Path] | None = None,
     damaged: Mapping[Path, str] | None = None,
+    by: Sequence[str] = (),
 ) -> None:
     """Compare runs, or those in folders, on the screen and in files; `main` explains the paths.
 
     `paths` are the run directories to compare, by default all that are found in the named ones;
-    `damaged` maps others, which were left out, to the reasons.
+    `damaged` maps others, which were left out, to the reasons. With `by`, methods are side by side
+    for each value of these keys too.
 
     Raises:
         ValueError: If no metrics can be read, or `folder` is given and the runs do not differ.
@@ -73,8 +77,12 @@ def report(
     names = labels(list(by_path), named)
     runs = comparable_runs(by_path, names, named, left_out)
     metrics = {names[path]: rows for path, rows in by_path.items()}
-    if folder is not None and not runs:
-        raise ValueError("`--folder` needs two or more runs that differ in their config.yaml")
+    for option, given in (("folder", folder is not None), ("by", bool(by))):
+        if given and not runs:
+            raise ValueError(
+                f"`--{option}` needs two or more runs that differ in their config.yaml"
+            )
+    compared = settings(runs, by) if by else []
     if folder is None and runs and not is_run(first):
         folder = first / "report"
     figure = figure or first / "report.png"
@@ -86,7 +94,7 @@ def report(
         draw_convergence(evaluated, figure, runs)
     if folder is not None:
         sources, reasons = [path.resolve().name for path in named], list(left_out.values())
-        write_report(runs, folder, sources, reasons)
+        write_report(runs, folder, sources, reasons, compared)
     analysed, second = measured(shown), figure.with_stem(f"{figure.stem}_stationarity")
     if analysed:
         draw_stationarity(analysed, second)
@@ -107,6 +115,8 @@ def report(
         for text, command in best_lines(records, folder).items():
             say(text)
             say(f"  {command or '(--folder FOLDER writes it as an experiment, to train again)'}")
+        for entries in tables(compared) if compared else ():
+            console.print(text_table("", entries, left=entries[0], screen=console.width))
         written = f"Table 1 and Figure 1 in {folder}/report.md"
         say(written if folder else "Table 1 and Figure 1 as files: --folder FOLDER")
     if analysed:

@@ -15,6 +15,7 @@ from consensus.report.figure1 import draw_table1
 from consensus.report.halving import HALVED, read_places, rungs_table
 from consensus.report.latex import booktabs
 from consensus.report.runs import Run, varying
+from consensus.report.settings import Setting, draw_settings, tables
 from consensus.report.stationarity import (
     draw_stationarity,
     measured,
@@ -93,29 +94,37 @@ SPEED = {"epoch": "epochs", "wall_s": "seconds", "samples_per_s": "samples/s"}
 
 
 def write_report(
-    runs: Sequence[Run], folder: Path, sources: Sequence[str], left_out: Sequence[str] = ()
+    runs: Sequence[Run],
+    folder: Path,
+    sources: Sequence[str],
+    left_out: Sequence[str] = (),
+    compared: Sequence[Setting] = (),
 ) -> None:
     """Write the tables, the figures, the best configuration and report.md of two or more runs.
 
     Creates the folder if it is absent, and replaces files of these names. The sources are the names
     of the folders that hold the runs, `left_out` the reasons why some are not among these.
+    `compared` are settings in which methods are side by side.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = table1(runs)
-    tables = table1_markdown(lines)
+    both = table1_markdown(lines)
     figures = draw_table1(lines, folder)
     analysed = measured({run.label: run.rows for run in runs})
     if analysed:
         draw_stationarity(analysed, folder / "stationarity.png")
-    parts = [tables, *best_text(lines, folder), AS_NUMBERS]
+    parts = [both, *best_text(lines, folder), AS_NUMBERS]
     if places := read_places(folder):
         parts += ["## Successive halving", HALVED, markdown_table(rungs_table(places))]
+    if compared:
+        figures |= draw_settings(compared, folder)
+        parts += ["## Settings", *map(markdown_table, tables(compared))]
     best = best_files(lines, folder)
     if best:
         (folder / "experiment").mkdir(exist_ok=True)
     for name, text in {
         **best,
-        "table1.md": f"# Table 1\n\n{tables}\n\n",
+        "table1.md": f"# Table 1\n\n{both}\n\n",
         "table1.csv": table1_csv(lines),
         "table1.tex": table1_tex(lines),
         "runs.csv": runs_csv(runs),
