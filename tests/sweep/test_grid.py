@@ -145,7 +145,7 @@ def test_equal_runs_are_merged():
     [
         (
             ["grid=table2"],
-            "`grid` is table2; allowed: conventions, figure1, implicit, methods, smoke, table1, ",
+            "`grid` is table2; allowed: choose_identical, choose_skew, ",
         ),
         (["potential="], "`potential` is nothing; allowed: a value, or values between commas"),
         (["potential=quad,,tan"], "`potential` is quad,,tan; allowed: a value, or values between"),
