@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,8 @@ def read(
     try:
         yield from found
     except (OSError, EOFError, RuntimeError) as error:  # those of the dataset are a `Failure`
+        # Its connections close before the kernel says that it has ended.
+        wait([child.sentinel for child in started], 1.0 if started else 0.0)
         causes = [str(error).partition("\n")[0] or type(error).__name__]
         causes += [f"process {x.pid}: {_ending(x.exitcode)}" for x in started if not x.is_alive()]
         cause = "; ".join(causes)
