@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,9 @@ def sums(group: ProcessGroup, numel: int) -> dict[str, RepeatedSum]:
         "int8": lambda x: Int8Sum(group, x, 0),
     }
     if group.size == 2:
-        makers["exchange"] = lambda x: ExchangedSum(group, x)
+        exchange = partial(ExchangedSum, group)
+        makers["exchange"] = exchange
+        makers["exchange in bf16"] = lambda x: sent_sum(group, x, "bf16", exchange)
     else:
         makers["all-to-all, all-gather"] = lambda x: AllToAllSum(group, x, gather=True)
         makers["all-to-all twice"] = lambda x: AllToAllSum(group, x, gather=False)

@@ -151,9 +151,9 @@ class ProcessGroup(Group):
         if self._compress == "int8":
             return Int8Sum(self, message, exact)
         small = like.device.type == "cpu" and message.nbytes <= LARGEST  # of CPU tensors: Gloo
-        if self._exchanges and self._compress is None and self.size == 2 and small:
-            return ExchangedSum(self, message)
-        return sent_sum(self, message, self._compress)
+        exchange = self._exchanges and self.size == 2 and small
+        send = partial(ExchangedSum, self) if exchange else None
+        return sent_sum(self, message, self._compress, send)
 
     def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
         """Asynchronous all-gather."""

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,31 +16,46 @@ from consensus.tree_sum import tree_sum
 
 
 class Bfloat16Sum(RepeatedSum):
-    """An all-reduce in bfloat16: half the bytes of float32.
+    """A sum in bfloat16: half the bytes of float32.
 
     Every summand is rounded to 8 significant bits, and so is each addition. The error of a sum of P
     summands x_r is at most P u / (1 - P u) sum_r |x_r| in each coordinate, u = 2^-8. The total is
     written to `message`.
+
+    Args:
+        sent: The sum of the rounded messages, in bfloat16.
+        message: The summand.
     """
 
-    def __init__(self, group: Group, message: Tensor) -> None:
-        self._group, self.message = group, message
-        self._sent = torch.empty_like(message, dtype=torch.bfloat16)
+    def __init__(self, sent: RepeatedSum, message: Tensor) -> None:
+        self._sent, self.message = sent, message
 
     @property
     def num_bytes(self) -> int:
         """Two bytes a number."""
-        return self._sent.nbytes
+        return self._sent.num_bytes
 
     def start(self) -> Pending:
-        """Begin the all-reduce of the rounded message."""
-        pending = self._group.start_sum(self._sent.copy_(self.message))
+        """Begin the sum of the rounded message."""
+        self._sent.message.copy_(self.message)
+        pending = self._sent.start()
         return Pending(lambda: self.message.copy_(pending.wait()))
 
 
-def sent_sum(group: Group, message: Tensor, compress: str | None = None) -> RepeatedSum:
-    """A repeated sum by all-reduce, of the messages as they are (None) or in bfloat16 ("bf16")."""
-    return SentSum(group, message) if compress is None else Bfloat16Sum(group, message)
+def sent_sum(
+    group: Group,
+    message: Tensor,
+    compress: str | None = None,
+    send: Callable[[Tensor], RepeatedSum] | None = None,
+) -> RepeatedSum:
+    """A repeated sum of the messages as they are (None) or in bfloat16 ("bf16").
+
+    `send` makes the sum of what is sent; None: by all-reduce.
+    """
+    send = send or partial(SentSum, group)
+    if compress is None:
+        return send(message)
+    return Bfloat16Sum(send(torch.empty_like(message, dtype=torch.bfloat16)), message)
 
 
 class TreeSum(RepeatedSum):

@@ -57,6 +57,28 @@ def test_the_bits_are_those_of_an_all_reduce_and_of_numpy(ranks, numel, dtype):
         assert len({*bits, *others}) == 1
 
 
+def in_bfloat16(group):
+    mine = ProcessGroup(group.handle, CPU, 60.0, shared_memory=False, compress="bf16")
+    total, found = mine.repeated_sum(33_581, torch.empty(0)), []
+    for t in range(3):
+        own, other = (
+            torch.from_numpy(summand(rank, t, 33_581, "float32")).bfloat16()
+            for rank in (group.rank, 1 - group.rank)
+        )
+        total.message.copy_(torch.from_numpy(summand(group.rank, t, 33_581, "float32")))
+        got = total.start().wait()
+        by_torch = (own + other).float()
+        dist.all_reduce(own, group=group.handle)
+        found.append(torch.equal(got, by_torch) and torch.equal(got, own.float()))
+    return found, total.num_bytes, type(total._sent).__name__, int(digest(got))
+
+
+def test_in_bfloat16_the_bits_are_those_of_an_all_reduce_and_of_torch(ranks):
+    one, other = ranks(2, in_bfloat16)
+    assert one == other
+    assert one[:3] == ([True] * 3, 2 * 33_581, "ExchangedSum")
+
+
 def not_numbers(group):
     total = sending(group).repeated_sum(3, torch.empty(0))
     bits = [[0x7FC00001, 0x7F800000, 0], [0x7FC00002, 0x3F800000, 0x7F800000]]
