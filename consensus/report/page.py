@@ -14,6 +14,7 @@ from consensus.report.best import best_files, best_lines
 from consensus.report.figure1 import draw_table1
 from consensus.report.halving import HALVED, read_places, rungs_table
 from consensus.report.latex import booktabs
+from consensus.report.paired import PAIRED, paired_table
 from consensus.report.runs import Run, varying
 from consensus.report.settings import Setting, draw_settings, tables
 from consensus.report.stationarity import (
@@ -114,6 +115,8 @@ def write_report(
     if analysed:
         draw_stationarity(analysed, folder / "stationarity.png")
     parts = [both, *best_text(lines, folder), AS_NUMBERS]
+    if rows := paired_table(lines):
+        parts += ["## Differences over the seeds", PAIRED, markdown_table(rows)]
     if places := read_places(folder):
         parts += ["## Successive halving", HALVED, markdown_table(rungs_table(places))]
     if compared:
