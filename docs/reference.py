@@ -97,6 +97,7 @@ def rows_of_sweeps():
         "sweep.keep": "a share in (0, 1), a whole number >= 1, or a list of them",
         "sweep.metric": "objective, train_loss, test_error and others, or null",
         "sweep.within": "a key that varies over the sweep, a list of them, or null",
+        "sweep.screening_seeds": "a number >= 1, or null",
     }
     known = keys_of_sweeps()
     for key, entry, kind in leaves(SweepConfig):

@@ -126,7 +126,7 @@ def run(
     going: list[Candidate] = list(halving.candidates)
     places: list[Place] = []
     for rung in halving.rungs:
-        jobs = [job for candidate in going for job in candidate.jobs]
+        jobs = [job for candidate in going for job in halving.jobs(candidate, rung)]
         name = f"rung {rung.number} of {len(halving.rungs)}, {rung.iterations:,} iterations"
         dashboard.begin_rung(name, jobs, rung.iterations, halving.after(rung))
         mine = [j for j in jobs if j in todo and not rung.is_over(sweep.path / j.name)]

@@ -67,6 +67,7 @@ class SweepOptions:
     keep: Any  # a number, or a list with one for each entry of `halving`
     metric: str | None
     within: Any  # a key, or a list of keys
+    screening_seeds: int | None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -86,11 +87,15 @@ class SweepOptions:
     def _check_halving(self) -> None:
         """Refuse rungs and numbers that suit no grid."""
         rungs = self.halving
-        for key in ("metric", "within"):
+        for key in ("metric", "within", "screening_seeds"):
             alone = rungs is not None or getattr(self, key) is None
             require(alone, f"sweep.{key}", _text(getattr(self, key)), "null without sweep.halving")
         if rungs is None:
             return
+        count = self.screening_seeds
+        require(
+            count is None or count >= 1, "sweep.screening_seeds", count, "null, or a number >= 1"
+        )
         rising = all(low < high for low, high in itertools.pairwise([0, *rungs]))
         allowed = "null, or increasing numbers of iterations such as [500,1500]"
         require(rising and len(rungs) > 0, "sweep.halving", _text(rungs), allowed)

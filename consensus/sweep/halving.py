@@ -76,11 +76,23 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Halving:
-    """The plan of a sweep with `sweep.halving`; `column` None: the one that decides in the runs."""
+    """The plan of a sweep with `sweep.halving`.
+
+    Attributes:
+        rungs: The last one is the end of the runs.
+        candidates: All configurations.
+        column: Ranks them; None: the one that decides in the runs.
+        seeds: The runs of a configuration before the last rung, its first ones; None: all.
+    """
 
     rungs: tuple[Rung, ...]
     candidates: tuple[Candidate, ...]
     column: str | None
+    seeds: int | None = None
+
+    def jobs(self, candidate: Candidate, rung: Rung) -> tuple[Job, ...]:
+        """The runs of a configuration at a rung."""
+        return candidate.jobs if rung.keep is None else candidate.jobs[: self.seeds]
 
     def decide(
         self, rung: Rung, candidates: Sequence[Candidate], rows: Mapping[Job, Row | None]
@@ -94,7 +106,8 @@ class Halving:
         for group in dict.fromkeys(candidate.group for candidate in candidates):
             own = [candidate for candidate in candidates if candidate.group == group]
             found = [
-                (candidate, *self._mean([rows[job] for job in candidate.jobs])) for candidate in own
+                (candidate, *self._mean([rows[job] for job in self.jobs(candidate, rung)]))
+                for candidate in own
             ]
             found.sort(key=lambda one: _rank(one[1], one[0].goal))
             for place, (candidate, mean, column) in enumerate(found, start=1):
@@ -102,7 +115,8 @@ class Halving:
                 decision = FINISHED if rung.keep is None else decision
                 decision = decision if math.isfinite(mean) else NO_NUMBER
                 at = (rung.number, rung.iterations, group, place, candidate.name)
-                places.append(Place(*at, len(candidate.jobs), column, mean, decision))
+                runs = len(self.jobs(candidate, rung))
+                places.append(Place(*at, runs, column, mean, decision))
         return places
 
     def _mean(self, rows: Iterable[Row | None]) -> tuple[float, str]:
@@ -116,19 +130,24 @@ class Halving:
 
     def sizes(self) -> list[int]:
         """The largest possible number of runs at each rung."""
-        left: dict[str, list[int]] = {}
+        left: dict[str, list[Candidate]] = {}
         for candidate in self.candidates:
-            left.setdefault(candidate.group, []).append(len(candidate.jobs))
+            left.setdefault(candidate.group, []).append(candidate)
         sizes = []
         for rung in self.rungs:
-            sizes.append(sum(map(sum, left.values())))
-            left = {k: sorted(of, reverse=True)[: rung.count(len(of))] for k, of in left.items()}
+            sizes.append(sum(len(self.jobs(c, rung)) for of in left.values() for c in of))
+            most = {group: sorted(of, key=lambda c: -len(c.jobs)) for group, of in left.items()}
+            left = {group: of[: rung.count(len(of))] for group, of in most.items()}
         return sizes
 
     def after(self, rung: Rung) -> int:
-        """The iterations of all runs beyond a rung, at most."""
-        before = [0, *(r.iterations for r in self.rungs)]
-        steps = zip(self.rungs, before, self.sizes(), strict=False)
+        """The iterations of all runs beyond a rung, at most.
+
+        Other seeds train at the last rung from the start, and in a population all of them do.
+        """
+        begun = [0, *(r.iterations for r in self.rungs[:-1])]
+        begun[-1] = begun[-1] if self.seeds is None else 0
+        steps = zip(self.rungs, begun, self.sizes(), strict=True)
         return sum(
             (r.iterations - start) * runs for r, start, runs in steps if r.number > rung.number
         )
@@ -140,7 +159,7 @@ class Halving:
             most = "at most " if rung.number > 1 else ""
             lines.append(f"rung {rung.number}: {most}{runs} runs to {rung.iterations:,} iterations")
         part = sizes[0] * self.rungs[0].iterations + self.after(self.rungs[0])
-        whole = sizes[0] * self.rungs[-1].iterations
+        whole = sum(len(c.jobs) for c in self.candidates) * self.rungs[-1].iterations
         lines.append(f"at most {part:,} iterations, {100 * part / whole:.3g} % of the whole grid's")
         return lines
 
@@ -180,7 +199,8 @@ def plan_halving(sweep: Sweep) -> Halving | None:
     require(saves, "output.checkpoint_every", "null", "a number with sweep.halving")
     ends = zip([*below, totals[0]], [*options.keeps(), None], strict=True)
     rungs = tuple(Rung(i, end, keep) for i, (end, keep) in enumerate(ends, start=1))
-    return Halving(rungs, tuple(_candidates(sweep, composed)), options.metric)
+    candidates = tuple(_candidates(sweep, composed))
+    return Halving(rungs, candidates, options.metric, options.screening_seeds)
 
 
 def _candidates(sweep: Sweep, composed: Mapping[Job, Config]) -> list[Candidate]:

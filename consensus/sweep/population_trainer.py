@@ -305,7 +305,7 @@ class PopulationTrainer:
             return 0
         absent = [m for i, m in enumerate(self.members) if i not in active and m.name in todo]
         if not all(has_diverged(member.run_dir) for member in absent):
-            self.log(f"{self.checkpoint} lacks runs that were stopped: these runs start again")
+            self.log(f"{self.checkpoint} lacks runs that now go on: these runs start again")
             return 0
         self.population.load_state_dict(part_of(state, "population"))
         self.oracle.load_state_dict(part_of(state, "oracle"))

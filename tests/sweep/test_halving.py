@@ -184,12 +184,13 @@ GRID = [*OWN, "algorithm.lam=0.1,0.2", "potential=quad,tan", "sweep.halving=[5]"
         ({"keep": [0.5]}, "`sweep.keep` is [0.5]; allowed: one number, or a list of 2, as many as"),
         ({"keep": [0.5, -1]}, "`sweep.keep` is [0.5,-1]; allowed: a share"),
         ({"halving": None, "metric": "x"}, "`sweep.metric` is x; allowed: null without sweep.halv"),
+        ({"screening_seeds": 0}, "`sweep.screening_seeds` is 0; allowed: null, or a number >= 1"),
         ({"halving": None, "within": "x"}, "`sweep.within` is x; allowed: null without sweep.halv"),
     ],
 )
 def test_options_that_suit_no_grid_are_refused(options, line):
     given = dict(dir=None, jobs=1, processes=1, engine="separate", gradients="auto")
-    given |= dict(halving=[3, 5], keep=0.5, metric=None, within=None)
+    given |= dict(halving=[3, 5], keep=0.5, metric=None, within=None, screening_seeds=None)
     assert SweepOptions(**given).keeps() == [0.5, 0.5]
     with pytest.raises(ConfigError) as caught:
         SweepOptions(**given | options)

@@ -134,6 +134,31 @@ def test_dry_run_lists_the_rungs(tmp_path, within, second, third, total):
     ]
 
 
+def test_screened_by_one_seed_the_best_train_with_all(tmp_path):
+    """The decisions are those of a sweep of seed 0 alone, and all seeds of the best train whole."""
+    alone, screened = tmp_path / "alone", tmp_path / "screened"
+    own = [text for text in HALVING if not text.startswith("potential")]
+    code, _, _ = call_sweep(*own, "potential=tan", "sweep.within=null", f"sweep.dir={alone}")
+    assert code == 0
+    own += ["potential=tan", "sweep.within=null", "sweep.screening_seeds=1", "seed=0,1"]
+    dry = call_sweep(*own, f"sweep.dir={screened}", "--dry-run")[1].splitlines()
+    assert dry[-4:] == [
+        "rung 1: 4 runs to 5 iterations",
+        "rung 2: at most 2 runs to 30 iterations",
+        "rung 3: at most 2 runs to 60 iterations",
+        "at most 190 iterations, 39.6 % of the whole grid's",  # 4 * 5 + 2 * 25 + 2 * 60 of 8 * 60
+    ]
+    code, _, err = call_sweep(*own, f"sweep.dir={screened}")
+    assert (code, err) == (0, "")
+    kept = [(p["rung"], p["configuration"], p["decision"]) for p in places(alone)]
+    assert [(p["rung"], p["configuration"], p["decision"]) for p in places(screened)] == kept
+    assert [p["runs"] for p in places(screened)] == ["1"] * 6 + ["2"]
+    best = places(screened)[-1]["configuration"]
+    finished = {path.parent.name for path in screened.glob("*/summary.json")}
+    assert finished == {f"{best},seed={seed}" for seed in (0, 1)}
+    assert digests(screened / f"{best},seed=0")[60] == digests(alone / best)[60]
+
+
 @pytest.mark.parametrize("at", [2, 17, 44])
 def test_a_stopped_sweep_continues_to_the_same_runs(halved, tmp_path, monkeypatch, at):
     """In each of the rungs."""
@@ -191,7 +216,7 @@ def test_more_that_go_on_start_again_to_the_same_bits(whole, tmp_path, monkeypat
     monkeypatch.undo()
     code, out, _ = call_sweep(*own, "sweep.keep=3")
     assert code == 0
-    assert "lacks runs that were stopped: these runs start again" in out
+    assert "lacks runs that now go on: these runs start again" in out
     ends = [max(digests(path)) for path in tmp_path.glob("lam=*")]
     assert sorted(ends) == [5, 60, 60, 60]
     for path in tmp_path.glob("lam=*"):
