@@ -97,17 +97,20 @@ def numbers_table(found: Sequence[Setting]) -> list[list[str]]:
 
 
 def choices_table(found: Sequence[Setting]) -> list[list[str]]:
-    """A row for each method: the values of the keys that vary, at its best in each setting."""
+    """A row for each method: the keys that its configurations differ in, at its best."""
     rows = [["with", *(setting.label for setting in found)]]
     for name in names(found):
-        cells = []
-        for setting in found:
-            record = setting.records.get(name)
-            chosen = record.chosen.items() if record and record.best else ()
-            last = ((key.rpartition(".")[2], value) for key, value in chosen if value is not None)
-            cells.append(" ".join(f"{key}={value}" for key, value in last))
-        rows.append([name, *cells])
+        records = [setting.records.get(name) for setting in found]
+        rows.append([name, *(_choice(record) if record else "" for record in records)])
     return rows
+
+
+def _choice(record: Record) -> str:
+    """`pull=0.3 sigma=0.1`: the values at the best configuration; "" where there is none."""
+    every = [run for configuration in record.configurations for run in configuration.runs]
+    own = {key for key in varying(every) if key != "seed"}
+    chosen = record.chosen.items() if record.best else ()
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen if key in own)
 
 
 def tables(found: Sequence[Setting]) -> list[list[list[str]]]:
