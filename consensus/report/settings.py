@@ -46,13 +46,12 @@ def settings(runs: Sequence[Run], keys: Sequence[str]) -> list[Setting]:
     """The settings that differ in some keys, in the order of their values.
 
     Raises:
-        ValueError: If a key does not vary over the runs.
+        ValueError: If no run has a key.
     """
-    known = varying(runs)
     for key in keys:
-        if key not in known:
-            allowed = ", ".join(known) or "none: the runs do not differ"
-            raise ValueError(f"`--by` is {key}; allowed: keys that vary, {allowed}")
+        if not any(key in run.config for run in runs):
+            allowed = f"a key of the runs, such as those that vary: {', '.join(varying(runs))}"
+            raise ValueError(f"`--by` is {key}; allowed: {allowed}")
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(canonical(run.config.get(key)) for key in keys), []).append(run)
@@ -72,12 +71,13 @@ def _place(value: object) -> tuple[bool, float, str]:
 
 def _labels(run: Run, keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
     """`last part of the key=value`; of those that vary among the runs with the values before."""
-    found = []
+    every, found = [], []
     for key in keys:
+        every.append(f"{key.rpartition('.')[2]}={show(run.config.get(key))}")
         if len({canonical(other.config.get(key)) for other in runs}) > 1:
-            found.append(f"{key.rpartition('.')[2]}={show(run.config.get(key))}")
+            found.append(every[-1])
         runs = [other for other in runs if other.config.get(key) == run.config.get(key)]
-    return found
+    return found or every
 
 
 def names(found: Sequence[Setting]) -> list[str]:

@@ -74,9 +74,16 @@ def test_a_validation_set_chooses_and_the_numbers_are_those_of_the_test_set():
     assert choices[1] == ["quad", "lam=0.1", ""]
 
 
-def test_a_key_that_does_not_vary_is_refused():
-    with pytest.raises(ValueError, match=r"^`--by` is data.alfa; allowed: keys that vary, seed, "):
+def test_a_key_that_no_run_has_is_refused():
+    line = r"^`--by` is data.alfa; allowed: a key of the runs, such as those that vary: seed, "
+    with pytest.raises(ValueError, match=line):
         settings(made_runs(), ["data.alfa"])
+
+
+def test_a_key_with_one_value_is_one_setting():
+    (found,) = settings(made_runs(), ["data.name"])
+    assert found.label == "name=digits"
+    assert set(found.records) == {"quad", "tan"}
 
 
 def test_a_panel_for_each_setting_with_a_mark_for_each_method(drawn, tmp_path):
@@ -102,7 +109,7 @@ def test_the_command_writes_them_to_the_page(command, write_run, tmp_path, blank
     assert (tmp_path / "sweep" / "report" / "settings.png").exists()
     code, _, err = command(tmp_path / "sweep", "--by", "algorithm.lambda")
     assert (code, err.count("\n")) == (2, 1)
-    assert "`--by` is algorithm.lambda; allowed: keys that vary, algorithm.lam" in err
+    assert "`--by` is algorithm.lambda; allowed: a key of the runs, such as those that vary" in err
     alone = tmp_path / "sweep" / "0.1"
     assert read_run("x", alone, []).config["algorithm.lam"] == 0.1
     assert "`--by` needs two or more runs" in command(alone, "--by", "seed")[2]
