@@ -26,7 +26,6 @@ from consensus.problem.minibatches import Minibatches
 from consensus.problem.samples import Samples, Tree, map_tree
 from consensus.problem.stored import AnySamples, ReadAhead, StoredSamples
 from consensus.problem.streams import restored_generators, seed_all
-from consensus.problem.subnormals import subnormals_as_zero
 
 Batch = tuple[Tree, Tree]
 """Inputs and targets (K, B, ...): one minibatch for each worker of the process."""
@@ -160,12 +159,11 @@ class Risk:
         # of other workers would count as writes to this row.
         views = self.layout.unflatten(points.data)
         leaves = [view.requires_grad_() for view in views.values()]
-        with subnormals_as_zero():
-            with torch.enable_grad():
-                values = function(views)
-            # None is 1 for one value; a tensor makes torch import sympy, in a second of each rank.
-            weights = None if values.ndim == 0 else torch.ones_like(values)
-            found = torch.autograd.grad(values, leaves, weights, materialize_grads=True)
+        with torch.enable_grad():
+            values = function(views)
+        # None is 1 for a single value; a tensor makes torch import sympy, in a second of each rank.
+        weights = None if values.ndim == 0 else torch.ones_like(values)
+        found = torch.autograd.grad(values, leaves, weights, materialize_grads=True)
         return values.detach(), found
 
     def _outputs(self, views: Views, inputs: Tree) -> Any:
@@ -189,7 +187,7 @@ class Risk:
         """
         total = torch.zeros(1 + len(self.loss.metrics), dtype=torch.float64, device=point.device)
         views = self.layout.unflatten(point) | self.buffers
-        with self.in_evaluation_mode(), subnormals_as_zero():
+        with self.in_evaluation_mode():
             for part in samples.split(chunk or self.at_once):
                 outputs = in_double_precision(self._outputs(views, part.inputs))
                 total += self.sums(outputs, part.targets)
