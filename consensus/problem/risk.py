@@ -90,7 +90,9 @@ class Risk:
         """
         gradients = self._allocate(points, out)
         passes = {}
-        for k in sorted(set(range(len(points))) - resting):
+        for k in range(len(points)):
+            if k in resting:
+                continue
             x, y = (map_tree(lambda rows: rows[k], part) for part in (inputs, targets))  # noqa: B023
             to = gradients[k], self.losses[k], (running, k) if running else None
             passes[k] = partial(self._backward, points[k], x, y, *to)

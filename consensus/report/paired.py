@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consensus.records import number, set_and_metric
-from consensus.report.table1 import Configuration, Mean, Record, heading
+from consensus.records import number
+from consensus.report.best import best_of_each
+from consensus.report.table1 import Configuration, Mean, Record, heading, on_test_set
 
 PAIRED = (
     "The differences to the best, at the same configurations: means over the seeds that both have, "
@@ -53,20 +54,16 @@ def paired_table(records: Sequence[Record]) -> list[list[str]]:
     Empty without two records of one problem whose best configurations share two seeds.
     """
     rows = []
-    for record in records:
-        rivals = [r for r in records if (r.problem, r.judged) == (record.problem, record.judged)]
-        known = [r for r in rivals if r.best]
-        first = min(known, key=lambda r: r.best.sort_key(), default=None)  # type: ignore[union-attr]
-        if first is None or record.best is None or first is record or first.best is None:
-            continue
-        column = f"test_{set_and_metric(record.column)[1]}"
-        found = difference(record.best, first.best, column)
-        if found:
-            interval = f"{found.mean.mean - found.half_width:.3g} to "
-            interval += f"{found.mean.mean + found.half_width:.3g}"
-            shown = found.mean.show(column), interval, f"{found.p:.2g}"
-            rows.append(
-                [f"{record.label} - {first.label}", heading(column), str(found.seeds), *shown]
-            )
+    for first, best in best_of_each(records).values():
+        column = on_test_set(first.column)
+        for record in records:
+            if record is first or record.problem != first.problem or record.best is None:
+                continue
+            found = difference(record.best, best, column)
+            if found:
+                mean, half = found.mean.mean, found.half_width
+                cells = [f"{record.label} - {first.label}", heading(column), str(found.seeds)]
+                interval = f"{mean - half:.3g} to {mean + half:.3g}"
+                rows.append([*cells, found.mean.show(column), interval, f"{found.p:.2g}"])
     titles = ["difference", "column", "seeds", "mean", "95 % interval", "p"]
     return [titles, *rows] if rows else []

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from consensus.records import set_and_metric
 from consensus.report.runs import Run, canonical, varying
 from consensus.report.style import (
     ACROSS,
@@ -20,7 +19,7 @@ from consensus.report.style import (
     save,
     styles,
 )
-from consensus.report.table1 import Record, heading, show, show_mean, table1
+from consensus.report.table1 import Record, heading, on_test_set, show, show_mean, table1
 
 FIGURE = "settings.png"
 CAPTION = (
@@ -33,13 +32,15 @@ class Setting:
     """The runs with the same values of some keys."""
 
     label: str  # `partition=label_skew, alpha=0.1`
-    records: Mapping[str, Record]  # by the name of the method
+    records: Mapping[
+        str, Record
+    ]  # by their labels: the method, and its problem if there are several
 
     @property
     def column(self) -> str:
         """The metric of the test set that belongs to the column that decides."""
         record = next(iter(self.records.values()))
-        return f"test_{set_and_metric(record.column)[1]}"
+        return on_test_set(record.column)
 
 
 def settings(runs: Sequence[Run], keys: Sequence[str]) -> list[Setting]:
@@ -59,14 +60,15 @@ def settings(runs: Sequence[Run], keys: Sequence[str]) -> list[Setting]:
     found = []
     for own in ordered:
         label = ", ".join(_labels(own[0], keys, runs))
-        found.append(Setting(label, {record.name: record for record in table1(own)}))
+        found.append(Setting(label, {record.label: record for record in table1(own)}))
     return found
 
 
 def _place(value: object) -> tuple[bool, float, str]:
     """The sort key of a value: numbers by their size, before words."""
-    number = isinstance(value, int | float)
-    return not number, float(value) if isinstance(value, int | float) else 0.0, canonical(value)
+    if isinstance(value, int | float):
+        return False, float(value), ""
+    return True, 0.0, canonical(value)
 
 
 def _labels(run: Run, keys: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -123,15 +125,16 @@ def draw_settings(found: Sequence[Setting], folder: Path) -> dict[str, str]:
     """A panel for each setting, with the number of each method. Returns PNG -> caption."""
     methods, column = names(found), found[0].column
     figure, axes = panel_grid(len(found), sharey=True, height=_height(len(found), len(methods)))
-    style = styles(methods)
+    known = [record for setting in found for record in setting.records.values()]
+    style = styles(record.name for record in known)
     for axis, setting in zip(axes, found, strict=True):
         values = []
         for place, name in enumerate(methods):
             record = setting.records.get(name)
             mean = record.at_best.get(column) if record else None
-            if mean is None:
+            if record is None or mean is None:
                 continue
-            look = {key: style[name][key] for key in ("color", "marker")}
+            look = {key: style[record.name][key] for key in ("color", "marker")}
             axis.errorbar(mean.mean, place, xerr=mean.std or 0.0, elinewidth=0.8, ls="", **look)
             values.append(mean.mean)
         far = min(values, default=0.0) > 0.0 and max(values) > 5 * min(values)

@@ -241,6 +241,11 @@ def loss_beside(column: str) -> str:
     return f"{set_and_metric(column)[0]}_loss"
 
 
+def on_test_set(column: str) -> str:
+    """The column of the same loss or metric on the test set."""
+    return f"test_{set_and_metric(column)[1]}"
+
+
 def group_seeds(runs: Iterable[Run]) -> list[Configuration]:
     """The configurations of runs, in the order in which they appear."""
     groups: dict[str, list[Run]] = {}
@@ -284,7 +289,7 @@ def highest_columns(records: Sequence[Record]) -> list[str]:
 
 def deciding_columns(records: Sequence[Record]) -> list[str]:
     """The columns that decide, each with the same metric on the test set, which is to be read."""
-    found = [(r.column, f"test_{set_and_metric(r.column)[1]}") for r in _evaluated(records)]
+    found = [(r.column, on_test_set(r.column)) for r in _evaluated(records)]
     return list(dict.fromkeys(column for pair in found for column in pair))
 
 

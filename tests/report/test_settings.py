@@ -86,6 +86,19 @@ def test_a_key_with_one_value_is_one_setting():
     assert set(found.records) == {"quad", "tan"}
 
 
+def test_methods_of_several_problems_have_a_row_each():
+    runs = [
+        run(config("quad", workers=workers, data__name=name), row(*[error] * 5))
+        for workers, name, error in ((4, "digits", 3.0), (4, "mnist", 5.0), (8, "mnist", 6.0))
+    ]
+    assert tables(settings(runs, ["workers"]))[0] == [
+        ["test error %", "workers=4", "workers=8"],
+        ["quad (digits, lenet5)", "3.00", ""],
+        ["quad (mnist, lenet5)", "5.00", ""],
+        ["quad", "", "6.00"],
+    ]
+
+
 def test_a_panel_for_each_setting_with_a_mark_for_each_method(drawn, tmp_path):
     found = settings(made_runs(), ["data.partition", "data.alpha"])
     assert list(draw_settings(found, tmp_path)) == ["settings.png"]
