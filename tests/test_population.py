@@ -89,9 +89,9 @@ def require_equal(together, apart):
 @pytest.mark.parametrize("potential", SIX)
 def test_a_population_is_its_runs(make_config, potential):
     plans = [make_plan(config, Launch()) for config in configs(make_config, potential)]
-    apart = separately(plans, 100)
+    apart = separately(plans, 40)
     together = population(plans)
-    for t in range(100):
+    for t in range(40):
         together.step(t)
     require_equal(together, apart)
     assert not together.diverged().any()
@@ -110,16 +110,16 @@ def test_a_population_is_its_runs(make_config, potential):
         (
             "algorithm.schedule.sigma.name=cosine",
             "+algorithm.schedule.sigma.options.final=0.1",
-            "algorithm.iterations=40",
+            "algorithm.iterations=16",
         ),
     ],
     ids=lambda others: others[0].rpartition(".")[2],
 )
 def test_all_ways_to_run_algorithm_1(make_config, others):
     plans = [make_plan(config, Launch()) for config in configs(make_config, "log", *others)]
-    apart = separately(plans, 40)
+    apart = separately(plans, 16)
     together = population(plans)
-    for t in range(40):
+    for t in range(16):
         together.step(t)
     require_equal(together, apart)
 
@@ -180,7 +180,7 @@ def test_a_population_continues_to_the_same_bits(make_config):
 def lenets():
     """Plans of LeNet-5, their runs apart, and what each u evaluates to on the test samples."""
     plans = [make_plan(c, Launch()) for c in configs(consensus.compose, "log", "model=lenet5")]
-    apart = separately(plans, 12)
+    apart = separately(plans, 5)
     test = plans[0].dataset.test
     return plans, apart, [plans[0].risk.evaluate(u, test) for u in apart[0]]
 
@@ -191,7 +191,7 @@ def test_gradients_of_many_models_at_once_are_those_of_runs(lenets, way):
     plans, apart, evaluated = lenets
     together = population(plans)
     together.oracle.way = way
-    for t in range(12):
+    for t in range(5):
         together.step(t)
     require_equal(together, apart)
     each = together.oracle.evaluate(together.u, plans[0].dataset.test)
@@ -214,14 +214,14 @@ def test_gradients_of_many_models_at_once_are_those_of_runs(lenets, way):
             (
                 "algorithm.schedule.sigma.name=cosine",
                 "+algorithm.schedule.sigma.options.final=0.1",
-                "algorithm.iterations=40",
+                "algorithm.iterations=16",
             ),
         ),
     ],
 )
 def test_a_recorded_step_is_the_step_of_a_run(make_config, potential, others):
     plans = [make_plan(config, Launch()) for config in configs(make_config, potential, *others)]
-    apart = separately(plans, 40)
+    apart = separately(plans, 16)
     lines, recorded = [], []
 
     def record(run):
@@ -231,7 +231,7 @@ def test_a_recorded_step_is_the_step_of_a_run(make_config, potential, others):
     together = population(plans, Unbranched, record=record, refused=lines.append)
     if potential in ("quad", "cubic"):  # a coupling that cuts steps enlarges every rounding
         together.oracle.way = Way("grouped", 12)
-    for t in range(40):
+    for t in range(16):
         together.step(t)
     assert lines == []
     assert len(recorded) == (2 if "algorithm.period=2" in others else 1)

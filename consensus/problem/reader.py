@@ -38,6 +38,8 @@ _BLOCKED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 if _FORK := sys.platform == "linux":
     _BLOCKED.add(signal.SIGTERM)  # `_follow` waits for it
 
+ENDING_S = 10.0  # a process that dies may take so long to free its memory on a busy machine
+
 
 class SampleError(RuntimeError):
     """A sample cannot be read: one line that names it and the cause.
@@ -86,7 +88,7 @@ def read(
         yield from found
     except (OSError, EOFError, RuntimeError) as error:  # those of the dataset are a `Failure`
         # Its connections close before the kernel says that it has ended.
-        wait([child.sentinel for child in started], 1.0 if started else 0.0)
+        wait([child.sentinel for child in started], ENDING_S if started else 0.0)
         causes = [str(error).partition("\n")[0] or type(error).__name__]
         causes += [f"process {x.pid}: {_ending(x.exitcode)}" for x in started if not x.is_alive()]
         cause = "; ".join(causes)
