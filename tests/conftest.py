@@ -28,6 +28,7 @@ MNIST_ROOT = Path(os.environ.get("CONSENSUS_MNIST_ROOT", ROOT.parent / "shared" 
 # Beginnings of paths. With pytest-xdist the longest files must start first; those that wait for
 # processes and those that compute alternate, so that the cores are busy throughout.
 SLOWEST = (
+    "tests/test_check.py",  # waits for the type checker
     "tests/launch/test_hosts.py",  # mostly waits
     "tests/launch/test_elastic_hosts.py",  # mostly waits
     "tests/test_algorithm.py",
