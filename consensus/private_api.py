@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+def omegaconf_yaml_loader() -> type:
+    """The class by which OmegaConf reads YAML, a `yaml.SafeLoader`.
+
+    It reads 1e-4 as a number and dates as text, and refuses a key that is there twice.
+    """
+    from omegaconf._utils import get_yaml_loader
+
+    found: type = get_yaml_loader()
+    return found
+
+
 def hydra_argument_parser() -> argparse.ArgumentParser:
     """The parser of Hydra's own switches, such as `--cfg job`; KEY=VALUE are its positionals.
 

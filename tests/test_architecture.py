@@ -9,7 +9,7 @@ import consensus
 
 PACKAGE = Path(consensus.__file__).parent
 MATHEMATICS = {"registry", "tree_sum", "core", "theory"}
-FILES = {"atomic_files", "records", "report"}
+FILES = {"atomic_files", "records", "report", "stored_config"}
 ALGORITHM = {"delayed", "comm", "server", "gathered", "repeatable", "worker", "algorithm", "replay"}
 
 # Module -> what it may import of ours. A folder speaks for its modules unless one has a line of its
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "consensus.help": {"run.yaml_files", "startup"},
     "consensus.atomic_files": set(),
     "consensus.records": set(),
+    "consensus.stored_config": {"private_api"},
     "consensus.tree_sum": set(),
     "consensus.core": {"registry", "tree_sum"},
     "consensus.theory": {"core"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "consensus.coupling": {"comm", "core", "repeatable", "server"},
     "consensus.replay": {"algorithm", "delayed", "problem"},
     "consensus.population": {"algorithm", "core", "replay", "worker"},
-    "consensus.report": {"records", "atomic_files", "help", "startup"},
+    "consensus.report": {"records", "stored_config", "atomic_files", "help", "startup"},
     "consensus.run": MATHEMATICS | FILES | ALGORITHM | {"problem", "private_api", "startup"},
     "consensus.run.config_algorithm": {"algorithm", "worker", "core", "run.checks"},
     "consensus.run.config": {"core", "problem", "run.checks", "run.config_algorithm"},

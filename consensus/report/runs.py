@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
-
+from consensus import stored_config
 from consensus.records import (
     METRICS,
     SPLITS,
@@ -236,13 +233,11 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 def _nested_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
+        nested = stored_config.read_config(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: its run cannot be placed in a table") from error
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(f"{path} is no readable configuration: {cause}") from error
-    nested = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable configuration: {error}") from error
     if not isinstance(flatten(nested).get("potential.name"), str):
         raise ValueError(f"{path} lacks potential.name")
     return nested

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import hydra
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from consensus.comm import Group, GroupError, Launch, LaunchError, PeerLostError, open_group
@@ -38,6 +37,7 @@ from consensus.run.plugins import import_plugin
 from consensus.run.problem import offered
 from consensus.run.signals import RunStopped
 from consensus.run.trainer import Trainer
+from consensus.stored_config import read_config
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ def load(run_dir: str | Path) -> Result:
         summary = json.loads(file.read_bytes())
         made = summary.get("model", {})
     with _reading(path / "config.yaml") as file:
-        config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        config = read_config(file)
         name = config["model"]["name"]
     options = made.get("options")
     if name not in MODELS:

@@ -19,6 +19,7 @@ from consensus.run.checkpoint.reader import inspect, list_checkpoints
 from consensus.run.checkpoint.resume import flat, state_of
 from consensus.run.checks import ConfigError
 from consensus.run.compose import unknown_key
+from consensus.stored_config import read_config
 
 
 def continued(cfg: DictConfig, overrides: Sequence[str], processes: int) -> DictConfig:
@@ -72,10 +73,8 @@ def completed(
 def _config_of(run_dir: Path) -> dict[Any, Any] | None:
     """The config of a run, from its directory or its newest readable checkpoint."""
     for path in (run_dir, *list_checkpoints(run_dir)):
-        with suppress(Exception):  # a parser of YAML has errors of its own
-            content = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=False)
-            if isinstance(content, dict):
-                return content
+        with suppress(OSError, ValueError):
+            return read_config(path / "config.yaml")
     return None
 
 

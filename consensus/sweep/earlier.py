@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
-
 from consensus.comm import Launch
 from consensus.records import last_row
 from consensus.run.checkpoint.reader import list_checkpoints
@@ -20,6 +16,7 @@ from consensus.run.checks import ConfigError
 from consensus.run.compose import REFUSALS
 from consensus.run.config import Config
 from consensus.run.plan import count_workers
+from consensus.stored_config import read_config
 from consensus.sweep.grid import Job, Sweep
 from consensus.sweep.job import summary_of
 
@@ -56,11 +53,11 @@ def _find(sweep: Sweep, job: Job) -> Found:
     try:
         if state_of(run_dir) is None:
             return Found("new")
-        before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-        if not isinstance(before, dict) or "algorithm" not in before:
+        before = read_config(run_dir / "config.yaml")
+        if "algorithm" not in before:
             raise ValueError("it holds no config")
         summary = summary_of(run_dir)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         problem = f"{run_dir / 'config.yaml'} cannot be read ({cause})"
         return Found("damaged", problem=f"{problem}; remove {run_dir} to run it again")

@@ -112,9 +112,9 @@ def test_no_configs_at_all_are_no_mistake_but_one_missing_is(write_run):
     [
         (b"a: [1\n", "is no readable configuration: "),
         (b"\xff\xfe\x00", "is no readable configuration: "),
-        (b"just words\n", "lacks potential.name"),
-        (b"", "lacks potential.name"),
-        (b"- 1\n", "lacks potential.name"),
+        (b"just words\n", "is no readable configuration: it holds no config"),
+        (b"", "is no readable configuration: it holds no config"),
+        (b"- 1\n", "is no readable configuration: it holds no config"),
         (b"potential: {name: null}\n", "lacks potential.name"),
         (b"potential: quad\n", "lacks potential.name"),
     ],

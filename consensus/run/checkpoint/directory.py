@@ -12,11 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
-
 from consensus.atomic_files import write_whole
 from consensus.comm import Group, GroupError, Launch
 from consensus.run.config import Config
+from consensus.stored_config import to_text
 
 LOCK = ".lock"
 MARKS = ("summary.json", "metrics.jsonl")  # files that show that a directory holds a run
@@ -63,7 +62,7 @@ class RunDirectory:
                 path.mkdir(parents=True, exist_ok=True)
                 self.problem = self._take(path, launch) or self._overtaken(path)
                 if self.problem is None:
-                    content = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+                    content = to_text(config).encode()
                     write_whole(path / "config.yaml", content)
         self.path: Path = group.share(path)
         # Every rank holds the lock, so that it lasts as long as any rank: also if the launcher and

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.comm import Group, GroupError
@@ -42,6 +41,7 @@ from consensus.run.checkpoint.manifest import (
     require_regular,
 )
 from consensus.run.checks import ConfigError
+from consensus.stored_config import parse_config
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"\d{8,}")
@@ -76,13 +76,11 @@ def inspect(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
     _require_intact(checkpoint, manifest, CONFIG)
     try:
         text = read_regular(checkpoint / CONFIG, LARGEST).decode()
-        config = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except Exception:  # two parsers, each with errors of its own
-        config = None
-    if not isinstance(config, dict):
+        return manifest, parse_config(text)
+    except (OSError, ValueError) as error:
         allowed = "a checkpoint written by consensus"
-        raise ConfigError(f"`resume` finds no config in {checkpoint / CONFIG}; allowed: {allowed}")
-    return manifest, {str(key): value for key, value in config.items()}
+        message = f"`resume` finds no config in {checkpoint / CONFIG}; allowed: {allowed}"
+        raise ConfigError(message) from error
 
 
 def verify_files(checkpoint: Path, group: Group) -> Manifest:

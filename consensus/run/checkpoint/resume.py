@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from consensus.algorithm import Algorithm
 from consensus.comm import Group, GroupError, Launch
 from consensus.core.potentials import POTENTIALS
@@ -36,6 +34,7 @@ from consensus.run.checkpoint.reader import (
 )
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import RESUME, Config
+from consensus.stored_config import plain, read_config
 
 _FREE = {"output", "group", "device", "deterministic", "cuda_graph", "resume", "plugins"}
 _FREE |= {"workers", "stationarity", "data.root", "data.loader_workers", "algorithm.iterations"}
@@ -122,8 +121,8 @@ def _require_continuable(run_dir: Path, config: Config, num_workers: int) -> Non
     allowed = f"never, in a new directory: {run_dir} holds a finished run without checkpoints"
     require(state_of(run_dir) != "summary.json", "resume", "auto", allowed)
     try:  # there is nothing to load, but only the same run may replace its metrics
-        before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    except Exception:  # the run was killed before it wrote the file
+        before = read_config(run_dir / "config.yaml")
+    except (OSError, ValueError):  # the run was killed before it wrote the file
         return
     require_same(before, config, run_dir)
 
@@ -163,7 +162,7 @@ def differing(before: Any, config: Config) -> Iterator[tuple[str, Any, Any]]:
     A key that no class had at that time is free, and so is an option with the value of its default.
     """
     old = flat(_with_defaults(before))
-    new = flat(_with_defaults(OmegaConf.to_container(OmegaConf.structured(config))))
+    new = flat(_with_defaults(plain(config)))
     for key in {**new, **old}:
         known, (owner, option, _) = key in old and key in new, key.partition(".options.")
         same = known and old[key] == new[key]

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from consensus.atomic_files import sync, write_whole
@@ -27,6 +26,7 @@ from consensus.comm import Group, GroupError, PeerLostError
 from consensus.run.checkpoint.manifest import CONFIG, MANIFEST, Manifest, Place, as_hex, brief
 from consensus.run.checkpoint.reader import FOLDER, by_worker, file_digest, list_checkpoints
 from consensus.run.config import Config
+from consensus.stored_config import to_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CheckpointWriter:
         self.folder = run_dir / FOLDER
         self.config = b""
         if side.rank == 0:  # which writes it; 20 ms
-            self.config = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+            self.config = to_text(config).encode()
         self.side = side
         self.workers, self.num_workers = workers
         self.keep = keep

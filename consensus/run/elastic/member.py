@@ -40,6 +40,7 @@ from consensus.run.elastic.trainer import ElasticTrainer
 from consensus.run.limits import MachineError, machine_failures
 from consensus.run.plan import Plan, make_plan, set_determinism
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
+from consensus.stored_config import parse_config, to_text
 
 MEET_S = 60.0  # longest wait for the store at the start
 
@@ -89,11 +90,11 @@ def _agreed_config(cfg: DictConfig, overrides: Sequence[str], store: Store) -> C
     before = _config_of(store)
     if before is None:
         config = to_config(cfg)
-        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        text = to_text(config)
         store.compare_set("config", "", text)
         before = _config_of(store)
         assert before is not None
-        if OmegaConf.to_yaml(OmegaConf.create(before)) == text:
+        if before == parse_config(text):
             return config
     own = {key: OmegaConf.select(cfg, key) for key in OWN}
     cfg = completed(cfg, overrides, before, {"group.elastic"})
@@ -108,8 +109,7 @@ def _config_of(store: Store) -> dict[Any, Any] | None:
     """The config that the first process has given, as plain data."""
     if not (text := read_text(store, "config")):
         return None
-    found: Any = OmegaConf.to_container(OmegaConf.create(text))
-    return dict(found)
+    return parse_config(text)
 
 
 def run_as_member(plan: Plan, members: Members) -> None:
