@@ -79,7 +79,7 @@ class Coupling:
         n: The number of coordinates, in layers of equal size.
         kind: `Layerwise` as in a run, or `Unbranched` where no number may go to the host.
         num_layers: L.
-        fused: Whether a GPU uses the kernels of core/kernels/triton.py.
+        fused: Whether kernels of the device are used where it has some: Triton, or native.c.
 
     Attributes:
         lines: "line 3" and "line 6", each a call without arguments.

@@ -52,7 +52,7 @@ class Server:
         self.u = u.clone()
         self.phi = phi
         self.group = group
-        self.kernel = choose_kernel(phi, u) if kernel is None else kernel
+        self.kernel = choose_kernel(phi, u, smallest=group.min_) if kernel is None else kernel
         self.step = u.new_ones(())
         self.cuts = torch.zeros((), dtype=torch.int64, device=u.device)
         self._over = group if summed_by is None else summed_by

@@ -13,6 +13,7 @@ from hydra import compose
 from matplotlib.figure import Figure
 
 from consensus import DATASETS, LOSSES, MODELS, POTENTIALS, SCHEDULES, SINKS
+from consensus.core.kernels import native
 from consensus.run.compose import composing, to_config
 from consensus.run.config import Config
 from tests.testing import ROOT, container, hosts, parsed_configs, slurm
@@ -126,6 +127,16 @@ def tables() -> Iterator[None]:
     for name, module in list(sys.modules.items()):
         if Path(str(getattr(module, "__file__", None))).parent == ROOT / "examples":
             del sys.modules[name]
+
+
+@pytest.fixture
+def operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines 3 and 6 by operations of torch in this process, also where a C compiler is.
+
+    For tests in which a tape stands in for a CUDA graph: it records no functions of C, and on a GPU
+    there are none.
+    """
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import shlex
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -30,6 +30,7 @@ from torch import nn
 
 from consensus.comm import Launch, Solo
 from consensus.core import kernels, sizes
+from consensus.core.kernels import native
 from consensus.core.kernels.tiled import Tiled
 from consensus.problem import DATASETS, MODELS, Dataset, Minibatches
 from consensus.run.build import build_algorithm
@@ -370,15 +371,21 @@ def judge(state, runs, units, outcome):
 
 
 @pytest.fixture
-def large(monkeypatch):
-    """A context in which 27 numbers are a large vector, for lines 3 and 6 in tiles."""
+def lines(monkeypatch):
+    """A context for lines 3 and 6.
+
+    `large`: 27 numbers are a large vector, in tiles. `compiled`: with native.c where it compiles.
+    """
 
     @contextmanager
-    def context():
+    def context(large, compiled):
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "CHUNK", TILE)
-            patch.setattr(sizes, "CHUNK", TILE)
-            patch.setattr(Tiled.__init__, "__defaults__", (TILE,))
+            if not compiled:
+                patch.setattr(native, "library", lambda: None)
+            if large:
+                patch.setattr(kernels, "CHUNK", TILE)
+                patch.setattr(sizes, "CHUNK", TILE)
+                patch.setattr(Tiled.__init__, "__defaults__", (TILE,))
             yield
 
     return context
@@ -399,13 +406,13 @@ def report(first, outcomes):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_runs_are_the_equations(part, large):
+def test_runs_are_the_equations(part, lines):
     share = range(FIRST + part * CASES // PARTS, FIRST + (part + 1) * CASES // PARTS)
     outcomes = []
     for seed in share:
         draw = Draw(seed)
         plan = make_plan(config_of(draw), Launch())
-        with large() if draw.large else nullcontext():
+        with lines(draw.large, compiled=seed % 2 == 0):
             states, _ = through_the_code(plan, Solo())
         outcomes.append((draw, compare(states, plainly(plan))))
     wrong = report(share[0], outcomes)

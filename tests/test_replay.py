@@ -19,6 +19,8 @@ from consensus.server import Server
 from consensus.worker import Worker
 from tests.testing.tape import taped
 
+pytestmark = pytest.mark.usefixtures("operations_of_torch")
+
 SIGMA = 1e-3
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -34,14 +34,17 @@ def build_algorithm(plan: Plan, group: Group) -> Algorithm:
     line_6 = worker_kernel(config.coupling, plan.phi, u)
     gathers = plan.config.group.sum == "gather"
     total = Solo(u.device).sum_ if gathers else group.sum_
-    line_3 = consensus_kernel(config.u_update, plan.phi, u, total)
+    elastic = plan.config.group.elastic
+    # Ranks that join choose their kernel later; a replay has the bits of such a run.
+    changes = elastic or plan.config.group.replay is not None
+    smallest = None if changes else group.min_
+    line_3 = consensus_kernel(config.u_update, plan.phi, u, total, smallest)
     if config.delay and plan.phi.bounded:
         line_3 = ReachStep(line_3, plan.phi)
     if plan.config.deterministic:
         line_3 = ForceOfEach(line_3)
     if plan.config.deterministic or config.step_every is not None:
         line_6 = StepOfEach(line_6)
-    elastic = plan.config.group.elastic
     worker = Worker(
         z,
         RepeatableOracle(plan.oracle) if elastic else plan.oracle,

@@ -14,9 +14,9 @@ from consensus.core.kernels import (
     U_UPDATES,
     ConsensusKernel,
     WorkerKernel,
-    choose_kernel,
 )
 from consensus.core.kernels.outer_step import FlatOptimizerStep
+from consensus.core.kernels.plain import Plain
 from consensus.core.kernels.worker_step import WorkerOptimizerStep
 from consensus.core.layerwise import Layerwise
 from consensus.core.potentials import POTENTIALS
@@ -189,7 +189,7 @@ class AlgorithmConfig(Section, key="algorithm"):
         """Refuse optimizers that cannot be made, and what contradicts that of the workers."""
         like = torch.zeros(2)
         phi = Layerwise(POTENTIALS["quad"], [(0, 2)])
-        kernel, key = choose_kernel(phi, like), "outer"
+        kernel, key = Plain(phi, like), "outer"
         try:
             self.outer_kernel(kernel, phi, like)
             key = "optimizer"

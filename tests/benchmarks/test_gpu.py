@@ -114,8 +114,8 @@ def test_the_timed_lines_are_lines_3_and_6(potential):
 def test_a_compiled_line_is_one_graph_and_the_same_line(potential, monkeypatch):
     # The graph is captured as for the compiler, and runs as it is.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    eager = gpu_vectors.Coupling(CPU, potential, 10_000)
-    captured = gpu_vectors.Coupling(CPU, potential, 10_000, gpu_vectors.Unbranched)
+    eager = gpu_vectors.Coupling(CPU, potential, 10_000, fused=False)
+    captured = gpu_vectors.Coupling(CPU, potential, 10_000, gpu_vectors.Unbranched, fused=False)
     call, why = gpu_vectors.compiled(captured.lines["line 6"])
     assert call is not None, why
     call()

@@ -125,6 +125,7 @@ def test_replicas_that_differ_are_found(make_config):
         algorithm.verify()
 
 
+@pytest.mark.usefixtures("operations_of_torch")
 @pytest.mark.parametrize("name", ["ddp", "consensus"])
 def test_a_replay_is_the_step_of_a_run_with_clipping(make_config, name):
     own = [f"algorithm={name}", "model=logistic", "algorithm.clip_grad_norm=0.5"]

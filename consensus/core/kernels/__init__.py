@@ -1,9 +1,10 @@
 """Implementations of lines 3 and 6 of Algorithm 1 behind one protocol, chosen at construction.
 
-    plain.py      the formulas, one operation of torch after another; any potential, any device;
-                  also the minimizer (14a) in place of line 3, and the proximal step of line 6
-    tiled.py      on a CPU, for large vectors: tile by tile, with temporaries that stay in the cache
-    triton.py     on a GPU: kernels that read each vector as seldom as possible
+    plain.py           the formulas, one operation of torch after another; any potential and device;
+                       also the minimizer (14a) in place of line 3, the proximal step of line 6
+    tiled.py           on a CPU, for large vectors: tile by tile, with temporaries in the cache
+    native_kernel.py   on a CPU where a C compiler is, for most potentials: native.c
+    triton.py          on a GPU: kernels that read each vector as seldom as possible
 
 They agree up to rounding. Plain and Triton kernels also take S configurations in one
 block (population.py), each with M workers and hyperparameters of its own. n parameters, K workers
@@ -119,10 +120,20 @@ class Kernel(ConsensusKernel, WorkerKernel, Protocol):
     """Lines 3 and 6 for one potential."""
 
 
-def choose_kernel(phi: Layerwise, like: Tensor, configurations: int | None = None) -> Kernel:
+def choose_kernel(
+    phi: Layerwise,
+    like: Tensor,
+    configurations: int | None = None,
+    smallest: Callable[[Tensor], Tensor] | None = None,
+) -> Kernel:
     """The fastest implementation for vectors (..., n) of the device and dtype of `like`.
 
-    `configurations` is S, where the block holds several, each with an eta of its own in phi.
+    Args:
+        phi: The layer-wise potential.
+        like: (..., n).
+        configurations: S, where the block holds several, each with an eta of its own in phi.
+        smallest: The minimum over the ranks that will move u, in place; then this is a collective.
+            None: they do not choose at the same time, and move u by operations of torch.
     """
     from consensus.core.kernels.plain import Plain
 
@@ -136,22 +147,42 @@ def choose_kernel(phi: Layerwise, like: Tensor, configurations: int | None = Non
             from consensus.core.kernels.triton import Triton
 
             return Triton(phi, like)
-    elif fits and like.device.type == "cpu" and like.shape[-1] > CHUNK and configurations is None:
-        from consensus.core.kernels.tiled import Tiled
-
-        return Tiled(phi, like)
+    elif fits and like.device.type == "cpu" and configurations is None:
+        return _choose_on_cpu(phi, like, smallest)
     return Plain(phi, like)
 
 
+def _choose_on_cpu(
+    phi: Layerwise, like: Tensor, smallest: Callable[[Tensor], Tensor] | None
+) -> Kernel:
+    from consensus.core.kernels.native import agreed, library_for
+    from consensus.core.kernels.native_kernel import Native
+    from consensus.core.kernels.plain import Plain
+    from consensus.core.kernels.tiled import Tiled
+
+    own = (Tiled if like.shape[-1] > CHUNK else Plain)(phi, like)
+    if not Native.takes(phi, like.dtype):
+        return own
+    library, joint = library_for(like), smallest is not None and agreed(smallest, like) is not None
+    return own if library is None else Native(library, own, phi, like, joint)
+
+
 def consensus_kernel(
-    update: str, phi: Layerwise, like: Tensor, total: Callable[[Tensor], Tensor]
+    update: str,
+    phi: Layerwise,
+    like: Tensor,
+    total: Callable[[Tensor], Tensor],
+    smallest: Callable[[Tensor], Tensor] | None = None,
 ) -> ConsensusKernel:
-    """Line 3 by name: "gradient", or "exact", the minimizer (14a); `total` sums over ranks."""
+    """Line 3 by name: "gradient", or "exact", the minimizer (14a).
+
+    `total` sums over ranks; `smallest` as in `choose_kernel`.
+    """
     if update == "exact":
         from consensus.core.kernels.plain import ExactUpdate
 
         return ExactUpdate(phi, total)
-    return choose_kernel(phi, like)
+    return choose_kernel(phi, like, smallest=smallest)
 
 
 def worker_kernel(coupling: str, phi: Layerwise, like: Tensor) -> WorkerKernel:

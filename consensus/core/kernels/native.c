@@ -1,9 +1,10 @@
-/* Lines 3 and 6 of Coupling for one worker on a CPU, in as few passes over memory as they need.
+/* Lines 3 and 6 on a CPU, in as few passes over memory as they need.
 
-native.py compiles this file where a compiler is; native_together.py calls it. Plain C11: it needs
-no header of Python or torch. All floating-point operations are those written here, each rounded to
-its type (no contraction, no -ffast-math), and sums have a fixed order, so the bits do not depend on
-the compiler or on the width of its vector instructions.
+native.py compiles this file where a compiler is. native_together.py calls it for Coupling, and
+native_kernel.py for the trainer. Plain C11: it needs no header of Python or torch. All
+floating-point operations are those written here, each rounded to its type (no contraction, no
+-ffast-math), and sums have a fixed order, so the bits do not depend on the compiler or on the width
+of its vector instructions.
 
     p   the parameters, in runs at different addresses
     u   the consensus variable, and z, the copy of this worker: vectors (n,)
@@ -55,9 +56,11 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
 #define EACH_GROUP                                                                              \
     for (const struct run *first = plan->runs, *last, *end = first + plan->num_runs;            \
          first < end && (last = end_of_group(first, end)); first = last)
-/* The operands of a block. */
+/* The coordinates in a block. */
+#define LENGTH (run->count - at < BLOCK ? run->count - at : BLOCK)
+/* The operands of a block of Coupling. */
 #define OPERANDS                                                             \
-    const int64_t n = run->count - at < BLOCK ? run->count - at : BLOCK;     \
+    const int64_t n = LENGTH;                                                \
     const int64_t place = run->start + at;                                   \
     REAL *restrict p = (REAL *)run->own + at;                                \
     REAL *restrict u = (REAL *)plan->u + place;                              \
@@ -66,13 +69,16 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
 
 /* The code below, for both types. */
 #define REAL float
+#define BITS uint32_t
 #define TINY FLT_MIN
 #define NAME(name) name##_f32
 #include "native.c"
 #undef REAL
+#undef BITS
 #undef TINY
 #undef NAME
 #define REAL double
+#define BITS uint64_t
 #define TINY DBL_MIN
 #define NAME(name) name##_f64
 #include "native.c"
@@ -297,5 +303,7 @@ int64_t NAME(move_near)(const struct plan *plan, const REAL *total, double t_u, 
     }
     return count;
 }
+
+#include "native_rows.h"
 
 #endif

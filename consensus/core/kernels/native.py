@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,20 +29,27 @@ from torch import Tensor
 from consensus.core.sizes import CHUNK
 
 SOURCE = Path(__file__).with_name("native.c")
+PARTS = (SOURCE, SOURCE.with_name("native_rows.h"))
 SWITCH = "CONSENSUS_NATIVE"  # 0: do without
 # Bits do not depend on the processor: no operation is contracted, and sums have a fixed order.
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-shared", "-fPIC")
 TIMEOUT_S = 60.0
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
-_FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
+_COUNT = ctypes.c_int64
+_FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
     "squares": ([_POINTER, _INT, _POINTER], None),
     "start": ([_POINTER, _POINTER, _INT, _POINTER, _POINTER], None),
     "move": ([_POINTER, _POINTER, _DOUBLE, _DOUBLE, _INT], None),
     "lead": ([_POINTER, _POINTER, _POINTER, _DOUBLE, _POINTER], None),
     "pull": ([_POINTER, _POINTER, _POINTER, _INT], None),
+    "sizes_of_rows": ([_POINTER] * 4 + [_COUNT, _POINTER], None),
+    "forces": ([_POINTER] * 4 + [_COUNT] + [_POINTER] * 4, _INT),
+    "move_consensus": ([_POINTER] * 5 + [_DOUBLE, _POINTER], _INT),
+    "sizes_of_line_6": ([_POINTER] * 6 + [_COUNT] + [_DOUBLE] * 3 + [_POINTER], None),
+    "move_rows": ([_POINTER] * 6 + [_COUNT] + [_DOUBLE] * 4 + [_INT] * 2 + [_POINTER] * 3, _COUNT),
     "replace": ([_POINTER, _INT], None),
-    "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _POINTER], ctypes.c_int64),
+    "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _POINTER], _COUNT),
     "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER], ctypes.c_int64),
 }
 
@@ -71,6 +78,45 @@ class Library:
         return found
 
 
+class Run(ctypes.Structure):
+    """As in native.c."""
+
+    _fields_ = (
+        ("own", ctypes.c_void_p),
+        ("start", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    )
+
+
+class Plan(ctypes.Structure):
+    """As in native.c; u and z are addresses."""
+
+    _fields_ = (
+        ("runs", ctypes.c_void_p),
+        ("num_runs", ctypes.c_int64),
+        ("num_groups", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("u", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+    )
+
+
+class PotentialOfC(ctypes.Structure):
+    """`struct potential` of native_rows.h."""
+
+    _fields_ = (
+        ("psi", ctypes.c_int64),
+        ("separable", ctypes.c_int64),
+        ("slope", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("bound", ctypes.c_double),
+        ("radius", ctypes.c_double),
+        ("limit", ctypes.c_double),
+        ("eps", ctypes.c_double),
+    )
+
+
 @functools.cache
 def library() -> Library | None:
     """The library, compiled unless it is in the cache; None if there is none."""
@@ -83,17 +129,25 @@ def library() -> Library | None:
         return None
 
 
-def agreed(smallest: Callable[[Tensor], Tensor], u: Tensor) -> Library | None:
-    """The library if all processes have that of one source and want it. A collective.
+def library_for(like: Tensor) -> Library | None:
+    """The library if it takes vectors (..., n) like a tensor in less time than torch.
 
-    The functions use one thread: where torch has several, it takes large vectors in less time.
+    It uses one thread. Where torch has several, it takes large vectors in less time.
+    """
+    fits = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+    alone = torch.get_num_threads() == 1 or like.shape[-1] <= CHUNK
+    return library() if fits and alone else None
+
+
+def agreed(smallest: Callable[[Tensor], Tensor], u: Tensor) -> Library | None:
+    """`library_for` u (n,) if all processes have that of one source. A collective.
 
     Args:
         smallest: The minimum over processes, in place.
         u: A vector that the processes would move alike.
     """
-    own = library() if torch.get_num_threads() == 1 or u.numel() <= CHUNK else None
-    key = 0 if own is None else int.from_bytes(_digest(SOURCE.read_bytes())[:7])
+    own = library_for(u)
+    key = 0 if own is None else int.from_bytes(_digest_of_source()[:7])
     found = smallest(torch.tensor([key, -key], device=u.device)).tolist()
     return own if found == [key, -key] else None
 
@@ -115,7 +169,7 @@ def _open(folder: Path, compiler: list[str]) -> Library:
     program = Path(found).resolve()
     known = program.stat()
     identity = [str(program), str(known.st_size), str(known.st_mtime_ns), *flags, _processor()]
-    key = _digest(SOURCE.read_bytes(), *map(str.encode, identity)).hex()
+    key = _digest(_digest_of_source(), *map(str.encode, identity)).hex()
     path = folder / f"native-{key}.so"
     if path.is_file():
         try:
@@ -135,7 +189,7 @@ def compile_to(path: Path, command: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="compiling-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         subprocess.run(
-            [*command, str(SOURCE), "-o", str(made)],
+            [*command, str(SOURCE), "-o", str(made), "-lm"],
             check=True,
             capture_output=True,
             stdin=subprocess.DEVNULL,
@@ -154,6 +208,10 @@ def _processor() -> str:
     except OSError:
         flags = platform.processor()
     return platform.machine() + flags
+
+
+def _digest_of_source() -> bytes:
+    return _digest(*(part.read_bytes() for part in PARTS))
 
 
 def _digest(*parts: bytes) -> bytes:

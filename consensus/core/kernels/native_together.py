@@ -17,36 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from consensus.core.kernels.native import Library
+from consensus.core.kernels.native import Library, Plan, Run
 from consensus.core.kernels.together import fractions_of
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters
 
 TILE = 1 << 14  # coordinates of a group of a separable potential: some vectors fit into a cache
-
-
-class _Run(ctypes.Structure):
-    """As in native.c."""
-
-    _fields_ = (
-        ("own", ctypes.c_void_p),
-        ("start", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-    )
-
-
-class _Plan(ctypes.Structure):
-    """As in native.c."""
-
-    _fields_ = (
-        ("runs", ctypes.c_void_p),
-        ("num_runs", ctypes.c_int64),
-        ("num_groups", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("u", ctypes.c_void_p),
-        ("z", ctypes.c_void_p),
-    )
 
 
 class _Native:
@@ -74,13 +50,13 @@ class _Native:
         self._places: list[int] = []
         self._staged: list[tuple[Tensor, Tensor]] = []
         cuts = _cut(lengths, groups)
-        self._runs = (_Run * len(cuts))()
+        self._runs = (Run * len(cuts))()
         for run, (_, _, start, count, group) in zip(self._runs, cuts, strict=True):
             run.start, run.count, run.group = start, count, group
         self._cuts = [(parameter, offset * u.element_size()) for parameter, offset, *_ in cuts]
         address = ctypes.addressof(self._runs)
         sizes = len(cuts), len(groups), len(u)
-        self._table = _Plan(address, *sizes, u.data_ptr(), z.data_ptr())
+        self._table = Plan(address, *sizes, u.data_ptr(), z.data_ptr())
         self._plan = ctypes.addressof(self._table)
         numbers = ctypes.c_double * len(groups)
         self._squares: Any = numbers()

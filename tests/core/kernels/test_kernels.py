@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from consensus import POTENTIALS, Layerwise
-from consensus.core.kernels import choose_kernel, consensus_kernel, worker_kernel
+from consensus.core.kernels import choose_kernel, consensus_kernel, native, worker_kernel
 from consensus.core.kernels.plain import ExactUpdate, Plain, ProximalStep
 from consensus.core.kernels.tiled import Tiled
 
@@ -15,7 +15,8 @@ def tan(n, eta=0.5):
     return Layerwise(POTENTIALS["tan"], [(0, n)], eta)
 
 
-def test_small_vectors_are_plain_and_large_ones_tiled():
+def test_without_a_compiler_small_vectors_are_plain_and_large_ones_tiled(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
     assert type(choose_kernel(tan(SMALL), torch.zeros(SMALL))) is Plain
     assert type(choose_kernel(tan(LARGE), torch.zeros(LARGE))) is Tiled
 
@@ -40,7 +41,8 @@ def test_a_gpu_has_kernels_for_the_potentials_of_table_2():
     assert type(choose_kernel(log_cosh, like)) is Plain
 
 
-def test_names_of_line_3_and_line_6():
+def test_names_of_line_3_and_line_6(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
     phi, like = tan(SMALL), torch.zeros(SMALL)
     assert type(consensus_kernel("gradient", phi, like, lambda x: x)) is Plain
     assert type(consensus_kernel("exact", phi, like, lambda x: x)) is ExactUpdate

@@ -1,0 +1,303 @@
+/* Lines 3 and 6 of the trainer, for K workers in rows of n coordinates: a part of native.c.
+
+`plan` gives the groups; a separable potential has one. The `size` of a vector in a group is its
+|.|^2, or the largest |w_i|^2 of a separable potential. Where `forces` or `move_consensus` returns
+0, or a row is left, nothing but memory has been written: the line search must look closer, or psi'
+is not known here. */
+
+#ifndef ROWS
+#define ROWS
+
+/* psi' as a function of s = scale^2 |w|^2; GIVEN: Python writes the factors 2 psi' scale^2. */
+enum { GIVEN, CONSTANT, CUBE, TAN, LOG };
+
+struct potential {
+    int64_t psi, separable;
+    double slope;  /* psi' if it is CONSTANT */
+    double scale;
+    double bound, radius; /* of the domain: s < bound, and its root */
+    double limit;  /* the s below which psi' is known for separable potentials */
+    double eps;    /* of the type of vectors */
+};
+
+static double slope_at(const struct potential *phi, double s)
+{
+    switch (phi->psi) {
+    case CUBE:
+        return 1.5 * sqrt(s);
+    case TAN:
+        return 1.0 / (cos(s) * cos(s));
+    case LOG:
+        return 1.0 / (1.0 - s);
+    default:
+        return phi->slope;
+    }
+}
+
+/* Whether the factor differs between the coordinates of a group. */
+static int elementwise(const struct potential *phi)
+{
+    return phi->separable && phi->psi != CONSTANT;
+}
+
+static double norm_of(const struct potential *phi, double size)
+{
+    return phi->scale * sqrt(size);
+}
+
+/* The factors strength 2 psi' scale^2, nan outside the domain; of `elementwise` ones without psi'.
+   Returns 0 where psi' is not known. */
+static int find_factors(const struct potential *phi, double strength, const double *sizes,
+                        int64_t count, double *factors)
+{
+    const double common = strength * 2.0 * phi->scale * phi->scale;
+    for (int64_t i = 0; i < count; i++) {
+        const double s = sizes[i] * phi->scale * phi->scale;
+        factors[i] = common;
+        if (elementwise(phi) && !(s < phi->limit))
+            return 0;
+        if (phi->psi == CONSTANT)
+            factors[i] *= phi->slope;
+        else if (!elementwise(phi))
+            factors[i] *= phi->bound < INFINITY && !(s < phi->bound) ? NAN : slope_at(phi, s);
+    }
+    return 1;
+}
+
+/* `Domain.far_inside` of an upper bound of |x| + |d|, and the size of u; not so if one is nan. */
+static int far_inside(const struct potential *phi, double reach, double size_of_u)
+{
+    const double rounding = phi->eps * (32.0 * phi->radius + 4.0 * norm_of(phi, size_of_u));
+    return reach <= 0.875 * (phi->radius - rounding);
+}
+
+/* The size of a group from those of two of its blocks. */
+static double join(const struct potential *phi, double a, double b)
+{
+    if (!phi->separable)
+        return a + b;
+    return isnan(a) || b <= a ? a : b;
+}
+
+#endif
+
+/* The size of a block. */
+static double NAME(size_of)(const struct potential *phi, const REAL *restrict w, int64_t n)
+{
+    if (!phi->separable)
+        return NAME(square)(w, n);
+    BITS most = 0; /* of |w_i|: in the order of the numbers, and nan is above inf */
+    for (int64_t i = 0; i < n; i++) {
+        BITS bits;
+        memcpy(&bits, w + i, sizeof bits);
+        bits &= ~(BITS)0 >> 1;
+        most = bits > most ? bits : most;
+    }
+    REAL largest;
+    memcpy(&largest, &most, sizeof largest);
+    return (double)largest * largest;
+}
+
+/* w = factor w, with psi' of each coordinate where it differs between them. */
+static void NAME(pulled)(const struct potential *phi, REAL *restrict w, REAL factor, int64_t n)
+{
+    const REAL scale2 = (REAL)(phi->scale * phi->scale);
+    if (!elementwise(phi))
+        for (int64_t i = 0; i < n; i++)
+            w[i] *= factor;
+    else if (phi->psi == LOG)
+        for (int64_t i = 0; i < n; i++)
+            w[i] = factor * w[i] / ((REAL)1 - scale2 * (w[i] * w[i]));
+    else /* TAN, as in profiles.py: 1 / cos^2 s = 1 + s^2 + (2/3) s^4 + ... */
+        for (int64_t i = 0; i < n; i++) {
+            const REAL s = scale2 * (w[i] * w[i]), s2 = s * s;
+            w[i] *= factor * ((REAL)1 + (s2 + (REAL)(2.0 / 3.0) * (s2 * s2)));
+        }
+}
+
+/* The sizes of u - z_k, (K, G). */
+void NAME(sizes_of_rows)(const struct plan *plan, const struct potential *phi, const REAL *u,
+                         const REAL *z, int64_t workers, double *sizes)
+{
+    memset(sizes, 0, (size_t)(workers * plan->num_groups) * sizeof(double));
+    ALL_BLOCKS {
+        const int64_t n = LENGTH, place = run->start + at;
+        REAL w[BLOCK];
+        for (int64_t k = 0; k < workers; k++) {
+            const REAL *restrict own = z + k * plan->size + place;
+            double *found = sizes + k * plan->num_groups + run->group;
+            for (int64_t i = 0; i < n; i++)
+                w[i] = u[place + i] - own[i];
+            *found = join(phi, *found, NAME(size_of)(phi, w, n));
+        }
+    }
+}
+
+/* sum_k grad phi(u - z_k), in this order, to `out`; the reaches of the u - z_k (K, G) to `reach`,
+   unless it is NULL. `sizes` and `factors` are memory (K, G); GIVEN: they hold both. */
+int NAME(forces)(const struct plan *plan, const struct potential *phi, const REAL *u, const REAL *z,
+                 int64_t workers, double *sizes, double *factors, REAL *out, REAL *reach)
+{
+    const int64_t count = workers * plan->num_groups;
+    if (phi->psi != GIVEN) {
+        if (phi->psi != CONSTANT || reach)
+            NAME(sizes_of_rows)(plan, phi, u, z, workers, sizes);
+        if (!find_factors(phi, 1.0, sizes, count, factors))
+            return 0;
+    }
+    for (int64_t i = 0; reach && i < count; i++)
+        reach[i] = (REAL)norm_of(phi, sizes[i]);
+    ALL_BLOCKS {
+        const int64_t n = LENGTH, place = run->start + at;
+        REAL *restrict sum = out + place;
+        REAL w[BLOCK];
+        for (int64_t k = 0; k < workers; k++) {
+            const REAL *restrict own = z + k * plan->size + place;
+            const REAL factor = (REAL)factors[k * plan->num_groups + run->group];
+            for (int64_t i = 0; i < n; i++)
+                w[i] = u[place + i] - own[i];
+            NAME(pulled)(phi, w, factor, n);
+            if (k == 0)
+                memcpy(sum, w, (size_t)n * sizeof(REAL));
+            else
+                for (int64_t i = 0; i < n; i++)
+                    sum[i] += w[i];
+        }
+    }
+    return 1;
+}
+
+/* u += step total, if u - z_j is then far inside the domain for all reaches (G,). `memory` (2, G).
+   The reaches and the memory are not used in an unbounded domain. */
+int NAME(move_consensus)(const struct plan *plan, const struct potential *phi, REAL *u,
+                         const REAL *total, const REAL *reach, double step, double *memory)
+{
+    double *of_total = memory, *of_u = memory + plan->num_groups;
+    if (phi->bound < INFINITY) {
+        memset(memory, 0, (size_t)(2 * plan->num_groups) * sizeof(double));
+        ALL_BLOCKS {
+            const int64_t n = LENGTH, place = run->start + at, g = run->group;
+            of_total[g] = join(phi, of_total[g], NAME(size_of)(phi, total + place, n));
+            of_u[g] = join(phi, of_u[g], NAME(size_of)(phi, u + place, n));
+        }
+        for (int64_t g = 0; g < plan->num_groups; g++)
+            if (!far_inside(phi, reach[g] + fabs(step) * norm_of(phi, of_total[g]), of_u[g]))
+                return 0;
+    }
+    NAME(advance)(u, (REAL)step, total, plan->size);
+    return 1;
+}
+
+/* Of each group the sizes of u - z, of v+ = kappa v - sigma (delta + nu z), and of u. */
+static void NAME(sizes_before)(const struct plan *plan, const struct potential *phi, const REAL *u,
+                               const REAL *z, const REAL *v, const REAL *delta, REAL kappa,
+                               REAL sigma, REAL nu, double *of_w, double *of_v, double *of_u)
+{
+    double *found[] = {of_w, of_v, of_u};
+    for (int i = 0; i < 3; i++)
+        memset(found[i], 0, (size_t)plan->num_groups * sizeof(double));
+    ALL_BLOCKS {
+        const int64_t n = LENGTH, place = run->start + at, g = run->group;
+        const REAL *restrict own = z + place;
+        REAL w[BLOCK];
+        of_u[g] = join(phi, of_u[g], NAME(size_of)(phi, u + place, n));
+        for (int64_t i = 0; i < n; i++)
+            w[i] = u[place + i] - own[i];
+        of_w[g] = join(phi, of_w[g], NAME(size_of)(phi, w, n));
+        for (int64_t i = 0; i < n; i++)
+            w[i] = kappa * v[place + i] - sigma * (delta[place + i] + nu * own[i]);
+        of_v[g] = join(phi, of_v[g], NAME(size_of)(phi, w, n));
+    }
+}
+
+/* v = kappa v - sigma (delta + nu z); z += d = v + force at u - z with these factors, NULL: 0;
+   v = d if the coupling goes `through` the velocity. */
+static void NAME(move_row)(const struct plan *plan, const struct potential *phi, const REAL *u,
+                           REAL *z, REAL *v, const REAL *delta, REAL kappa, REAL sigma, REAL nu,
+                           const double *factors, int through)
+{
+    ALL_BLOCKS {
+        const int64_t n = LENGTH, place = run->start + at;
+        REAL *restrict own = z + place, *restrict velocity = v + place;
+        const REAL *restrict gradient = delta + place;
+        REAL w[BLOCK];
+        if (factors) {
+            for (int64_t i = 0; i < n; i++)
+                w[i] = u[place + i] - own[i];
+            NAME(pulled)(phi, w, (REAL)factors[run->group], n);
+        }
+        if (!factors)
+            for (int64_t i = 0; i < n; i++) {
+                velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]);
+                own[i] += velocity[i];
+            }
+        else if (through)
+            for (int64_t i = 0; i < n; i++) {
+                velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]) + w[i];
+                own[i] += velocity[i];
+            }
+        else
+            for (int64_t i = 0; i < n; i++) {
+                velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]);
+                own[i] += velocity[i] + w[i];
+            }
+    }
+}
+
+/* The sizes that line 6 needs, (3, K, G): of the u - z_k, and in a bounded domain of the v_k+ and u. */
+void NAME(sizes_of_line_6)(const struct plan *plan, const struct potential *phi, const REAL *u,
+                           const REAL *z, const REAL *v, const REAL *delta, int64_t workers,
+                           double kappa, double sigma, double nu, double *sizes)
+{
+    const int64_t count = workers * plan->num_groups;
+    if (!(phi->bound < INFINITY)) {
+        NAME(sizes_of_rows)(plan, phi, u, z, workers, sizes);
+        return;
+    }
+    for (int64_t k = 0; k < workers; k++) {
+        const int64_t row = k * plan->size;
+        double *found = sizes + k * plan->num_groups;
+        NAME(sizes_before)(plan, phi, u, z + row, v + row, delta + row, (REAL)kappa, (REAL)sigma,
+                           (REAL)nu, found, found + count, found + 2 * count);
+    }
+}
+
+/* Line 6 of the workers that stay far inside the domain, `coupled` to u by a strength `pull` or not.
+   The others are marked `left`; returns their number. Each worker is decided by itself. `sizes` is
+   memory (3, K, G), and `factors` (K, G); GIVEN: they hold both. */
+int64_t NAME(move_rows)(const struct plan *plan, const struct potential *phi, const REAL *u, REAL *z,
+                        REAL *v, const REAL *delta, int64_t workers, double kappa, double sigma,
+                        double nu, double pull, int coupled, int through, double *sizes,
+                        double *factors, uint8_t *left)
+{
+    const int64_t groups = plan->num_groups, count = workers * groups;
+    const int bounded = phi->bound < INFINITY;
+    int64_t others = 0;
+    if (phi->psi != GIVEN && (bounded || (coupled && phi->psi != CONSTANT)))
+        NAME(sizes_of_line_6)(plan, phi, u, z, v, delta, workers, kappa, sigma, nu, sizes);
+    for (int64_t k = 0; k < workers; k++) {
+        const int64_t row = k * plan->size;
+        const double *of_w = sizes + k * groups;
+        double *own = factors + k * groups;
+        int inside = 1;
+        if (coupled && phi->psi != GIVEN)
+            inside = find_factors(phi, pull, of_w, groups, own);
+        for (int64_t g = 0; coupled && phi->psi == GIVEN && g < groups; g++)
+            own[g] *= pull;
+        for (int64_t g = 0; bounded && inside && g < groups; g++) {
+            double c = coupled ? own[g] : 0.0;
+            if (elementwise(phi)) /* psi' increases */
+                c *= slope_at(phi, phi->scale * phi->scale * of_w[g]);
+            /* The triangle inequality: |x + d| <= |x| + |v+| + c |w|. */
+            const double reach = (1.0 + c) * norm_of(phi, of_w[g])
+                                 + norm_of(phi, of_w[count + g]);
+            inside = far_inside(phi, reach, of_w[2 * count + g]);
+        }
+        left[k] = (uint8_t)!inside;
+        others += !inside;
+        if (inside)
+            NAME(move_row)(plan, phi, u, z + row, v + row, delta + row, (REAL)kappa, (REAL)sigma,
+                           (REAL)nu, coupled ? own : NULL, through);
+    }
+    return others;
+}
