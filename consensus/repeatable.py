@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consensus.comm import Group, PeerLostError, Pending
-from consensus.core.flat import Scalar
+from consensus.core.flat import Scalar, ViewsOf
 from consensus.core.kernels import LineSearch
 from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.server import PendingForce, Server
@@ -34,6 +34,7 @@ class RepeatableServer(Server):
         self._search = LineSearch(self.step, self.cuts, group.min_)
         size = self.kernel.force_size + group.size * self.kernel.reach_size
         self.sum = group.repeated_sum(size, self.u)
+        self._parts = ViewsOf(self._split)
 
     def take(self, load: Callable[[], None]) -> None:
         """Let the next line 3 only load the state of a rank that has finished it."""

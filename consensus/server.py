@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consensus.comm import Group, GroupError, Pending
-from consensus.core.flat import Scalar, part_of
+from consensus.core.flat import Scalar, ViewsOf, part_of
 from consensus.core.kernels import ConsensusKernel, LineSearch, TotalForce, choose_kernel
 from consensus.core.kernels.outer_step import FlatOptimizerStep
 from consensus.core.layerwise import Layerwise
@@ -59,6 +59,7 @@ class Server:
         self._search = LineSearch(self.step, self.cuts, self._over.min_)
         reaches = self._over.size * self.kernel.reach_size
         self.sum = self._over.repeated_sum(self.kernel.force_size + reaches, u, exact=reaches)
+        self._parts = ViewsOf(self._split)
 
     @property
     def memory(self) -> Tensor:
@@ -77,11 +78,13 @@ class Server:
         if self.kernel.reach_size == 0:
             self.kernel.forces(self.u, z, message, scratch)
         else:
-            force, reaches = message.tensor_split([self.kernel.force_size])
+            force, reaches, own = self._parts(message)
             reach = self.kernel.forces(self.u, z, force, scratch)
             assert reach is not None
             # A sum of one rank's numbers and the others' zeros: every rank gets every reach.
-            reaches.zero_().view(self._over.size, -1)[self._over.rank] = reach.amax(0)
+            if self._over.size > 1:
+                reaches.zero_()
+            torch.amax(reach, 0, out=own)
         return self.sum.start(), z
 
     def finish(self, pending: PendingForce, t_u: Scalar) -> Tensor:
@@ -94,16 +97,24 @@ class Server:
         Raises:
             GroupError: On every rank, if the kernel solves for u and has not converged.
         """
-        n, (total, z) = self.kernel.force_size, pending
+        total, z = pending
         force, reach, out = total.wait(), None, self.sum.message
         if self.kernel.reach_size:
-            force, reaches = force.tensor_split([n])
-            reach, out = reaches.view(self._over.size, -1).amax(0), out[:n]
+            # The total is a message in small sums; then its views are at hand.
+            force, reach, _ = (self._parts if force is out else self._split)(force)
+            if self._over.size > 1:
+                reach = reach.view(self._over.size, -1).amax(0)
+            out = self._parts(out)[0]
         try:
             self.kernel.move_consensus(self.u, z, TotalForce(force, reach), t_u, self._search, out)
         except NotConvergedError as error:  # on all ranks, which decide from the same sums
             raise GroupError(f"rank {self.group.rank}: {error}") from error
         return self.u
+
+    def _split(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The force in a message, (n,), the reaches of all ranks, and that of this one, (G,)."""
+        force, reaches = message.tensor_split([self.kernel.force_size])
+        return force, reaches, reaches.view(self._over.size, -1)[self._over.rank]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that survives an iteration: `u` (n,), `step` () and `cuts` ().
