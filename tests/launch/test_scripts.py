@@ -136,6 +136,7 @@ case "$*" in
         cat "$STUB_UV" >"$3/bin/uv"
         chmod +x "$3/bin/python" "$3/bin/uv"
         ;;
+    "-c import consensus.train"*) echo "compile${PYTHONDONTWRITEBYTECODE:-}" >>"$STUB_LOG" ;;
     "-m pip install "*) echo "pip ${*: -1}" >>"$STUB_LOG" ;;
     *) echo "cwd=$PWD omp=${OMP_NUM_THREADS:-} $*" ;;
 esac
@@ -145,7 +146,7 @@ echo "uv $2" >>"$STUB_LOG"
 sleep "${STUB_SLOW:-0}"
 exit "${STUB_UV_FAILS:-0}"
 """
-MADE = ["venv", "pip uv==9.9.9", "uv sync", "uv install"]
+MADE = ["venv", "pip uv==9.9.9", "uv sync", "uv install", "compile"]
 
 
 class Checkout:
@@ -179,6 +180,7 @@ class Checkout:
             "STUB_LOG": str(self.log),
             "STUB_UV": str(uv),
             "STUB_REAL": sys.executable,
+            "PYTHONDONTWRITEBYTECODE": "1",  # as in many images
         }
 
     def start(self, *command: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
@@ -224,7 +226,7 @@ def test_setup_updates_in_place_when_its_inputs_change(checkout, file):
     with (checkout.root / file).open("a") as lines:
         lines.write("# changed\n")
     assert checkout.run("scripts/setup")[0] == 0
-    assert checkout.calls() == ["uv sync", "uv install"]
+    assert checkout.calls() == ["uv sync", "uv install", "compile"]
     assert checkout.run("scripts/setup")[2] == ""
 
 
