@@ -1,4 +1,4 @@
-"""Private names of Hydra, OmegaConf and Python, in one place.
+"""Private names of Hydra, OmegaConf, torch and Python, in one place.
 
 Nothing outside this module reads a name that its owner marks as private. Each function states a
 contract, and tests/test_private_api.py checks it, so an upgrade that breaks it fails there. Hydra
@@ -7,13 +7,19 @@ is imported by the functions, because not every caller needs it.
 
 import argparse
 import atexit
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
+
+
+def loader_processes(found: Iterator[object]) -> list[BaseProcess]:
+    """The processes of an iterator of torch's DataLoader, also those that have ended."""
+    return list(getattr(found, "_workers", ()))
 
 
 def omegaconf_yaml_loader() -> type:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "consensus.core": {"registry", "tree_sum"},
     "consensus.theory": {"core"},
     "consensus.comm": {"tree_sum"},
-    "consensus.problem": {"core.flat", "registry", "tree_sum"},
+    "consensus.problem": {"core.flat", "private_api", "registry", "tree_sum"},
     "consensus.server": {"comm", "core"},
     "consensus.gathered": {"comm", "core", "server"},
     "consensus.worker": {"core"},

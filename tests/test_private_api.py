@@ -1,16 +1,19 @@
 """The contracts of private names that the package relies on."""
 
 import argparse
+import multiprocessing
 import subprocess
 import sys
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 from consensus.private_api import (
     add_config_source,
@@ -18,10 +21,30 @@ from consensus.private_api import (
     has_content,
     hydra_argument_parser,
     hydra_callbacks,
+    loader_processes,
     names_in_group,
+    omegaconf_yaml_loader,
     own_keys,
 )
 from consensus.run.compose import config_dir
+
+
+def test_the_yaml_loader_is_a_class_of_pyyaml():
+    loader = omegaconf_yaml_loader()
+    assert issubclass(loader, yaml.SafeLoader)
+    assert yaml.load("{a: 1e-4, b: 2026-11-30}", Loader=loader) == {"a": 1e-4, "b": "2026-11-30"}
+
+
+def test_loader_processes_that_have_ended_are_still_known():
+    found = iter(DataLoader(range(4), num_workers=2))
+    processes = loader_processes(found)
+    assert len(processes) == 2
+    for process in processes:
+        process.kill()
+        process.join()
+    assert multiprocessing.active_children() == []
+    assert [process.exitcode for process in loader_processes(found)] == [-9, -9]
+    assert loader_processes(iter(DataLoader(range(4)))) == []
 
 
 def test_the_parser_accepts_overrides_and_the_switches_of_hydra():

@@ -5,7 +5,6 @@ is thus a function of its request, in this process or in loader processes.
 """
 
 import errno
-import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from consensus.private_api import loader_processes
 from consensus.problem.samples import Tree, described, map_tree
 from consensus.problem.streams import restored_generators
 
@@ -80,15 +80,17 @@ def read(
         worker_init_fn=partial(_follow, os.getpid()) if _FORK else None,
         generator=torch.Generator(),  # else the DataLoader draws from the global one
     )
-    before = multiprocessing.active_children()
     with _start_of_processes() if processes else nullcontext():
         found = iter(loader)
-    started = [child for child in multiprocessing.active_children() if child not in before]
+    started = loader_processes(found)
     try:
         yield from found
     except (OSError, EOFError, RuntimeError) as error:  # those of the dataset are a `Failure`
-        # Its connections close before the kernel says that it has ended.
-        wait([child.sentinel for child in started], ENDING_S if started else 0.0)
+        # Its connections close first, then its sentinel, and then the kernel says how it has ended.
+        closed = wait([child.sentinel for child in started], ENDING_S if started else 0.0)
+        for child in started:
+            if child.sentinel in closed:
+                child.join()
         causes = [str(error).partition("\n")[0] or type(error).__name__]
         causes += [f"process {x.pid}: {_ending(x.exitcode)}" for x in started if not x.is_alive()]
         cause = "; ".join(causes)
