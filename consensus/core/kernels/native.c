@@ -71,15 +71,18 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
 #define REAL float
 #define BITS uint32_t
 #define TINY FLT_MIN
+#define LARGEST FLT_MAX
 #define NAME(name) name##_f32
 #include "native.c"
 #undef REAL
 #undef BITS
 #undef TINY
+#undef LARGEST
 #undef NAME
 #define REAL double
 #define BITS uint64_t
 #define TINY DBL_MIN
+#define LARGEST DBL_MAX
 #define NAME(name) name##_f64
 #include "native.c"
 

@@ -144,7 +144,8 @@ class Native:
             if left[k]:
                 own = LineSearch(torch.ones_like(search.step), search.cuts[k : k + 1])
                 self.fallback.move_workers(block.row(k), u, anchor, numbers, own)
-                torch.minimum(search.step, own.step, out=search.step)
+                if bounded:
+                    torch.minimum(search.step, own.step, out=search.step)
         return None
 
     def _find_factors(self, sizes: Any, factors: Any) -> None:

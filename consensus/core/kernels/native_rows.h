@@ -81,6 +81,17 @@ static double join(const struct potential *phi, double a, double b)
 
 #endif
 
+/* Whether the factors, or nan, are numbers of the type. With a tiny eta they are too large for it:
+   the operations of torch multiply w by the scale first. */
+static int NAME(fit)(const struct potential *phi, const double *factors, int64_t count)
+{
+    double most = phi->scale * phi->scale;
+    for (int64_t i = 0; i < count; i++)
+        if (fabs(factors[i]) > most)
+            most = fabs(factors[i]);
+    return most <= LARGEST;
+}
+
 /* The size of a block. */
 static double NAME(size_of)(const struct potential *phi, const REAL *restrict w, int64_t n)
 {
@@ -145,6 +156,8 @@ int NAME(forces)(const struct plan *plan, const struct potential *phi, const REA
         if (!find_factors(phi, 1.0, sizes, count, factors))
             return 0;
     }
+    if (!NAME(fit)(phi, factors, count))
+        return 0;
     for (int64_t i = 0; reach && i < count; i++)
         reach[i] = (REAL)norm_of(phi, sizes[i]);
     ALL_BLOCKS {
@@ -284,6 +297,7 @@ int64_t NAME(move_rows)(const struct plan *plan, const struct potential *phi, co
             inside = find_factors(phi, pull, of_w, groups, own);
         for (int64_t g = 0; coupled && phi->psi == GIVEN && g < groups; g++)
             own[g] *= pull;
+        inside = inside && (!coupled || NAME(fit)(phi, own, groups));
         for (int64_t g = 0; bounded && inside && g < groups; g++) {
             double c = coupled ? own[g] : 0.0;
             if (elementwise(phi)) /* psi' increases */

@@ -131,6 +131,30 @@ def test_u_is_moved_by_torch_unless_all_ranks_have_the_library(smallest, monkeyp
     assert float(u[0]) == (0.5 if smallest is agreeing else 1.0)
 
 
+@pytest.mark.parametrize("eta", [1e-30, 1e-20, 1e-18, 1e-10])
+@pytest.mark.parametrize("name", [*NAMES, "tan_sep"])
+def test_a_scale_whose_square_is_no_number_of_float32(name, eta):
+    """Where u = z_j nothing pulls, and between them what the formulas say, however small eta."""
+    phi, like = layerwise(name, LAYERS, eta), torch.zeros(N)
+    kernels = choose_kernel(phi, like, smallest=agreeing), Plain(phi, like)
+    assert type(kernels[0]) is Native
+    for apart in (0.0, 0.01 * eta):
+        z = torch.linspace(-1.0, 1.0, N).mul(apart)[None]
+        found = []
+        for kernel in kernels:
+            u, force = like.clone(), torch.empty_like(like)
+            kernel.forces(u, z, force, torch.empty_like(z))
+            block = Block(z.clone(), torch.zeros_like(z), torch.zeros_like(z), torch.empty_like(z))
+            numbers = Hyperparameters(0.9, 0.1, 0.0, 1e-9)
+            search = LineSearch(torch.ones(()), torch.zeros(1, dtype=torch.int64))
+            kernel.move_workers(block, u, u, numbers, search)
+            found.append((force, block.z))
+        (force, moved), (plain_force, plain_moved) = found
+        assert plain_force.isfinite().all()
+        close(force, plain_force, 1e-5)
+        close(moved, plain_moved, 1e-5)
+
+
 NUMBERS = [(0.9, 0.1, 0.01), (0.0, 0.3, 0.0), (1.0, 0.0, 0.0)]  # kappa, sigma, nu
 
 
@@ -380,6 +404,7 @@ def test_what_is_left_to_torch(monkeypatch):
         separable = Layerwise(POTENTIALS.make(name, separable=True), LAYERS)
         assert type(choose_kernel(separable, like)) is Plain
     large = [(0, 1 << 18)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert type(choose_kernel(layerwise("tan", large), torch.zeros(1 << 18))) is Native
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert type(choose_kernel(layerwise("tan"), like)) is Native
