@@ -77,6 +77,7 @@ RUN = [
     f"group.timeout_s={TIMEOUT_S}",
 ]
 HERE = ["resume=auto", "output.run_dir=run"]
+INT8 = ("group.shared_memory=false", "group.compress=int8")  # what is lost is a part of the state
 CLOCKS = ("wall_s", "samples_per_s")
 
 
@@ -174,15 +175,15 @@ def plugin(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, plugin) -> Callable[[int], Reference]:
-    """`reference(size)`: the uninterrupted run of `size` ranks."""
+def reference(tmp_path_factory, plugin) -> Callable[..., Reference]:
+    """`reference(size, *overrides)`: the uninterrupted run of `size` ranks."""
 
     @functools.cache
-    def make(size: int) -> Reference:
+    def make(size: int, *own: str) -> Reference:
         warm_up(tmp_path_factory.mktemp("warm"))
         folder = tmp_path_factory.mktemp("reference")
         started = time.monotonic()
-        with Ranks(size, [*RUN, *HERE], folder, plugin) as ranks:
+        with Ranks(size, [*RUN, *HERE, *own], folder, plugin) as ranks:
             while not has_met(ranks):
                 assert not ranks.ended, ranks.err(0)
                 time.sleep(0.01)
@@ -334,12 +335,12 @@ def sleep_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_run_equals_an_uninterrupted_one(number, reference, plugin, tally, tmp_path):
     chance = random.Random(f"{SEED}/{number}")
-    size = 4 if number % 4 == 3 else 2
-    expected = reference(size)
+    size, own = 4 if number % 4 == 3 else 2, INT8 if number % 4 == 2 else ()
+    expected = reference(size, *own)
     tally.runs += 1
     killed, wanted = 0, chance.choice([1, 1, 2, 3])
     while killed < wanted:
-        with Ranks(size, [*RUN, *HERE], tmp_path, plugin) as ranks:
+        with Ranks(size, [*RUN, *HERE, *own], tmp_path, plugin) as ranks:
             moment = MOMENTS[(number + killed) % len(MOMENTS)]
             if kill_at_random(chance, moment, ranks, expected.timing, tally):
                 killed += 1
@@ -347,7 +348,7 @@ def test_a_killed_run_equals_an_uninterrupted_one(number, reference, plugin, tal
                 break  # it is complete
             else:
                 shutil.rmtree(tmp_path / "run")
-    with Ranks(size, [*RUN, *HERE], tmp_path, plugin) as ranks:
+    with Ranks(size, [*RUN, *HERE, *own], tmp_path, plugin) as ranks:
         assert ranks.wait(120) == [0] * size, ranks.err(0)
     require_sound(tmp_path / "run")
     require_equal(read(tmp_path / "run"), expected.finished)
