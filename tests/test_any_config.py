@@ -46,7 +46,7 @@ from consensus.run import trainer as trainer_module
 
 entry = importlib.import_module("consensus.train")  # the attribute of that name is a function
 
-EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("CONSENSUS_EXAMPLES", "30"))
 SECONDS = 60.0  # no command may take longer
 BYTES = 4 << 30  # nor more memory than this
 TRAIN, TEST = 40, 20  # images

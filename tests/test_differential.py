@@ -39,7 +39,7 @@ from consensus.run.metrics import measure
 from consensus.run.plan import make_plan
 from tests.testing.plain_run import Logistic, PlainRun
 
-CASES = int(os.environ.get("CONSENSUS_CASES", "240"))
+CASES = int(os.environ.get("CONSENSUS_CASES", "150"))
 FIRST = int(os.environ.get("CONSENSUS_FIRST_CASE", "0"))
 PARTS = 3  # for workers of pytest-xdist
 ON_RANKS = 24  # cases on two processes
