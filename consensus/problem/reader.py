@@ -38,8 +38,6 @@ _BLOCKED = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 if _FORK := sys.platform == "linux":
     _BLOCKED.add(signal.SIGTERM)  # `_follow` waits for it
 
-ENDING_S = 10.0  # a process that dies may take so long to free its memory on a busy machine
-
 
 class SampleError(RuntimeError):
     """A sample cannot be read: one line that names it and the cause.
@@ -87,7 +85,7 @@ def read(
         yield from found
     except (OSError, EOFError, RuntimeError) as error:  # those of the dataset are a `Failure`
         # Its connections close first, then its sentinel, and then the kernel says how it has ended.
-        closed = wait([child.sentinel for child in started], ENDING_S if started else 0.0)
+        closed = wait([child.sentinel for child in started], 1.0 if started else 0.0)
         for child in started:
             if child.sentinel in closed:
                 child.join()
