@@ -50,7 +50,7 @@ _FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
     "move_rows": ([_POINTER] * 6 + [_COUNT] + [_DOUBLE] * 4 + [_INT] * 2 + [_POINTER] * 3, _COUNT),
     "replace": ([_POINTER, _INT], None),
     "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _POINTER], _COUNT),
-    "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER], ctypes.c_int64),
+    "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER], _COUNT),
 }
 
 
@@ -111,7 +111,6 @@ class PotentialOfC(ctypes.Structure):
         ("slope", ctypes.c_double),
         ("scale", ctypes.c_double),
         ("bound", ctypes.c_double),
-        ("radius", ctypes.c_double),
         ("limit", ctypes.c_double),
         ("eps", ctypes.c_double),
     )

@@ -65,7 +65,6 @@ class Native:
             profile.slope or 0.0,
             float(phi.scale),
             phi.bound,
-            math.sqrt(phi.bound),
             _limit(phi, like.dtype),
             torch.finfo(like.dtype).eps,
         )

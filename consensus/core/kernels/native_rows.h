@@ -14,8 +14,8 @@ enum { GIVEN, CONSTANT, CUBE, TAN, LOG };
 struct potential {
     int64_t psi, separable;
     double slope;  /* psi' if it is CONSTANT */
-    double scale;
-    double bound, radius; /* of the domain: s < bound, and its root */
+    double scale;  /* x = scale w */
+    double bound;  /* of the domain: s < bound */
     double limit;  /* the s below which psi' is known for separable potentials */
     double eps;    /* of the type of vectors */
 };
@@ -67,8 +67,9 @@ static int find_factors(const struct potential *phi, double strength, const doub
 /* `Domain.far_inside` of an upper bound of |x| + |d|, and the size of u; not so if one is nan. */
 static int far_inside(const struct potential *phi, double reach, double size_of_u)
 {
-    const double rounding = phi->eps * (32.0 * phi->radius + 4.0 * norm_of(phi, size_of_u));
-    return reach <= 0.875 * (phi->radius - rounding);
+    const double radius = sqrt(phi->bound);
+    const double rounding = phi->eps * (32.0 * radius + 4.0 * norm_of(phi, size_of_u));
+    return reach <= 0.875 * (radius - rounding);
 }
 
 /* The size of a group from those of two of its blocks. */
