@@ -54,7 +54,7 @@ def plain(node: Any) -> Any:
 
 @cache
 def _loader() -> type:
-    """OmegaConf's loader over the parser of libyaml, in a twentieth of the time where it is."""
+    """OmegaConf's loader; with the parser of libyaml, where there is one, ten times as fast."""
     own = omegaconf_yaml_loader()
     if not yaml.__with_libyaml__:
         return own

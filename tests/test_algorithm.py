@@ -727,7 +727,7 @@ class NoiselessQuadratics(Quadratics):
 def test_it_rests_where_15_is_stationary_for_lam_at_rest(potential, kwargs, factor):
     """grad f_j(z_j) = grad phi(u - z_j) / lam_at_rest, with momentum not the lam that was given."""
     lam, nu, periodic = 0.5 / factor, 1e-2, "period" in kwargs
-    # What a period adds is proportional to the step; an implicit step may be long.
+    # The error of a period is proportional to the step; an implicit step may be long.
     step = 2e-3 if periodic else 2e-2 if "coupling" in kwargs else 6e-3
     algorithm = build(Solo(), potential, lam=lam, nu=nu, sigma=step, tau=step, **kwargs)
     worker = algorithm.worker

@@ -88,7 +88,7 @@ def agreeing(own):
 
 
 def disagreeing(own):
-    """That over ranks of which one has none."""
+    """The minimum over ranks of which one has none."""
     return own.clamp_(max=0)
 
 
@@ -134,7 +134,7 @@ def test_u_is_moved_by_torch_unless_all_ranks_have_the_library(smallest, monkeyp
 @pytest.mark.parametrize("eta", [1e-30, 1e-20, 1e-18, 1e-10])
 @pytest.mark.parametrize("name", [*NAMES, "tan_sep"])
 def test_a_scale_whose_square_is_no_number_of_float32(name, eta):
-    """Where u = z_j nothing pulls, and between them what the formulas say, however small eta."""
+    """No force at u = z_j, and elsewhere that of the formulas, however small eta is."""
     phi, like = layerwise(name, LAYERS, eta), torch.zeros(N)
     kernels = choose_kernel(phi, like, smallest=agreeing), Plain(phi, like)
     assert type(kernels[0]) is Native
@@ -183,7 +183,7 @@ def test_line_6(name, workers, numbers, through, pull):
 @pytest.mark.parametrize("speed", [0.01, 0.1, 0.3, 0.6, 1.0, 3.0])
 @pytest.mark.parametrize("reach", [0.05, 0.3, 0.6])
 def test_the_line_search_is_that_of_the_formulas(name, speed, reach):
-    """Where steps are cut, all of line 6 is; a step is 1 only where they find 1."""
+    """Steps, cuts and rows as by plain.py, also where a step is cut."""
     vectors = Vectors(2, reach, speed)
     found = []
     for kernel in pair(name):
