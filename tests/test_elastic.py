@@ -51,12 +51,15 @@ class Members(Ranks):
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.run_dir = cwd / "run" if joins is None else joins.run_dir
+        self._all = [self] if joins is None else joins._all  # that are in the run
         env = {**ALONE, "CONSENSUS_MEMBERS": str(expected or size), **(env or {})}
         if joins is not None:
             env["MASTER_PORT"] = str(joins.port)
         cwd.mkdir(exist_ok=True)
         own = [] if joins is not None else [f"output.run_dir={self.run_dir}"]
         super().__init__(size, ["group.elastic=true", *overrides, *own], cwd, env)
+        if joins is not None:
+            joins._all.append(self)
 
     def changes(self) -> list[Change]:
         return read_changes(self.run_dir) if (self.run_dir / MEMBERSHIP).exists() else []
@@ -65,8 +68,7 @@ class Members(Ranks):
         """Wait until the membership log fulfils a condition; returns it."""
         deadline = time.monotonic() + 60.0
         while not condition(found := self.changes()):
-            said = "\n".join(f"{r}: {self.out(r)}{self.err(r)}" for r in range(self.size))
-            assert time.monotonic() < deadline, f"{found}\n{said}"
+            assert time.monotonic() < deadline, f"{found}\n{self.said()}"
             time.sleep(0.01)
         return found
 
@@ -75,8 +77,13 @@ class Members(Ranks):
         path = self.run_dir / "metrics.jsonl"
         deadline = time.monotonic() + 60.0
         while not (path.exists() and f'"iteration": {iteration},' in path.read_text()):
-            assert time.monotonic() < deadline, self.err(0)
+            assert time.monotonic() < deadline, self.said()
             time.sleep(0.01)
+
+    def said(self) -> str:
+        """The output of all processes of the run, those that have joined it as well."""
+        places = [(group, r) for group in self._all for r in range(group.size)]
+        return "\n".join(f"{m.cwd.name} {r}: {m.out(r)}{m.err(r)}" for m, r in places)
 
 
 def digests(run_dir: Path) -> list[tuple[int, str]]:
@@ -206,6 +213,33 @@ def test_a_member_that_is_lost_while_a_checkpoint_is_written(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir() if not path.name.isdecimal()] == []
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iteration"] == 200
+
+
+@pytest.mark.parametrize("then", ["nothing", "killed and joined"])
+def test_a_checkpoint_that_only_one_member_has_lost_is_written_again_by_all(tmp_path, then):
+    plugins = "plugins=[tests.testing.slow, tests.testing.lost_on_one]"
+    overrides = [*RUN, "algorithm.iterations=300", "output.eval_every=20", plugins]
+    overrides += ["output.checkpoint_every=100", "output.keep_checkpoints=10"]
+    with Members(2, overrides, tmp_path, expected=3) as members:
+        same, lost = [*overrides, f"output.run_dir={members.run_dir}"], {"LOST_ON_ONE": "1"}
+        with Members(1, same, tmp_path / "lost", joins=members, expected=3, env=lost) as other:
+            members.until_row(100)
+            if then != "nothing":
+                members.kill(next(r for r in range(2) if "3 workers" not in members.out(r)))
+            members.until(lambda log: len(log) > 1)
+            if then != "nothing":
+                with Members(1, [], tmp_path / "more", joins=members) as more:
+                    members.until(lambda log: len(log[-1].workers) == 3)
+                    assert more.wait(60) == [0], more.err(0)
+            assert other.wait(60) == [0], other.err(0)
+            codes = [0, 0] if then == "nothing" else [-9, 0]
+            assert sorted(members.wait(60)) == codes, members.err(0) + members.err(1)
+    found = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert found >= {200, 300}
+    changed = {change.iteration for change in read_changes(tmp_path / "run")[1:]}
+    again = found - {100, 200, 300}
+    assert again and again <= changed | {t + 1 for t in changed}
+    require_replayed(tmp_path / "run", tmp_path / "replay")
 
 
 def test_a_process_with_another_config_is_refused_and_one_without_takes_that_of_the_run(tmp_path):

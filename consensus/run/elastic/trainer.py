@@ -47,6 +47,7 @@ class Report:
     at: tuple[int, int]  # its position
     finished: int  # the number of communications that it has finished
     rows: int  # the number of evaluations that it has
+    owed: bool  # whether it knows of a checkpoint that was lost with a member
     noticed: float  # Unix time at which it stopped
     agreed: float  # Unix time at which it knew the view
 
@@ -87,7 +88,7 @@ class ElasticTrainer(Trainer):
         self._requested: Pending | None = None  # the number of members that want a change
         self.noticed = self.agreed = time.time()  # of the last change, see `Report`
         self._shows = directory is None and group.rank == 0  # the run, and writes its files
-        self._owed = False  # a checkpoint was lost with a member
+        self._owed = False  # a checkpoint was lost with a member; equal on all members
         self._absent: tuple[int, ...] = ()
 
     @property
@@ -110,9 +111,11 @@ class ElasticTrainer(Trainer):
         return self.directory.problem or (None if lost else super().problem)
 
     def report(self) -> Report:
-        """The report to the next view."""
+        """The report to the next view. Waits for the writer."""
+        self.finish_writing()
+        owed = self._owed or (self.writer is not None and self.writer.lost)
         finished, rows = self.server.finished, len(self.rows)
-        return Report(self.at, finished, rows, self.noticed, self.agreed)
+        return Report(self.at, finished, rows, owed, self.noticed, self.agreed)
 
     # ---- the first view
 
@@ -147,9 +150,8 @@ class ElasticTrainer(Trainer):
     def adopt(self, plan: Plan, group: Group, reports: list[Report | None]) -> None:
         """Go on with the members of another view, where the foremost of them is. A collective."""
         joins = reports[group.rank] is None
-        if self.writer is not None:
-            self.writer.wait()
-            self._owed |= self.writer.lost
+        # The last message of a write may have come to some members and not to others.
+        self._owed = any(found is not None and found.owed for found in reports)
         self.plan, self.group, self.directory.group = plan, group, group
         known = [(rank, found) for rank, found in enumerate(reports) if found is not None]
         at = max(found.at for _, found in known)
@@ -302,7 +304,8 @@ class ElasticTrainer(Trainer):
             self._requested = None
             return True
         self.members.leaving = self.signals.received == signal.SIGTERM
-        self._request.message.fill_(float(self.members.requests_change))
+        lost = self.writer is not None and self.writer.lost  # another view opens another
+        self._request.message.fill_(float(self.members.requests_change or lost))
         self._requested = self._request.start()
         return False
 
