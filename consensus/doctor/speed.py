@@ -35,13 +35,14 @@ def check_sums(
     dtype = config.dtype_of_u
     like = torch.zeros(1, device=group.device, dtype=dtype)
     rows: list[tuple[str, str, str, str]] = [("n", "", "ms", "MB/s")]
-    last_s, last_n, own_s = 0.0, 1, 0.0
+    shortest_s, last_s, last_n, own_s = 0.0, 0.0, 1, 0.0
     way = backend
     for numel in sorted({*SIZES, *(() if own is None else (own,))}):
         room = shutil.disk_usage(FOLDER).free if FOLDER.exists() else math.inf
         fits = num_bytes(group.size, numel, dtype) < 0.1 * room  # others need some of it as well
-        if numel != own and (last_s * numel / last_n > LONGEST_S or not _on_all(group, fits)):
-            break
+        expected_s = shortest_s + (last_s - shortest_s) * numel / last_n  # a latency, and a rate
+        if numel != own and (expected_s > LONGEST_S or not _on_all(group, fits)):
+            continue
         total = group.repeated_sum(numel, like)
         way = "shared memory" if total.in_shared_memory else backend
 
@@ -59,6 +60,7 @@ def check_sums(
             remedy = "group=gloo and group.shared_memory=false, to see which way is at fault"
             return [fault("sums", text, remedy)], 0.0
         last_s, last_n = _median(group, once), numel
+        shortest_s = min(shortest_s or last_s, last_s)
         if numel == own:
             own_s = last_s
         name = "u of this model" if numel == own else ""
@@ -99,8 +101,7 @@ def check_iterations(group: Group, plan: Plan, sum_s: float) -> list[Finding]:
 def advice(gradient_s: float, sum_s: float, period: int) -> tuple[str, str] | None:
     """Text and remedy for a sum that takes longer than the gradients it overlaps with, or None."""
     over = sum_s - gradient_s
-    waits = over / (period * gradient_s + over)
-    if waits <= 0.1:
+    if over <= 0 or (waits := over / (period * gradient_s + over)) <= 0.1:
         return None
     text = f"It cannot hide: the run waits {100 * waits:.0f} % of the time"
     if gradient_s < SHORT_S:
