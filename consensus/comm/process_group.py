@@ -148,12 +148,13 @@ class ProcessGroup(Group):
         message = like.new_empty(numel)
         if self._tree:
             return TreeSum(self, message)
-        if self._compress == "int8":
-            return Int8Sum(self, message, exact)
-        small = like.device.type == "cpu" and message.nbytes <= LARGEST  # of CPU tensors: Gloo
-        exchange = self._exchanges and self.size == 2 and small
-        send = partial(ExchangedSum, self) if exchange else None
-        return sent_sum(self, message, self._compress, send)
+        with self.reporting("sum"):  # a sum that announces memory finds out that a peer is lost
+            if self._compress == "int8":
+                return Int8Sum(self, message, exact)
+            small = like.device.type == "cpu" and message.nbytes <= LARGEST  # of CPU tensors: Gloo
+            exchange = self._exchanges and self.size == 2 and small
+            send = partial(ExchangedSum, self) if exchange else None
+            return sent_sum(self, message, self._compress, send)
 
     def start_gather(self, tensor: Tensor, out: Tensor) -> Pending:
         """Asynchronous all-gather."""
@@ -219,6 +220,8 @@ def _reporting(operation: str, rank: int, heartbeat: Heartbeat | None) -> Iterat
     """
     try:
         yield
+    except GroupError:
+        raise  # it names rank and collective already
     except (RuntimeError, TimeoutError) as error:
         lost = isinstance(error, dist.DistError | PeersGoneError | TimeoutError)
         if not lost and not _LOST.search(str(error)):

@@ -1,7 +1,9 @@
+import time
+
 import pytest
 import torch
 
-from consensus.comm import sent_sum
+from consensus.comm import PeerLostError, sent_sum
 from consensus.comm.shared_memory import available
 from consensus.server import digest
 
@@ -42,6 +44,7 @@ def kinds_of_sum(group):
         for shared in (True, False):
             group._compress, group._shared_memory = compress, shared
             names.append(type(group.repeated_sum(3, x)).__name__)
+    group.barrier()  # a rank that ends earlier is lost to the other, which announces memory to it
     return names
 
 
@@ -51,3 +54,24 @@ def test_only_sent_sums_are_compressed(ranks):
     sent = ["ExchangedSum", "Bfloat16Sum", "Int8Sum"]
     expected = [name for kind in sent for name in (here or kind, kind)]
     assert ranks(2, kinds_of_sum) == [expected] * 2
+
+
+def open_without_the_other(group, compress):
+    group._compress, group._shared_memory = compress, False
+    if group.rank == 1:
+        return ""  # and closes the group
+    group.gather_objects = lambda value: [value, ""]  # whether all are on one host; it was asked
+    try:
+        for _ in range(500):
+            group.repeated_sum(3, torch.zeros(3))
+            time.sleep(0.01)
+    except PeerLostError as error:
+        return str(error)
+    return "not lost"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("compress", [None, "bf16", "int8"])
+def test_a_peer_that_is_lost_before_the_first_sum_is_told(ranks, compress):
+    found, _ = ranks(2, open_without_the_other, compress)
+    assert found.startswith("rank 0: lost a peer in `sum`: ")
