@@ -23,9 +23,9 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
-from consensus.startup import answer_signals, heeded, protect_streams
+from consensus.startup import begin_imports, end_imports, heeded, protect_streams
 
-answer_signals(__name__, "consensus.elastic")  # the import of torch takes seconds
+begin_imports(__name__, "consensus.elastic")  # the import of torch takes seconds
 
 from consensus.help import answer_questions
 
@@ -129,6 +129,7 @@ class Launcher:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         from consensus.comm.rendezvous import connect, serve  # imports torch
 
+        end_imports()
         self.options = options
         program = ["-m", "consensus.train", "group.elastic=true"]
         if options.script is not None:

@@ -8,9 +8,9 @@ checkpoint; 128 + the signal, it stopped without a checkpoint (130: a second Ctr
 import os
 import sys
 
-from consensus.startup import announce, answer_signals, protect_streams
+from consensus.startup import announce, begin_imports, end_imports, protect_streams
 
-answer_signals(__name__, "consensus.train")  # the imports below take seconds
+begin_imports(__name__, "consensus.train")  # the imports below take seconds
 
 from consensus.help import answer_questions
 
@@ -78,6 +78,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     answer_questions("__main__", "consensus.train")
     protect_streams("consensus.train")
+    end_imports()
     follow_launcher()
     with failures_in_one_line():
         refuse_unknown_switches()

@@ -68,7 +68,8 @@ def test_no_output_is_no_failure(tmp_path, redirection, out, err):
 @pytest.fixture
 def slow_torch(tmp_path):
     """A folder for PYTHONPATH with a module `torch` whose import waits for ever."""
-    module = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(300)\n"
+    module = "import gc, pathlib, time\n"
+    module += "pathlib.Path('importing').write_text(str(gc.isenabled()))\ntime.sleep(300)\n"
     (tmp_path / "torch.py").write_text(module)
     return tmp_path
 
@@ -100,6 +101,30 @@ def test_a_signal_during_the_imports_is_one_line(slow_torch, module, number, env
     assert process.returncode == 128 + number
     line = f"{module}: {number.name}: stopped outside of the training; nothing was to be saved\n"
     assert err == (line if said else "")
+    assert (slow_torch / "importing").read_text() == "False", "garbage is collected in imports"
+
+
+PAUSES = """
+import gc, sys
+from consensus.startup import begin_imports, end_imports
+found = []
+for program in "-c", "/bin/consensus-train":
+    sys.argv[0] = program
+    begin_imports("consensus.train", "consensus.train")
+    found.append(gc.isenabled())
+    end_imports()
+    found += [gc.isenabled(), gc.get_freeze_count() > 0]
+print(*found)
+"""
+
+
+def test_garbage_is_collected_after_the_imports():
+    done = subprocess.run(
+        [sys.executable, "-c", PAUSES],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # Of a program that imports the command, nothing changes.
+    assert done.stdout.split() == ["True", "True", "False", "False", "True", "True"]
 
 
 @pytest.mark.parametrize(

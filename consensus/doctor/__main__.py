@@ -8,9 +8,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from consensus.startup import announce, answer_signals, interrupt_on_signals, protect_streams
+from consensus.startup import (
+    announce,
+    begin_imports,
+    end_imports,
+    interrupt_on_signals,
+    protect_streams,
+)
 
-answer_signals(__name__, "consensus.doctor")  # the imports below take seconds
+begin_imports(__name__, "consensus.doctor")  # the imports below take seconds
 
 from consensus.help import answer_questions
 
@@ -35,6 +41,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     answer_questions("__main__", "consensus.doctor")
     protect_streams("consensus.doctor")
+    end_imports()
     try:
         with composing("doctor", take_as_text(sys.argv[1:])) as (overrides, _):
             job = Nodes.from_environment() or Launch.from_environment()

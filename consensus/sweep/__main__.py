@@ -12,9 +12,15 @@ dashboard.py shows their status files. The report reads the files of the runs.
 import os
 import sys
 
-from consensus.startup import announce, answer_signals, interrupt_on_signals, protect_streams
+from consensus.startup import (
+    announce,
+    begin_imports,
+    end_imports,
+    interrupt_on_signals,
+    protect_streams,
+)
 
-answer_signals(__name__, "consensus.sweep")  # the imports below take seconds
+begin_imports(__name__, "consensus.sweep")  # the imports below take seconds
 
 from consensus.help import answer_questions, page
 
@@ -58,6 +64,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     answer_questions("__main__", "consensus.sweep")
     protect_streams("consensus.sweep")
+    end_imports()
     interrupt_on_signals()  # the runs write checkpoints and stop
     arguments = sys.argv[1:]
     if not arguments:
