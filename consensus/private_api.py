@@ -33,6 +33,17 @@ def omegaconf_yaml_loader() -> type:
     return found
 
 
+def omegaconf_yaml_dumper() -> type:
+    """The class by which OmegaConf writes YAML, a `yaml.Dumper`.
+
+    It quotes text that OmegaConf would read as a number.
+    """
+    from omegaconf._utils import get_omega_conf_dumper
+
+    found: type = get_omega_conf_dumper()
+    return found
+
+
 def hydra_argument_parser() -> argparse.ArgumentParser:
     """The parser of Hydra's own switches, such as `--cfg job`; KEY=VALUE are its positionals.
 

@@ -14,12 +14,14 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from consensus.private_api import omegaconf_yaml_loader
+from consensus.private_api import omegaconf_yaml_dumper, omegaconf_yaml_loader
 
 
 def to_text(config: Any) -> str:
-    """A `Config` as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """A `Config` as YAML, the text of `OmegaConf.to_yaml`."""
+    how = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
+    text: str = yaml.dump(plain(config), Dumper=omegaconf_yaml_dumper(), **how)
+    return text
 
 
 def read_config(path: Path) -> dict[str, Any]:

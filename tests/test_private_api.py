@@ -23,6 +23,7 @@ from consensus.private_api import (
     hydra_callbacks,
     loader_processes,
     names_in_group,
+    omegaconf_yaml_dumper,
     omegaconf_yaml_loader,
     own_keys,
 )
@@ -33,6 +34,12 @@ def test_the_yaml_loader_is_a_class_of_pyyaml():
     loader = omegaconf_yaml_loader()
     assert issubclass(loader, yaml.SafeLoader)
     assert yaml.load("{a: 1e-4, b: 2026-11-30}", Loader=loader) == {"a": 1e-4, "b": "2026-11-30"}
+
+
+def test_the_yaml_dumper_quotes_numbers():
+    dumper = omegaconf_yaml_dumper()
+    assert issubclass(dumper, yaml.Dumper)
+    assert yaml.dump({"a": "1e-4", "b": 1e-4}, Dumper=dumper) == "a: '1e-4'\nb: 0.0001\n"
 
 
 def test_loader_processes_that_have_ended_are_still_known():

@@ -78,6 +78,7 @@ def test_any_text_is_a_mapping_or_refused(text):
         ("potential=tan", "algorithm.schedule.sigma.name=cosine", "seed=7", "plugins=[]"),
         ("algorithm=diloco", "+model.options.width=8", "output.name='1e3'", "workers=4"),
         ("data.partition=by_label", "algorithm.step_every=[1,10]", "workers=2"),
+        ("output.name='Zürich: #1, \\${seed}'", "+model.options={a: '', b: [], c: {}, d: -.inf}"),
     ],
 )
 def test_a_config_in_plain_data_is_its_text_read_again(overrides):
@@ -86,6 +87,7 @@ def test_a_config_in_plain_data_is_its_text_read_again(overrides):
     config = consensus.compose(*overrides)
     assert isinstance(config, Config)
     text = stored_config.to_text(config)
+    assert text == OmegaConf.to_yaml(OmegaConf.structured(config))
     assert stored_config.plain(config) == stored_config.parse_config(text) == by_omegaconf(text)
 
 
