@@ -1,5 +1,9 @@
 """Fixtures of all tests: rank processes, composed configurations, and MNIST where present."""
 
+import gc
+
+gc.disable()  # until the tests are collected: neither that nor an import leaves garbage
+
 import importlib.util
 import os
 import sys
@@ -97,6 +101,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing:
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector continue, without the objects that live to the end."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Give the frozen objects back: Triton reports those that it finds at the exit of Python."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,6 +13,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 PRELOAD = [
+    "tests.testing.paused",
     "consensus.train",
     "hydra.core.override_parser.overrides_parser",
     "matplotlib.backends.backend_agg",

@@ -32,3 +32,4 @@ for _own in list(weakref.finalize._registry):
         _own.atexit = False
 gc.collect()
 gc.freeze()
+gc.enable()
