@@ -430,6 +430,17 @@ def test_cfg_shows_the_config_and_does_not_train(main, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("own", [[], ["hydra.job.name=mine"]], ids=["plain", "a key of Hydra"])
+def test_values_of_hydra_can_be_interpolated(main, monkeypatch, own):
+    """A key of Hydra itself sends the command line through its main function."""
+    names = []
+    monkeypatch.setattr(entry, "run", lambda config, *_: names.append(config.output.name))
+    value = "${hydra:runtime.choices.potential}-${hydra:job.name}"
+    code, _, err = main("potential=tan", f"output.name={value}", *own)
+    assert (code, err) == (0, "")
+    assert names == [f"tan-{'mine' if own else 'train'}"]
+
+
 # ---- failures at run time, in this process
 
 
