@@ -156,6 +156,16 @@ def _scalar_equations(problem: _Problem, x: Tensor, index: Tensor) -> Tensor:
 # ---- radial sizes
 
 
+def _spread(size: Radial, layers: Tensor, like: Tensor) -> Tensor:
+    """The coordinates of some layers. bool (L,) -> (n,)."""
+    return size.scale(layers.to(like), torch.ones_like(like)) > 0
+
+
+def _only(size: Radial, layers: Tensor, x: Tensor) -> Tensor:
+    """X in some layers and 0 in the others, where x may be anything. (n,)."""
+    return torch.where(_spread(size, layers, x), x, 0.0)
+
+
 @dataclass(frozen=True)
 class _Sums:
     """Sums over all points at some u, and what follows from them."""
@@ -185,7 +195,7 @@ def _by_layer(problem: _Problem, u: Tensor, low: Tensor, high: Tensor) -> Mean:
         # No two points of the box are further apart; the curvature may vanish.
         d = size.scale((diagonal / _norm(size, d)).nan_to_num(nan=1.0).clamp(max=1.0), d)
         usable = (size.inner(d, size.scale(1.0 / at.largest, at.force)) < 0) & ~failed
-        d = size.scale(usable.to(d), d) + size.scale((going & ~usable).to(d), at.direction)
+        d = _only(size, usable, d) + _only(size, going & ~usable, at.direction)
         new, at = _search(problem, u, d, at, going)
         inside = torch.minimum(torch.maximum(new, low), high)
         if not torch.equal(new, inside):
@@ -204,7 +214,7 @@ def _sums(problem: _Problem, u: Tensor) -> _Sums:
     w = u - problem.z
     forces, stiffness = phi.grad(w), phi.stiffness(w)
     strengths = _norm(size, forces) + problem.rounding(stiffness, w)
-    of_u = problem.rounding(stiffness, u)
+    of_u = torch.maximum(problem.rounding(stiffness, u), _of_kinks(problem, u, w))
     of_layers = torch.cat([phi.weights(w), phi.values(w), strengths, of_u], 1)
     summed = problem.total(tree_sum(torch.cat([forces, of_layers], 1).unbind()))
     force, (weight, value, strength, of_u) = summed[: len(u)], summed[len(u) :].view(4, -1)
@@ -218,6 +228,20 @@ def _sums(problem: _Problem, u: Tensor) -> _Sums:
     return _Sums(force, direction, _largest(size, force), value, residual, rounded)
 
 
+def _of_kinks(problem: _Problem, u: Tensor, w: Tensor) -> Tensor:
+    """As `rounding` of u, for points at u, up to rounding: w = u - z. (K, n) -> (K, L).
+
+    The curvature there may be infinite, as that of |w|^1.2, but the force within the rounding is
+    not.
+    """
+    phi, size = problem.phi, problem.phi.size
+    assert isinstance(size, Radial)
+    ones = torch.ones_like(u)
+    near = MOST_ROUNDING * torch.finfo(u.dtype).eps * _norm(size, u)
+    most = _norm(size, phi.grad(size.scale(near / size.norm(ones), ones))) / problem.tolerance
+    return torch.where(_norm(size, w) <= near, most.nan_to_num(nan=0.0), 0.0)
+
+
 def _newton(problem: _Problem, u: Tensor, at: _Sums, going: Tensor) -> Tensor:
     """-H^-1 force in the layers that are `going`, H the Hessian of the sum; else 0. (n,).
 
@@ -225,6 +249,7 @@ def _newton(problem: _Problem, u: Tensor, at: _Sums, going: Tensor) -> Tensor:
     gradients need as many steps as there are points. Solved as accurately as Newton needs it.
     """
     phi, size = problem.phi, problem.phi.size
+    assert isinstance(size, Radial)
     w = u - problem.z
     r = size.scale(going / -at.largest, at.force)
     d, p, rr = torch.zeros_like(r), r, size.inner(r, r)
@@ -235,11 +260,12 @@ def _newton(problem: _Problem, u: Tensor, at: _Sums, going: Tensor) -> Tensor:
             break
         hp = problem.total(tree_sum(phi.hvp(w, p).unbind()))
         bend = size.inner(p, hp)
-        going = going & (bend > 0)
-        alpha = torch.where(going, rr / bend, 0.0)
-        d, r = d + size.scale(alpha, p), r - size.scale(alpha, hp)
+        going = going & (bend > 0) & bend.isfinite()  # next to a kink psi'' overflows
+        alpha = rr / bend
+        d = d + _only(size, going, size.scale(alpha, p))
+        r = torch.where(_spread(size, going, r), r - size.scale(alpha, hp), r)
         new = size.inner(r, r)
-        p = size.scale(going.to(p), r + size.scale(torch.where(going, new / rr, 0.0), p))
+        p = _only(size, going, r + size.scale(new / rr, p))
         rr = new
     return size.scale(at.largest, d)
 
