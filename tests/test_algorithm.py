@@ -493,7 +493,7 @@ def test_an_infeasible_start_is_an_error_on_all_ranks(ranks, size):
 # -------------------------------------------------------------------------------- staying feasible
 
 
-STIFF = 150  # iterations
+STIFF = 75  # iterations
 
 
 def feasible_run(group, name, dtype, period, compress):

@@ -24,7 +24,7 @@ from consensus import Coupling
 from consensus.server import digest
 
 F64 = torch.float64
-STEPS, KICK, KICKED = 25, 60.0, 20
+STEPS, KICK, KICKED = 15, 60.0, 12
 
 
 def network():

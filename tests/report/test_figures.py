@@ -92,24 +92,27 @@ def test_a_run_without_cuts_and_checkpoints_has_no_marks(drawn, tmp_path):
     assert drawn[0].axes[1].get_ylabel() == "accuracy (mean)"
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [row_at(10)],
-        [row_at(10), row_at(20, objective=None, train_loss=None), row_at(30)],
-        [row_at(10, objective=None, train_loss=None)],
-        [row_at(10, objective=float("inf"), train_loss=float("nan"))],
-        [row_at(10, objective=0.0, train_loss=0.0), row_at(20, objective=0.0, train_loss=0.0)],
-        [row_at(10, objective=-1.0, train_loss=-1.0)],
-    ],
-    ids=["one point", "a gap", "nothing", "inf", "zeros", "negative"],
-)
+ODD = {
+    "one point": [row_at(10)],
+    "a gap": [row_at(10), row_at(20, objective=None, train_loss=None), row_at(30)],
+    "nothing": [row_at(10, objective=None, train_loss=None)],
+    "inf": [row_at(10, objective=float("inf"), train_loss=float("nan"))],
+    "zeros": [row_at(t, objective=0.0, train_loss=0.0) for t in (10, 20)],
+    "negative": [row_at(10, objective=-1.0, train_loss=-1.0)],
+}
+
+
+@pytest.mark.parametrize("rows", ODD.values(), ids=ODD)
 def test_a_picture_accepts_gaps_zeros_and_negative_numbers(tmp_path, rows):
     path = tmp_path / "figure.png"
     draw_run(rows, path)
     assert imread(path).shape[1] == 1100
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-    draw_convergence({"a": rows, "b": rows}, path)
+
+
+def test_a_picture_of_runs_accepts_them_too(tmp_path):
+    draw_convergence({f"run {n}": rows for n, rows in enumerate(ODD.values())}, tmp_path / "f.png")
+    assert imread(tmp_path / "f.png").shape[1] > 1000
 
 
 def test_zero_stands_at_the_end_of_its_axis(drawn, tmp_path):
