@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def loader_processes(found: Iterator[object]) -> list[BaseProcess]:
+def loader_processes(found: Iterator[object] | None) -> list[BaseProcess]:
     """The processes of an iterator of torch's DataLoader, also those that have ended."""
     return list(getattr(found, "_workers", ()))
 

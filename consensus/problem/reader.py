@@ -78,12 +78,13 @@ def read(
         worker_init_fn=partial(_follow, os.getpid()) if _FORK else None,
         generator=torch.Generator(),  # else the DataLoader draws from the global one
     )
-    with _start_of_processes() if processes else nullcontext():
-        found = iter(loader)
-    started = loader_processes(found)
+    found: Iterator[Any] | None = None
     try:
+        with _start_of_processes() if processes else nullcontext():
+            found = iter(loader)
         yield from found
     except (OSError, EOFError, RuntimeError) as error:  # those of the dataset are a `Failure`
+        started = loader_processes(found)
         # Its connections close first, then its sentinel, and then the kernel says how it has ended.
         closed = wait([child.sentinel for child in started], 1.0 if started else 0.0)
         for child in started:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data._utils import signal_handling
 
 import consensus.run.trainer
 from consensus.algorithm import Consensus
@@ -33,6 +34,7 @@ from consensus.problem import (
     build_model,
     stream_seed,
 )
+from consensus.problem.reader import read
 from consensus.problem.stored import ReadAhead
 from consensus.replay import obstacle_to_replay
 from consensus.run.checks import ConfigError
@@ -327,6 +329,24 @@ def test_a_loader_process_that_is_killed_is_told(plugin):
         list(data.train.split(2))
     assert signal.getsignal(signal.SIGCHLD) == before
     assert gone([process.pid for process in loaders()])
+
+
+def test_a_loader_process_that_dies_at_its_start_is_told(monkeypatch):
+    """In the first use of a process torch raises it in whatever asks for the first requests."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+
+    def requests():
+        (child,) = loaders()
+        child.kill()
+        time.sleep(5.0)  # which the signal of its death ends
+        yield [0], [0]
+
+    told = (
+        r"^a loader process has failed \(.*killed by signal: Killed.*\); memory"
+    )
+    with pytest.raises(SampleError, match=told):
+        list(read([(torch.zeros(2), 0)], requests(), 1, False))
+    assert loaders() == []
 
 
 def test_losses_and_gradients_of_the_risk_are_those_in_memory(plugin):
