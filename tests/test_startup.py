@@ -69,7 +69,8 @@ def test_no_output_is_no_failure(tmp_path, redirection, out, err):
 def slow_torch(tmp_path):
     """A folder for PYTHONPATH with a module `torch` whose import waits for ever."""
     module = "import gc, pathlib, time\n"
-    module += "pathlib.Path('importing').write_text(str(gc.isenabled()))\ntime.sleep(300)\n"
+    module += "pathlib.Path('written').write_text(str(gc.isenabled()))\n"
+    module += "pathlib.Path('written').rename('importing')\ntime.sleep(300)\n"
     (tmp_path / "torch.py").write_text(module)
     return tmp_path
 
