@@ -341,9 +341,7 @@ def test_a_loader_process_that_dies_at_its_start_is_told(monkeypatch):
         time.sleep(5.0)  # which the signal of its death ends
         yield [0], [0]
 
-    told = (
-        r"^a loader process has failed \(.*killed by signal: Killed.*\); memory"
-    )
+    told = r"^a loader process has failed \(.*killed by signal: Killed.*\); memory"
     with pytest.raises(SampleError, match=told):
         list(read([(torch.zeros(2), 0)], requests(), 1, False))
     assert loaders() == []
