@@ -5,6 +5,7 @@ is thus a function of its request, in this process or in loader processes.
 """
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -175,20 +176,40 @@ def _seed_generators_of_cpu(seed: int) -> None:
     random.seed(seed)
 
 
+_starting = False  # whether a process that is forked now is one of loaders
+
+
+def _keep_all() -> None:
+    """Take the objects that a loader process inherits out of its garbage collection.
+
+    It would destroy what is garbage in its parent. To destroy a process group of torch is to wait
+    for its threads, which were not forked: the loader process hangs or crashes.
+    """
+    if _starting:
+        gc.freeze()
+
+
+if _FORK:
+    os.register_at_fork(after_in_child=_keep_all)
+
+
 @contextmanager
 def _start_of_processes() -> Iterator[None]:
-    """Context whose new processes block the stop signals for good.
+    """Context whose new processes block the stop signals for good, and destroy nothing.
 
     The handler by which torch raises the death of a loader process anywhere is removed; torch finds
     it within 5 s of waiting for a batch as well.
     """
+    global _starting
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     handler = signal.getsignal(signal.SIGCHLD)
+    _starting = True
     try:
         with warnings.catch_warnings():  # of Python 3.12 and later
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
             yield
     finally:
+        _starting = False
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)

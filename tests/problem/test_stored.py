@@ -3,6 +3,7 @@
 The runs train logistic regression on 40 digits.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 import consensus.run.trainer
@@ -345,6 +346,41 @@ def test_a_loader_process_that_dies_at_its_start_is_told(monkeypatch):
     with pytest.raises(SampleError, match=told):
         list(read([(torch.zeros(2), 0)], requests(), 1, False))
     assert loaders() == []
+
+
+class Collecting:
+    """Samples that are read in a loader process which collects its garbage before."""
+
+    def __getitem__(self, index):
+        assert get_worker_info() is not None
+        gc.collect()
+        return torch.full((2,), float(index)), index
+
+
+def read_beside_garbage(group):
+    """Samples by a loader process that inherits a closed group of Gloo in a cycle of references."""
+    gc.collect()
+    gc.disable()
+    try:
+        side = group.side()
+        cycle = [side.handle]
+        cycle.append(cycle)
+        side.close()
+        del side, cycle
+        return [y.tolist() for _, y in read(Collecting(), [([1, 2], [0, 0])], 1, False)]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.ranks
+def test_a_loader_process_does_not_destroy_the_garbage_of_its_parent(ranks):
+    """It hangs as it waits for the threads of the group, which it does not have."""
+    assert ranks(2, allowed_to_start, read_beside_garbage, timeout=30.0) == [[[1, 2]]] * 2
+
+
+def allowed_to_start(group, function):
+    importlib.import_module(PLUGIN)  # the ranks of tests are daemons, which may not start any
+    return function(group)
 
 
 def test_losses_and_gradients_of_the_risk_are_those_in_memory(plugin):
