@@ -66,7 +66,7 @@ def begin_imports(module: str, command: str) -> None:
 
 
 def end_imports() -> None:
-    """Let the garbage collector continue, without the objects of the imports. Call it in `main`."""
+    """Let the garbage collector continue after the imports, without the objects that they made."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

@@ -98,7 +98,7 @@ def test_layouts_have_the_same_bits(reference, ranks, tmp_path, size, shared_mem
     names = ["nine"] if size == 3 else [name for name in CASES if name != "nine"]
     if not shared_memory:
         names = names[::3]  # Gloo adds two or four numbers along the same tree, but not three
-    elif size == 2:  # of four ranks, two add as these do
+    elif size == 2:  # four ranks take all cases, and their sums contain those of two
         names = names[::2]
     configs = [compose(name, tmp_path) for name in names]
     for name, found in zip(names, run(ranks, size, configs, shared_memory), strict=True):

@@ -220,12 +220,10 @@ def _reporting(operation: str, rank: int, heartbeat: Heartbeat | None) -> Iterat
     """
     try:
         yield
-    except GroupError:
-        raise  # it names rank and collective already
     except (RuntimeError, TimeoutError) as error:
         lost = isinstance(error, dist.DistError | PeersGoneError | TimeoutError)
-        if not lost and not _LOST.search(str(error)):
-            raise
+        if isinstance(error, GroupError) or not (lost or _LOST.search(str(error))):
+            raise  # a GroupError is that of a collective inside this one
         cause = heartbeat.describe_lost_ranks() if heartbeat is not None else ""
         line = f"rank {rank}: lost a peer in `{operation}`: {cause or first_line(error)}"
         raise PeerLostError(line) from error

@@ -162,7 +162,7 @@ def _spread(size: Radial, layers: Tensor, like: Tensor) -> Tensor:
 
 
 def _only(size: Radial, layers: Tensor, x: Tensor) -> Tensor:
-    """X in some layers and 0 in the others, where x may be anything. (n,)."""
+    """The coordinates of x in some layers, and 0 in place of the others, nan as well. (n,)."""
     return torch.where(_spread(size, layers, x), x, 0.0)
 
 
@@ -229,10 +229,10 @@ def _sums(problem: _Problem, u: Tensor) -> _Sums:
 
 
 def _of_kinks(problem: _Problem, u: Tensor, w: Tensor) -> Tensor:
-    """As `rounding` of u, for points at u, up to rounding: w = u - z. (K, n) -> (K, L).
+    """Allowance for the rounding of u at points that equal u up to it; w = u - z. -> (K, L).
 
-    The curvature there may be infinite, as that of |w|^1.2, but the force within the rounding is
-    not.
+    `rounding` takes the curvature, which may be infinite there, as that of |w|^1.2 at 0. The force
+    at that distance is finite.
     """
     phi, size = problem.phi, problem.phi.size
     assert isinstance(size, Radial)
