@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
+    from torch import Tensor
 
 
 def loader_processes(found: Iterator[object] | None) -> list[BaseProcess]:
@@ -113,6 +114,14 @@ def expand_sweep(overrides: Sequence["Override"]) -> list[list[str]]:
 def has_content(node: "DictConfig") -> bool:
     """Whether a config node is neither null nor missing (`???`); interpolations stay unresolved."""
     return not node._is_none() and not node._is_missing()
+
+
+def changes_of(tensor: "Tensor") -> int:
+    """How often operations have changed a tensor in place, or another one in its memory.
+
+    Not through `.data`, which has a count of its own, and not in inference mode.
+    """
+    return tensor._version
 
 
 def run_exit_handlers() -> None:

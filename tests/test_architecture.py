@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "consensus.records": set(),
     "consensus.stored_config": {"private_api"},
     "consensus.tree_sum": set(),
-    "consensus.core": {"registry", "tree_sum"},
+    "consensus.core": {"private_api", "registry", "tree_sum"},
     "consensus.theory": {"core"},
     "consensus.comm": {"tree_sum"},
     "consensus.problem": {"core.flat", "private_api", "registry", "tree_sum"},

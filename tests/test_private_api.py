@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -13,10 +14,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
+from torch.autograd.graph import increment_version
 from torch.utils.data import DataLoader
 
 from consensus.private_api import (
     add_config_source,
+    changes_of,
     expand_sweep,
     has_content,
     hydra_argument_parser,
@@ -40,6 +43,17 @@ def test_the_yaml_dumper_quotes_numbers():
     dumper = omegaconf_yaml_dumper()
     assert issubclass(dumper, yaml.Dumper)
     assert yaml.dump({"a": "1e-4", "b": 1e-4}, Dumper=dumper) == "a: '1e-4'\nb: 0.0001\n"
+
+
+def test_changes_of_a_tensor_are_those_of_its_memory():
+    whole = torch.zeros(2, 3)
+    row, before = whole[1], changes_of(whole)
+    row.add_(1.0)
+    assert changes_of(whole) == changes_of(row) == before + 1
+    torch.sub(row, row, out=row)
+    increment_version(whole)
+    assert changes_of(row) == before + 3
+    assert changes_of(whole + 1.0) == 0
 
 
 def test_loader_processes_that_have_ended_are_still_known():

@@ -47,7 +47,10 @@ _FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
     "forces": ([_POINTER] * 4 + [_COUNT] + [_POINTER] * 4, _INT),
     "move_consensus": ([_POINTER] * 5 + [_DOUBLE, _POINTER], _INT),
     "sizes_of_line_6": ([_POINTER] * 6 + [_COUNT] + [_DOUBLE] * 3 + [_POINTER], None),
-    "move_rows": ([_POINTER] * 6 + [_COUNT] + [_DOUBLE] * 4 + [_INT] * 2 + [_POINTER] * 3, _COUNT),
+    "move_rows": (
+        [_POINTER] * 6 + [_COUNT] + [_DOUBLE] * 4 + [_INT] * 2 + [_POINTER] * 4 + [_INT],
+        _COUNT,
+    ),
     "replace": ([_POINTER, _INT], None),
     "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _POINTER], _COUNT),
     "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER], _COUNT),

@@ -6,8 +6,11 @@ Vectors of n coordinates that are read from memory or written to it, for one wor
              bounded   u, z; u, z -> force; force, u; force, u -> u  10
     line 6   quad      u, z, v, delta -> v, z                         6
              bounded   u, z, v, delta; u, z, v, delta -> v, z        10
+             alone     delta; z, v, delta -> v, z                     6
 
 The first ones, and force, u, are for norms. Each half of line 3, and line 6, is one call of C.
+Without a coupling line 6 knows upper bounds of |u - z_k| and |v_k| from the step before, and
+measures the norms where these do not suffice.
 Where the norms do not show that a step is feasible, the kernel of operations of torch takes the
 line, for this worker or for u. It also moves u unless all ranks have native.c, so that the replicas
 of u have the same bits.
@@ -15,10 +18,12 @@ of u have the same bits.
 
 import ctypes
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from consensus.core.flat import Scalar
 from consensus.core.kernels import Block, Hyperparameters, LineSearch, TotalForce
@@ -26,10 +31,19 @@ from consensus.core.kernels.native import Library, Plan, PotentialOfC, Run
 from consensus.core.kernels.plain import Plain
 from consensus.core.layerwise import Layerwise
 from consensus.core.sizes import Separable
+from consensus.private_api import changes_of
 
 GIVEN, CONSTANT, CUBE, TAN, LOG = range(5)
 """psi' in native_rows.h; GIVEN: computed here."""
 _PSI = {"cube": CUBE, "tan": TAN, "log": LOG}
+
+
+@dataclass(frozen=True)
+class _State:
+    """A vector with what tells whether it is the same and unchanged."""
+
+    vector: Tensor = field(compare=False)
+    key: tuple[object, ...]
 
 
 class Native:
@@ -79,7 +93,8 @@ class Native:
                 "move_rows",
             )
         )
-        self._memories: dict[int, tuple[Any, Any, Any]] = {}  # by K
+        self._memories: dict[int, tuple[Any, Any, Any, Any]] = {}  # by K
+        self._state_of_bounds: list[Any] | None = None
 
     @staticmethod
     def takes(phi: Layerwise, dtype: torch.dtype) -> bool:
@@ -95,7 +110,7 @@ class Native:
         if not _plain_memory(u, z, out):
             return self.fallback.forces(u, z, out, scratch)
         workers, places = len(z), (*self._plan, u.data_ptr(), z.data_ptr())
-        sizes, factors, _ = self._memory(workers)
+        sizes, factors, *_ = self._memory(workers)
         if self._given:
             self._sizes_of_rows(*places, workers, sizes)
             self._find_factors(sizes, factors)
@@ -115,6 +130,7 @@ class Native:
             at = None if reach is None else reach.data_ptr()
             memory, step = self._memory(1)[0], -float(t_u)
             if self._move_u(*self._plan, u.data_ptr(), force.data_ptr(), at, step, memory):
+                _count_change(u)
                 if self.phi.bounded:
                     search.step.fill_(1.0)
                 return None
@@ -131,12 +147,15 @@ class Native:
         scalars = float(numbers.kappa), float(numbers.sigma), float(numbers.nu)
         pull = 0.0 if numbers.pull is None else float(numbers.pull)
         given = (*self._plan, anchor.data_ptr(), *(x.data_ptr() for x in rows), len(block.z))
-        sizes, factors, left = self._memory(len(block.z))
-        if self._given and (bounded or coupled is not None):
+        sizes, factors, left, bounds = self._memory(len(block.z))
+        if self._given and coupled is not None:
             self._sizes_of_line_6(*given, *scalars, sizes)
             self._find_factors(sizes, factors)
         flags = coupled is not None, numbers.through
-        others = self._move_rows(*given, *scalars, pull, *flags, sizes, factors, left)
+        state = _state_of(u, *rows[:2]) if bounded and coupled is None else None
+        known = state is not None and state == self._state_of_bounds
+        memory = sizes, factors, left, bounds, known
+        others = self._move_rows(*given, *scalars, pull, *flags, *memory)
         if bounded:
             search.step.fill_(1.0)
         for k in range(len(block.z)) if others else ():
@@ -145,6 +164,9 @@ class Native:
                 self.fallback.move_workers(block.row(k), u, anchor, numbers, own)
                 if bounded:
                     torch.minimum(search.step, own.step, out=search.step)
+        if bounded:
+            _count_change(*rows[:2])
+            self._state_of_bounds = _state_of(u, *rows[:2])
         return None
 
     def _find_factors(self, sizes: Any, factors: Any) -> None:
@@ -160,13 +182,12 @@ class Native:
         outside = math.nan if self.phi.bounded else inside
         factors[:] = torch.where(s < profile.bound, inside, outside).tolist()
 
-    def _memory(self, workers: int) -> tuple[Any, Any, Any]:
-        """Memory for sizes (3, K, G), factors (K, G) and marks (K,)."""
+    def _memory(self, workers: int) -> tuple[Any, Any, Any, Any]:
+        """Memory for sizes (3, K, G), factors (K, G), marks (K,) and bounds (3, K, G)."""
         if workers not in self._memories:
             count = workers * self._groups
-            kinds = ctypes.c_double * (3 * count), ctypes.c_double * count, ctypes.c_uint8 * workers
-            sizes, factors, marks = (kind() for kind in kinds)
-            self._memories[workers] = sizes, factors, marks
+            some, more = ctypes.c_double * count, ctypes.c_double * (3 * count)
+            self._memories[workers] = more(), some(), (ctypes.c_uint8 * workers)(), more()
         return self._memories[workers]
 
 
@@ -182,6 +203,22 @@ def _limit(phi: Layerwise, dtype: torch.dtype) -> float:
     if psi in (CONSTANT, LOG):
         return phi.bound
     return near[-1][0] if psi == TAN and dtype == torch.float32 else 0.0
+
+
+def _state_of(*vectors: Tensor) -> list[Any] | None:
+    """Equal for two calls if the vectors are the same and nothing has changed them in between.
+
+    It holds them, so that no others get their memory. None if that is not known: torch does not
+    count the changes of inference tensors.
+    """
+    if any(x.is_inference() for x in vectors):
+        return None
+    return [_State(x, (x.data_ptr(), x.shape, changes_of(x))) for x in vectors]
+
+
+def _count_change(*vectors: Tensor) -> None:
+    """Let torch know that C has changed vectors."""
+    increment_version([x for x in vectors if not x.is_inference()])
 
 
 def _plain_memory(*tensors: Tensor) -> bool:

@@ -64,13 +64,18 @@ static int find_factors(const struct potential *phi, double strength, const doub
     return 1;
 }
 
-/* `Domain.far_inside` of an upper bound of |x| + |d|, and the size of u; not so if one is nan. */
-static int far_inside(const struct potential *phi, double reach, double size_of_u)
+/* `Domain.far_inside` of an upper bound of |x| + |d|, and the norm of u; not so if one is nan. */
+static int far_inside(const struct potential *phi, double reach, double norm_of_u)
 {
     const double radius = sqrt(phi->bound);
-    const double rounding = phi->eps * (32.0 * radius + 4.0 * norm_of(phi, size_of_u));
+    const double rounding = phi->eps * (32.0 * radius + 4.0 * norm_of_u);
     return reach <= 0.875 * (radius - rounding);
 }
+
+/* Norms of a row in each group, in units of x. After a move these are upper bounds. */
+struct norms {
+    double *w, *v, *u; /* of u - z, v and u */
+};
 
 /* The size of a group from those of two of its blocks. */
 static double join(const struct potential *phi, double a, double b)
@@ -195,7 +200,8 @@ int NAME(move_consensus)(const struct plan *plan, const struct potential *phi, R
             of_u[g] = join(phi, of_u[g], NAME(size_of)(phi, u + place, n));
         }
         for (int64_t g = 0; g < plan->num_groups; g++)
-            if (!far_inside(phi, reach[g] + fabs(step) * norm_of(phi, of_total[g]), of_u[g]))
+            if (!far_inside(phi, reach[g] + fabs(step) * norm_of(phi, of_total[g]),
+                            norm_of(phi, of_u[g])))
                 return 0;
     }
     NAME(advance)(u, (REAL)step, total, plan->size);
@@ -225,20 +231,23 @@ static void NAME(sizes_before)(const struct plan *plan, const struct potential *
 }
 
 /* v = kappa v - sigma (delta + nu z); z += d = v + force at u - z with these factors, NULL: 0;
-   v = d if the coupling goes `through` the velocity. */
+   v = d if the coupling goes `through` the velocity. The sizes of the new v to `of_v`, unless it is
+   NULL. */
 static void NAME(move_row)(const struct plan *plan, const struct potential *phi, const REAL *u,
                            REAL *z, REAL *v, const REAL *delta, REAL kappa, REAL sigma, REAL nu,
-                           const double *factors, int through)
+                           const double *factors, int through, double *of_v)
 {
+    if (of_v)
+        memset(of_v, 0, (size_t)plan->num_groups * sizeof(double));
     ALL_BLOCKS {
-        const int64_t n = LENGTH, place = run->start + at;
+        const int64_t n = LENGTH, place = run->start + at, g = run->group;
         REAL *restrict own = z + place, *restrict velocity = v + place;
         const REAL *restrict gradient = delta + place;
         REAL w[BLOCK];
         if (factors) {
             for (int64_t i = 0; i < n; i++)
                 w[i] = u[place + i] - own[i];
-            NAME(pulled)(phi, w, (REAL)factors[run->group], n);
+            NAME(pulled)(phi, w, (REAL)factors[g], n);
         }
         if (!factors)
             for (int64_t i = 0; i < n; i++) {
@@ -255,6 +264,8 @@ static void NAME(move_row)(const struct plan *plan, const struct potential *phi,
                 velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]);
                 own[i] += velocity[i] + w[i];
             }
+        if (of_v)
+            of_v[g] = join(phi, of_v[g], NAME(size_of)(phi, velocity, n));
     }
 }
 
@@ -276,43 +287,82 @@ void NAME(sizes_of_line_6)(const struct plan *plan, const struct potential *phi,
     }
 }
 
+/* Whether a row without a coupling stays far inside by its bounds: of all vectors only delta is
+   read. Its sizes to `memory` (G,). */
+static int NAME(stays_inside)(const struct plan *plan, const struct potential *phi,
+                              const struct norms *row, const REAL *delta, double kappa,
+                              double sigma, double nu, double *memory)
+{
+    memset(memory, 0, (size_t)plan->num_groups * sizeof(double));
+    ALL_BLOCKS
+        memory[run->group] = join(phi, memory[run->group],
+                                  NAME(size_of)(phi, delta + run->start + at, LENGTH));
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        const double z = row->u[g] + row->w[g];
+        const double of_step = fabs(sigma) * (norm_of(phi, memory[g]) + fabs(nu) * z);
+        const double of_v = fabs(kappa) * row->v[g] + of_step;
+        if (!far_inside(phi, row->w[g] + of_v, row->u[g]))
+            return 0;
+    }
+    return 1;
+}
+
 /* Line 6 of the workers that stay far inside the domain, `coupled` to u by a strength `pull` or not.
    The others are marked `left`; returns their number. Each worker is decided by itself. `sizes` is
-   memory (3, K, G), and `factors` (K, G); GIVEN: they hold both. */
+   memory (3, K, G), and `factors` (K, G); GIVEN: they hold both if `coupled`. `bounds` (3, K, G)
+   are kept from call to call for a bounded domain, and are `known` if nobody else has changed u, z
+   or v since the last one. */
 int64_t NAME(move_rows)(const struct plan *plan, const struct potential *phi, const REAL *u, REAL *z,
                         REAL *v, const REAL *delta, int64_t workers, double kappa, double sigma,
                         double nu, double pull, int coupled, int through, double *sizes,
-                        double *factors, uint8_t *left)
+                        double *factors, uint8_t *left, double *bounds, int known)
 {
     const int64_t groups = plan->num_groups, count = workers * groups;
-    const int bounded = phi->bound < INFINITY;
+    const int bounded = phi->bound < INFINITY, given = phi->psi == GIVEN && coupled;
+    const double eps = phi->eps;
     int64_t others = 0;
-    if (phi->psi != GIVEN && (bounded || (coupled && phi->psi != CONSTANT)))
-        NAME(sizes_of_line_6)(plan, phi, u, z, v, delta, workers, kappa, sigma, nu, sizes);
     for (int64_t k = 0; k < workers; k++) {
-        const int64_t row = k * plan->size;
-        const double *of_w = sizes + k * groups;
-        double *own = factors + k * groups;
-        int inside = 1;
-        if (coupled && phi->psi != GIVEN)
-            inside = find_factors(phi, pull, of_w, groups, own);
-        for (int64_t g = 0; coupled && phi->psi == GIVEN && g < groups; g++)
-            own[g] *= pull;
-        inside = inside && (!coupled || NAME(fit)(phi, own, groups));
-        for (int64_t g = 0; bounded && inside && g < groups; g++) {
-            double c = coupled ? own[g] : 0.0;
-            if (elementwise(phi)) /* psi' increases */
-                c *= slope_at(phi, phi->scale * phi->scale * of_w[g]);
-            /* The triangle inequality: |x + d| <= |x| + |v+| + c |w|. */
-            const double reach = (1.0 + c) * norm_of(phi, of_w[g])
-                                 + norm_of(phi, of_w[count + g]);
-            inside = far_inside(phi, reach, of_w[2 * count + g]);
+        const int64_t row = k * plan->size, own = k * groups;
+        double *of_w = sizes + own, *of_v = of_w + count, *of_u = of_v + count;
+        double *pulls = coupled ? factors + own : NULL;
+        const struct norms norms = {bounds + own, bounds + own + count, bounds + own + 2 * count};
+        int inside = bounded && known && !coupled
+                     && NAME(stays_inside)(plan, phi, &norms, delta + row, kappa, sigma, nu, of_v);
+        const int measured = !inside;
+        if (measured) {
+            if (!given && bounded)
+                NAME(sizes_before)(plan, phi, u, z + row, v + row, delta + row, (REAL)kappa,
+                                   (REAL)sigma, (REAL)nu, of_w, of_v, of_u);
+            else if (!given && coupled && phi->psi != CONSTANT)
+                NAME(sizes_of_rows)(plan, phi, u, z + row, 1, of_w);
+            inside = !coupled || given || find_factors(phi, pull, of_w, groups, pulls);
+            for (int64_t g = 0; given && g < groups; g++)
+                pulls[g] *= pull;
+            inside = inside && (!coupled || NAME(fit)(phi, pulls, groups));
+            for (int64_t g = 0; bounded && inside && g < groups; g++) {
+                double c = coupled ? pulls[g] : 0.0;
+                if (elementwise(phi)) /* psi' increases */
+                    c *= slope_at(phi, phi->scale * phi->scale * of_w[g]);
+                /* The triangle inequality: |x + d| <= |x| + |v+| + c |w|. */
+                norms.v[g] = norm_of(phi, of_v[g]) + (through ? c * norm_of(phi, of_w[g]) : 0.0);
+                norms.w[g] = (1.0 + c) * norm_of(phi, of_w[g]) + norm_of(phi, of_v[g]);
+                norms.u[g] = norm_of(phi, of_u[g]);
+                inside = far_inside(phi, norms.w[g], norms.u[g]);
+            }
         }
         left[k] = (uint8_t)!inside;
         others += !inside;
         if (inside)
             NAME(move_row)(plan, phi, u, z + row, v + row, delta + row, (REAL)kappa, (REAL)sigma,
-                           (REAL)nu, coupled ? own : NULL, through);
+                           (REAL)nu, pulls, through, measured ? NULL : of_v);
+        for (int64_t g = 0; bounded && g < groups; g++) {
+            if (!measured) {
+                norms.v[g] = norm_of(phi, of_v[g]);
+                norms.w[g] += norms.v[g];
+            }
+            /* The rounding of z; a row that is left will move in an unknown way. */
+            norms.w[g] = inside ? norms.w[g] + eps * (norms.u[g] + norms.w[g]) : INFINITY;
+        }
     }
     return others;
 }

@@ -213,6 +213,125 @@ def test_jacobi_order(name):
     close(found[0].v, found[1].v)
 
 
+ALONE = Hyperparameters(0.9, 0.1, 1e-4, None)  # between two communications
+
+
+@pytest.mark.parametrize("speed", [0.001, 0.02, 0.2])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", ["tan", "log", "log_sep"])
+def test_steps_alone_are_those_of_the_formulas(name, workers, speed):
+    """Whether bounds from an earlier step decide or norms do, to the boundary of the domain."""
+    vectors = Vectors(workers, 0.1, speed)
+    push, blocks, kernels = vectors.v.clone(), [vectors.block(), vectors.block()], pair(name)
+    cut = 0
+    for t in range(12):
+        searches = [vectors.search(rows=True) for _ in kernels]
+        given = ALONE if t % 5 else Hyperparameters(0.9, 0.1, 1e-4, 0.05)
+        for kernel, block, search in zip(kernels, blocks, searches, strict=True):
+            block.delta.copy_(push).mul_(-1.0)
+            kernel.move_workers(block, vectors.u, vectors.u, given, search)
+        (block, plain), (search, plain_search) = blocks, searches
+        assert search.step == plain_search.step
+        assert torch.equal(search.cuts, plain_search.cuts)
+        close(block.z, plain.z, 1e-11)
+        close(block.v, plain.v, 1e-11)
+        cut += int(search.cuts.sum())
+    assert bool(layerwise(name).contains(vectors.u - blocks[0].z).all())
+    assert (cut > 0) == (speed == 0.2)
+
+
+def test_a_step_alone_reads_no_u_where_bounds_decide():
+    kernel, _ = pair("tan")
+    vectors = Vectors(2, 0.1, 0.01)
+    u, block = vectors.u.clone(), vectors.block()
+    block.delta.mul_(0.01)
+    kernel.move_workers(block, u, u, ALONE, vectors.search(rows=True))  # measures the norms
+    wanted = vectors.block()
+    for own, of_block in zip(
+        (wanted.z, wanted.v, wanted.delta), (block.z, block.v, block.delta), strict=True
+    ):
+        own.copy_(of_block)
+    pair("tan")[0].move_workers(wanted, u, u, ALONE, vectors.search(rows=True))
+    u.data.fill_(math.nan)  # behind the back of torch
+    search = vectors.search(rows=True)
+    kernel.move_workers(block, u, u, ALONE, search)
+    assert search.step == 1
+    assert torch.equal(block.z, wanted.z)
+    assert torch.equal(block.v, wanted.v)
+
+
+CHANGES = {
+    "u by torch": lambda u, block, kernel: u.add_(0.55 * direction(u)),
+    "u by line 3": lambda u, block, kernel: kernel.move_consensus(
+        u,
+        block.z,
+        TotalForce(direction(u), torch.zeros(len(LAYERS), dtype=F64)),
+        -0.55,
+        LineSearch(torch.ones((), dtype=F64), torch.zeros((), dtype=torch.int64)),
+        torch.empty_like(u),
+    ),
+    "z": lambda u, block, kernel: block.z.sub_(0.55 * direction(u)),
+    "one row of z": lambda u, block, kernel: block.z[1].sub_(0.55 * direction(u)),
+    "v": lambda u, block, kernel: block.v.sub_(0.6 * direction(u)),
+}
+
+
+def direction(u):
+    """A vector whose norm is 1 in each layer."""
+    return torch.cat([torch.full((b - a,), (b - a) ** -0.5, dtype=F64) for a, b in LAYERS])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_bounds_are_not_used_after_a_change(change):
+    """A vector that others have changed is measured again: the steps are those of the formulas."""
+    kernel, plain = pair("tan", smallest=agreeing)
+    vectors, found = Vectors(2, 0.01, 0.01), []
+    for own in (kernel, plain):
+        u, block = vectors.u.clone(), vectors.block()
+        for t in range(4):
+            if t == 2:
+                CHANGES[change](u, block, kernel)
+            block.delta.copy_(direction(u)).mul_(0.1 if t < 2 else 4.0)
+            search = vectors.search(rows=True)
+            own.move_workers(block, u, u, ALONE, search)
+        found.append((u, block.z, block.v, search.step, search.cuts))
+    (u, z, v, step, cuts), (plain_u, plain_z, plain_v, plain_step, plain_cuts) = found
+    assert torch.equal(u, plain_u)
+    assert step == plain_step < 1
+    assert torch.equal(cuts, plain_cuts)
+    close(z, plain_z)
+    close(v, plain_v)
+
+
+def test_bounds_of_one_worker_are_not_those_of_its_block():
+    """Its vectors begin at the same address and have been changed as often."""
+    kernel, plain = pair("tan")
+    vectors, found = Vectors(2, 0.01, 0.01), []
+    for own in (kernel, plain):
+        block = vectors.block()
+        for size, speed in ((1, 0.1), (2, 4.0), (2, 0.1), (1, 4.0)):
+            part = block if size == 2 else block.row(0)
+            part.delta.copy_(direction(vectors.u)).mul_(speed)
+            search = LineSearch(torch.ones((), dtype=F64), torch.zeros(size, dtype=torch.int64))
+            own.move_workers(part, vectors.u, vectors.u, ALONE, search)
+        found.append((block.z, search.step))
+    (z, step), (plain_z, plain_step) = found
+    assert step == plain_step < 1
+    close(z, plain_z)
+
+
+def test_steps_alone_in_inference_mode():
+    """Torch does not count changes there: norms are measured."""
+    with torch.inference_mode():
+        vectors, (kernel, plain) = Vectors(2, 0.1, 0.01), pair("tan")
+        blocks = [vectors.block(), vectors.block()]
+        for own, block in zip((kernel, plain), blocks, strict=True):
+            for _ in range(3):
+                block.delta.copy_(vectors.delta).mul_(0.01)
+                own.move_workers(block, vectors.u, vectors.u, ALONE, vectors.search(rows=True))
+        close(blocks[0].z, blocks[1].z)
+
+
 @pytest.mark.parametrize(("name", "speed"), [("tan", 0.7), ("log", 0.5)])
 def test_the_line_search_of_jacobi_order_is_around_the_new_u(name, speed):
     vectors = Vectors(1, 0.6, speed)
