@@ -11,8 +11,9 @@ Both add the two messages in the order of ranks, and get the bits of an all-redu
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,17 +42,28 @@ class Exchange:
     def __init__(self, group: "ProcessGroup", outgoing: Mapping[int, Tensor]) -> None:
         self._group, self._outgoing = group, outgoing
         self._tag = next(_tags.setdefault(group.handle, itertools.count(_FIRST_TAG)))
-        self._announced: deque[tuple[Mapping[int, Tensor], list[dist.Work]]] = deque()
+        self._announced: deque[tuple[Mapping[int, Tensor], list[Callable[[], Any]]]] = deque()
         self._leaving: deque[dist.Work] = deque()
         # The operations keep the connections, and the group must not refer to itself through them.
         group._owned.callback(self._announced.clear)
         group._owned.callback(self._leaving.clear)
 
     def expect(self, memory: Mapping[int, Tensor]) -> None:
-        """Announce memory for the next messages from each rank, after those announced before."""
-        handle = self._group.handle
-        works = [handle.recv([x], rank, self._tag) for rank, x in memory.items() if x.numel()]
-        self._announced.append((memory, works))
+        """Announce memory for the next messages from each rank, after those announced before.
+
+        A rank that has left is an error of the `wait` for these messages. It may have left after it
+        has sent all that anybody waits for.
+        """
+        arriving = [self._receive(x, rank) for rank, x in memory.items() if x.numel()]
+        self._announced.append((memory, arriving))
+
+    def _receive(self, x: Tensor, rank: int) -> Callable[[], Any]:
+        """Begin to receive; the result waits for the message."""
+        try:
+            work: dist.Work = self._group.handle.recv([x], rank, self._tag)
+        except RuntimeError as error:
+            return partial(_fail, error)
+        return work.wait
 
     def send(self) -> None:
         """Begin to send. `outgoing` must not change until `wait` has returned."""
@@ -63,11 +75,15 @@ class Exchange:
     def wait(self) -> Mapping[int, Tensor]:
         """Wait for one message from and to each rank; return the memory of those that came."""
         memory, arriving = self._announced.popleft()
-        for work in arriving:
-            work.wait()
+        for wait in arriving:
+            wait()
         while self._leaving:
             self._leaving.popleft().wait()
         return memory
+
+
+def _fail(error: RuntimeError) -> NoReturn:
+    raise error
 
 
 class ExchangedSum(RepeatedSum):

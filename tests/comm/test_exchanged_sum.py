@@ -147,6 +147,31 @@ def test_a_peer_that_leaves_is_one_line(ranks, late):
     assert "\n" not in message
 
 
+def finish_a_sum_after_the_peer_has_left(group):
+    """On rank 0, which must not lose a total whose terms have all come."""
+    side = group.side()
+    total = sending(side).repeated_sum(1000, torch.empty(0))
+    total.message.fill_(group.rank + 1.0)
+    pending = total.start()
+    if group.rank == 1:
+        pending.wait()
+        side.close()
+        group.close()
+        return None
+    time.sleep(0.5)
+    found = pending.wait().clone()
+    try:
+        total.start().wait()
+    except PeerLostError as error:
+        return found, str(error)
+
+
+def test_a_peer_that_leaves_after_a_sum_is_no_error_of_this_sum(ranks):
+    (total, message), _ = ranks(2, finish_a_sum_after_the_peer_has_left)
+    assert torch.equal(total, torch.full((1000,), 3.0))
+    assert message.startswith("rank 0: lost a peer in `sum`: ")
+
+
 def close_with_announced_memory(group):
     """The Gloo threads before, during and after; other tests may have left some in this process."""
     before = steady_gloo_threads()
