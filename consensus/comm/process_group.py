@@ -237,18 +237,18 @@ def _destroy(handle: dist.ProcessGroup | None = None) -> None:
 
 def _same_ranks(handle: dist.ProcessGroup, timeout_s: float, backend: str) -> dist.ProcessGroup:
     """Another process group of the same ranks. A collective."""
-    ranks = dist.get_process_group_ranks(handle)
-    connect = partial(
-        dist.new_group,
-        ranks=ranks,
-        timeout=timedelta(seconds=timeout_s),
-        backend=backend,
-        use_local_synchronization=len(ranks) < dist.get_world_size(),
-    )
+    ranks, gloo = dist.get_process_group_ranks(handle), backend == "gloo"
+
+    def connect() -> dist.ProcessGroup:
+        limit, some = timedelta(seconds=timeout_s), len(ranks) < dist.get_world_size()
+        made = dist.new_group(ranks, limit, backend, use_local_synchronization=some)
+        assert isinstance(made, dist.ProcessGroup)  # this process is one of the ranks
+        if gloo:  # others may still connect: without the barrier this rank could close it too soon
+            dist.barrier(made)
+        return made
+
     # Gloo waits for each peer in turn; NCCL needs the thread whose device is set.
-    made = in_time(connect, timeout_s, _LATE) if backend == "gloo" else connect()
-    assert isinstance(made, dist.ProcessGroup)  # this process is one of the ranks
-    return made
+    return in_time(connect, timeout_s, _LATE) if gloo else connect()
 
 
 def open_like(
