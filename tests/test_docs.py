@@ -1,7 +1,6 @@
 """The site builds without a warning; the commands of its pages are taken, and some of them run."""
 
 import csv
-import json
 import re
 import shlex
 import subprocess
@@ -32,6 +31,7 @@ from consensus.run.sinks import SINKS
 from consensus.run.trainer import Trainer
 from consensus.sweep.grid import read_sweep, register_sweep_schema
 from tests.testing import ROOT
+from tests.testing.small_runs import rows_of
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 OTHERS = (
@@ -278,7 +278,7 @@ def test_the_example_of_a_sink_writes_the_columns_of_every_evaluation(
     where = run(make_config, tmp_path / "run", "plugins=[own_sink]", "experiment=smoke")
     with (where / "metrics.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(where)
     assert len(table) == len(rows) == 1
     for written, row in zip(table, rows, strict=True):
         assert set(written) < set(row)

@@ -13,8 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from consensus.run.elastic.log import MEMBERSHIP, Change, read_changes
-from tests.test_train import rows_of
 from tests.testing.launch import Ranks
+from tests.testing.small_runs import rows_of
 
 RUN = [
     "experiment=smoke",

@@ -22,6 +22,7 @@ import consensus
 from consensus.server import digest
 from tests.test_train import command, environment, marked
 from tests.testing.launch import Ranks
+from tests.testing.small_runs import rows_of
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -45,7 +46,7 @@ LATEST_S = TIMEOUT_S + 25  # includes the start of the processes, beside other t
 
 def final(folder: Path) -> tuple[str, list[int], bytes]:
     """The digest of u that all ranks agreed on, the iterations of the rows, and the model."""
-    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(folder / "run")
     state = torch.load(folder / "run/model.pt", weights_only=True)
     u = torch.cat([value.flatten() for value in state.values()])
     of_model = f"{int(digest(u)) & (2**64 - 1):016x}"

@@ -28,9 +28,9 @@ from consensus.comm import Solo
 from consensus.run.checkpoint.manifest import Manifest
 from consensus.run.checkpoint.reader import choose, list_checkpoints, load
 from consensus.server import digest
-from tests.test_train import rows_of
 from tests.test_train import run as run_command
 from tests.testing.launch import Ranks
+from tests.testing.small_runs import rows_of
 
 KILLS = int(os.environ.get("CONSENSUS_KILLS", "3"))
 SEED = os.environ.get("CONSENSUS_KILL_SEED", "0")

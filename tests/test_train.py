@@ -40,6 +40,7 @@ from consensus.run.trainer import Trainer
 from consensus.server import digest
 from tests.testing.launch import Ranks
 from tests.testing.plugins import MINE
+from tests.testing.small_runs import rows_of
 
 entry = importlib.import_module("consensus.train")  # the attribute of that name is a function
 
@@ -191,10 +192,6 @@ def test_smoke_imports_no_module_that_it_does_not_need(smoke):
     for rank in others:
         assert {"torch", "consensus.run.trainer"} <= ended.modules[rank]
         assert ended.modules[rank] & HEAVY == set()
-
-
-def rows_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.ranks

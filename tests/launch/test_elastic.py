@@ -16,8 +16,8 @@ import pytest
 from consensus import elastic
 from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.test_elastic import RUN
-from tests.test_train import rows_of
 from tests.testing import ROOT
+from tests.testing.small_runs import rows_of
 
 PATIENT = "plugins=[tests.testing.patient]"
 LONG = [*RUN, PATIENT, "algorithm.iterations=100000", "output.eval_every=10"]

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from consensus.run.elastic.log import MEMBERSHIP, read_changes
-from tests.launch.test_hosts import RUN, rows, wait_for
+from tests.launch.test_hosts import RUN, wait_for
 from tests.testing import ROOT
 from tests.testing.hosts import Hosts
+from tests.testing.small_runs import rows_of
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
@@ -62,7 +63,7 @@ def test_a_run_goes_on_without_a_host_that_is_killed_and_one_that_is_cut_off(tmp
     assert [len(change.workers) for change in changes] == [3, 2, 1]
     assert list(changes[-1].gone.values()) == ["no heartbeat for 10 s"]
     assert all(change.digest for change in changes)  # that all members have compared
-    assert rows(run)[-1]["iteration"] == 500
+    assert rows_of(run)[-1]["iteration"] == 500
     left = subprocess.run(
         ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
     )

@@ -1,6 +1,5 @@
 """Runs over several hosts by launch/multinode.sh; the hosts are network namespaces."""
 
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import pytest
 from tests.testing import ROOT
 from tests.testing.hosts import Hosts
 from tests.testing.launch import Ranks
+from tests.testing.small_runs import rows_of
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
@@ -23,13 +23,8 @@ RUN = [
 LENGTH = 100  # iterations whose bits are compared
 
 
-def rows(run_dir):
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def digests(run_dir):
-    return {row["iteration"]: row["digest"] for row in rows(run_dir)}
+    return {row["iteration"]: row["digest"] for row in rows_of(run_dir)}
 
 
 SCRIPT = ROOT / "launch" / "multinode.sh"
@@ -88,7 +83,7 @@ def test_a_run_over_hosts_has_the_same_bits_after_a_host_was_cut_off_and_until_c
     with Hosts(4, tmp_path, latency_ms=10.0, loss=0.01) as hosts:
         remote = impatient(hosts, tmp_path)
         process = start(remote, hosts, 4, 1, tmp_path, *run, "group.timeout_s=15")
-        wait_for(lambda: rows(tmp_path / "mine"), process)
+        wait_for(lambda: rows_of(tmp_path / "mine"), process)
         hosts.cut("host3")
         cut = time.monotonic()
         assert hosts.lost > 0

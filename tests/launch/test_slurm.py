@@ -12,6 +12,7 @@ import pytest
 from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.testing import ROOT
 from tests.testing.slurm import Cluster
+from tests.testing.small_runs import rows_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -36,11 +37,6 @@ def submit(cluster, folder, *options, overrides=()):
     return cluster.call("sbatch", *words, cwd=folder)
 
 
-def rows(run_dir):
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def ended(cluster, job):
     return not any(line.split()[0] == job for line in cluster.queue())
 
@@ -51,7 +47,7 @@ def alone(folder, iterations):
     environment = os.environ | {"CONSENSUS_VENV": str(VENV)}
     words = [*command, "output.run_dir=alone", "group.shared_memory=false"]
     subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)
-    return [row["digest"] for row in rows(folder / "alone")]
+    return [row["digest"] for row in rows_of(folder / "alone")]
 
 
 def test_a_job_on_two_nodes_that_is_put_back_into_the_queue_ends_with_the_same_bits(
@@ -60,14 +56,14 @@ def test_a_job_on_two_nodes_that_is_put_back_into_the_queue_ends_with_the_same_b
     iterations = 6000
     job = submit(cluster, tmp_path, overrides=[f"algorithm.iterations={iterations}"])
     run_dir = tmp_path / "runs" / f"consensus-{job}"
-    cluster.wait(lambda: len(rows(run_dir)) >= 1)
+    cluster.wait(lambda: len(rows_of(run_dir)) >= 1)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what the time limit does
     cluster.wait(lambda: ended(cluster, job), 300.0)
     said = (tmp_path / f"consensus-{job}.out").read_text()
     assert "stopped before the time limit; requeued" in said
     assert "SIGTERM: stopped at iteration" in said
     assert said.count("-m consensus.train resume=auto") == 4, "two nodes, started twice"
-    found = rows(run_dir)
+    found = rows_of(run_dir)
     assert [row["iteration"] for row in found] == list(range(1000, iterations + 1, 1000))
     assert [row["digest"] for row in found] == alone(tmp_path, iterations)
 
@@ -75,7 +71,7 @@ def test_a_job_on_two_nodes_that_is_put_back_into_the_queue_ends_with_the_same_b
 def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_put_back(cluster, tmp_path):
     job = submit(cluster, tmp_path, overrides=["algorithm.iterations=1000000"])
     run_dir = tmp_path / "runs" / f"consensus-{job}"
-    cluster.wait(lambda: len(rows(run_dir)) >= 1)
+    cluster.wait(lambda: len(rows_of(run_dir)) >= 1)
     cluster.call("scancel", job)
     cluster.wait(lambda: ended(cluster, job))
     said = (tmp_path / f"consensus-{job}.out").read_text()
@@ -116,7 +112,7 @@ def test_an_elastic_job_goes_on_without_a_node_and_is_requeued_as_a_whole(cluste
     cluster.wait(lambda: workers(run_dir) == 1)
     go.touch()
     cluster.wait(lambda: f"{job} COMPLETING" in cluster.queue())  # it waits for the lost node
-    assert rows(run_dir)[-1]["iteration"] == 3000
+    assert rows_of(run_dir)[-1]["iteration"] == 3000
     cluster.call("slurmd", "-N", node)
     cluster.wait(lambda: ended(cluster, job))
     about = cluster.call("scontrol", "show", "job", job).split()
@@ -208,5 +204,5 @@ def test_a_sweep_by_submitit_that_is_stopped_and_continued(cluster, tmp_path):
     assert third.returncode == 0, err
     assert "\n4 done\n" in out
     for run_dir in many.glob("potential=*"):
-        assert [row["iteration"] for row in rows(run_dir)] == list(range(500, 2001, 500))
+        assert [row["iteration"] for row in rows_of(run_dir)] == list(range(500, 2001, 500))
     assert (many / "report" / "table1.md").exists()

@@ -15,8 +15,8 @@ import pytest
 
 from consensus.run.elastic.log import MEMBERSHIP, read_changes
 from tests.test_elastic import RUN
-from tests.test_train import rows_of
 from tests.testing import ROOT
+from tests.testing.small_runs import rows_of
 
 # As `srun` starts a task on each node; the nodes are process groups, whose numbers go to a file.
 SRUN = """#!/usr/bin/env bash

@@ -17,7 +17,8 @@ from consensus.problem import PopulationRisk
 from consensus.sweep.job import Status
 from consensus.sweep.members import Member, key_of, populations
 from consensus.train import main as train
-from tests.testing.sweeps import call_sweep, rows
+from tests.testing.small_runs import rows_of
+from tests.testing.sweeps import call_sweep
 
 SMOKE = [
     *("grid=smoke", "potential=tan", "dtype=float64", "algorithm.iterations=120", "device=cpu"),
@@ -62,7 +63,7 @@ def separate(tmp_path_factory):
     own += ["potential=tan", "algorithm.lam=0.05", f"output.run_dir={folder}"]
     with mock.patch.object(sys, "argv", ["consensus.train", *own]):
         train()
-    return rows(folder)
+    return rows_of(folder)
 
 
 def require_equal_runs(found, expected):
@@ -94,7 +95,7 @@ def test_both_engines_agree_and_a_stopped_sweep_continues(tmp_path, monkeypatch)
     stopping.join()
     assert (code, err) == (130, "consensus.sweep: stopped; the same command continues it\n")
     (first,) = (path.parent for path in started)
-    begun = rows(first)
+    begun = rows_of(first)
     assert len(begun) < 4
     assert Status.read(first).state == "stopped"
 
@@ -109,10 +110,10 @@ def test_both_engines_agree_and_a_stopped_sweep_continues(tmp_path, monkeypatch)
     names = sorted(path.name for path in (tmp_path / "separate").glob("*lam=*"))
     assert len(names) == 2
     for name in names:
-        apart = rows(tmp_path / "separate" / name)
+        apart = rows_of(tmp_path / "separate" / name)
         assert [row["iteration"] for row in apart] == [30, 60, 90, 120]
-        require_equal_runs(rows(tmp_path / "together" / name), apart)
-    losses = {rows(tmp_path / "together" / name)[-1]["train_loss"] for name in names}
+        require_equal_runs(rows_of(tmp_path / "together" / name), apart)
+    losses = {rows_of(tmp_path / "together" / name)[-1]["train_loss"] for name in names}
     assert len(losses) == 2
 
 
@@ -145,13 +146,13 @@ def test_rates_of_many_runs(tmp_path):
     alone = ["algorithm.pull=0.3", "algorithm.local_pull=0.1", f"output.run_dir={tmp_path}/alone"]
     with mock.patch.object(sys, "argv", ["consensus.train", *own, *alone]):
         train()
-    require_equal_runs(rows(tmp_path / "pull=0.3,local_pull=0.1"), rows(tmp_path / "alone"))
-    couplings = {rows(tmp_path / f"pull={p},local_pull=0.1")[-1]["coupling"] for p in (0.1, 0.3)}
+    require_equal_runs(rows_of(tmp_path / "pull=0.3,local_pull=0.1"), rows_of(tmp_path / "alone"))
+    couplings = {rows_of(tmp_path / f"pull={p},local_pull=0.1")[-1]["coupling"] for p in (0.1, 0.3)}
     assert len(couplings) == 2
 
 
 def test_a_population_has_the_numbers_of_separate_runs(whole, separate):
-    require_equal_runs(rows(whole[0] / "potential=tan,lam=0.05"), separate)
+    require_equal_runs(rows_of(whole[0] / "potential=tan,lam=0.05"), separate)
 
 
 def test_measured_gradients_have_the_numbers_of_separate_runs(separate, tmp_path):
@@ -159,7 +160,7 @@ def test_measured_gradients_have_the_numbers_of_separate_runs(separate, tmp_path
     code, out, err = call_population(*arguments)
     assert (code, err) == (0, "")
     run_dir = tmp_path / "lam=0.05"
-    require_equal_runs(rows(run_dir), separate)
+    require_equal_runs(rows_of(run_dir), separate)
     environment = json.loads((run_dir / "summary.json").read_text())["environment"]
     assert f"\ngradients {environment['gradients']}\n" in out
 
@@ -173,13 +174,13 @@ def test_a_stopped_population_continues_to_the_same_bits(whole, tmp_path, monkey
     assert err == f"consensus.sweep: {stopped}; the same command continues it\n"
     first = tmp_path / "potential=quad,lam=0.1"
     assert Status.read(first).state == "stopped"
-    assert [row["iteration"] for row in rows(first)] == [20]
+    assert [row["iteration"] for row in rows_of(first)] == [20]
     code, out, err = call_population(*GRID, f"sweep.dir={tmp_path}")
     assert (code, err) == (0, "")
     assert "continues 2 runs at iteration 34" in out
-    assert [row["iteration"] for row in rows(first)] == [20, 40, 60]
+    assert [row["iteration"] for row in rows_of(first)] == [20, 40, 60]
     found, expected = (
-        {path.name: rows(path)[-1]["digest"] for path in folder.glob("potential=*")}
+        {path.name: rows_of(path)[-1]["digest"] for path in folder.glob("potential=*")}
         for folder in (tmp_path, whole[0])
     )
     assert found == expected
@@ -195,7 +196,7 @@ def test_a_damaged_population_starts_again(whole, tmp_path, monkeypatch):
     assert (code, err) == (0, "")
     assert f"{checkpoint} cannot be read: these runs start again" in out
     first = "potential=quad,lam=0.1"
-    assert rows(tmp_path / first)[-1]["digest"] == rows(whole[0] / first)[-1]["digest"]
+    assert rows_of(tmp_path / first)[-1]["digest"] == rows_of(whole[0] / first)[-1]["digest"]
 
 
 def test_a_stop_in_the_last_iteration_stops_the_next_population(tmp_path, monkeypatch):
@@ -228,7 +229,7 @@ def test_a_member_far_beyond_guessing_has_diverged(tmp_path):
     assert code == 1
     assert err.startswith("consensus.sweep: 1 of 2 runs are not done")
     (run_dir,) = tmp_path.glob("sigma=1*")
-    *before, last = rows(run_dir)
+    *before, last = rows_of(run_dir)
     assert last["diverged"] is True
     assert not any("diverged" in row for row in before)
     assert 1e6 * 1437 * math.log(10) < last["objective"] < math.inf
@@ -287,7 +288,7 @@ def test_throughput_excludes_evaluations(tmp_path, monkeypatch):
     own = ["potential=quad", "algorithm.lam=0.1", f"sweep.dir={tmp_path}"]
     code, _, _ = call_population(*GRID, *own)
     assert code == 0
-    found = rows(tmp_path / "run")
+    found = rows_of(tmp_path / "run")
     assert [row["wall_s"] > 1000 * 2 * i for i, row in enumerate(found)] == [True] * 3
     assert all(row["samples_per_s"] > 20 * 2 * 20 / 100 for row in found)
 

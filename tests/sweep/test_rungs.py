@@ -14,7 +14,8 @@ import pytest
 from consensus.population import Population
 from consensus.sweep.job import Status
 from tests.testing import ROOT
-from tests.testing.sweeps import call_sweep, rows, started
+from tests.testing.small_runs import rows_of
+from tests.testing.sweeps import call_sweep, started
 
 GRID = [
     *("model=logistic", "workers=2", "dtype=float64", "algorithm.iterations=60", "device=cpu"),
@@ -31,7 +32,7 @@ def places(folder):
 
 
 def digests(run_dir):
-    return {row["iteration"]: row["digest"] for row in rows(run_dir)}
+    return {row["iteration"]: row["digest"] for row in rows_of(run_dir)}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def test_the_runs_are_those_of_the_whole_grid_as_far_as_they_go(whole, halved):
     folder, out = halved
     ends = {name: 5 for name in sorted(path.name for path in whole.glob("potential=*"))}
     assert len(ends) == 8
-    at_5 = {name: rows(folder / name)[0]["test_error"] for name in ends}
+    at_5 = {name: rows_of(folder / name)[0]["test_error"] for name in ends}
     for potential in ("quad", "tan"):
         own = sorted((at_5[n], n) for n in ends if n.startswith(f"potential={potential},"))
-        second = {n: [r for r in rows(folder / n) if r["iteration"] == 30] for _, n in own}
+        second = {n: [r for r in rows_of(folder / n) if r["iteration"] == 30] for _, n in own}
         assert [n for n in second if second[n]] == [n for _, n in own[:2]]
         ends |= dict.fromkeys([n for _, n in own[:2]], 30)
         ends[min((second[n][0]["test_error"], n) for _, n in own[:2])[1]] = 60
@@ -89,7 +90,7 @@ def test_the_table_says_what_was_stopped_when(halved):
         ("3", "60", "finished"): 2,
     }
     for place in table:
-        of_rung = [r for r in rows(folder / place["configuration"])]
+        of_rung = [r for r in rows_of(folder / place["configuration"])]
         (row,) = [r for r in of_rung if r["iteration"] == int(place["iterations"])]
         assert float(place["mean"]) == row["test_error"]
     page = (folder / "report" / "report.md").read_text(encoding="utf-8")
@@ -234,7 +235,7 @@ def test_a_finished_sweep_is_ranked_by_its_rows(whole, tmp_path):
     assert "advance" not in out
     for place in places(whole):
         at = {"20": 20, "50": 40, "60": 60}[place["iterations"]]
-        (row,) = [r for r in rows(whole / place["configuration"]) if r["iteration"] == at]
+        (row,) = [r for r in rows_of(whole / place["configuration"]) if r["iteration"] == at]
         assert float(place["mean"]) == row["train_loss"]
     assert call_sweep(*GRID, f"sweep.dir={tmp_path}/many")[0] == 0
     assert not (whole / "report" / "halving.csv").exists(), "the sweep has no rungs now"

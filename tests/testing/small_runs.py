@@ -8,8 +8,13 @@ PACE = ["algorithm.iterations=12", "output.eval_every=4", "output.checkpoint_eve
 
 
 def rows_of(run_dir):
-    """The evaluations in metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The evaluations in metrics.jsonl, none before there is a file.
+
+    A line without its end is being written.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def without_clocks(row):

@@ -72,8 +72,3 @@ def call_sweep(*arguments: str) -> tuple[int, str, str]:
 def started(run_dir: Path) -> list[dict]:
     """The starts of a stand-in: its arguments and environment."""
     return [json.loads(line) for line in (run_dir / "started").read_text().splitlines()]
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
