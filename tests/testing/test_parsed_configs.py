@@ -3,6 +3,7 @@
 import os
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from tests.testing import parsed_configs
@@ -39,3 +40,26 @@ def test_a_list_of_defaults_refers_to_its_other_choices(tmp_path):
     for name in ("x", "y"):
         found = composed(tmp_path, f"a={name}")
         assert found == {"a": {"name": name}, "b": {"name": f"of_{name}"}}
+
+
+def test_a_stored_config_that_is_replaced_is_merged_again(tmp_path):
+    parsed_configs.remember()
+    (tmp_path / "top.yaml").write_text("defaults: [stored_for_a_test, _self_]\n")
+    for value in (1, 2):
+        ConfigStore.instance().store("stored_for_a_test", {"value": [value]})
+        assert composed(tmp_path, "value=[7]") == {"value": [7]}
+        assert composed(tmp_path) == {"value": [value]}, "the copy of a call is its own"
+
+
+def test_the_same_files_in_another_order_or_place_are_merged_anew(tmp_path):
+    parsed_configs.remember()
+    (tmp_path / "top.yaml").write_text("of: top\n")
+    (tmp_path / "group").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "group" / f"{name}.yaml").write_text(f"name: {name}\n")
+    for place in ("a", "b"):
+        found = composed(tmp_path, f"+group@{place}=x")
+        assert found == {"of": "top", place: {"name": "x"}}
+    for first, second in (("x", "y"), ("y", "x")):
+        found = composed(tmp_path, f"+group@a={first}", f"+group@a.b={second}")
+        assert found == {"of": "top", "a": {"name": first, "b": {"name": second}}}
