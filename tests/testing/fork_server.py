@@ -14,13 +14,18 @@ from typing import Any
 
 PRELOAD = [
     "tests.testing.paused",
+    "consensus.core.kernels.native_kernel",
+    "consensus.core.kernels.tiled",
     "consensus.train",
+    "encodings.idna",  # a host name is looked up
     "hydra.core.override_parser.overrides_parser",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "pytest",  # the modules of tests import it
+    "rich._emoji_codes",
     "torch._inductor",  # torch.use_deterministic_algorithms imports it
     "torch.distributed.checkpoint",
+    "torch.utils.serialization.config",
     "torch.utils.tensorboard",
     "tests.testing.warm",
 ]

@@ -1,12 +1,14 @@
-"""Imported by the fork server: prepares the first config, the first figure and the first data.
+"""Imported by the fork server: prepares the first configs, the first figure and the first data.
 
-Hydra's parsers, matplotlib's fonts and its grammar of mathematics are prepared at their first use.
+Hydra's parsers, matplotlib's fonts and its grammar of mathematics are prepared at their first use,
+and the files of the configs that most tests use are merged (parsed_configs.py).
 Nothing that a test looks at depends on it. The objects are frozen, so that no garbage collection in
 a rank copies the pages of its server; and the operators of torch are not taken out of its table one
 by one at the end of a rank, in 60 ms.
 """
 
 import gc
+import itertools
 import tempfile
 import weakref
 from pathlib import Path
@@ -22,7 +24,11 @@ from tests.testing.made_runs import row_at
 parsed_configs.remember()
 register_schema()
 with initialize_config_dir(config_dir(), version_base="1.3"):
-    to_config(compose("train", overrides=["potential=tan", "output.run_dir=run"]))
+    for _potential, _model, _more in itertools.product(
+        ("quad", "tan"), ("logistic", "lenet5"), ([], ["experiment=smoke"])
+    ):
+        _groups = [f"potential={_potential}", f"model={_model}", *_more]
+        to_config(compose("train", overrides=[*_groups, "output.run_dir=run"]))
 with tempfile.TemporaryDirectory() as _folder:
     draw_run([row_at(t) for t in (10, 20, 30)], Path(_folder) / "figure.png")
 DATASETS.make("digits")
