@@ -71,7 +71,6 @@ DRAWN = (  # beginnings of paths of tests that look at figures, or should draw t
     "tests/benchmarks/",
     "tests/test_any_config.py",
     "tests/run/test_results.py",
-    "tests/run/test_trainer.py",
     "tests/test_docs.py",
     "tests/test_examples.py",
     "tests/test_train.py",

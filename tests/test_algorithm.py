@@ -678,7 +678,7 @@ def layout(group, config):
     "overrides",
     [
         # Mild couplings: where the explicit step is unstable, rounding is amplified without bound.
-        ["model=lenet5", "algorithm.iterations=50", "potential=tan", "data.partition=label_skew"],
+        ["model=lenet5", "algorithm.iterations=20", "potential=tan", "data.partition=label_skew"],
         [
             *("model=logistic", "algorithm.iterations=200", "algorithm.period=3"),
             *("potential=log_sep", "data.partition=sharded"),

@@ -355,6 +355,7 @@ def test_the_screen_shows_both_parts():
     assert "\ntan 1 0.80 120 algorithm.lam=0.1" in text
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_on_a_regression(command, write_run):
     """The lowest mse decides, not the lowest mae; columns and titles are those of the runs."""
     choice = {"selection": {"column": "test_mse", "goal": "min"}, "goals": {"mse": "min"}}

@@ -191,6 +191,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_and_the_page_contain_the_verdict(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["consensus.report", str(folder)])
     report.main()
