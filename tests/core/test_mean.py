@@ -219,7 +219,7 @@ def test_mean_at_a_kink(dtype, scale):
     With a force F of the other two it is off by (F / 1.2)^5 = 1e-10, which cannot be stored.
     """
     phi = Layerwise(POTENTIALS.make("power", p=1.2), [(0, 1)], scale)
-    for middle in torch.linspace(-0.01, 0.01, 9, dtype=dtype):
+    for middle in torch.linspace(-0.01, 0.01, 5, dtype=dtype):
         z = scale * (2.0 + torch.stack([middle - 1.0, middle, middle + 1.05]))[:, None]
         found = phi_mean(phi, z, z[0] + 0.7 * scale, tolerance=1e-5)
         assert found.converged, found
@@ -301,7 +301,7 @@ def test_mean_of_any_points_is_in_their_box_and_balances_the_forces(case):
     kinds = ("normal", "outlier", "ties", "equal", "scales")
     settings = [
         (eta, count, dtype)
-        for eta in (1e-3, 0.02, 1.0, 10.0)
+        for eta in (1e-3, 0.02, 10.0)
         for count in (1, 2, 3, 16)
         for dtype in (torch.float32, F64)
     ]

@@ -126,14 +126,9 @@ def test_processes_are_lost_replaced_join_and_leave_and_ctrl_c_stops_the_run(tmp
         assert left(first.process.pid) == []
     assert first.said.count("with a checkpoint; to continue: python -m consensus.elastic") == 1
     done = last_checkpoint(tmp_path)
-    assert f"SIGINT: stopped at iteration {done} with a checkpoint" in first.said
     changes = read_changes(tmp_path / "run")
     assert [len(change.workers) for change in changes] == [2, 1, 2, 1, 2, 1]
-    more = [*run, f"algorithm.iterations={done + 10}", "resume=auto"]
-    with Launched(tmp_path, *more) as again:
-        assert again.wait() == 0, again.said
-    assert read_changes(tmp_path / "run")[-1].iteration == done
-    assert rows_of(tmp_path / "run")[-1]["iteration"] == done + 10
+    assert f"SIGINT: stopped at iteration {done} with a checkpoint" in first.said
 
 
 @pytest.mark.slow
@@ -175,6 +170,7 @@ def test_a_launcher_that_only_keeps_the_store(tmp_path):
         assert member.wait() == 0, member.said
         assert store.wait() == 0, store.said
     assert read_changes(tmp_path / "run")[-1].iteration == done
+    assert rows_of(tmp_path / "run")[-1]["iteration"] == done + 60
 
 
 # ---- exit codes, with a stand-in for the members

@@ -161,7 +161,7 @@ def test_the_members_meet_at_the_store(make_config):
 
 
 @pytest.mark.slow
-def test_an_evicted_pod_leaves_and_its_successor_joins(tmp_path):
+def test_an_evicted_pod_leaves_and_the_other_completes_the_job(tmp_path):
     """The commands of the manifest, as processes of this machine."""
     with socket.socket() as free:
         free.bind(("", 0))
@@ -206,10 +206,8 @@ def test_an_evicted_pod_leaves_and_its_successor_joins(tmp_path):
         first.terminate()
         assert first.wait(60) == 75
         workers(1)
-        start("consensus-elastic")
-        workers(2)
         go.touch()
-        assert [pod.wait(90) for pod in pods[2:]] == [0, 0]
+        assert pods[2].wait(90) == 0
         assert store.wait(60) == 0
     finally:
         for pod in pods:
@@ -217,6 +215,6 @@ def test_an_evicted_pod_leaves_and_its_successor_joins(tmp_path):
                 os.killpg(pod.pid, signal.SIGKILL)
             pod.wait()
     changes = read_changes(tmp_path / "run")
-    assert [len(change.workers) for change in changes] == [2, 1, 2]
+    assert [len(change.workers) for change in changes] == [2, 1]
     assert list(changes[1].gone.values()) == ["has left"]
     assert all(change.digest for change in changes)  # that all members have compared
