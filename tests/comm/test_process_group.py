@@ -126,15 +126,42 @@ def test_a_closed_group_leaves_no_thread_that_could_abort_the_process(ranks):
 
 
 def close_a_side_alone(group):
-    for _ in range(20):  # a rank may be done with a side before another one has connected to it
-        side = group.side()
-        side.close()
+    side = group.side()
+    side.close()
     return group.sum_(torch.ones(1)).item()
 
 
 @pytest.mark.ranks
 def test_a_closed_side_leaves_its_group_open(ranks):
     assert ranks(2, close_a_side_alone) == [2.0, 2.0]
+
+
+def open_late(group):
+    """When rank 0 has connected, half a second late; when this rank has its side."""
+    connect, connected = dist.new_group, 0.0
+
+    def connect_late(*given, **options):
+        nonlocal connected
+        made = connect(*given, **options)
+        time.sleep(0.5 * (group.rank == 0))
+        connected = time.monotonic()
+        return made
+
+    dist.new_group = connect_late
+    try:
+        side = group.side()
+    finally:
+        dist.new_group = connect
+    opened = time.monotonic()
+    side.close()
+    return connected, opened
+
+
+@pytest.mark.ranks
+def test_no_rank_has_a_side_before_all_have_connected(ranks):
+    """It could close its side at once, and with it the connections that others still make."""
+    (connected, _), (_, opened) = ranks(2, open_late)
+    assert opened >= connected
 
 
 def unsupported_type(group):

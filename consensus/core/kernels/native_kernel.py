@@ -40,7 +40,7 @@ _PSI = {"cube": CUBE, "tan": TAN, "log": LOG}
 
 @dataclass(frozen=True)
 class _State:
-    """A vector with what tells whether it is the same and unchanged."""
+    """A vector, and its address, shape and number of changes, which are compared."""
 
     vector: Tensor = field(compare=False)
     key: tuple[object, ...]
@@ -94,7 +94,7 @@ class Native:
             )
         )
         self._memories: dict[int, tuple[Any, Any, Any, Any]] = {}  # by K
-        self._state_of_bounds: list[Any] | None = None
+        self._state_of_bounds: list[_State] | None = None
 
     @staticmethod
     def takes(phi: Layerwise, dtype: torch.dtype) -> bool:
@@ -205,7 +205,7 @@ def _limit(phi: Layerwise, dtype: torch.dtype) -> float:
     return near[-1][0] if psi == TAN and dtype == torch.float32 else 0.0
 
 
-def _state_of(*vectors: Tensor) -> list[Any] | None:
+def _state_of(*vectors: Tensor) -> list[_State] | None:
     """Equal for two calls if the vectors are the same and nothing has changed them in between.
 
     It holds them, so that no others get their memory. None if that is not known: torch does not
