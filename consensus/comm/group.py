@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ class Pending:
     wait: Callable[[], Tensor]
 
 
+class Adder(Protocol):
+    """How the messages of a repeated sum are added up, if not number by number."""
+
+    def adding(self, messages: Tensor, total: Tensor, rank: int) -> Callable[[], None]:
+        """The function that computes the part of `rank` of the total.
+
+        It is called many times. All messages are complete then, (P, numel), and lie, like the total
+        (numel,), always in the memory that is given here.
+        """
+
+
 class RepeatedSum(ABC):
     """A sum of tensors of one shape that is computed many times, in memory allocated once."""
 
@@ -40,6 +51,14 @@ class RepeatedSum(ABC):
     def num_bytes(self) -> int:
         """Size of a summand as it is sent, in bytes."""
         return self.message.nbytes
+
+    def add_by(self, adder: Adder) -> bool:
+        """Leave the additions to `adder`, where ranks read the messages of others in parts.
+
+        All ranks call this before the first `start`, and get the same answer.
+        """
+        del adder
+        return False
 
     @abstractmethod
     def start(self) -> Pending:

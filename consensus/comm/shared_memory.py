@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consensus.comm.group import Adder
 from consensus.tree_sum import tree_sum
 
 FOLDER = Path("/dev/shm")
@@ -121,10 +122,10 @@ class SharedSum:
         if self._two:  # the total is written to the other slot of this rank
             totals = [(body[:size], self._messages[1]), (body[size:], self._messages[0])]
         else:
+            self._every, self._total = body[:size], body[-1]
             part = slice(numel * rank // size, numel * (rank + 1) // size)
-            totals = [(body[:size, part], body[-1, part])]
-            self._total = body[-1]
-        self._additions = [_pieces(summands, out) for summands, out in totals]
+            totals = [(self._every[:, part], self._total[part])]
+        self._additions = [_adding(summands, out) for summands, out in totals]
 
     @staticmethod
     def reserve(size: int, numel: int, dtype: torch.dtype) -> str:
@@ -143,6 +144,12 @@ class SharedSum:
             os.close(handle)
         return path
 
+    def add_by(self, adder: Adder) -> bool:
+        """Let `adder` add up large sums from now on; False if they are small."""
+        if not self._two:
+            self._additions = [adder.adding(self._every, self._total, self._rank)]
+        return not self._two
+
     def start(self) -> Tensor:
         """Publish `message`. Returns the next one."""
         self._t += 1
@@ -154,11 +161,7 @@ class SharedSum:
         """The sum, read-only and valid until the next `start`; PeersGoneError if late. (n,)."""
         if min(self._posted) < self._t:  # seldom: the sum had an iteration's time
             self._await(self._posted)
-        for *summands, out in self._additions[self._t % len(self._additions)]:
-            if len(summands) == 2:
-                torch.add(summands[0], summands[1], out=out)
-            else:
-                tree_sum(summands, out)
+        self._additions[self._t % len(self._additions)]()
         if self._two:
             return self.message
         self._added[self._rank] = self._t
@@ -217,7 +220,16 @@ def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
     return head + slot * slots
 
 
-def _pieces(summands: Tensor, out: Tensor) -> list[tuple[Tensor, ...]]:
-    """Pieces of the summands (P, n), and of their sum (n,), as views; P + 1 in each tuple."""
+def _adding(summands: Tensor, out: Tensor) -> Callable[[], None]:
+    """The function that adds up the summands (P, n) to `out` (n,), in pieces for a cache."""
     vectors = [*summands.unbind(), out]
-    return list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
+    pieces = list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
+
+    def add() -> None:
+        for *parts, total in pieces:
+            if len(parts) == 2:
+                torch.add(parts[0], parts[1], out=total)
+            else:
+                tree_sum(parts, total)
+
+    return add

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consensus.comm import shared_memory
-from consensus.comm.group import Group, PeerLostError, Pending, RepeatedSum, SentSum
+from consensus.comm.group import Adder, Group, PeerLostError, Pending, RepeatedSum, SentSum
 from consensus.comm.shared_memory import PeersGoneError, SharedSum
 from consensus.tree_sum import tree_sum
 
@@ -89,6 +89,10 @@ class SumInSharedMemory(RepeatedSum):
     ) -> None:
         self._shared, self._reporting = shared, reporting
         self.message, self._pending = shared.message, Pending(self._wait)
+
+    def add_by(self, adder: Adder) -> bool:
+        """As in `RepeatedSum`, for large sums."""
+        return self._shared.add_by(adder)
 
     def start(self) -> Pending:
         """Publish the message."""

@@ -26,6 +26,7 @@ class ElasticPart(Part):
     """`Part` whose sum can be repeated with other processes, or its result taken from one."""
 
     _make_server = RepeatableServer
+    _fuses = False  # u moves apart from the server
 
     def __init__(self, plan: Plan, optimizer: Optimizer, group: Group) -> None:
         if callable(plan.settings.outer) and plan.puller.cuts_steps:
@@ -36,7 +37,6 @@ class ElasticPart(Part):
         super().__init__(plan, optimizer, group)
         assert isinstance(self._server, RepeatableServer)
         self.server: RepeatableServer = self._server
-        self._together = None  # it moves u apart from the server
         self._outer_rate = 1.0 if callable(plan.settings.outer) else plan.settings.outer
 
     def finish(self, displaced: bool) -> None:

@@ -39,6 +39,7 @@ class Part:
     """
 
     _make_server: type[Server] = Server
+    _fuses = True  # whether both lines may be taken together
 
     def __init__(self, plan: Plan, optimizer: Optimizer, group: Group) -> None:
         self.parameters, self.z, self._phi = plan.parameters, plan.z, plan.phi
@@ -59,8 +60,12 @@ class Part:
         jacobi = settings.order == "jacobi"
         self._before = torch.empty_like(self.u) if jacobi else None
         own = self.parameters, self.u, self.z[0], group.min_
-        together = None if jacobi else plan.puller.together(*own)
-        self._together: Together | None = together
+        apart = jacobi or not self._fuses
+        self._together: Together | None = None if apart else plan.puller.together(*own)
+        # Whether the total of line 3 is one of `together` alone.
+        self._whole = self._outer is None and plan.pull != 1.0
+        if self._together is not None and self._whole:
+            self._together.summed_by(self._server.sum)
         self.pending: Pending | None = None
         self.waited_s = 0.0
         self._finished = self._moves = 0  # communications; moves since the last look at the cuts
@@ -124,7 +129,7 @@ class Part:
         total = self.pending.wait()
         self.waited_s += time.perf_counter() - started
         self.pending = None
-        if self._together is not None and self._outer is None and self._pull != 1.0:
+        if self._together is not None and self._whole:
             self._together.move(total, self._t_u, self._strength, self._keeps)
             self._stale = not self._keeps
             return

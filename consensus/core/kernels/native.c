@@ -89,23 +89,32 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
 #else
 
 /* |w|^2 of a block, in double: lane k has the coordinates k, k + 16, ..., and lanes are added up in
-   a tree. */
+   a tree. EACH computes coordinate j as `x`. */
+#define SQUARE(n, EACH)                                                                         \
+    double lane[LANES] = {0.0};                                                                 \
+    {                                                                                           \
+        int64_t i = 0;                                                                          \
+        for (; i + LANES <= (n); i += LANES)                                                    \
+            for (int k = 0; k < LANES; k++) {                                                   \
+                const int64_t j = i + k;                                                        \
+                REAL x;                                                                         \
+                EACH                                                                            \
+                lane[k] += (double)x * (double)x;                                               \
+            }                                                                                   \
+        for (int k = 0; i + k < (n); k++) {                                                     \
+            const int64_t j = i + k;                                                            \
+            REAL x;                                                                             \
+            EACH                                                                                \
+            lane[k] += (double)x * (double)x;                                                   \
+        }                                                                                       \
+        for (int half = LANES / 2; half > 0; half /= 2)                                         \
+            for (int k = 0; k < half; k++)                                                      \
+                lane[k] += lane[k + half];                                                      \
+    }
+
 static double NAME(square)(const REAL *restrict w, int64_t n)
 {
-    double lane[LANES] = {0.0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            const double x = w[i + k];
-            lane[k] += x * x;
-        }
-    for (int k = 0; i < n; i++, k++) {
-        const double x = w[i];
-        lane[k] += x * x;
-    }
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int k = 0; k < half; k++)
-            lane[k] += lane[k + half];
+    SQUARE(n, x = w[j];)
     return lane[0];
 }
 
@@ -132,48 +141,80 @@ static REAL NAME(step)(double t_u, REAL weight)
     return (REAL)(-t_u / (weight < TINY ? TINY : weight));
 }
 
-/* Whether a |w_i| of a block is above `reach`, or nan. */
-static int NAME(leaves)(const REAL *restrict w, REAL reach, int64_t n)
-{
-    int found = 0;
-    for (int64_t i = 0; i < n; i++)
-        found |= !(w[i] <= reach) | !(w[i] >= -reach);
-    return found;
-}
-
-/* |u - z|^2 of each group, with p in place of z if it is to be `read`. */
-void NAME(squares)(const struct plan *plan, int read, double *squares)
+/* z = p if it is to be `read`; message = u - z, and its |.|^2 of each group. */
+void NAME(spread)(const struct plan *plan, REAL *message, int read, double *squares)
 {
     memset(squares, 0, (size_t)plan->num_groups * sizeof(double));
     ALL_BLOCKS {
         OPERANDS;
-        REAL w[BLOCK];
-        const REAL *restrict own = read ? p : z;
-        for (int64_t i = 0; i < n; i++)
-            w[i] = u[i] - own[i];
-        squares[run->group] += NAME(square)(w, n);
+        REAL *restrict m = message + place;
+        SQUARE(n, const REAL own = read ? p[j] : z[j]; if (read) z[j] = own; m[j] = x = u[j] - own;)
+        squares[run->group] += lane[0];
     }
 }
 
-/* z = p if it is to be `read`; message = c (u - z), and the factors c of the groups to `weights`,
-   unless it is NULL. */
-void NAME(start)(const struct plan *plan, REAL *message, int read, const double *factors,
-                 REAL *weights)
+/* The sum of c_j w_j over messages in a block, along the tree of tree_sum.py. */
+static void NAME(add_block)(REAL *const *messages, int64_t count, int64_t factor, int64_t place,
+                            int64_t n, REAL *restrict sum)
 {
-    for (int64_t group = 0; weights && group < plan->num_groups; group++)
-        weights[group] = (REAL)factors[group];
+    if (count == 1) {
+        const REAL *restrict w = messages[0] + place, c = messages[0][factor];
+        for (int64_t i = 0; i < n; i++)
+            sum[i] = c * w[i];
+        return;
+    }
+    if (count == 2) { /* as below, in one loop */
+        const REAL *restrict w = messages[0] + place, c = messages[0][factor];
+        const REAL *restrict y = messages[1] + place, d = messages[1][factor];
+        for (int64_t i = 0; i < n; i++)
+            sum[i] = c * w[i] + d * y[i];
+        return;
+    }
+    int64_t children = 2;
+    while (count % children)
+        children++;
+    const int64_t leaves = count / children;
+    NAME(add_block)(messages, leaves, factor, place, n, sum);
+    for (int64_t child = 1; child < children; child++) {
+        REAL part[BLOCK];
+        NAME(add_block)(messages + child * leaves, leaves, factor, place, n, part);
+        for (int64_t i = 0; i < n; i++)
+            sum[i] += part[i];
+    }
+}
+
+/* total = sum of c_j w_j in some runs. A message is w (size,), and the factor c of each group. */
+void NAME(add_scaled)(const struct run *runs, int64_t num_runs, int64_t size,
+                      REAL *const *messages, int64_t count, REAL *total)
+{
+    EACH_BLOCK(runs, runs + num_runs)
+        NAME(add_block)(messages, count, size + run->group, run->start + at, LENGTH,
+                        total + run->start + at);
+}
+
+/* message *= the factor c of each group. */
+void NAME(scale)(const struct plan *plan, REAL *message, const double *factors)
+{
+    ALL_BLOCKS {
+        REAL *restrict m = message + run->start + at;
+        const REAL c = (REAL)factors[run->group];
+        for (int64_t i = 0; i < LENGTH; i++)
+            m[i] *= c;
+    }
+}
+
+/* z = p if it is to be `read`; message = u - z. */
+void NAME(start)(const struct plan *plan, REAL *message, int read)
+{
     ALL_BLOCKS {
         OPERANDS;
         REAL *restrict m = message + place;
-        const REAL c = (REAL)factors[run->group];
-        if (read)
-            for (int64_t i = 0; i < n; i++) {
-                m[i] = c * (u[i] - p[i]);
-                z[i] = p[i];
-            }
-        else
-            for (int64_t i = 0; i < n; i++)
-                m[i] = c * (u[i] - z[i]);
+        for (int64_t i = 0; i < n; i++) {
+            const REAL own = read ? p[i] : z[i];
+            if (read)
+                z[i] = own;
+            m[i] = u[i] - own;
+        }
     }
 }
 
@@ -182,17 +223,16 @@ void NAME(move)(const struct plan *plan, const REAL *total, double step, double 
 {
     ALL_BLOCKS {
         OPERANDS;
-        const REAL factor = (REAL)c;
-        if (total)
-            NAME(advance)(u, (REAL)step, total + place, n);
-        if (keep)
-            for (int64_t i = 0; i < n; i++) {
-                p[i] += factor * (u[i] - z[i]);
+        const REAL factor = (REAL)c, t = (REAL)step;
+        const REAL *restrict sum = total ? total + place : NULL;
+        for (int64_t i = 0; i < n; i++) {
+            REAL center = u[i];
+            if (total)
+                u[i] = center += t * sum[i];
+            p[i] += factor * (center - z[i]);
+            if (keep)
                 z[i] = p[i];
-            }
-        else
-            for (int64_t i = 0; i < n; i++)
-                p[i] += factor * (u[i] - z[i]);
+        }
     }
 }
 
@@ -204,11 +244,11 @@ void NAME(lead)(const struct plan *plan, const REAL *total, const REAL *weights,
     memset(squares, 0, (size_t)plan->num_groups * sizeof(double));
     ALL_BLOCKS {
         OPERANDS;
-        if (total)
-            NAME(advance)(u, NAME(step)(t_u, weights[run->group]), total + place, n);
-        for (int64_t i = 0; i < n; i++)
-            z[i] = u[i] - z[i];
-        squares[run->group] += NAME(square)(z, n);
+        const REAL step = total ? NAME(step)(t_u, weights[run->group]) : 0;
+        const REAL *restrict sum = total ? total + place : NULL;
+        SQUARE(n, REAL center = u[j]; if (total) u[j] = center += step * sum[j];
+                  z[j] = x = center - z[j];)
+        squares[run->group] += lane[0];
     }
 }
 
@@ -238,12 +278,12 @@ void NAME(replace)(const struct plan *plan, int displaced)
 
 /* `start` of a separable potential, whose factors are one number c up to a size |w_i| of `reach`.
    In groups that have a larger |w_i|, which are marked `far`, message = w, and no weight is
-   written. Message: c w (n,), weights (n,), and the weight of all coordinates, or nan. Returns the
-   number of far groups. */
+   written. Message: c w (n,), weights (n,), and the weight of all coordinates, or nan. In `brief`
+   messages the weights are written only if that is nan. Returns the number of far groups. */
 int64_t NAME(start_near)(const struct plan *plan, REAL *message, int read, double reach, double c,
-                         uint8_t *far)
+                         int brief, uint8_t *far)
 {
-    const REAL factor = (REAL)c, weight = factor < TINY ? TINY : factor;
+    const REAL factor = (REAL)c, weight = factor < TINY ? TINY : factor, limit = (REAL)reach;
     REAL *weights = message + plan->size;
     int64_t count = 0;
     EACH_GROUP {
@@ -251,57 +291,80 @@ int64_t NAME(start_near)(const struct plan *plan, REAL *message, int read, doubl
         EACH_BLOCK(first, last) {
             OPERANDS;
             REAL *restrict m = message + place;
-            if (read)
-                memcpy(z, p, (size_t)n * sizeof(REAL));
-            for (int64_t i = 0; i < n; i++)
-                m[i] = u[i] - z[i];
-            leaves |= reach < INFINITY && NAME(leaves)(m, (REAL)reach, n);
+            for (int64_t i = 0; i < n; i++) {
+                const REAL own = read ? p[i] : z[i], w = u[i] - own;
+                if (read)
+                    z[i] = own;
+                m[i] = factor * w;
+                leaves |= !(w <= limit) | !(w >= -limit);
+            }
         }
         far[first->group] = (uint8_t)leaves;
         count += leaves;
         if (leaves)
-            continue;
-        EACH_BLOCK(first, last) {
-            OPERANDS;
-            REAL *restrict m = message + place, *restrict own = weights + place;
-            for (int64_t i = 0; i < n; i++)
-                m[i] *= factor;
-            for (int64_t i = 0; i < n; i++)
-                own[i] = weight;
-        }
+            EACH_BLOCK(first, last) {
+                OPERANDS;
+                REAL *restrict m = message + place;
+                for (int64_t i = 0; i < n; i++)
+                    m[i] = u[i] - z[i];
+            }
     }
     weights[plan->size] = count ? (REAL)NAN : weight;
+    if (count || !brief)
+        ALL_BLOCKS {
+            REAL *restrict own = weights + run->start + at;
+            if (!far[run->group])
+                for (int64_t i = 0; i < LENGTH; i++)
+                    own[i] = weight;
+        }
     return count;
 }
 
 /* `move` of a separable potential. `total` is NULL, or a sum of messages of `start_near`. In far
    groups w = u - z remains in place of z, and p as it is: `pull` must follow. Returns the number of
-   far groups. */
+   far groups. `memory` has room for p of a group. */
 int64_t NAME(move_near)(const struct plan *plan, const REAL *total, double t_u, double reach,
-                        double c, int keep, uint8_t *far)
+                        double c, int keep, REAL *restrict memory, uint8_t *far)
 {
     const REAL *weights = total ? total + plan->size : NULL;
-    const REAL shared = total ? weights[plan->size] : (REAL)0;
+    const REAL shared = total ? weights[plan->size] : (REAL)1;
+    const REAL factor = (REAL)c, limit = (REAL)reach, step = NAME(step)(t_u, shared);
     int64_t count = 0;
     EACH_GROUP {
         int leaves = 0;
-        EACH_BLOCK(first, last) {
+        REAL *restrict before = memory;
+        EACH_BLOCK(first, last) { /* as if the group were near: one pass over memory */
             OPERANDS;
-            if (total && !isnan(shared))
-                NAME(advance)(u, NAME(step)(t_u, shared), total + place, n);
-            else if (total)
+            const REAL *restrict sum = total ? total + place : NULL;
+            if (isnan(shared))
                 for (int64_t i = 0; i < n; i++)
-                    u[i] -= (REAL)t_u * (total[place + i] / weights[place + i]);
-            for (int64_t i = 0; i < n; i++)
-                z[i] = u[i] - z[i];
-            leaves |= reach < INFINITY && NAME(leaves)(z, (REAL)reach, n);
+                    u[i] -= (REAL)t_u * (sum[i] / weights[place + i]);
+            const REAL *restrict rest = isnan(shared) ? NULL : sum;
+            for (int64_t i = 0; i < n; i++) {
+                REAL center = u[i];
+                if (rest)
+                    u[i] = center += step * rest[i];
+                const REAL w = center - z[i];
+                leaves |= !(w <= limit) | !(w >= -limit);
+                before[i] = p[i];
+                p[i] += factor * w;
+            }
+            before += n;
         }
         far[first->group] = (uint8_t)leaves;
         count += leaves;
-        if (!leaves)
+        before = memory;
+        if (leaves || keep)
             EACH_BLOCK(first, last) {
                 OPERANDS;
-                NAME(add)(p, (REAL)c, z, n, keep);
+                if (leaves)
+                    for (int64_t i = 0; i < n; i++) {
+                        z[i] = u[i] - z[i];
+                        p[i] = before[i];
+                    }
+                else
+                    memcpy(z, p, (size_t)n * sizeof(REAL));
+                before += n;
             }
     }
     return count;

@@ -38,8 +38,8 @@ TIMEOUT_S = 60.0
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
 _COUNT = ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
-    "squares": ([_POINTER, _INT, _POINTER], None),
-    "start": ([_POINTER, _POINTER, _INT, _POINTER, _POINTER], None),
+    "start": ([_POINTER, _POINTER, _INT], None),
+    "scale": ([_POINTER, _POINTER, _POINTER], None),
     "move": ([_POINTER, _POINTER, _DOUBLE, _DOUBLE, _INT], None),
     "lead": ([_POINTER, _POINTER, _POINTER, _DOUBLE, _POINTER], None),
     "pull": ([_POINTER, _POINTER, _POINTER, _INT], None),
@@ -52,8 +52,10 @@ _FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
         _COUNT,
     ),
     "replace": ([_POINTER, _INT], None),
-    "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _POINTER], _COUNT),
-    "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER], _COUNT),
+    "spread": ([_POINTER, _POINTER, _INT, _POINTER], None),
+    "add_scaled": ([_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER], None),
+    "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _INT, _POINTER], _COUNT),
+    "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER, _POINTER], _COUNT),
 }
 
 

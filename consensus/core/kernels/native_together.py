@@ -2,8 +2,11 @@
 
 Of n coordinates these vectors are read from memory or written to it:
 
-    start   p, u -> z, message     4    radial, whose norms come first: and p, u         6
+    start   p, u -> z, message     4    radial, factors known at last: and message twice 6
     move    total, u, z, p -> u, p 6    radial, whose norms come between: and z -> z     8
+
+Where ranks read the messages of all, those who read apply the factors of a radial potential
+(adders.py), and `start` takes 4.
 
 On a small model a method is two calls of C in place of some ten operations of torch.
 """
@@ -17,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from consensus.core.flat import ViewsOf
+from consensus.core.kernels.adders import CommonWeights, ScaledSum
 from consensus.core.kernels.native import Library, Plan, Run
-from consensus.core.kernels.together import fractions_of
+from consensus.core.kernels.together import Sum, fractions_of, numbers_of
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters
 
@@ -64,6 +69,9 @@ class _Native:
         self._at_squares = ctypes.addressof(self._squares)
         self._at_factors = ctypes.addressof(self._factors)
 
+    def summed_by(self, total: Sum) -> None:
+        """As in `Together`."""
+
     def replace(self, displaced: bool) -> None:
         """As in `Together`."""
         self._read()
@@ -103,7 +111,7 @@ class NativeLinear(_Native):
     def start(self, message: Tensor, read: bool) -> None:
         """As in `Together`."""
         self._read()
-        self._start(self._plan, message.data_ptr(), read, self._at_factors, None)
+        self._start(self._plan, message.data_ptr(), read)
 
     def move(self, total: Tensor | None, t_u: float, strength: float, keep: bool) -> None:
         """As in `Together`."""
@@ -136,18 +144,26 @@ class NativeRadial(_Native):
         super().__init__(library, parameters, u, z, phi.layers)
         self._phi, self._strength = phi, strength
         self._offset = len(u) * u.element_size()
-        self._norms, self._start, self._lead, self._pull = (
-            library.function(name, u.dtype) for name in ("squares", "start", "lead", "pull")
+        self._start, self._scale, self._lead, self._pull = (
+            library.function(name, u.dtype) for name in ("spread", "scale", "lead", "pull")
         )
+        self._adder, self._scaled_later = ScaledSum(library, phi.layers), False
+        self._weights = ViewsOf(lambda message: numbers_of(message[len(u) :]))
+
+    def summed_by(self, total: Sum) -> None:
+        """As in `Together`."""
+        self._scaled_later = total.add_by(self._adder)
 
     def start(self, message: Tensor, read: bool) -> None:
         """As in `Together`."""
         self._read()
-        if self._strength != math.inf:
-            self._norms(self._plan, read, self._at_squares)
+        self._start(self._plan, message.data_ptr(), read, self._at_squares)
         self._find_factors(self._strength)
-        place = message.data_ptr()
-        self._start(self._plan, place, read, self._at_factors, place + self._offset)
+        weights = self._weights(message)
+        for layer, factor in enumerate(self._factors):
+            weights[layer] = factor
+        if not self._scaled_later and self._strength != math.inf:
+            self._scale(self._plan, message.data_ptr(), self._at_factors)
 
     def move(self, total: Tensor | None, t_u: float, strength: float, keep: bool) -> None:
         """As in `Together`."""
@@ -190,17 +206,23 @@ class NativeSeparable(_Native):
         self._phi, self._strength, self._tiles = phi, strength, tiles
         self._far = (ctypes.c_uint8 * len(tiles))()
         self._at_far = ctypes.addressof(self._far)
+        self._memory = u.new_empty(min(TILE, n))
         self._start, self._move, self._pull = (
             library.function(name, u.dtype) for name in ("start_near", "move_near", "pull")
         )
         self._common: dict[float, tuple[float, float]] = {}  # by the strength
-        self._tiny = torch.finfo(u.dtype).tiny
+        self._tiny, self._brief = torch.finfo(u.dtype).tiny, False
+
+    def summed_by(self, total: Sum) -> None:
+        """As in `Together`."""
+        self._brief = total.add_by(CommonWeights(self._n))
 
     def start(self, message: Tensor, read: bool) -> None:
         """As in `Together`; no weight is 0, as (x^2)' may be near 0."""
         self._read()
         near, n = self._near(self._strength), self._n
-        if self._start(self._plan, message.data_ptr(), read, *near, self._at_far):
+        place = message.data_ptr()
+        if self._start(self._plan, place, read, *near, self._brief, self._at_far):
             for start, stop in self._far_tiles():
                 w = message[start:stop]
                 each = self._phi.fraction(w, self._strength)
@@ -211,7 +233,8 @@ class NativeSeparable(_Native):
         """As in `Together`."""
         self._read()
         place = None if total is None else total.data_ptr()
-        if self._move(self._plan, place, t_u, *self._near(strength), keep, self._at_far):
+        near, memory = self._near(strength), self._memory.data_ptr()
+        if self._move(self._plan, place, t_u, *near, keep, memory, self._at_far):
             for start, stop in self._far_tiles():
                 w = self._z[start:stop]
                 w.mul_(self._phi.fraction(w, strength))

@@ -31,8 +31,18 @@ Tile = Sequence[tuple[Tensor, ...]]
 FEW = 16  # pieces of a tile: up to here a loop, whose operations the optimizer has just called
 
 
+class Sum(Protocol):
+    """A repeated sum of messages, as consensus.comm has it."""
+
+    def add_by(self, adder: Any) -> bool:
+        """Leave the additions to an `Adder`; False if this sum cannot."""
+
+
 class Together(Protocol):
     """Lines 3 and 6 in place, of u and z (n,) and of parameters."""
+
+    def summed_by(self, total: Sum) -> None:
+        """Use that `total` will add up the messages of `start`, if its totals come to `move`."""
 
     def start(self, message: Tensor, read: bool) -> None:
         """The force at z, to `message`; `read`: after z was set to the parameters."""
@@ -66,6 +76,9 @@ class _Tiles:
         self._along = ViewsOf(lambda x: x[: len(u)].split_with_sizes(tiles.lengths))
         self._center, self._own, self._u, self._z = u, z, self._along(u), self._along(z)
         self._none = [None] * len(tiles.lengths)
+
+    def summed_by(self, total: Sum) -> None:
+        """As in `Together`."""
 
     def replace(self, displaced: bool) -> None:
         """As in `Together`."""
@@ -120,8 +133,8 @@ class RadialTogether(_Tiles):
         self._phi, self._strength = phi, strength
         self._layers, self._small = self._tiles.layers, len(u) <= CHUNK
         squares = u.new_empty(len(self._layers))  # |w|^2 of each tile
-        self._slots, self._squares = squares.unbind(), _numbers(squares)
-        self._parts = ViewsOf(lambda m: (m[: len(u)], self._along(m), _numbers(m[len(u) :])))
+        self._slots, self._squares = squares.unbind(), numbers_of(squares)
+        self._parts = ViewsOf(lambda m: (m[: len(u)], self._along(m), numbers_of(m[len(u) :])))
         self._tiny = torch.finfo(u.dtype).tiny
 
     def start(self, message: Tensor, read: bool) -> None:
@@ -195,7 +208,7 @@ class SeparableTogether(_Tiles):
         self._phi, self._strength = phi, strength
         n = len(u)
         self._parts = ViewsOf(
-            lambda m: (self._along(m), self._along(m[n : 2 * n]), _numbers(m[2 * n :]))
+            lambda m: (self._along(m), self._along(m[n : 2 * n]), numbers_of(m[2 * n :]))
         )
         self._common: dict[float, tuple[float, float | None]] = {}  # by the strength
         self._tiny = torch.finfo(u.dtype).tiny
@@ -291,7 +304,7 @@ def _furthest(w: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def _numbers(x: Tensor) -> Any:
+def numbers_of(x: Tensor) -> Any:
     """A memoryview of a vector: access from Python without operations of torch."""
     array: Any = x.numpy()
     return memoryview(array)

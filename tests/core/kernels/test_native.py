@@ -105,9 +105,9 @@ def test_norms_are_sums_in_double(library, sizes, dtype, scale):
     memory = Memory(sizes, dtype, scale)
     lines = NativeRadial(library, memory.parameters, memory.u, memory.z, memory.phi("cubic"), 0.1)
     u, z, p = memory.arrays()
+    message = torch.empty(memory.n + len(sizes), dtype=dtype)
     for own, read in ((z, False), (p, True)):
-        lines._read()
-        lines._norms(lines._plan, read, lines._at_squares)
+        lines.start(message, read)
         w = (u - own).astype(np.float64)
         wanted = [math.fsum(x * x for x in w[a:b]) for a, b in memory.layout.layers]
         np.testing.assert_allclose(lines._squares[:], wanted, rtol=1e-14)
