@@ -112,12 +112,6 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
                 lane[k] += lane[k + half];                                                      \
     }
 
-static double NAME(square)(const REAL *restrict w, int64_t n)
-{
-    SQUARE(n, x = w[j];)
-    return lane[0];
-}
-
 /* u += step total in a block. */
 static void NAME(advance)(REAL *restrict u, REAL step, const REAL *restrict total, int64_t n)
 {

@@ -85,6 +85,47 @@ static double join(const struct potential *phi, double a, double b)
     return isnan(a) || b <= a ? a : b;
 }
 
+/* Join `size` with that of a block of n coordinates; EACH computes coordinate j as `x`. |w_i| are
+   compared as bits: in the order of the numbers, and nan is above inf. */
+#define JOIN_SIZE(size, n, EACH)                                                                \
+    if (!phi->separable) {                                                                      \
+        SQUARE(n, EACH)                                                                         \
+        (size) = join(phi, size, lane[0]);                                                      \
+    } else {                                                                                    \
+        BITS most = 0;                                                                          \
+        for (int64_t j = 0; j < (n); j++) {                                                     \
+            REAL x;                                                                             \
+            BITS bits;                                                                          \
+            EACH                                                                                \
+            memcpy(&bits, &x, sizeof bits);                                                     \
+            bits &= ~(BITS)0 >> 1;                                                              \
+            most = bits > most ? bits : most;                                                   \
+        }                                                                                       \
+        REAL largest;                                                                           \
+        memcpy(&largest, &most, sizeof largest);                                                \
+        (size) = join(phi, size, (double)largest * largest);                                    \
+    }
+
+/* For each coordinate i of a block `pull` = factor w, with psi' of each coordinate where it differs
+   between them; DO uses it. TAN as in profiles.py: 1 / cos^2 s = 1 + s^2 + (2/3) s^4 + ... */
+#define EACH_PULL(n, W, DO)                                                                     \
+    if (!elementwise(phi))                                                                      \
+        for (int64_t i = 0; i < (n); i++) {                                                     \
+            const REAL pull = factor * (W);                                                     \
+            DO                                                                                  \
+        }                                                                                       \
+    else if (phi->psi == LOG)                                                                   \
+        for (int64_t i = 0; i < (n); i++) {                                                     \
+            const REAL w = W, pull = factor * w / ((REAL)1 - scale2 * (w * w));                 \
+            DO                                                                                  \
+        }                                                                                       \
+    else                                                                                        \
+        for (int64_t i = 0; i < (n); i++) {                                                     \
+            const REAL w = W, s = scale2 * (w * w), s2 = s * s;                                 \
+            const REAL pull = w * (factor * ((REAL)1 + (s2 + (REAL)(2.0 / 3.0) * (s2 * s2))));  \
+            DO                                                                                  \
+        }
+
 #endif
 
 /* Whether the factors, or nan, are numbers of the type. With a tiny eta they are too large for it:
@@ -98,40 +139,6 @@ static int NAME(fit)(const struct potential *phi, const double *factors, int64_t
     return most <= LARGEST;
 }
 
-/* The size of a block. */
-static double NAME(size_of)(const struct potential *phi, const REAL *restrict w, int64_t n)
-{
-    if (!phi->separable)
-        return NAME(square)(w, n);
-    BITS most = 0; /* of |w_i|: in the order of the numbers, and nan is above inf */
-    for (int64_t i = 0; i < n; i++) {
-        BITS bits;
-        memcpy(&bits, w + i, sizeof bits);
-        bits &= ~(BITS)0 >> 1;
-        most = bits > most ? bits : most;
-    }
-    REAL largest;
-    memcpy(&largest, &most, sizeof largest);
-    return (double)largest * largest;
-}
-
-/* w = factor w, with psi' of each coordinate where it differs between them. */
-static void NAME(pulled)(const struct potential *phi, REAL *restrict w, REAL factor, int64_t n)
-{
-    const REAL scale2 = (REAL)(phi->scale * phi->scale);
-    if (!elementwise(phi))
-        for (int64_t i = 0; i < n; i++)
-            w[i] *= factor;
-    else if (phi->psi == LOG)
-        for (int64_t i = 0; i < n; i++)
-            w[i] = factor * w[i] / ((REAL)1 - scale2 * (w[i] * w[i]));
-    else /* TAN, as in profiles.py: 1 / cos^2 s = 1 + s^2 + (2/3) s^4 + ... */
-        for (int64_t i = 0; i < n; i++) {
-            const REAL s = scale2 * (w[i] * w[i]), s2 = s * s;
-            w[i] *= factor * ((REAL)1 + (s2 + (REAL)(2.0 / 3.0) * (s2 * s2)));
-        }
-}
-
 /* The sizes of u - z_k, (K, G). */
 void NAME(sizes_of_rows)(const struct plan *plan, const struct potential *phi, const REAL *u,
                          const REAL *z, int64_t workers, double *sizes)
@@ -139,13 +146,11 @@ void NAME(sizes_of_rows)(const struct plan *plan, const struct potential *phi, c
     memset(sizes, 0, (size_t)(workers * plan->num_groups) * sizeof(double));
     ALL_BLOCKS {
         const int64_t n = LENGTH, place = run->start + at;
-        REAL w[BLOCK];
+        const REAL *restrict center = u + place;
         for (int64_t k = 0; k < workers; k++) {
             const REAL *restrict own = z + k * plan->size + place;
             double *found = sizes + k * plan->num_groups + run->group;
-            for (int64_t i = 0; i < n; i++)
-                w[i] = u[place + i] - own[i];
-            *found = join(phi, *found, NAME(size_of)(phi, w, n));
+            JOIN_SIZE(*found, n, x = center[j] - own[j];)
         }
     }
 }
@@ -164,23 +169,17 @@ int NAME(forces)(const struct plan *plan, const struct potential *phi, const REA
     }
     if (!NAME(fit)(phi, factors, count))
         return 0;
+    const REAL scale2 = (REAL)(phi->scale * phi->scale);
     for (int64_t i = 0; reach && i < count; i++)
         reach[i] = (REAL)norm_of(phi, sizes[i]);
     ALL_BLOCKS {
         const int64_t n = LENGTH, place = run->start + at;
+        const REAL *restrict center = u + place;
         REAL *restrict sum = out + place;
-        REAL w[BLOCK];
         for (int64_t k = 0; k < workers; k++) {
             const REAL *restrict own = z + k * plan->size + place;
             const REAL factor = (REAL)factors[k * plan->num_groups + run->group];
-            for (int64_t i = 0; i < n; i++)
-                w[i] = u[place + i] - own[i];
-            NAME(pulled)(phi, w, factor, n);
-            if (k == 0)
-                memcpy(sum, w, (size_t)n * sizeof(REAL));
-            else
-                for (int64_t i = 0; i < n; i++)
-                    sum[i] += w[i];
+            EACH_PULL(n, center[i] - own[i], sum[i] = k == 0 ? pull : sum[i] + pull;)
         }
     }
     return 1;
@@ -195,9 +194,10 @@ int NAME(move_consensus)(const struct plan *plan, const struct potential *phi, R
     if (phi->bound < INFINITY) {
         memset(memory, 0, (size_t)(2 * plan->num_groups) * sizeof(double));
         ALL_BLOCKS {
-            const int64_t n = LENGTH, place = run->start + at, g = run->group;
-            of_total[g] = join(phi, of_total[g], NAME(size_of)(phi, total + place, n));
-            of_u[g] = join(phi, of_u[g], NAME(size_of)(phi, u + place, n));
+            const int64_t n = LENGTH, g = run->group;
+            const REAL *restrict sum = total + run->start + at, *restrict center = u + run->start + at;
+            JOIN_SIZE(of_total[g], n, x = sum[j];)
+            JOIN_SIZE(of_u[g], n, x = center[j];)
         }
         for (int64_t g = 0; g < plan->num_groups; g++)
             if (!far_inside(phi, reach[g] + fabs(step) * norm_of(phi, of_total[g]),
@@ -218,54 +218,42 @@ static void NAME(sizes_before)(const struct plan *plan, const struct potential *
         memset(found[i], 0, (size_t)plan->num_groups * sizeof(double));
     ALL_BLOCKS {
         const int64_t n = LENGTH, place = run->start + at, g = run->group;
-        const REAL *restrict own = z + place;
-        REAL w[BLOCK];
-        of_u[g] = join(phi, of_u[g], NAME(size_of)(phi, u + place, n));
-        for (int64_t i = 0; i < n; i++)
-            w[i] = u[place + i] - own[i];
-        of_w[g] = join(phi, of_w[g], NAME(size_of)(phi, w, n));
-        for (int64_t i = 0; i < n; i++)
-            w[i] = kappa * v[place + i] - sigma * (delta[place + i] + nu * own[i]);
-        of_v[g] = join(phi, of_v[g], NAME(size_of)(phi, w, n));
+        const REAL *restrict own = z + place, *restrict center = u + place;
+        const REAL *restrict velocity = v + place, *restrict gradient = delta + place;
+        JOIN_SIZE(of_u[g], n, x = center[j];)
+        JOIN_SIZE(of_w[g], n, x = center[j] - own[j];)
+        JOIN_SIZE(of_v[g], n, x = kappa * velocity[j] - sigma * (gradient[j] + nu * own[j]);)
     }
 }
 
 /* v = kappa v - sigma (delta + nu z); z += d = v + force at u - z with these factors, NULL: 0;
    v = d if the coupling goes `through` the velocity. The sizes of the new v to `of_v`, unless it is
-   NULL. */
+   NULL or there are factors. */
 static void NAME(move_row)(const struct plan *plan, const struct potential *phi, const REAL *u,
                            REAL *z, REAL *v, const REAL *delta, REAL kappa, REAL sigma, REAL nu,
                            const double *factors, int through, double *of_v)
 {
+    const REAL scale2 = (REAL)(phi->scale * phi->scale);
     if (of_v)
         memset(of_v, 0, (size_t)plan->num_groups * sizeof(double));
     ALL_BLOCKS {
         const int64_t n = LENGTH, place = run->start + at, g = run->group;
         REAL *restrict own = z + place, *restrict velocity = v + place;
-        const REAL *restrict gradient = delta + place;
-        REAL w[BLOCK];
+        const REAL *restrict gradient = delta + place, *restrict center = u + place;
+#define NEXT(i) (kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]))
         if (factors) {
-            for (int64_t i = 0; i < n; i++)
-                w[i] = u[place + i] - own[i];
-            NAME(pulled)(phi, w, (REAL)factors[g], n);
-        }
-        if (!factors)
-            for (int64_t i = 0; i < n; i++) {
-                velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]);
-                own[i] += velocity[i];
-            }
-        else if (through)
-            for (int64_t i = 0; i < n; i++) {
-                velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]) + w[i];
-                own[i] += velocity[i];
-            }
+            const REAL factor = (REAL)factors[g];
+            EACH_PULL(n, center[i] - own[i],
+                      const REAL alone = NEXT(i); const REAL both = alone + pull;
+                      velocity[i] = through ? both : alone; own[i] += both;)
+        } else if (of_v)
+            JOIN_SIZE(of_v[g], n, velocity[j] = x = NEXT(j); own[j] += x;)
         else
             for (int64_t i = 0; i < n; i++) {
-                velocity[i] = kappa * velocity[i] - sigma * (gradient[i] + nu * own[i]);
-                own[i] += velocity[i] + w[i];
+                velocity[i] = NEXT(i);
+                own[i] += velocity[i];
             }
-        if (of_v)
-            of_v[g] = join(phi, of_v[g], NAME(size_of)(phi, velocity, n));
+#undef NEXT
     }
 }
 
@@ -294,9 +282,10 @@ static int NAME(stays_inside)(const struct plan *plan, const struct potential *p
                               double sigma, double nu, double *memory)
 {
     memset(memory, 0, (size_t)plan->num_groups * sizeof(double));
-    ALL_BLOCKS
-        memory[run->group] = join(phi, memory[run->group],
-                                  NAME(size_of)(phi, delta + run->start + at, LENGTH));
+    ALL_BLOCKS {
+        const REAL *restrict gradient = delta + run->start + at;
+        JOIN_SIZE(memory[run->group], LENGTH, x = gradient[j];)
+    }
     for (int64_t g = 0; g < plan->num_groups; g++) {
         const double z = row->u[g] + row->w[g];
         const double of_step = fabs(sigma) * (norm_of(phi, memory[g]) + fabs(nu) * z);
