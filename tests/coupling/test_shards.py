@@ -2,6 +2,9 @@
 
 Two workers of two processes are compared with two workers of one process that sees the batches of
 both. test_coupling.py compares the latter with loops.
+
+torch.distributed.fsdp, .tensor and .checkpoint are imported by functions: that takes a second, in
+every process that collects the tests.
 """
 
 import copy
@@ -10,15 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from consensus import Coupling
 from consensus.server import digest
@@ -46,6 +41,8 @@ def meshes():
 
 
 def fsdp(make, mesh):
+    from torch.distributed.fsdp import fully_shard
+
     model = make()
     if isinstance(model, nn.Sequential):
         fully_shard(model[0], mesh=mesh)
@@ -65,6 +62,8 @@ def batch(worker, t):
 
 
 def whole(tensor):
+    from torch.distributed.tensor import DTensor
+
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
@@ -75,6 +74,8 @@ def values(model):
 
 def here(model, shard):
     """The rows of each parameter that the shard of this number has, of two; None: all rows."""
+    from torch.distributed.tensor import DTensor
+
     rows = []
     for own in model.parameters():
         own = own.detach()
@@ -177,6 +178,8 @@ def test_two_processes_are_a_worker(ranks):
 
 
 def average_buffers(group):
+    from torch.distributed.fsdp import fully_shard
+
     workers, shards = meshes()
     model = network()
     model.register_buffer("seen", torch.tensor(float(group.rank), dtype=F64))
@@ -204,6 +207,13 @@ def coupled(shards, workers, make_optimizer, **options):
 
 
 def export(group, folder):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
     workers, shards = meshes()
     worker, shard = workers.get_local_rank(), shards.get_local_rank()
     half = slice(3 * shard, 3 * shard + 3)
@@ -235,6 +245,8 @@ def export(group, folder):
 @pytest.mark.ranks
 def test_u_is_exported_as_dtensors(ranks, tmp_path):
     """As `get_model_state_dict` inside `consensus()`; a plain model reads a checkpoint of it."""
+    from torch.distributed.tensor import Shard
+
     answers = ranks(4, export, str(tmp_path / "checkpoint"))
     for same, places, facts, full in answers:
         assert same
@@ -284,6 +296,8 @@ def test_sharded_workers_resume_to_the_same_bits(ranks):
 
 def in_bfloat16(group):
     """Given gradients, sharded and whole: all operations are elementwise, so bits are equal."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     workers, shards = meshes()
     worker, found = workers.get_local_rank(), []
     for potential in ("quad", "tan_sep"):
@@ -328,6 +342,8 @@ def ddp_over_all(workers, shards, worker, shard):
 
 
 def partly(workers, shards, worker, shard):
+    from torch.distributed.fsdp import fully_shard
+
     model = network()
     fully_shard(model[0], mesh=shards)
     return model, {}
@@ -335,6 +351,8 @@ def partly(workers, shards, worker, shard):
 
 def first_version(workers, shards, worker, shard):
     """A module of that name: torch's own refuses to be made without an accelerator."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     return type(FullyShardedDataParallel.__name__, (nn.Sequential,), {})(network()), {}
 
 
@@ -363,6 +381,8 @@ def other_pull_with_ddp(workers, shards, worker, shard):
 
 
 def optimizer_before(workers, shards, worker, shard):
+    from torch.distributed.fsdp import fully_shard
+
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return fully_shard(model, mesh=shards), {"optimizer": optimizer}

@@ -12,9 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.functional import mse_loss
 
 from consensus import Coupling
@@ -349,11 +347,11 @@ def checkpointed(group, folder, how):
             iterate(t)
             coupling.step()
         if resumed:  # a sum is on its way
-            save_or_load(dcp.save, group.rank, folder, how, (model, optimizer, coupling))
+            save_or_load(False, group.rank, folder, how, (model, optimizer, coupling))
             coupling.close()
             ((model, optimizer),), iterate = accumulated(group.rank)
             coupling = Coupling(model, optimizer, "tan", eta=0.2, period=4)
-            save_or_load(dcp.load, group.rank, folder, how, (model, optimizer, coupling))
+            save_or_load(True, group.rank, folder, how, (model, optimizer, coupling))
         for t in range(8, 14):
             iterate_without_schedule(model, optimizer, group.rank, t)
             coupling.step()
@@ -370,8 +368,13 @@ def iterate_without_schedule(model, optimizer, j, t):
     optimizer.step()
 
 
-def save_or_load(act, rank, folder, how, parts):
+def save_or_load(loads, rank, folder, how, parts):
     """All in one directory. A name holds one value for all ranks, so each rank has its own name."""
+    # Here: it imports sympy, in every process that collects the tests.
+    from torch.distributed.checkpoint import load, save
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    act = load if loads else save
     model, optimizer, coupling = parts
     of_model, of_optimizer = get_state_dict(model, optimizer)
     name = f"worker{rank}"
@@ -383,7 +386,7 @@ def save_or_load(act, rank, folder, how, parts):
         state = {"model": of_model, "optimizer": of_optimizer}
         act({name: state, f"coupling{rank}": coupling}, checkpoint_id=folder)
         of_coupling = None  # torch has loaded it
-    if act is dcp.load:
+    if loads:
         own, others = state["model"], state["optimizer"]
         set_state_dict(model, optimizer, model_state_dict=own, optim_state_dict=others)
         if of_coupling is not None:
