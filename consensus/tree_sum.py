@@ -9,10 +9,12 @@ the blocks of K workers are nodes of the tree over M: `layouts`.
     M = 12     two nodes of 6, four of 3, twelve leaves     1, 2, 4 or 12 processes
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+CHUNK = 1 << 17  # numbers that are added up at once: they stay in a core's cache
 
 
 def tree_sum(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -31,6 +33,21 @@ def tree_sum(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     for child in children[1:]:
         out += tree_sum(child)
     return out
+
+
+def adding(summands: Tensor, out: Tensor) -> Callable[[], None]:
+    """The function that adds up the rows of (P, n) to `out` (n,), always in this memory."""
+    vectors = [*summands.unbind(), out]  # their views take longer than a small sum
+    pieces = list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
+
+    def add() -> None:
+        for *parts, total in pieces:
+            if len(parts) == 2:
+                torch.add(parts[0], parts[1], out=total)
+            else:
+                tree_sum(parts, total)
+
+    return add
 
 
 def _children(parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -1,9 +1,11 @@
 """tree_sum: the order of its additions, and the layouts that share it."""
 
+import math
+
 import pytest
 import torch
 
-from consensus.tree_sum import layouts, tree_sum
+from consensus.tree_sum import adding, layouts, tree_sum
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8, 9, 12, 15, 30])
@@ -56,3 +58,14 @@ def test_the_summands_stay():
 )
 def test_layouts(m, expected):
     assert layouts(m) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_additions_in_pieces_see_what_is_in_memory(monkeypatch, ranks):
+    monkeypatch.setattr("consensus.tree_sum.CHUNK", 3)
+    parts, total = torch.zeros(ranks, 8), torch.full((8,), math.nan)
+    add = adding(parts, total)
+    for factor in (1.0, 2.0):  # whole numbers: their sums are exact in every order
+        parts.copy_(factor * torch.arange(8.0 * ranks).view(ranks, 8))
+        add()
+        assert total.tolist() == [factor * sum(8 * r + i for r in range(ranks)) for i in range(8)]

@@ -42,11 +42,10 @@ import torch
 from torch import Tensor
 
 from consensus.comm.group import Adder
-from consensus.tree_sum import tree_sum
+from consensus.tree_sum import adding
 
 FOLDER = Path("/dev/shm")
 SMALL = 4 << 20  # bytes of all slots of a small sum: they stay in a core's cache
-CHUNK = 1 << 17  # numbers that are added up at once, likewise
 PAGE = 4096  # bytes
 LINE = 8  # int64 in a cache line: no two ranks write into the same one
 
@@ -125,7 +124,7 @@ class SharedSum:
             self._every, self._total = body[:size], body[-1]
             part = slice(numel * rank // size, numel * (rank + 1) // size)
             totals = [(self._every[:, part], self._total[part])]
-        self._additions = [_adding(summands, out) for summands, out in totals]
+        self._additions = [adding(summands, out) for summands, out in totals]
 
     @staticmethod
     def reserve(size: int, numel: int, dtype: torch.dtype) -> str:
@@ -218,18 +217,3 @@ def num_bytes(size: int, numel: int, dtype: torch.dtype) -> int:
     """Bytes that a sum of n = numel numbers over P = size ranks takes in FOLDER."""
     head, slot, slots = _layout(size, numel, dtype)
     return head + slot * slots
-
-
-def _adding(summands: Tensor, out: Tensor) -> Callable[[], None]:
-    """The function that adds up the summands (P, n) to `out` (n,), in pieces for a cache."""
-    vectors = [*summands.unbind(), out]
-    pieces = list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
-
-    def add() -> None:
-        for *parts, total in pieces:
-            if len(parts) == 2:
-                torch.add(parts[0], parts[1], out=total)
-            else:
-                tree_sum(parts, total)
-
-    return add

@@ -14,12 +14,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from consensus.core.kernels.native import Library, Run
-from consensus.core.sizes import CHUNK
-from consensus.tree_sum import tree_sum
+from consensus.tree_sum import adding
 
 
 class ScaledSum:
@@ -46,12 +44,12 @@ class ScaledSum:
         for run, (start, stop, layer) in zip(runs, inside, strict=True):
             run.start, run.count, run.group = start, stop - start, layer
         add, places = self._library.function("add_scaled", total.dtype), _addresses(messages)
-        factors = [*messages[:, size:].unbind()], total[size:]
+        add_factors = adding(messages[:, size:], total[size:])
 
         def add_part() -> None:
             add(runs, len(runs), size, places, count, total.data_ptr())
             if rank == count - 1:
-                tree_sum(*factors)
+                add_factors()
 
         return add_part
 
@@ -70,18 +68,18 @@ class CommonWeights:
         """As in `Adder`: parts of c w and of c, on the last rank the last. (P, 2 n + 1)."""
         n, last = self._n, rank == len(messages) - 1
         start, stop = _part(rank, len(messages), n)
-        forces, weights = (
-            _pieces(messages, total, start + shift, stop + shift) for shift in (0, n)
+        add_forces, add_weights, add_common = (
+            adding(messages[:, part], total[part])
+            for part in (slice(start, stop), slice(n + start, n + stop), slice(2 * n, 2 * n + 1))
         )
         common: Any = messages[:, 2 * n].numpy()
-        ends = [*messages[:, 2 * n].unbind()], total[2 * n]
 
         def add_part() -> None:
-            equal = not any(math.isnan(number) for number in common)
-            for *parts, out in forces if equal else [*forces, *weights]:
-                tree_sum(parts, out)
+            add_forces()
+            if any(math.isnan(number) for number in common):
+                add_weights()
             if last:
-                tree_sum(*ends)
+                add_common()
 
         return add_part
 
@@ -89,12 +87,6 @@ class CommonWeights:
 def _part(rank: int, ranks: int, n: int) -> tuple[int, int]:
     """The coordinates that a rank adds up."""
     return n * rank // ranks, n * (rank + 1) // ranks
-
-
-def _pieces(messages: Tensor, total: Tensor, start: int, stop: int) -> list[tuple[Tensor, ...]]:
-    """Views of [start, stop) of the messages and the total, in pieces for a cache."""
-    vectors = [*messages[:, start:stop].unbind(), total[start:stop]]
-    return list(zip(*(torch.split(vector, CHUNK) for vector in vectors), strict=True))
 
 
 def _addresses(messages: Tensor) -> Any:
