@@ -112,22 +112,6 @@ static const struct run *end_of_group(const struct run *run, const struct run *e
                 lane[k] += lane[k + half];                                                      \
     }
 
-/* u += step total in a block. */
-static void NAME(advance)(REAL *restrict u, REAL step, const REAL *restrict total, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        u[i] += step * total[i];
-}
-
-/* p += c w in a block, w in place of z; then z = p if it is kept. */
-static void NAME(add)(REAL *restrict p, REAL c, REAL *restrict z, int64_t n, int keep)
-{
-    for (int64_t i = 0; i < n; i++)
-        p[i] += c * z[i];
-    if (keep)
-        memcpy(z, p, (size_t)n * sizeof(REAL));
-}
-
 /* The step of u in a group, for the sum of the weights. It may be 0, as (|x|^2)' underflows near 0;
    then the sum of c w is 0 as well. */
 static REAL NAME(step)(double t_u, REAL weight)
@@ -136,7 +120,7 @@ static REAL NAME(step)(double t_u, REAL weight)
 }
 
 /* z = p if it is to be `read`; message = u - z, and its |.|^2 of each group. */
-void NAME(spread)(const struct plan *plan, REAL *message, int read, double *squares)
+void NAME(start_radial)(const struct plan *plan, REAL *message, int read, double *squares)
 {
     memset(squares, 0, (size_t)plan->num_groups * sizeof(double));
     ALL_BLOCKS {
@@ -251,8 +235,13 @@ void NAME(pull)(const struct plan *plan, const double *factors, const uint8_t *c
 {
     ALL_BLOCKS {
         OPERANDS;
-        if (!chosen || chosen[run->group])
-            NAME(add)(p, (REAL)factors[run->group], z, n, keep);
+        const REAL c = (REAL)factors[run->group];
+        if (chosen && !chosen[run->group])
+            continue;
+        for (int64_t i = 0; i < n; i++)
+            p[i] += c * z[i];
+        if (keep)
+            memcpy(z, p, (size_t)n * sizeof(REAL));
     }
 }
 

@@ -52,7 +52,7 @@ _FUNCTIONS: dict[str, tuple[Sequence[type], type | None]] = {
         _COUNT,
     ),
     "replace": ([_POINTER, _INT], None),
-    "spread": ([_POINTER, _POINTER, _INT, _POINTER], None),
+    "start_radial": ([_POINTER, _POINTER, _INT, _POINTER], None),
     "add_scaled": ([_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER], None),
     "start_near": ([_POINTER] * 2 + [_INT, _DOUBLE, _DOUBLE, _INT, _POINTER], _COUNT),
     "move_near": ([_POINTER] * 2 + [_DOUBLE] * 3 + [_INT, _POINTER, _POINTER], _COUNT),

@@ -204,7 +204,10 @@ int NAME(move_consensus)(const struct plan *plan, const struct potential *phi, R
                             norm_of(phi, of_u[g])))
                 return 0;
     }
-    NAME(advance)(u, (REAL)step, total, plan->size);
+    REAL *restrict center = u;
+    const REAL *restrict sum = total, t = (REAL)step;
+    for (int64_t i = 0; i < plan->size; i++)
+        center[i] += t * sum[i];
     return 1;
 }
 

@@ -13,6 +13,7 @@ On a small model a method is two calls of C in place of some ten operations of t
 
 import ctypes
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,7 +146,7 @@ class NativeRadial(_Native):
         self._phi, self._strength = phi, strength
         self._offset = len(u) * u.element_size()
         self._start, self._scale, self._lead, self._pull = (
-            library.function(name, u.dtype) for name in ("spread", "scale", "lead", "pull")
+            library.function(name, u.dtype) for name in ("start_radial", "scale", "lead", "pull")
         )
         self._adder, self._scaled_later = ScaledSum(library, phi.layers), False
         self._weights = ViewsOf(lambda message: numbers_of(message[len(u) :]))
@@ -160,8 +161,7 @@ class NativeRadial(_Native):
         self._start(self._plan, message.data_ptr(), read, self._at_squares)
         self._find_factors(self._strength)
         weights = self._weights(message)
-        for layer, factor in enumerate(self._factors):
-            weights[layer] = factor
+        weights[:] = array(weights.format, self._factors)
         if not self._scaled_later and self._strength != math.inf:
             self._scale(self._plan, message.data_ptr(), self._at_factors)
 
