@@ -1,7 +1,6 @@
 """Totals of adders.py: the bits of a sum of scaled messages by torch, and equal bits on ranks."""
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -10,12 +9,10 @@ from torch import nn
 from consensus import Coupling
 from consensus.comm import shared_memory
 from consensus.comm.sums import SumInSharedMemory
-from consensus.core.kernels import native
 from consensus.core.kernels.adders import CommonWeights, ScaledSum
 from consensus.server import digest
 from consensus.tree_sum import tree_sum
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 LAYERS = [(0, 1), (1, 1500), (1500, 1503), (1503, 4000)]
 N = LAYERS[-1][1]
 
@@ -33,16 +30,15 @@ def messages_of(ranks, width, dtype):
     return torch.randn(ranks, width, dtype=dtype, generator=generator)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 7, 8])
-def test_factors_of_layers_are_applied_as_they_are_summed(ranks, dtype):
+def test_factors_of_layers_are_applied_as_they_are_summed(library, ranks, dtype):
     messages = messages_of(ranks, N + len(LAYERS), dtype)
     messages[0, 5], messages[-1, N] = math.inf, 0.0
     scaled = messages.clone()
     for layer, (start, stop) in enumerate(LAYERS):
         scaled[:, start:stop] *= scaled[:, N + layer : N + layer + 1]
-    total = total_of(ScaledSum(native.library(), LAYERS), messages)
+    total = total_of(ScaledSum(library, LAYERS), messages)
     assert total.numpy().tobytes() == tree_sum(scaled.unbind()).numpy().tobytes()
 
 
@@ -107,7 +103,7 @@ def coupled(group, name, pull, period, later, large, eta=1.0):
         shared_memory.SMALL, SumInSharedMemory.add_by = limit, add_by
 
 
-@needs_compiler
+@pytest.mark.usefixtures("library")
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks_", [2, 4])
 @pytest.mark.parametrize("name", ["tan", "cubic", "log", "tan_sep"])
@@ -125,7 +121,7 @@ def test_a_coupling_has_the_same_bits(ranks, ranks_, name):
         assert len({run[1] for run in runs[True]}) == ranks_, "the copies differ"
 
 
-@needs_compiler
+@pytest.mark.usefixtures("library")
 @pytest.mark.ranks
 def test_a_full_pull_and_small_sums_are_added_up_as_they_are(ranks):
     for pull, large in ((1.0, True), (0.3, False)):

@@ -58,14 +58,6 @@ class Memory:
         return Layerwise(POTENTIALS[name], self.layout.layers, eta)
 
 
-@pytest.fixture(scope="module")
-def library():
-    found = native.library()
-    if found is None:
-        pytest.skip("no C compiler")
-    return found
-
-
 # ---- the formulas
 
 

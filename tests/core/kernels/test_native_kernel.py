@@ -14,7 +14,6 @@ from consensus.core.kernels import (
     LineSearch,
     TotalForce,
     choose_kernel,
-    native,
 )
 from consensus.core.kernels.native_kernel import Native
 from consensus.core.kernels.plain import Plain
@@ -28,12 +27,7 @@ LAYERS = [(0, 3), (3, 1030), (1030, 3101)]
 N = LAYERS[-1][1]
 
 
-@pytest.fixture(autouse=True)
-def library():
-    found = native.library()
-    if found is None:
-        pytest.skip("no C compiler")
-    return found
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def layerwise(name, layers=LAYERS, eta=0.7):
