@@ -89,6 +89,25 @@ def names_in_group(group: str) -> list[str]:
     return found
 
 
+def is_group(key: str) -> bool:
+    """Whether a key of an override chooses a file, as `potential`. Hydra must be initialized."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    loader = GlobalHydra.instance().config_loader()
+    return bool(loader.repository.group_exists(key))  # type: ignore[attr-defined]
+
+
+def apply_overrides(config: "DictConfig", overrides: Sequence["Override"]) -> None:
+    """Set, add and delete values of a composed config, as `compose` does with those it is given.
+
+    Raises:
+        HydraException: If a value cannot be set, with the error of OmegaConf as its cause.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    ConfigLoaderImpl._apply_overrides_to_config(list(overrides), config)
+
+
 def own_keys(name: str) -> set[str] | None:
     """The keys at the top of one config, "defaults" if it lists other configs; None: no such file.
 

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from torch.autograd.graph import increment_version
@@ -19,11 +20,13 @@ from torch.utils.data import DataLoader
 
 from consensus.private_api import (
     add_config_source,
+    apply_overrides,
     changes_of,
     expand_sweep,
     has_content,
     hydra_argument_parser,
     hydra_callbacks,
+    is_group,
     loader_processes,
     names_in_group,
     omegaconf_yaml_dumper,
@@ -147,6 +150,22 @@ def test_a_sweep_is_expanded_in_the_order_of_a_nested_loop():
     assert expand_sweep(overrides) == [
         [f"a={a}", "b=x", f"c={c}"] for a in (1, 2) for c in range(3)
     ]
+
+
+def test_overrides_set_add_and_delete_in_their_order():
+    config = OmegaConf.create({"a": {"b": 1}, "old": 2})
+    OmegaConf.set_struct(config, True)
+    texts = ["a.b=5", "a.b=6", "+a.new=${old}", "~old"]
+    apply_overrides(config, OverridesParser.create().parse_overrides(texts))
+    assert OmegaConf.to_container(config, resolve=False) == {"a": {"b": 6, "new": "${old}"}}
+    with pytest.raises(HydraException, match=r"Could not override 'c'"):
+        apply_overrides(config, OverridesParser.create().parse_overrides(["c=1"]))
+
+
+def test_which_keys_choose_a_file():
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        found = [is_group(key) for key in ("potential", "experiment", "seed", "potential.eta")]
+    assert found == [True, True, False, False]
 
 
 def test_which_nodes_have_content():

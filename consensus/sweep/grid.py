@@ -29,6 +29,7 @@ from consensus.run.config import Config
 from consensus.run.overrides import take_as_text
 from consensus.run.plan import require_memory_for_many
 from consensus.run.yaml_files import did_you_mean, nearest
+from consensus.sweep.composer import Composer
 
 GRADIENTS = ("auto", "measure", *WAYS)
 """The methods by which a population computes gradients.
@@ -148,11 +149,12 @@ class Sweep:
     jobs: tuple[Job, ...]
     launcher: tuple[str, ...]  # overrides for Hydra itself, such as `hydra/launcher=...`
     _configs: dict[Job, Config] = field(default_factory=dict, compare=False)
+    _composer: Composer = field(default_factory=Composer, compare=False)
 
     def config(self, job: Job) -> Config:
         """The config of a run, composed once; raises REFUSALS. Hydra must be initialized."""
         if job not in self._configs:
-            self._configs[job] = to_config(compose("train", overrides=list(job.overrides)))
+            self._configs[job] = to_config(self._composer.compose(job.overrides))
         return self._configs[job]
 
     def composed(self) -> Mapping[Job, Config]:
