@@ -63,3 +63,27 @@ def test_the_same_files_in_another_order_or_place_are_merged_anew(tmp_path):
     for first, second in (("x", "y"), ("y", "x")):
         found = composed(tmp_path, f"+group@a={first}", f"+group@a.b={second}")
         assert found == {"of": "top", "a": {"name": first, "b": {"name": second}}}
+
+
+def test_a_file_that_is_new_is_found(tmp_path):
+    parsed_configs.remember()
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "x.yaml").write_text("name: x\n")
+    (tmp_path / "top.yaml").write_text("defaults: [{optional group: y}, _self_]\nof: top\n")
+    assert composed(tmp_path) == composed(tmp_path) == {"of": "top"}
+    assert composed(tmp_path, "group=x") == {"of": "top", "group": {"name": "x"}}
+    (tmp_path / "group" / "y.yaml").write_text("name: y\n")
+    assert composed(tmp_path) == {"of": "top", "group": {"name": "y"}}
+    (tmp_path / "group" / "y.yaml").unlink()
+    assert composed(tmp_path) == {"of": "top"}
+
+
+def test_a_stored_config_that_is_gone_is_not_found(tmp_path):
+    parsed_configs.remember()
+    (tmp_path / "top.yaml").write_text("defaults: [{optional kept: x}, _self_]\nof: top\n")
+    store = ConfigStore.instance()
+    before = dict(store.repo)
+    store.store("x", {"name": "x"}, group="kept")
+    assert composed(tmp_path) == {"of": "top", "kept": {"name": "x"}}
+    store.repo = before
+    assert composed(tmp_path) == {"of": "top"}
