@@ -62,6 +62,22 @@ def test_dockerignore(patterns, out, into):
     assert [path for path in out + into if ignore.excludes(path)] == out
 
 
+def test_what_is_ignored_at_the_top_is_not_walked_but_where_something_is_brought_back(tmp_path):
+    for file in ("a/x", "b/x", "c/d/x", "c/e", "x", "e"):
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for text, files in (
+        ("*\n!a\n!c/d\n", ["a/x", "c/d/x"]),
+        ("*\n!**/e\n", ["c/e", "e"]),
+        ("b\n", ["a/x", "c/d/x", "c/e", "e", "x"]),
+    ):
+        (tmp_path / ".dockerignore").write_text(text)
+        assert [name for name in container.context(tmp_path) if name != ".dockerignore"] == files
+    entered = [name for name in "abcd" if container.Ignore.read("*\n!a\n!c/d\n").enters(name)]
+    assert entered == ["a", "c"]
+
+
 # ---- what ours says
 
 

@@ -121,12 +121,21 @@ class Ignore:
     """A .dockerignore: the last pattern that fits a path, or a folder above it, decides."""
 
     patterns: list[tuple[re.Pattern[str], bool]]
+    brought_back: list[re.Pattern[str]]  # the folders at the top in which a pattern with ! may fit
 
     @classmethod
     def read(cls, text: str) -> "Ignore":
         lines = [line.strip() for line in text.splitlines()]
         kept = [line for line in lines if line and not line.startswith("#")]
-        return cls([(_glob(line.removeprefix("!")), line.startswith("!")) for line in kept])
+        again = [line.removeprefix("!").strip("/") for line in kept if line.startswith("!")]
+        return cls(
+            [(_glob(line.removeprefix("!")), line.startswith("!")) for line in kept],
+            [_glob(pattern.partition("/")[0]) for pattern in again],
+        )
+
+    def enters(self, folder: str) -> bool:
+        """Whether a file in a folder at the top may be kept: an environment has 50,000 files."""
+        return not self.excludes(folder) or any(top.fullmatch(folder) for top in self.brought_back)
 
     def excludes(self, path: str) -> bool:
         parts = path.split("/")
@@ -149,11 +158,11 @@ def _glob(pattern: str) -> re.Pattern[str]:
 def context(folder: Path) -> list[str]:
     """The files that reach the engine, relative to the folder."""
     ignore = Ignore.read((folder / ".dockerignore").read_text())
-    files = [
-        str((Path(parent) / name).relative_to(folder))
-        for parent, _, names in os.walk(folder)
-        for name in names
-    ]
+    files = []
+    for parent, folders, names in os.walk(folder):
+        if Path(parent) == folder:
+            folders[:] = filter(ignore.enters, folders)
+        files += [str((Path(parent) / name).relative_to(folder)) for name in names]
     return sorted(file for file in files if not ignore.excludes(file))
 
 
