@@ -227,8 +227,10 @@ def test_bits_depend_neither_on_the_processor_nor_on_optimization(library, tmp_p
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache of libraries, here and in this process."""
+    """An empty cache of libraries, here and in this process; to optimize one takes seconds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = [flag.replace("-O3", "-O0") for flag in native.FLAGS]
+    monkeypatch.setattr(native, "FLAGS", flags)
     native.library.cache_clear()
     yield tmp_path / "cache" / "consensus"
     native.library.cache_clear()
