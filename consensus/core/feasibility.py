@@ -6,6 +6,7 @@ a ray are an interval from 0. Its end has a closed form: no trial step is needed
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,10 +140,10 @@ class Domain:
         return w if isinstance(scale, float) and scale == 1.0 else w.mul_(scale)
 
 
-def _points(w: Tensor, d: Tensor) -> torch.Size:
+def _points(w: Tensor, d: Tensor) -> tuple[int, ...]:
     """The shape (...) of the points w + t d (..., n)."""
-    shape: torch.Size = torch.broadcast_shapes(w.shape, d.shape)
-    return shape[:-1]
+    # That of torch imports 500 modules, SymPy among them, at its first call.
+    return np.broadcast_shapes(w.shape, d.shape)[:-1]
 
 
 def largest_halving_below(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp, mpf
 
+from consensus import POTENTIALS
 from consensus.core import feasibility
 from consensus.core.layerwise import Layerwise
 from tests.testing.table2 import (
@@ -100,6 +101,15 @@ def test_a2_the_gradient_blows_up(case, dtype):
         slope = p.grad(x)[1].item()
         assert slope > max(0.3 * 10**k, previous)
         previous = slope
+
+
+def test_the_shape_of_the_points_needs_no_module_beyond_torch(monkeypatch):
+    """By `torch.broadcast_shapes` the first call imported 500, SymPy among them."""
+    monkeypatch.setattr(torch, "_refs", None)
+    quad = Layerwise(POTENTIALS["quad"], [(0, 2), (2, 5)])
+    w, d = torch.zeros(3, 1, 5), torch.zeros(4, 5)
+    assert quad.max_step(w, d).shape == (3, 4)
+    assert quad.feasible_step(w, d, w).shape == (3, 4)
 
 
 @unbounded
