@@ -181,23 +181,24 @@ def test_a_population_continues_to_the_same_bits(make_config):
 
 @pytest.fixture(scope="module")
 def lenets():
-    """Plans of LeNet-5, their runs apart, and what each u evaluates to on the test samples."""
-    plans = [make_plan(c, Launch()) for c in configs(consensus.compose, "log", "model=lenet5")]
+    """Plans of LeNet-5, their runs apart, samples, and what each u evaluates to on them."""
+    small = ("model=lenet5", "algorithm.batch_size=4")
+    plans = [make_plan(c, Launch()) for c in configs(consensus.compose, "log", *small)]
     apart = separately(plans, 5)
-    test = plans[0].dataset.test
-    return plans, apart, [plans[0].risk.evaluate(u, test) for u in apart[0]]
+    test = plans[0].dataset.test[:50]
+    return plans, apart, test, [plans[0].risk.evaluate(u, test) for u in apart[0]]
 
 
 @pytest.mark.parametrize("way", [Way("grouped", 5), Way("products", 32), Way("one_by_one", 1)])
 def test_gradients_of_many_models_at_once_are_those_of_runs(lenets, way):
     """12 models: the last of three passes has two."""
-    plans, apart, evaluated = lenets
+    plans, apart, test, evaluated = lenets
     together = population(plans)
     together.oracle.way = way
     for t in range(5):
         together.step(t)
     require_equal(together, apart)
-    each = together.oracle.evaluate(together.u, plans[0].dataset.test)
+    each = together.oracle.evaluate(together.u, test)
     for row, expected in zip(each, evaluated, strict=True):
         torch.testing.assert_close(row, expected, rtol=1e-9, atol=0.0)
 
