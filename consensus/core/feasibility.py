@@ -6,7 +6,6 @@ a ray are an interval from 0. Its end has a closed form: no trial step is needed
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,10 +139,12 @@ class Domain:
         return w if isinstance(scale, float) and scale == 1.0 else w.mul_(scale)
 
 
-def _points(w: Tensor, d: Tensor) -> tuple[int, ...]:
+def _points(w: Tensor, d: Tensor) -> torch.Size:
     """The shape (...) of the points w + t d (..., n)."""
-    # That of torch imports 500 modules, SymPy among them, at its first call.
-    return np.broadcast_shapes(w.shape, d.shape)[:-1]
+    # `torch.broadcast_shapes` imports 500 modules, SymPy among them, at its first call.
+    first, _ = torch.broadcast_tensors(w[..., :1], d[..., :1])
+    shape: torch.Size = first.shape[:-1]
+    return shape
 
 
 def largest_halving_below(t: Tensor) -> Tensor:
