@@ -50,7 +50,8 @@ def make(
     """4 workers that start apart, a coupling that is stable at 0, ten iterations to an epoch."""
     eta = 1.0 if potential == "quad" else NARROW[device][potential.endswith("_sep")]
     random = torch.Generator().manual_seed(0)
-    images = (4 if device == CPU else 1) * torch.rand(50, 1, 28, 28, generator=random)
+    bright = 4 if device == CPU else 1  # so that the steps of the small network are cut as well
+    images = bright * torch.rand(50, 1, 28, 28, generator=random)
     labels = torch.randint(10, (50,), generator=random)
     dataset = Dataset((images, labels), (images[:1], labels[:1]), num_classes=10).to(device, dtype)
     minibatches = [Minibatches(torch.arange(50, device=device), 5, 0, j) for j in range(4)]
