@@ -52,7 +52,7 @@ from consensus.run.signals import RunStopped
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.earlier import Found, find_earlier
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
-from consensus.sweep.halving import Candidate, Halving, Rung, plan_halving
+from consensus.sweep.halving import Candidate, Halving, Rung, has_diverged, plan_halving
 from consensus.sweep.job import run_here, run_job
 from consensus.sweep.members import Member, Stage
 from consensus.sweep.population_trainer import train_populations
@@ -107,10 +107,9 @@ def main() -> None:
             report([sweep.path], paths=dashboard.run_dirs(), damaged=dashboard.damaged())
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
-    states = {job: dashboard.statuses[job.name].state for job in sweep.jobs}
-    missing = [j for j, state in states.items() if state != "done"]
-    if failed := len([job for job in missing if job not in out or states[job] == "failed"]):
-        leave(f"{failed} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)
+    states = [dashboard.statuses[job.name].state for job in sweep.jobs if job not in out]
+    if missing := sum(state != "done" for state in states):
+        leave(f"{missing} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)
 
 
 def run(
@@ -122,7 +121,8 @@ def run(
 ) -> set[Job]:
     """Run all jobs that are not done, with `searched` for each separate run.
 
-    Returns the jobs that `halving` has stopped. RunStopped if none can go on.
+    Returns the jobs that `halving` has stopped, those that diverged among them, but not those that
+    failed. RunStopped if none can go on.
     """
     folder, say = sweep.path / "report", dashboard.print
     todo = [job for job, found in earlier.items() if found.state in ("new", "continues")]
@@ -150,7 +150,9 @@ def run(
         if rung.keep is not None:
             say(f"{name}: {len(kept)} of {len(going)} configurations go on")
             going = [candidate for candidate in going if candidate.name in kept]
-    return set(sweep.jobs).difference(job for candidate in going for job in candidate.jobs)
+    left = set(sweep.jobs).difference(job for candidate in going for job in candidate.jobs)
+    failed = {job for job in left if dashboard.statuses[job.name].state == "failed"}
+    return left - {job for job in failed if not has_diverged(sweep.path / job.name)}
 
 
 def train(
