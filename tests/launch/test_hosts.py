@@ -116,14 +116,11 @@ def test_a_run_over_hosts_has_the_same_bits_after_a_host_was_cut_off_and_until_c
 
 
 def test_no_packet_is_faster_than_the_latency(tmp_path):
+    """The fastest round trip takes twice the latency, and not that of another setting."""
     with Hosts(2, tmp_path, latency_ms=10.0) as hosts:
-        times = sorted(hosts.round_trips(20))
-        assert times[0] >= 0.020
-        assert times[10] < 0.030
+        assert 0.020 <= min(hosts.round_trips(20)) < 0.040
         hosts.set_latency(5.0)
-        times = sorted(hosts.round_trips(20))
-        assert times[0] >= 0.010
-        assert times[10] < 0.018
+        assert 0.010 <= min(hosts.round_trips(20)) < 0.020
 
 
 @pytest.mark.parametrize(("loss", "least", "most"), [(0.0, 1000, 1000), (0.2, 730, 870)])
