@@ -14,6 +14,9 @@ from consensus.server import digest
 ADVICE = "a smaller algorithm.sigma and algorithm.tau, or a larger algorithm.lam, may help"
 HOPELESS = 1e6  # times the loss of guessing: diverged
 UNUSUAL = 10.0  # times the loss of guessing, and growing: a remark
+RISEN = 2.0  # times the lowest train loss: a remark
+EVALUATIONS = 3  # one after another, in which it has risen
+SMALL = 1e-3  # of the loss of guessing: a train loss that may vary by any factor
 LOOK = 100  # communications between two looks at the cut steps, as in Coupling
 MOST_CUTS = 0.1  # of the steps
 FEW = 10  # iterations, during which u need not have moved, and anything may grow
@@ -48,6 +51,7 @@ class Diagnosis:
         self._start = as_hex(int(digest(plan.start)))
         self._rows: list[Row] = []
         self._made: set[str] = set()
+        self._lowest, self._risen = (math.inf, 0), 0  # train loss and its iteration; see _rise
         self._looked = 0, 0, 0  # iteration, cuts of u and of the z_j at the last look
 
     def remarks(self, row: Row) -> list[str]:
@@ -57,6 +61,7 @@ class Diagnosis:
             "cuts": self._cuts,
             "progress": self._no_progress,
             "growth": self._growth,
+            "rise": self._rise,
         }
         found = []
         for name, check in checks.items():
@@ -142,3 +147,23 @@ class Diagnosis:
         if not found:
             return None
         return f"growth without bound at iteration {t}: {'; '.join(found)}; {ADVICE}"
+
+    def _rise(self, row: Row) -> str | None:
+        """A remark if the train loss has risen far above its lowest value, and stays there.
+
+        A large step with much momentum may lower the loss for epochs before it becomes unstable.
+        """
+        t, loss = row["iteration"], number(row, "train_loss")
+        lowest, at = self._lowest
+        if loss < lowest:
+            self._lowest, self._risen = (loss, t), 0
+            return None
+        high = loss > max(RISEN * lowest, SMALL * self._guessing)
+        self._risen = self._risen + 1 if high else 0
+        if self._risen < EVALUATIONS:
+            return None
+        return (
+            f"train loss {loss:.4g} at iteration {t}, and {lowest:.4g} at iteration {at}: a "
+            "smaller algorithm.sigma or algorithm.momentum, or a decaying step size "
+            "(algorithm.schedule.sigma.name=cosine), may help"
+        )
