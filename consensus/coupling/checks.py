@@ -1,17 +1,21 @@
 """Checks of the model and optimizer of a `Coupling`: each problem is one sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from consensus.comm import group_inside, have_others_in_common
+from consensus.core.flat import local
 
 
 def check_model(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
     """Raise a ValueError if the parameters of a model cannot be coupled over a group."""
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise ValueError(f"`optimizer` is a {kind}; allowed: an optimizer of torch")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("`model` has FullyShardedDataParallel modules; allowed: fully_shard")
     if have_others_in_common(group, group_inside(model)):
@@ -32,11 +36,32 @@ def check_model(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
     for name, parameter in trainable.items():
         if problem := _problem_of(parameter):
             raise ValueError(f"parameter `{name}` is {problem}; allowed: dense real parameters")
+        if not local(parameter).detach().isfinite().all():
+            raise ValueError(f"parameter `{name}` has numbers that are not finite; allowed: none")
     _check_shards(trainable)
     for kind in ("dtype", "device"):
         found = sorted({str(getattr(parameter, kind)) for parameter in trainable.values()})
         if len(found) > 1:
             raise ValueError(f"the parameters have the {kind}s {', '.join(found)}; allowed: one")
+
+
+def check_finite(us: Sequence[Tensor], calls: int) -> None:
+    """Raise a RuntimeError if u is not finite after so many calls of `step`."""
+    if not all(bool(u.sum().isfinite()) for u in us):
+        raise RuntimeError(
+            f"u is not finite after {calls} calls of `step`, because the parameters of a process "
+            "were not; remedies: a smaller learning rate, or no optimizer step where a gradient is "
+            "not finite"
+        )
+
+
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """The class of an optimizer, and the options of each of its parameter groups."""
+    options = (
+        ", ".join(f"{key}={value}" for key, value in group.items() if key != "params")
+        for group in optimizer.param_groups
+    )
+    return f"{type(optimizer).__name__}({'; '.join(options)})"
 
 
 class Watch:

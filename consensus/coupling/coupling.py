@@ -32,11 +32,11 @@ from torch.optim import Optimizer
 from consensus.comm import Group, PeerLostError, group_of_user, num_ranks
 from consensus.core.kernels.optimizers import MakeOptimizer
 from consensus.core.potentials import Potential
-from consensus.coupling.checks import Watch, check_model
-from consensus.coupling.part import Part, problem_of_state
-from consensus.coupling.plan import Plan, describe, make_plans
+from consensus.coupling.checks import Watch, check_finite, check_model, describe_optimizer
+from consensus.coupling.part import LOOK, Part, load_states, problem_of_state, states_of
+from consensus.coupling.plan import Plan, describe, identity, make_plans
 from consensus.coupling.processes import Processes, device_of
-from consensus.coupling.settings import Settings
+from consensus.coupling.settings import Settings, rates_of_paper
 from consensus.server import digest
 
 
@@ -81,6 +81,7 @@ class Coupling:
 
     Raises:
         ValueError: On all processes alike, if an argument is not allowed or the models differ.
+        RuntimeError: In `step`, on all processes alike, if u is found not to be finite.
     """
 
     _swapped = _closed = False
@@ -113,13 +114,13 @@ class Coupling:
         workers = self._open_group(group, device_of(model), timeout_s)
         self._processes = Processes(workers, model, timeout_s)
         try:
-            plans, described, problem = [], {}, None
+            plans, described, self._identity, problem = [], {}, {}, None
             try:
                 own = (potential, options, eta, pull, outer, local_pull, period, fragments)
                 settings = Settings(*own, implicit, order, overlap, delay, buffers)
                 check_model(model, optimizer, group)
                 plans = make_plans(model, optimizer, settings, layers, self._processes.shards)
-                described = settings.describe()
+                described, self._identity = settings.describe(), identity(settings, plans)
             except ValueError as error:
                 problem = str(error)  # the other processes wait for this one
             self._processes.raise_together(problem)
@@ -144,11 +145,10 @@ class Coupling:
     ) -> "Coupling":
         """Algorithm 1 in the letters of the paper, with t_u = tau, for as many workers as ranks.
 
-        pull = 2 sigma / (lam eta^2), outer = 2 M tau / eta^2. The optimizer is SGD with step size
-        sigma. `others` are arguments of `Coupling`.
+        The optimizer is SGD with step size sigma. `others` are arguments of `Coupling`.
         """
-        pull, outer = 2.0 * sigma / (lam * eta**2), 2.0 * num_ranks(group) * tau / eta**2
-        others = {"pull": pull, "outer": outer, "implicit": False} | others
+        rates = rates_of_paper(lam, tau, sigma, eta, num_ranks(group))
+        others = rates | {"implicit": False} | others
         return cls(model, optimizer, potential, eta=eta, group=group, **others)
 
     def _couple(
@@ -160,6 +160,8 @@ class Coupling:
         self._watch = Watch(self._model)
         self._processes.require_equal(described, describe(self._model, plans, self._buffers))
         self._parts = [self._make_part(plan, optimizer, self._processes.workers) for plan in plans]
+        outers = ", ".join(map(describe_optimizer, self.outer_optimizers))
+        self._processes.require_equal({"outer": outers}, {})
         self._restart()
 
     def step(self) -> None:
@@ -229,28 +231,24 @@ class Coupling:
         """Copies of what this process holds beside model and optimizer. Waits for the sum."""
         self._refuse("state_dict")
         self._wait()
-        states = [part.state_dict() for part in self._parts]
-        state: dict[str, Any] = {key: torch.cat([s[key] for s in states]) for key in ("u", "z")}
-        state["cuts"] = torch.stack([s["cuts"] for s in states])
-        if outers := [s["outer"] for s in states if "outer" in s]:
-            state["outer"] = outers
-        return state | {"calls": self._calls, "communications": self._communications}
+        counts = {"calls": self._calls, "communications": self._communications}
+        return states_of(self._parts) | counts | {"coupling": self._identity}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`. A collective.
 
-        The user loads the states of model and optimizer as well, before or after. The run then has
-        the bits of one that was not interrupted. A ValueError if the state is of another coupling.
+        The user loads the states of model and optimizer as well, before or after. With as many
+        processes and the same arguments, the run then has the bits of one that was not interrupted.
+        A ValueError on all processes if the state has another potential, eta or order of the
+        parameters, or if the processes have states of different calls of `step`.
         """
         self._refuse("load_state_dict")
-        self._processes.raise_together(problem_of_state(state, self._parts))
+        self._processes.raise_together(problem_of_state(state, self._parts, self._identity))
+        counts = {f"state['{key}']": int(state[key]) for key in ("calls", "communications")}
+        self._processes.require_equal(counts, {"state['u']": (int(digest(state["u"])),)})
         self._wait()
-        sizes = [part.u.numel() for part in self._parts]
-        pieces = zip(*(state[key].split(sizes) for key in ("u", "z")), strict=True)
-        others = state["cuts"], state.get("outer", [None] * len(sizes))
-        for part, (u, z), cuts, outer in zip(self._parts, pieces, *others, strict=True):
-            part.load_state_dict({"u": u, "z": z, "cuts": cuts, "outer": outer})
+        load_states(self._parts, state)
         self._begin(int(state["calls"]), int(state["communications"]))
 
     @torch.no_grad()
@@ -332,9 +330,15 @@ class Coupling:
         """Finish sums on their way; `displaced`: whether the optimizer has moved since."""
         for part in parts:
             part.finish(displaced)
-        self._communications += 1
+        self._count()
         if self._buffers:  # only here: a late mean could make a variance negative
             self._processes.mean_(self._buffers)
+
+    def _count(self) -> None:
+        """Count a communication, and look now and then whether u is finite."""
+        self._communications += 1
+        if self._communications % LOOK == 0:  # seldom, since it waits for the device
+            check_finite([part.u for part in self._parts], self._calls)
 
     def __reduce__(self) -> NoReturn:
         """Refuse copies, which would share the sum on its way."""

@@ -195,7 +195,7 @@ class ElasticCoupling(Coupling):
         view = self._members.view
         wanted = self._repeat(self._request.finish)
         self._wanted = wanted and self._members.view is view
-        self._communications += 1
+        self._count()
 
     def _wait(self) -> None:
         for part in self._parts:

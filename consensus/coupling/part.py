@@ -19,7 +19,7 @@ from consensus.core.kernels.together import Together
 from consensus.coupling.plan import Plan
 from consensus.server import Server
 
-_LOOK = 100  # communications between two looks at the cut steps
+LOOK = 100  # communications between two looks at the numbers on the device
 
 
 class Part:
@@ -137,7 +137,7 @@ class Part:
         self._server.finish((Pending(lambda: total), self.z), self._t_u)
         self._move(self._pull, displaced, anchor)
         self._finished += 1
-        if self._puller.cuts_steps and self._finished % _LOOK == 0:
+        if self._puller.cuts_steps and self._finished % LOOK == 0:
             self._look_at_cuts()
 
     def move_between(self) -> None:
@@ -208,11 +208,11 @@ class Part:
         """Warn if a tenth of the last steps were cut; seldom, since it waits for the device."""
         cuts = torch.stack(self.cuts)
         of_u, of_z = (cuts - self._seen).tolist()
-        share = max(of_u / _LOOK, of_z / self._moves)
+        share = max(of_u / LOOK, of_z / self._moves)
         self._seen, self._moves = cuts, 0
         if share >= 0.1:
             warnings.warn(
-                f"{share:.0%} of the steps of the last {_LOOK} communications were cut at the "
+                f"{share:.0%} of the steps of the last {LOOK} communications were cut at the "
                 "boundary of the domain, which slows training; remedies: a larger `eta`, a smaller "
                 "`pull`, `implicit=True`",
                 stacklevel=4,
@@ -226,8 +226,31 @@ class Part:
         scale_momentum([states[p] for p in self.parameters.originals if p in states], step)
 
 
-def problem_of_state(state: Mapping[str, Any], parts: Sequence[Part]) -> str | None:
-    """Why a state is not one of a coupling with these parts; None if it is one."""
+def states_of(parts: Sequence[Part]) -> dict[str, Any]:
+    """The states of some parts as one: `u` and `z` (n,), `cuts` (parts, 2), `outer` a list."""
+    states = [part.state_dict() for part in parts]
+    state: dict[str, Any] = {key: torch.cat([own[key] for own in states]) for key in ("u", "z")}
+    state["cuts"] = torch.stack([own["cuts"] for own in states])
+    outers = [own["outer"] for own in states if "outer" in own]
+    return state | {"outer": outers} if outers else state
+
+
+def load_states(parts: Sequence[Part], state: Mapping[str, Any]) -> None:
+    """Load what `states_of` has returned."""
+    sizes = [part.u.numel() for part in parts]
+    pieces = zip(*(state[key].split(sizes) for key in ("u", "z")), strict=True)
+    others = state["cuts"], state.get("outer", [None] * len(sizes))
+    for part, (u, z), cuts, outer in zip(parts, pieces, *others, strict=True):
+        part.load_state_dict({"u": u, "z": z, "cuts": cuts, "outer": outer})
+
+
+def problem_of_state(
+    state: Mapping[str, Any], parts: Sequence[Part], identity: Mapping[str, Any]
+) -> str | None:
+    """Why a state is not one of a coupling with these parts; None if it is one.
+
+    States of before version 0.1 have no identity.
+    """
     for key in ("u", "z", "cuts", "calls", "communications"):
         if key not in state:
             return f"the state has no `{key}`; allowed: a state_dict() of a Coupling"
@@ -238,4 +261,9 @@ def problem_of_state(state: Mapping[str, Any], parts: Sequence[Part]) -> str | N
     found, wanted = len(state.get("outer", [])), sum(part.outer is not None for part in parts)
     if found != wanted:
         return f"the state has {found} outer optimizers; allowed: {wanted}"
+    for key, own in identity.items():
+        if (other := state.get("coupling", identity).get(key, own)) != own:
+            if key == "parameters":
+                return "the state has other parameters, or in another order; allowed: the same"
+            return f"`{key}` of the state is {other}; allowed: {own}, as in this coupling"
     return None

@@ -16,6 +16,7 @@ from consensus.core.flat import FlatLayout, local
 from consensus.core.kernels.pulls import Pull, choose_pull
 from consensus.core.layerwise import Layerwise
 from consensus.core.parameters import FlatParameters
+from consensus.core.profile_checks import mistake_of
 from consensus.core.sharded import ShardedLayerwise, Shards
 from consensus.coupling.settings import Settings, check_rate
 from consensus.server import digest
@@ -63,7 +64,10 @@ def make_plans(
     The division is that of the whole parameters, also where a process has `shards` of them.
     """
     layout = FlatLayout.trainable(model, layers)
-    phi = Layerwise(settings.make_potential(), layout.layers, settings.eta)
+    potential = settings.make_potential()
+    if mistake := mistake_of(potential.profile):
+        raise ValueError(f"{potential.label}: {mistake}")
+    phi = Layerwise(potential, layout.layers, settings.eta)
     fragments = _fragments(layout, settings.fragments, settings.period)
     pulls = _pulls(model, optimizer, layout, settings.pull)
     keys = list(zip(fragments, pulls, strict=True))
@@ -87,6 +91,17 @@ def describe(model: nn.Module, plans: list[Plan], buffers: list[Tensor]) -> dict
         "shapes of buffers": [tuple(buffer.shape) for buffer in buffers],
         "weights": int(digest(torch.cat([plan.z[0] for plan in plans]))),
         "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
+    }
+
+
+def identity(settings: Settings, plans: list[Plan]) -> dict[str, Any]:
+    """What a state of a coupling shares with every coupling that may continue from it."""
+    phi = settings.make_potential()
+    return {
+        "potential": phi.name or type(phi).__name__,
+        "options": str(dict(settings.options or {})),
+        "eta": float(settings.eta),
+        "parameters": [list(plan.parameters.layout.parameter_names) for plan in plans],
     }
 
 

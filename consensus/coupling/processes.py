@@ -76,7 +76,9 @@ class Processes:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter that has one; else the CPU."""
+    """The device of the first parameter that has one; else the CPU. ValueError: no model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a {type(model).__name__}; allowed: a torch.nn.Module")
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     return next(devices, torch.device("cpu"))
 

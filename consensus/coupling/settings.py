@@ -8,7 +8,12 @@ from typing import Any
 from consensus.core.kernels.optimizers import MakeOptimizer
 from consensus.core.potentials import POTENTIALS, Potential
 
-CHOICES = {"buffers": ("local", "mean"), "order": ("gauss_seidel", "jacobi")}
+CHOICES: dict[str, tuple[str | bool | None, ...]] = {
+    "buffers": ("local", "mean"),
+    "order": ("gauss_seidel", "jacobi"),
+    "implicit": (True, False, None),
+    "overlap": (True, False),
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,9 @@ class Settings:
     buffers: str
 
     def __post_init__(self) -> None:
-        if not 0.0 < number("`eta`", self.eta) < math.inf:
-            raise ValueError(f"`eta` is {self.eta}; allowed: a finite number > 0")
+        check_positive("eta", self.eta)
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ValueError(f"`options` is {self.options!r}; allowed: a dict or None")
         check_rate("`pull`", self.pull)
         check_rate("`local_pull`", self.local_pull)
         if not callable(self.outer) and not 0.0 <= number("`outer`", self.outer) < math.inf:
@@ -46,7 +52,7 @@ class Settings:
             raise ValueError(f"`delay` is {self.delay}; allowed: {text}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                values = ", ".join(allowed)
+                values = ", ".join(map(str, allowed))
                 raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: {values}")
 
     def make_potential(self) -> Potential:
@@ -71,14 +77,29 @@ class Settings:
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | texts
 
 
+def rates_of_paper(
+    lam: float, tau: float, sigma: float, eta: float, workers: int
+) -> dict[str, float]:
+    """`pull` and `outer` of Algorithm 1 with t_u = tau; ValueError unless all are positive."""
+    for name, value in {"lam": lam, "tau": tau, "sigma": sigma, "eta": eta}.items():
+        check_positive(name, value)
+    return {"pull": 2.0 * sigma / (lam * eta**2), "outer": 2.0 * workers * tau / eta**2}
+
+
 def check_rate(name: str, value: object) -> None:
     """Raise a ValueError if a rate is not in [0, 1]."""
     if not 0.0 <= number(name, value) <= 1.0:
         raise ValueError(f"{name} is {value}; allowed: a number from 0 to 1")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raise a ValueError if a number is not positive and finite."""
+    if not 0.0 < number(f"`{name}`", value) < math.inf:
+        raise ValueError(f"`{name}` is {value}; allowed: a finite number > 0")
+
+
 def number(name: str, value: object) -> float:
     """`value`, or a ValueError that names it."""
     if not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value}; allowed: a number")
+        raise ValueError(f"{name} is {value!r}; allowed: a number")
     return float(value)

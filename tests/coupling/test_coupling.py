@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from consensus import POTENTIALS, Coupling, Layerwise
 from consensus.algorithm import Consensus
+from consensus.core.potentials import Potential
+from consensus.core.profiles import Profile
+from consensus.core.sizes import Separable
 from consensus.server import Server, digest
 from consensus.worker import Worker
 from tests.testing.proximal import groups, removed
@@ -449,6 +453,109 @@ def test_a_state_of_another_coupling_is_refused(changed, message):
     assert_equal_states(coupling.consensus_state_dict(), before)
 
 
+REORDERED = [["3.weight", "3.bias"], ["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+ON_TAN = {"potential": "tan", "eta": 0.4, "period": 2}
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"potential": "log"}, "`potential` of the state is tan; allowed: log, as in this coup"),
+        ({"potential": POTENTIALS["log"]}, "`potential` of the state is tan; allowed: log, as"),
+        ({"potential": "power", "options": {"p": 3.0}}, "`potential` of the state is tan; allowed"),
+        ({"eta": 0.5}, "`eta` of the state is 0.4; allowed: 0.5, as in this coupling"),
+        ({"layers": REORDERED}, "the state has other parameters"),
+        ({"fragments": 2}, r"`cuts` has shape \(1, 2\); allowed: \(2, 2\)"),
+        ({"potential": POTENTIALS["tan"]}, None),
+        ({"period": 3, "pull": 0.7, "implicit": False}, None),  # a decision of the user
+    ],
+)
+def test_a_state_continues_in_a_coupling_of_the_same_domain(others, message):
+    model = network()
+    train(model, optimizer := sgd_of(model), first := Coupling(model, optimizer, **ON_TAN), 0, 5)
+    *_, state = saved_and_loaded(first)
+    coupling = Coupling(model, optimizer, **ON_TAN | others)
+    before = bits(coupling.consensus_state_dict())
+    if message is None:
+        coupling.load_state_dict(state)
+        assert torch.equal(coupling.state_dict()["u"], state["u"])
+        return
+    with pytest.raises(ValueError, match=message):
+        coupling.load_state_dict(state)
+    assert_equal_states(coupling.consensus_state_dict(), before)
+
+
+def test_a_state_of_an_earlier_version_is_read():
+    """It does not say which coupling it is of."""
+    model = network()
+    train(model, optimizer := sgd_of(model), first := Coupling(model, optimizer, **ON_TAN), 0, 5)
+    state = {key: value for key, value in first.state_dict().items() if key != "coupling"}
+    Coupling(model, optimizer, **ON_TAN).load_state_dict(state)
+
+
+def test_a_state_says_which_options_its_potential_had():
+    model = network()
+    of = [Coupling(model, sgd_of(model), "power", options={"p": p}) for p in (3.0, 4.0)]
+    with pytest.raises(ValueError, match=r"`options` of the state is {'p': 3.0}; allowed: {'p': 4"):
+        of[1].load_state_dict(of[0].state_dict())
+
+
+def load_apart(group):
+    """Rank 1 loads what it saved four calls earlier, as after a kill between two saves."""
+    model = network()
+    optimizer = sgd_of(model)
+    coupling = Coupling(model, optimizer, **ON_TAN)
+    train(model, optimizer, coupling, 10 * group.rank, 10 * group.rank + 4)
+    early = coupling.state_dict()
+    train(model, optimizer, coupling, 10 * group.rank + 4, 10 * group.rank + 8)
+    late = coupling.state_dict()
+    counts = (
+        r"^`state\['calls'\]` on rank 1 differs from rank 0 \(4, 8\); allowed: the same on all$"
+    )
+    with pytest.raises(ValueError, match=counts):
+        coupling.load_state_dict(early if group.rank else late)
+    torn = late | {"u": late["u"] + group.rank * 1e-3}
+    with pytest.raises(ValueError, match=r"^`state\['u'\]` on rank 1 differs from rank 0; allowed"):
+        coupling.load_state_dict(torn)
+    unchanged = torch.equal(coupling.state_dict()["u"], late["u"])
+    coupling.load_state_dict(early)
+    u = coupling.state_dict()["u"]
+    coupling.close()
+    return unchanged, int(digest(u)), int(digest(early["u"]))
+
+
+@pytest.mark.ranks
+def test_states_of_different_calls_are_refused_on_all_ranks(ranks):
+    answers = ranks(2, load_apart)
+    assert all(unchanged for unchanged, *_ in answers)
+    assert len({value for _, *values in answers for value in values}) == 1, "u differs"
+
+
+def break_one(group):
+    """The parameters of rank 1 become infinite; the calls after which each rank is told."""
+    model = two_layers()
+    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=LR), "huber", period=2)
+    for t in range(400):
+        if t == 50 and group.rank == 1:
+            with torch.no_grad():
+                next(model.parameters()).fill_(math.inf)
+        try:
+            coupling.step()
+        except RuntimeError as error:
+            return t, str(error)
+    return None
+
+
+@pytest.mark.ranks
+def test_u_that_is_not_finite_ends_the_loops_of_all_ranks(ranks):
+    """After the 100th communication, which is finished in a call after 200."""
+    answers = ranks(2, break_one)
+    assert len(set(answers)) == 1
+    t, message = answers[0]
+    assert 198 <= t <= 200
+    assert message.startswith(f"u is not finite after {t} calls of `step`, because the parameters")
+
+
 def test_copies_of_a_coupling_are_refused():
     """A copy would read the memory of the original's sum."""
     model = network()
@@ -658,6 +765,10 @@ def refused(match, model=None, make=sgd_of, **options):
         ("`period` is 1.5; allowed", {"period": 1.5}),
         ("`eta` is 0; allowed: a finite number > 0", {"eta": 0}),
         ("`buffers` is no; allowed: local, mean", {"buffers": "no"}),
+        ("`implicit` is yes; allowed: True, False, None", {"implicit": "yes"}),
+        ("`overlap` is 2; allowed: True, False", {"overlap": 2}),
+        ("`pull` is '0.5'; allowed: a number", {"pull": "0.5"}),
+        (r"`options` is \[3\]; allowed: a dict", {"potential": "power", "options": [3]}),
         ("`delay` is 1; allowed: 0 to period - 1", {"delay": 1}),
         ("`delay` is -1; allowed: 0 to period - 1", {"delay": -1, "period": 3}),
         (
@@ -686,6 +797,29 @@ def test_models_that_cannot_be_coupled():
     sparse = nn.Linear(2, 2, bias=False)
     sparse.weight = nn.Parameter(torch.eye(2).to_sparse())
     refused("parameter `weight` is sparse", sparse)
+    broken = nn.Linear(2, 2)
+    broken.bias.data[1] = math.inf
+    refused("parameter `bias` has numbers that are not finite; allowed: none", broken)
+    refused("`optimizer` is a str; allowed: an optimizer of torch", make=lambda _: "adam")
+    refused("`model` is a SGD; allowed: a torch.nn.Module", sgd_of(other), make=lambda _: other)
+
+
+def test_potentials_with_a_mistake_are_refused():
+    """As by the trainer, which has the tests of each mistake."""
+    wrong_slope = Profile(torch.sin, torch.sin, torch.cos)
+    refused(
+        "potential .*: psi' is .* and not 1 at s = 0.0001",
+        potential=Potential(wrong_slope, Separable()),
+    )
+    too_wide = replace(POTENTIALS["log"].profile, bound=2.0)
+    refused("potential .*: psi is not finite at s = ", potential=Potential(too_wide, Separable()))
+
+
+@pytest.mark.parametrize("name", ["lam", "tau", "sigma", "eta"])
+def test_the_letters_of_the_paper_are_positive(name):
+    model = two_layers()
+    with pytest.raises(ValueError, match=f"`{name}` is 0; allowed: a finite number > 0"):
+        Coupling.from_paper(model, sgd_of(model), **PAPER | {"eta": 1.0} | {name: 0})
 
 
 def messages(group, makers):
@@ -738,6 +872,10 @@ def other_period(rank):
     return network(), {"period": 1 + rank}
 
 
+def other_outer(rank):
+    return network(), {"outer": lambda u: torch.optim.SGD(u, lr=0.5 + rank)}
+
+
 def wrong_on_one(rank):
     return network(), {"pull": 0.5 + rank}
 
@@ -755,6 +893,7 @@ def test_all_ranks_refuse_alike(ranks):
         other_weights: "`weights` on rank 1 differs from rank 0; allowed: the same on all, as",
         frozen: "`frozen weights` on rank 1 differs from rank 0; allowed: the same on all",
         other_period: "`period` on rank 1 differs from rank 0 (2, 1); allowed: the same on all",
+        other_outer: "`outer` on rank 1 differs from rank 0 (SGD(lr=1.5, momentum=0",
         wrapped: "rank 0: `model` is wrapped in DistributedDataParallel",
         two_dimensions: "`group` is a mesh of 2 dimensions; allowed: one of them, mesh[NAME]",
         nothing_wrong: None,

@@ -377,7 +377,7 @@ def make_half(parameters):
         ("`fragments` is 3; allowed: 1 to 2, with 2 layers", {"fragments": 3, "period": 9}),
         ("`fragments` is 2; allowed: 1 to 1, .* a period of 1", {"fragments": 2}),
         ("`order` is none; allowed: gauss_seidel, jacobi", {"order": "none"}),
-        ("`outer` is x; allowed: a number", {"outer": "x"}),
+        ("`outer` is 'x'; allowed: a number", {"outer": "x"}),
         ("`outer` returned None; allowed: a torch optimizer", {"outer": make_nothing}),
         ("`outer` left out parameters", {"outer": make_half}),
     ],
