@@ -51,6 +51,7 @@ from consensus.run.elastic.member import train_as_member
 from consensus.run.elastic.replay import ReplayTrainer
 from consensus.run.limits import MachineError
 from consensus.run.overrides import take_as_text
+from consensus.run.plugins import place_in_user_code
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
 from consensus.run.yaml_files import config_dir
@@ -117,7 +118,7 @@ def compose_and_train(words: Sequence[str]) -> None:
 def failures_in_one_line() -> Iterator[None]:
     """Turn an expected failure into one line on stderr and an exit code.
 
-    Any other exception is a bug and keeps its traceback.
+    Any other exception is a bug, of this software or of a plugin, and keeps its traceback.
     """
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     try:
@@ -142,7 +143,9 @@ def failures_in_one_line() -> Iterator[None]:
         if is_refusal(error):
             leave(explain(error), 2, speak=local_rank == "0")
         traceback.print_exc()
-        leave(f"rank {rank}: this is a bug, see the traceback", 1, speak=True)
+        where, kind = place_in_user_code(error), type(error).__name__
+        found = f"{where}: {kind}: {error}" if where else "this is a bug"
+        leave(f"rank {rank}: {found}; see the traceback", 1, speak=True)
 
 
 def leave(message: str | None, code: int, speak: bool = True) -> NoReturn:

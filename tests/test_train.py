@@ -475,16 +475,23 @@ def test_a_model_that_needs_more_memory_than_there_is_is_refused(refused):
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), ValueError("a bug")])
-def test_a_bug_keeps_its_traceback(main, monkeypatch, bug):
-    def fail(self):
-        raise bug
-
-    monkeypatch.setattr(Trainer, "run", fail)
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        ("consensus.run.trainer", "this is a bug"),
+        ("mine", "/plugins/mine.py, line 3: {}: a bug"),  # the code of a user
+    ],
+)
+def test_a_bug_keeps_its_traceback(main, monkeypatch, bug, module, found):
+    code = compile("def run(self):\n\n    raise bug", "/plugins/mine.py", "exec")
+    exec(code, names := {"__name__": module, "bug": bug})
+    monkeypatch.setattr(Trainer, "run", names["run"])
     code, _, err = main("model=logistic", "device=cpu")
     assert code == 1
     assert err.startswith("Traceback (most recent call last):")
     assert f"{type(bug).__name__}: a bug" in err
-    assert err.endswith("consensus.train: rank 0: this is a bug, see the traceback\n")
+    found = found.format(type(bug).__name__)
+    assert err.endswith(f"\nconsensus.train: rank 0: {found}; see the traceback\n")
 
 
 def test_a_run_directory_that_cannot_be_made(main, tmp_path):

@@ -56,6 +56,8 @@ class Potential(Domain):
     name = ""  # that in POTENTIALS, for messages
 
     def __init__(self, profile: Profile, size: Size, scale: float | Tensor = 1.0) -> None:
+        if isinstance(size, type):
+            raise ValueError(f"size is the class {size.__name__}; allowed: {size.__name__}()")
         self.profile = profile
         self.bound = profile.bound
         self.size = size

@@ -17,7 +17,10 @@ STEP = 1e-3  # of differences, relative to the distance from 0 and from the boun
 
 def mistake_of(profile: Profile) -> str | None:
     """The first mistake that is found in a profile, as a clause; None if there is none."""
-    return next(_mistakes(profile), None)
+    try:
+        return next(_mistakes(profile), None)
+    except Exception as error:  # a user's function may do anything
+        return f"one of its functions fails: {type(error).__name__}: {error}"
 
 
 def _mistakes(profile: Profile) -> Iterator[str]:
@@ -30,6 +33,11 @@ def _mistakes(profile: Profile) -> Iterator[str]:
     rho = radius * part if radius < math.inf else torch.logspace(-2, 1, 50, dtype=torch.float64)
     s = rho.square()
     for name, function in (("psi", profile.psi), ("psi'", profile.dpsi), ("psi''", profile.d2psi)):
+        if not isinstance(found := function(s), Tensor) or found.shape != s.shape:
+            kind = f"of shape {tuple(getattr(found, 'shape', ()))}"
+            kind = kind if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            yield f"{name} of a tensor s of shape {tuple(s.shape)} is {kind}; allowed: its shape"
+            return
         if not bool((finite := function(s).isfinite()).all()):
             domain = f"its domain s < {bound:g}" if bound < math.inf else "its domain, all s"
             yield f"{name} is not finite at s = {_first(s, ~finite)}, inside {domain}: its `bound`"

@@ -247,12 +247,13 @@ def count_workers(config: Config, launch: Launch) -> int:
 def make_phi(config: Config, risk: Risk, device: torch.device, dtype: torch.dtype) -> Layerwise:
     """The layer-wise potential over the layers of the model."""
     potential = config.potential
+    made = potential.make()
+    if mistake := mistake_of(made.profile):
+        raise ConfigError(f"`potential` is {potential.name} {potential.options}: {mistake}")
     try:
-        phi = Layerwise(potential.make(), risk.layout.layers, potential.eta)
+        phi = Layerwise(made, risk.layout.layers, potential.eta)
     except ValueError as error:
         raise ConfigError(f"`potential.options` is {potential.options}: {error}") from error
-    if mistake := mistake_of(potential.make().profile):
-        raise ConfigError(f"`potential` is {potential.name} {potential.options}: {mistake}")
     origin = torch.zeros(risk.layout.size, device=device, dtype=dtype)
     phi = phi.to(origin)
     # A number that overflows gives inf * 0 there.

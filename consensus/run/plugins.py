@@ -49,6 +49,18 @@ _KEYS: dict[str, dict[str, Any]] = {
 _OFFERED = {"data": ("root",), "model": ("num_classes",)}
 """Arguments of factories that are no options: a key of the config or the data determine them."""
 
+_LIBRARIES = (
+    "consensus",
+    "__main__",
+    "torch",
+    "torchvision",
+    "numpy",
+    "hydra",
+    "omegaconf",
+    "rich",
+)
+"""Packages, beside those of Python, in whose frames an error is none of the user's code."""
+
 MUST = inspect.Parameter.empty  # the default of an option without one
 
 ALLOWED = "a module on the Python path or in the current folder, or the path of a file NAME.py"
@@ -73,7 +85,7 @@ def import_plugin(name: str) -> str:
     importlib.invalidate_caches()  # the file may be new
     try:
         found = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is no plugin
         if _is_absent(error, module):
             raise ConfigError(f"`plugins` is {name}; allowed: {ALLOWED} ({error})") from error
         raise ConfigError(f"`plugins` is {name}, which fails: {_described(error)}") from error
@@ -85,13 +97,25 @@ def import_plugin(name: str) -> str:
     return str(file)
 
 
-def _is_absent(error: Exception, module: str) -> bool:
+def _is_absent(error: BaseException, module: str) -> bool:
     """Whether an error says that there is no such module, and not one that the module imports."""
     absent = error.name if isinstance(error, ModuleNotFoundError) else None
     return absent is not None and f"{module}.".startswith(f"{absent}.")
 
 
-def _described(error: Exception) -> str:
+def place_in_user_code(error: BaseException) -> str | None:
+    """File and line of the user's code where an error began; None if it has not passed there.
+
+    A library that the user's code calls may have raised it: the innermost line of the user counts.
+    """
+    known, found = {*_LIBRARIES, *sys.stdlib_module_names}, None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in known:
+            found = f"{frame.f_code.co_filename}, line {line}"
+    return found
+
+
+def _described(error: BaseException) -> str:
     """The error, and the innermost line outside of the import system."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     where = [f"{f.filename}, line {f.lineno}" for f in frames if "importlib" not in f.filename]

@@ -555,3 +555,8 @@ def test_the_gradient_in_place_whatever_form_serves(monkeypatch, largest, eta, c
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0, equal_nan=True)
     _, reach = p.grad_and_reach_(w.clone())
     torch.testing.assert_close(reach, (w / eta).abs().amax(-1, keepdim=True), equal_nan=True)
+
+
+def test_a_size_without_parentheses_is_refused():
+    with pytest.raises(ValueError, match=r"^size is the class Radial; allowed: Radial\(\)$"):
+        Potential(POTENTIALS["quad"].profile, Radial)

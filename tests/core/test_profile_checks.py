@@ -67,6 +67,12 @@ NO_A1 = ALL_ASSUMPTIONS - {"A1"}
             of(torch.sqrt, lambda s: 0.5 / s.sqrt(), lambda s: -0.25 * s**-1.5),
             "it is not strictly convex near",
         ),
+        (
+            of(lambda s: s, lambda s: 1.0, zeros),
+            "psi' of a tensor s of shape (50,) is a float; all",
+        ),
+        (of(lambda s: s.sum(), ones, zeros), "psi of a tensor s of shape (50,) is of shape (); a"),
+        (of(lambda s: 1 / 0, ones, zeros), "one of its functions fails: ZeroDivisionError: divis"),
         (dataclasses.replace(LOG, bound=math.inf), "psi is not finite at s = 1.099, inside its"),
         (
             of(

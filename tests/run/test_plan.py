@@ -254,6 +254,13 @@ def test_a_potential_with_a_wrong_derivative_is_refused(plan_refusal, monkeypatc
     assert line.startswith("`potential` is wrong {}: psi' is 1.5 and not 1 at s = ")
 
 
+def test_a_potential_whose_functions_return_no_tensors_is_refused(plan_refusal, monkeypatch):
+    profile = Profile(lambda s: s, lambda s: 1.0, torch.zeros_like)
+    monkeypatch.setitem(POTENTIALS._factories, "wrong", lambda: Potential(profile, Radial()))
+    line = plan_refusal(Launch(), "potential.name=wrong")
+    assert line.startswith("`potential` is wrong {}: psi' of a tensor s of shape (50,) is a float;")
+
+
 # ---- factories of the user
 
 

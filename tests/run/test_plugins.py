@@ -15,6 +15,7 @@ from consensus.report.__main__ import report
 from consensus.run import continued as continued_module
 from consensus.run.checks import ConfigError
 from consensus.run.compose import composing
+from consensus.run.plugins import place_in_user_code
 from tests.testing.plugins import MINE, forget, plugin_in
 
 
@@ -179,3 +180,27 @@ def test_the_config_of_the_run_suffices_to_continue_it(folder, make_config, trai
 def test_a_plugin_that_is_no_name_is_refused(refusal):
     with pytest.raises(ConfigError, match=r"`plugins` is 3x; allowed: a module on the Python path"):
         importlib.import_module("consensus.run.plugins").import_plugin("3x")
+
+
+# ---- failures
+
+
+def test_the_line_of_a_failure_is_the_innermost_one_of_the_user(tmp_path):
+    """torch raises the error, and `consensus` calls the plugin."""
+    source = "def outer():\n    inner()\n\ndef inner():\n    torch.zeros(2).view(3)\n"
+    exec(compile(source, "/plugins/mine.py", "exec"), names := {"__name__": "mine", "torch": torch})
+    exec("def call(own):\n    own()", ours := {"__name__": "consensus.run.trainer"})
+    for function, error, expected in (
+        (names["outer"], RuntimeError, "/plugins/mine.py, line 5"),
+        (None, TypeError, None),
+    ):
+        with pytest.raises(error) as failure:
+            ours["call"](function)
+        inside = failure.value.with_traceback(failure.tb.tb_next)  # without the frame of the test
+        assert place_in_user_code(inside) == expected
+
+
+def test_a_plugin_that_ends_the_process_is_refused(folder, refusal):
+    (folder / "quits.py").write_text("import sys\n\nsys.exit(0)\n")
+    line = refusal("plugins=[quits]")
+    assert line == f"`plugins` is quits, which fails: SystemExit: 0 ({folder}/quits.py, line 3)"
