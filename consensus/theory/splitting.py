@@ -41,6 +41,7 @@ class Status(Enum):
     """The reason why a method stopped."""
 
     CONVERGED = "(5a) and (5b) are below the tolerance"
+    UNBOUNDED = "F has fallen to -inf"
     BUDGET = "the largest number of iterations is reached"
     STUCK = "u and z did not move in `inner_budget` steps, or F and the residuals do not decrease"
 
@@ -181,6 +182,9 @@ class Iteration:
             moved = update(z, self._coupling(z)) or moved
             terms = model.terms(u.x, z.x)
             objective.append(sum(terms))
+            if objective[-1] == -math.inf:
+                status = Status.UNBOUNDED
+                break
             rounding = ROUNDING * sum(abs(term) for term in terms)
             if not objective[-1] - objective[-2] <= rounding:
                 raise ValueError(
@@ -193,7 +197,7 @@ class Iteration:
             y = float(model.force(u.x, z.x).norm())
             scales = float(u.subgradient.norm()) + self.norm * y, float(z.subgradient.norm()) + y
             allowed = [self.absolute + self.relative * scale for scale in scales]
-            if all(r <= a for r, a in zip(residuals[-1], allowed, strict=True)):
+            if all(r <= a < math.inf for r, a in zip(residuals[-1], allowed, strict=True)):
                 status = Status.CONVERGED
                 break
             falls = objective[-1] < objective[-2] - rounding

@@ -13,6 +13,7 @@ point is the minimizer. At the exact p the gradients of f and of the coupling ca
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from consensus.core.potentials import Potential
@@ -48,12 +49,14 @@ def prox(
         f: The function.
         phi: The potential.
         u: The points. (..., n)
-        lam: Coupling parameter.
+        lam: Coupling parameter; a ValueError unless it is > 0.
         start: The start of the descent; None: u. A ValueError unless u - start is inside dom phi.
         tolerance: A row has converged when its accuracy is below this fraction of |(13)| ...
         absolute: ... or below this number.
         budget: The largest number of calls of f.
     """
+    if not (least := float(torch.as_tensor(lam).min())) > 0.0:
+        raise ValueError(f"`lam` is {least}; allowed: numbers > 0")
     z = u if start is None else start
     if not bool(phi.contains(u - z).all()):
         raise ValueError("`start` is outside the domain; allowed: u - start strictly inside")

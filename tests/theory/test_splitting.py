@@ -269,6 +269,23 @@ def test_a_wrong_gradient_ends_stuck(run):
     assert (np.diff(found.objective) <= 1e-12 * found.objective[0]).all()
 
 
+@every_run
+@pytest.mark.parametrize(
+    ("value", "gradient", "statuses"),
+    [
+        (lambda z: -(z**4).sum(), lambda z: -4.0 * z**3, {Status.UNBOUNDED}),
+        # The gradient overflows where F is still finite: there, no residual says anything.
+        (lambda z: z.log().sum(), lambda z: 1.0 / z, {Status.STUCK, Status.BUDGET}),
+    ],
+)
+def test_a_function_without_a_lower_bound_never_converges(run, value, gradient, statuses):
+    f = Function(value, gradient=lambda z: (value(z), gradient(z)))
+    eye = LinearMap.matrix(torch.eye(2, dtype=torch.float64))
+    model = Model(Function.zero(), f, POTENTIALS["quad"], 1.0, eye)
+    found = run(model, torch.ones(2, dtype=torch.float64), budget=200)
+    assert found.status in statuses
+
+
 def test_a_stationary_start_is_kept():
     u, z = linear_solution()
     found = palm(linear_model("prox", "prox"), tensor(u), tensor(z), relative=1e-8)

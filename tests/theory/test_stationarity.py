@@ -299,3 +299,9 @@ def test_residuals_by_hand():
     gradient = torch.tensor([[3.0], [-20.0]], dtype=F64)
     found = worker_residual(gradient, phi, u, z, 0.1)
     np.testing.assert_allclose(found[:, 0], [3.0 - 10.0, -20.0 + 20.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("lam", [0.0, -1.0, math.nan, torch.tensor([[1.0], [0.0]])])
+def test_a_lam_that_is_not_positive_is_refused(lam):
+    with pytest.raises(ValueError, match=r"^`lam` is .*; allowed: numbers > 0$"):
+        prox(lambda z: (z.square().sum(-1), 2.0 * z), POTENTIALS["tan"], torch.ones(2, 3), lam)
