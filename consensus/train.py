@@ -50,7 +50,7 @@ from consensus.run.continued import as_replayed, continued
 from consensus.run.elastic.member import train_as_member
 from consensus.run.elastic.replay import ReplayTrainer
 from consensus.run.limits import MachineError
-from consensus.run.overrides import take_as_text
+from consensus.run.overrides import before_switches, take_as_text
 from consensus.run.plugins import place_in_user_code
 from consensus.run.signals import RunStopped, follow_launcher
 from consensus.run.trainer import Trainer
@@ -87,6 +87,7 @@ def main() -> None:
     end_imports()
     follow_launcher()
     with failures_in_one_line():
+        sys.argv[1:] = before_switches(sys.argv[1:])
         refuse_unknown_switches()
         multirun = not {"-m", "--multirun"}.isdisjoint(sys.argv)
         words = take_as_text(sys.argv[1:], sweeping=multirun)

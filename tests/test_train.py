@@ -474,6 +474,20 @@ def test_a_model_that_needs_more_memory_than_there_is_is_refused(refused):
     )
 
 
+def test_switches_may_stand_between_overrides(main, monkeypatch, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    own = "# @package _global_\nalgorithm: {iterations: 3}\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(own)
+    ran = []
+    monkeypatch.setattr(entry, "run", lambda config, *_: ran.append(config.algorithm))
+    for words in (
+        ("model=logistic", "--config-dir=own", "experiment=mine", "device=cpu"),
+        ("experiment=mine", "--config-dir", "own", "model=logistic", "device=cpu"),
+    ):
+        assert main(*words)[0] == 0
+    assert [algorithm.iterations for algorithm in ran] == [3, 3]
+
+
 @pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), ValueError("a bug")])
 @pytest.mark.parametrize(
     ("module", "found"),

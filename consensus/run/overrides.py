@@ -34,6 +34,20 @@ def for_shell(overrides: Iterable[str]) -> str:
     return " ".join(f'"{w}"' if plain.fullmatch(w) else shlex.quote(w) for w in overrides)
 
 
+def before_switches(words: Sequence[str]) -> list[str]:
+    """The words with those of the form KEY=VALUE first, where Hydra's parser looks for them all.
+
+    Values of switches, as in `--config-dir FOLDER`, stay behind them.
+    """
+    own = [not word.startswith("-") and ("=" in word or word[:1] == "~") for word in words]
+    return [
+        word
+        for first in (True, False)
+        for word, is_first in zip(words, own, strict=True)
+        if is_first == first
+    ]
+
+
 def take_as_text(arguments: Sequence[str], sweeping: bool = False) -> list[str]:
     """A command line in which Hydra reads the values of `TEXTS` as text.
 

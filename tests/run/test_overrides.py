@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from consensus.run.overrides import for_shell, override, take_as_text
+from consensus.run.overrides import before_switches, for_shell, override, take_as_text
 
 CHARACTERS = "aZ09_.-/=,:;()[]{}<>'\"`~!@#$%^&*+|? \téß漢😀"
 
@@ -91,3 +91,18 @@ def test_other_keys_and_plain_values_are_left_alone():
         "sweep.dir='a,b'",
         "data.root=/x,/y",
     ]
+
+
+def test_overrides_come_before_the_switches_of_hydra():
+    words = ["a=1", "--config-dir=own", "b=2", "--config-name", "train", "~c", "-m", "+d.e=[1,2]"]
+    expected = [
+        "a=1",
+        "b=2",
+        "~c",
+        "+d.e=[1,2]",
+        "--config-dir=own",
+        "--config-name",
+        "train",
+        "-m",
+    ]
+    assert before_switches(words) == expected
