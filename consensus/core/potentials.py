@@ -13,6 +13,7 @@ product. Equation (18) is the same potential with one inner product per layer (l
 
 To add a potential, register a function that makes it; its keyword arguments become options:
 
+    import torch
     from consensus import POTENTIALS, Potential, Profile, Radial
 
     @POTENTIALS.register("quartic")

@@ -8,7 +8,7 @@ fixed samples of it. u and the z_j come to rest at stationary points of (15) for
 `Consensus.lam_at_rest`. That lam is used here, unless `stationarity.lam` is set:
 
     envelope_gradient    |sum_j grad e f_j (u)|, the measure of the paper, by (13) at the phi-prox
-    accuracy             error bound of that sum: the sum over j of |grad f_j(p_j) - (13)|
+    accuracy             residual of the proxes: the sum over j of |grad f_j(p_j) - (13)|
     envelope_gradients   |grad e f_j (u)|, for each j
     consensus_residual   (5a): |sum_j grad phi(u - z_j)| / lam
     worker_residual      (5b): |grad f_j(z_j) - grad phi(u - z_j) / lam|, for each j
