@@ -15,7 +15,7 @@ from consensus.problem.risk import NUMBERS_AT_ONCE, Batch, MinibatchRisk, Risk
 from consensus.problem.samples import Samples
 from consensus.problem.stored import StoredSamples
 from consensus.problem.streams import stream, stream_seed
-from consensus.problem.trial import Trial, try_model
+from consensus.problem.trial import Trial, try_evaluation, try_model
 
 __all__ = [
     "DATASETS",
@@ -43,5 +43,6 @@ __all__ = [
     "partition",
     "stream",
     "stream_seed",
+    "try_evaluation",
     "try_model",
 ]

@@ -38,13 +38,7 @@ def try_model(model: nn.Module, loss: Loss, samples: Samples, num_classes: int |
     outputs, second = (_outputs(model, samples) for _ in range(2))
     _require_equal(outputs, second, "in training mode")
     for found in (in_double_precision(first), outputs):  # as evaluations and gradients take them
-        _require_classes(found, samples, num_classes)
-        losses = loss(found, samples.targets)
-        _require_values("loss", losses, len(samples))
-        for name, metric in loss.metrics.items():
-            _require_values(
-                f"metric `{name}`", metric.function(found, samples.targets), len(samples)
-            )
+        losses = _losses(loss, found, samples, num_classes)
     if not losses.requires_grad:
         raise ValueError("its loss does not depend on its parameters")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -52,6 +46,23 @@ def try_model(model: nn.Module, loss: Loss, samples: Samples, num_classes: int |
     unused = [name for name, g in zip(trainable, gradients, strict=True) if g is None]
     numbers = max(x.numel() for tree in (samples.inputs, outputs) for x in leaves(tree))
     return Trial(described(outputs), tuple(unused), numbers // len(samples))
+
+
+def try_evaluation(model: nn.Module, loss: Loss, samples: Samples, num_classes: int | None) -> None:
+    """One evaluation of a few samples, on which it fails if it would fail on their set."""
+    with evaluation_mode(model), torch.no_grad():
+        _losses(loss, in_double_precision(_outputs(model, samples)), samples, num_classes)
+
+
+def _losses(loss: Loss, outputs: Any, samples: Samples, num_classes: int | None) -> Tensor:
+    """The loss of each sample, after checks of it and of the metrics."""
+    _require_classes(outputs, samples, num_classes)
+    losses = loss(outputs, samples.targets)
+    _require_values("loss", losses, len(samples))
+    for name, metric in loss.metrics.items():
+        found = metric.function(outputs, samples.targets)
+        _require_values(f"metric `{name}`", found, len(samples))
+    return losses
 
 
 def _outputs(model: nn.Module, samples: Samples) -> Any:

@@ -17,6 +17,7 @@ from consensus.problem import (
     Trial,
     build_model,
     partition,
+    try_evaluation,
     try_model,
 )
 from consensus.run.checks import ConfigError, require
@@ -55,6 +56,16 @@ def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module,
         expected = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError)
         cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
+    others = {name: split for name, split in dataset.splits.items() if name != "train"}
+    for name, split in others.items():
+        try:
+            try_evaluation(model, loss, split[:TRIED], dataset.num_classes)
+        except Exception as error:  # its samples may be of another kind than those of training
+            own = f"`data` is {config.data.name} {config.data.options}"
+            cause = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"{own}: the model, which takes the training set, fails on the {name} set: {cause}"
+            ) from error
     return model, trial
 
 

@@ -268,6 +268,32 @@ PIXELS = torch.zeros(6, 1, 28, 28)
 CLASSES = torch.arange(6) % 3
 
 
+@pytest.mark.parametrize(
+    ("inputs", "targets", "said"),
+    [
+        (
+            PIXELS[..., :27],
+            CLASSES,
+            "the model, which takes the training set, fails on the test set: ",
+        ),
+        (PIXELS, CLASSES + 1, ""),  # a class more than the model has
+        (PIXELS, CLASSES.double(), ""),
+    ],
+)
+def test_a_test_set_of_another_kind_is_refused(plan_refusal, monkeypatch, inputs, targets, said):
+    """Before the run, which would fail at its first evaluation."""
+
+    def blobs():
+        return Dataset((PIXELS, CLASSES), (inputs, targets), num_classes=3)
+
+    monkeypatch.setitem(DATASETS._factories, "blobs", blobs)
+    line = plan_refusal(
+        Launch(), "data.name=blobs", "model=logistic", "algorithm.batch_size=1", "device=cpu"
+    )
+    assert line.startswith("`data` is blobs {}: ")
+    assert said in line
+
+
 def test_a_data_set_without_root_and_a_model_without_num_classes(make_config, monkeypatch):
     def blobs(count: int = 6):
         return Dataset((PIXELS[:count], CLASSES[:count]), (PIXELS, CLASSES), num_classes=3)
