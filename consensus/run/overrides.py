@@ -39,13 +39,7 @@ def before_switches(words: Sequence[str]) -> list[str]:
 
     Values of switches, as in `--config-dir FOLDER`, stay behind them.
     """
-    own = [not word.startswith("-") and ("=" in word or word[:1] == "~") for word in words]
-    return [
-        word
-        for first in (True, False)
-        for word, is_first in zip(words, own, strict=True)
-        if is_first == first
-    ]
+    return sorted(words, key=lambda word: word[:1] == "-" or not ("=" in word or word[:1] == "~"))
 
 
 def take_as_text(arguments: Sequence[str], sweeping: bool = False) -> list[str]:

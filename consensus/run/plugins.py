@@ -49,16 +49,7 @@ _KEYS: dict[str, dict[str, Any]] = {
 _OFFERED = {"data": ("root",), "model": ("num_classes",)}
 """Arguments of factories that are no options: a key of the config or the data determine them."""
 
-_LIBRARIES = (
-    "consensus",
-    "__main__",
-    "torch",
-    "torchvision",
-    "numpy",
-    "hydra",
-    "omegaconf",
-    "rich",
-)
+_LIBRARIES = ("consensus", "__main__", "torch", "torchvision", "numpy", "hydra", "omegaconf")
 """Packages, beside those of Python, in whose frames an error is none of the user's code."""
 
 MUST = inspect.Parameter.empty  # the default of an option without one
