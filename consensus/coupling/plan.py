@@ -95,7 +95,7 @@ def describe(model: nn.Module, plans: list[Plan], buffers: list[Tensor]) -> dict
 
 
 def identity(settings: Settings, plans: list[Plan]) -> dict[str, Any]:
-    """What a state of a coupling shares with every coupling that may continue from it."""
+    """Values that a coupling must share with a state in order to continue from it."""
     phi = settings.make_potential()
     return {
         "potential": phi.name or type(phi).__name__,
