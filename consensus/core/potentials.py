@@ -15,11 +15,9 @@ To add a potential, register a function that makes it; its keyword arguments bec
 
     import torch
     from consensus import POTENTIALS, Potential, Profile, Radial
-
     @POTENTIALS.register("quartic")
     def quartic() -> Potential:
-        return Potential(Profile(psi=lambda s: s**2, dpsi=lambda s: 2 * s,
-                                 d2psi=lambda s: 2 * torch.ones_like(s),
+        return Potential(Profile(lambda s: s**2, lambda s: 2 * s, lambda s: 2 * torch.ones_like(s),
                                  assumptions=frozenset({"A1", "A2", "A4", "A5"})), Radial())
 """
 
@@ -59,10 +57,8 @@ class Potential(Domain):
     def __init__(self, profile: Profile, size: Size, scale: float | Tensor = 1.0) -> None:
         if isinstance(size, type):
             raise ValueError(f"size is the class {size.__name__}; allowed: {size.__name__}()")
-        self.profile = profile
-        self.bound = profile.bound
-        self.size = size
-        self.scale = scale
+        self.profile, self.bound = profile, profile.bound
+        self.size, self.scale = size, scale
 
     @property
     def label(self) -> str:
