@@ -160,8 +160,8 @@ class Coupling:
         self._watch = Watch(self._model)
         self._processes.require_equal(described, describe(self._model, plans, self._buffers))
         self._parts = [self._make_part(plan, optimizer, self._processes.workers) for plan in plans]
-        outers = ", ".join(map(describe_optimizer, self.outer_optimizers))
-        self._processes.require_equal({"outer": outers}, {})
+        if outers := ", ".join(map(describe_optimizer, self.outer_optimizers)):
+            self._processes.require_equal({"outer": outers}, {})
         self._restart()
 
     def step(self) -> None:
