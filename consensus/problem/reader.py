@@ -187,6 +187,7 @@ def _keep_all() -> None:
     """
     if _starting:
         gc.freeze()
+        gc.enable()  # `_start_of_processes` has disabled it: the hooks before this one allocate
 
 
 if _FORK:
@@ -201,6 +202,8 @@ def _start_of_processes() -> Iterator[None]:
     it within 5 s of waiting for a batch as well.
     """
     global _starting
+    collecting = gc.isenabled()
+    gc.disable()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     handler = signal.getsignal(signal.SIGCHLD)
     _starting = True
@@ -210,6 +213,8 @@ def _start_of_processes() -> Iterator[None]:
             yield
     finally:
         _starting = False
+        if collecting:
+            gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)

@@ -378,6 +378,51 @@ def test_a_loader_process_does_not_destroy_the_garbage_of_its_parent(ranks):
     assert ranks(2, allowed_to_start, read_beside_garbage, timeout=30.0) == [[[1, 2]]] * 2
 
 
+class Tells:
+    """An object in a cycle of references that writes which process destroys it."""
+
+    def __init__(self, pipe):
+        self.pipe, self.cycle = pipe, self
+
+    def __del__(self):
+        os.write(self.pipe, b"%d\n" % os.getpid())
+
+
+@pytest.fixture
+def before_each_fork():
+    """A function that sets what is called before this process forks, until the test ends."""
+    calls = []
+    os.register_at_fork(before=lambda: calls and calls[0]())  # cannot be taken back
+    yield calls.append
+    calls.clear()
+
+
+def test_a_collection_between_the_fork_and_the_start_destroys_nothing(before_each_fork):
+    """Hooks of `threading`, `random` and others run in the child before those of this module."""
+    reads, writes = os.pipe()
+    thresholds = gc.get_threshold()
+
+    def leave_garbage():
+        collecting = gc.isenabled()
+        gc.disable()
+        Tells(writes)
+        gc.set_threshold(1)  # the next object begins a collection, if they are allowed
+        if collecting:
+            gc.enable()
+
+    before_each_fork(leave_garbage)
+    try:
+        batches = [y.tolist() for _, y in read([(torch.zeros(2), 5)], [([0], [0])], 1, False)]
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    os.close(writes)
+    with os.fdopen(reads) as told:
+        assert told.read().split() == [str(os.getpid())]
+    assert batches == [[5]]
+    assert gc.isenabled()
+
+
 def allowed_to_start(group, function):
     importlib.import_module(PLUGIN)  # the ranks of tests are daemons, which may not start any
     return function(group)

@@ -80,7 +80,8 @@ class RankPool:
                     errors[rank] = f"rank {rank} died with exit code {code}"
                 else:
                     if kind == "error":
-                        errors[rank] = f"rank {rank} raised:\n{answer}"
+                        cause = answer.strip().rpartition("\n")[2]  # first: a long output is cut
+                        errors[rank] = f"rank {rank} raised {cause}\n{answer}"
                     else:
                         answers[rank] = answer
             if errors:  # the cause may be on a rank that says so a little later
