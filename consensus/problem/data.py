@@ -125,10 +125,14 @@ class Dataset:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Dataset":
         """A copy on a device, in the types of `Samples.to`."""
-        pixels = any(x.dtype == torch.uint8 for x in leaves(self.train.inputs))
-        said = "inputs of uint8 are scaled to [0, 1]; other integers stay as they are"
+        said = list(self.remarks)
+        if any(x.dtype == torch.uint8 for x in leaves(self.train.inputs)):
+            said.append("inputs of uint8 are scaled to [0, 1]; other integers stay as they are")
         moved = self._map(lambda samples: samples.to(device, dtype))
-        return replace(moved, remarks=(*self.remarks, said)) if pixels else moved
+        for name, samples in moved.splits.items():
+            if isinstance(samples, Samples) and (number := samples.count_nonfinite()):
+                said.append(f"{number} of {len(samples)} samples of `{name}` are not finite")
+        return replace(moved, remarks=tuple(said))
 
     def hold_out(self, share: float) -> "Dataset":
         """A share of the training samples, drawn at random, becomes the validation samples.

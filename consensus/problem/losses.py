@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from consensus.problem.data import Dataset
-from consensus.problem.samples import IGNORED, Tree, described
+from consensus.problem.samples import IGNORED, Tree, described, leaves
 from consensus.registry import Registry
 
 Values = Callable[[Any, Tree], Tensor]
@@ -57,11 +57,13 @@ class Loss:
             which evaluation is the best; without one, the loss does.
         guess: The data set -> numbers of the best constant output: its mean "loss", and metrics.
             They tell runs that have diverged, or do not learn, from others.
+        interval: The smallest and the largest target that is allowed; None: any.
     """
 
     function: Values
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     guess: Callable[[Dataset], Mapping[str, float]] = lambda dataset: {}
+    interval: tuple[float, float] | None = None
 
     @property
     def best(self) -> tuple[str, str]:
@@ -71,6 +73,17 @@ class Loss:
     def __call__(self, outputs: Any, targets: Tree) -> Tensor:
         """The losses of B samples. (B,)."""
         return self.function(outputs, targets)
+
+    def outside(self, targets: Tree) -> str | None:
+        """The range of targets that are not all in the interval, as text; None if all are."""
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        for x in leaves(targets):
+            first, last = float(x.min()), float(x.max())
+            if not (low <= first and last <= high):
+                return f"go from {first:g} to {last:g}; allowed: {low:g} to {high:g}"
+        return None
 
 
 LOSSES: Registry[Loss] = Registry("loss", Loss)
@@ -147,7 +160,7 @@ def _guess_of_classes(dataset: Dataset) -> Mapping[str, float]:
 
 @LOSSES.register("bce")
 def bce() -> Loss:
-    """Binary cross-entropy of logits, with targets of 0 and 1 in the shape of the outputs.
+    """Binary cross-entropy of logits, with targets from 0 to 1 in the shape of the outputs.
 
     Its metric is the error in percent: the part of the signs that differ from the targets.
     """
@@ -166,7 +179,7 @@ def bce() -> Loss:
     def guess(dataset: Dataset) -> Mapping[str, float]:
         return {"loss": math.log(2.0)}
 
-    return Loss(function, {"error": Metric(error)}, guess)
+    return Loss(function, {"error": Metric(error)}, guess, interval=(0.0, 1.0))
 
 
 # ---- numbers

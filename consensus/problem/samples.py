@@ -119,6 +119,17 @@ class Samples:
 
         return Samples(map_tree(pixels, self.inputs), map_tree(converted, self.targets))
 
+    def count_nonfinite(self) -> int:
+        """The number of samples with a NaN or an infinity. Reads a number on the host."""
+        finite = [
+            x.reshape(len(x), -1).sum(1).isfinite()  # in less memory than one bool for each number
+            for x in self.tensors()
+            if x.is_floating_point() or x.is_complex()
+        ]
+        if not finite:
+            return 0
+        return len(self) - int(torch.stack(finite).all(0).sum())
+
 
 def class_out_of_range(targets: Tree, num_classes: int) -> str | None:
     """The range of integer targets that are not in [0, num_classes), but for `IGNORED`, as text.

@@ -14,6 +14,7 @@ from consensus.problem import (
     Loss,
     Minibatches,
     SampleError,
+    Samples,
     Trial,
     build_model,
     partition,
@@ -43,7 +44,10 @@ def load_data(config: Config) -> Dataset:
 
 
 def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module, Trial]:
-    """The model of the config, on the device and in the dtype of the data, after a trial."""
+    """The model of the config, on the device and in the dtype of the data, after a trial.
+
+    The samples, the model and the loss fit each other, or a ConfigError says which does not.
+    """
     samples = dataset.train[: min(TRIED, config.algorithm.batch_size)]
     options = model_options(config, dataset)
     try:
@@ -66,7 +70,16 @@ def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module,
             raise ConfigError(
                 f"{own}: the model, which takes the training set, fails on the {name} set: {cause}"
             ) from error
+    _check_targets(config, dataset, loss)
     return model, trial
+
+
+def _check_targets(config: Config, dataset: Dataset, loss: Loss) -> None:
+    """Refuse targets for which the loss is not defined: all in memory, some of those in storage."""
+    for name, split in dataset.splits.items():
+        read = split if isinstance(split, Samples) else split[:TRIED]
+        if wrong := loss.outside(read.targets):
+            raise ConfigError(f"`loss` is {config.loss.name}, and the targets of `{name}` {wrong}")
 
 
 def model_options(config: Config, dataset: Dataset) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Data sets: samples of any shape and type, their classes, and those held out of training."""
 
+import math
 import re
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_pixels_of_uint8_become_numbers_in_0_to_1_and_this_is_said():
     ]
     floats = Dataset((pixels.float(), pixels.float()), (pixels.float(), pixels.float()))
     assert floats.to("cpu", torch.float32).remarks == ()
+
+
+def test_samples_that_are_not_finite_are_counted_and_this_is_said():
+    x, y = torch.zeros(5, 2, 3), torch.zeros(5)
+    wrong = x.clone()
+    wrong[1, 0, 2], wrong[1, 1, 0], wrong[4, 1, 1] = math.nan, math.inf, -math.inf
+    targets = torch.tensor([0.0, 0.0, math.nan, 0.0, 0.0])
+    data = Dataset((x, y), (wrong, targets), validation=(x, targets))
+    assert data.to("cpu", torch.float32).remarks == (
+        "1 of 5 samples of `validation` are not finite",
+        "3 of 5 samples of `test` are not finite",
+    )
+    assert Dataset((x.int(), y.int()), (x.int(), y.int())).to("cpu", torch.float32).remarks == ()
 
 
 def test_classes_are_counted_where_targets_are_classes():

@@ -84,6 +84,14 @@ def test_binary_cross_entropy_of_logits(kind):
     assert found.tolist() == [100.0 * sum(row) / 2 for row in wrong]
 
 
+def test_targets_outside_the_interval_of_a_loss():
+    loss = Loss(lambda x, y: x, interval=(0.0, 2.0))
+    assert loss.outside((torch.tensor([0, 2]), {"b": torch.tensor([[0.5]])})) is None
+    assert loss.outside((torch.zeros(2), torch.tensor([1, 3]))) == "go from 1 to 3; allowed: 0 to 2"
+    assert loss.outside(torch.tensor([0.0, math.nan])) == "go from nan to nan; allowed: 0 to 2"
+    assert Loss(lambda x, y: x).outside(torch.tensor([-9.0])) is None
+
+
 def test_numbers_of_the_best_constant_output():
     """Equal probabilities and the largest class; the mean of the targets for squared errors."""
     x, labels = torch.zeros(5, 1), torch.tensor([0, 1, 1, 2, 1])

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from consensus import POTENTIALS, Potential, Profile, Radial
 from consensus.comm import Launch
@@ -292,6 +293,29 @@ def test_a_test_set_of_another_kind_is_refused(plan_refusal, monkeypatch, inputs
     )
     assert line.startswith("`data` is blobs {}: ")
     assert said in line
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_targets_for_which_the_loss_is_not_defined_are_refused(
+    plan_refusal, monkeypatch, where, stored
+):
+    """With targets of -1 and 1 the binary cross-entropy has no minimum."""
+
+    def pairs():
+        wrong, right = (2.0 * CLASSES.eq(1) - 1).unsqueeze(1), CLASSES.eq(1).unsqueeze(1).float()
+        splits = {name: (PIXELS, wrong if name == where else right) for name in ("train", "test")}
+        return Dataset(**{k: TensorDataset(*v) if stored else v for k, v in splits.items()})
+
+    def net():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 1))
+
+    monkeypatch.setitem(DATASETS._factories, "pairs", pairs)
+    monkeypatch.setitem(MODELS._factories, "net", net)
+    own = ["data.name=pairs", "model.name=net", "loss=bce", "algorithm.batch_size=2", "device=cpu"]
+    line = plan_refusal(Launch(), *own)
+    found = f"`loss` is bce, and the targets of `{where}` go from -1 to 1; allowed: 0 to 1"
+    assert line == found
 
 
 def test_a_data_set_without_root_and_a_model_without_num_classes(make_config, monkeypatch):
