@@ -85,12 +85,24 @@ def make_plans(
 
 def describe(model: nn.Module, plans: list[Plan], buffers: list[Tensor]) -> dict[str, Any]:
     """Values to compare between processes."""
-    frozen = [local(p).detach() for p in model.parameters() if not p.requires_grad]
+    frozen = [
+        f"{name}, digest {int(digest(local(own).detach().double().reshape(-1))):x}"
+        for name, own in model.named_parameters()
+        if not own.requires_grad
+    ]
+    parameters = [plan.parameters for plan in plans]
+    named = [
+        f"{name} {tuple(own.shape)} {own.dtype}"
+        for p in parameters
+        for name, own in zip(p.layout.parameter_names, p.originals, strict=True)
+    ]
     return {
-        "parameters": [(p.parameters.layout, str(p.parameters.dtype), p.pull) for p in plans],
-        "shapes of buffers": [tuple(buffer.shape) for buffer in buffers],
+        "parameters": named,
+        "layers": [(p.layout, str(p.dtype)) for p in parameters],
+        "pull": [plan.pull for plan in plans],
+        "shapes of buffers": [str(tuple(buffer.shape)) for buffer in buffers],
         "weights": int(digest(torch.cat([plan.z[0] for plan in plans]))),
-        "frozen weights": [int(digest(p.double().reshape(-1))) for p in frozen],
+        "frozen weights": frozen,
     }
 
 

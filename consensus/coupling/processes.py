@@ -1,6 +1,7 @@
 """The processes of a coupling: one of each worker, and the others of this worker."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -89,9 +90,16 @@ def _difference(group: Group, values: Mapping[str, Any]) -> str | None:
     for rank, own in enumerate(others, start=1):
         for key, value in first.items():
             if own[key] != value:
-                shown = f" ({own[key]}, {value})" if isinstance(value, str | int | float) else ""
-                allowed = "the same on all"
+                shown, allowed = _shown(own[key], value), "the same on all"
                 if key == "weights":  # a digest says nothing
                     shown, allowed = "", f"{allowed}, as torch.manual_seed(0) before makes them"
                 return f"`{key}` on rank {rank} differs from rank 0{shown}; allowed: {allowed}"
     return None
+
+
+def _shown(own: Any, first: Any) -> str:
+    """The first difference of two values, if a reader can use it; `none`: a list is shorter."""
+    if isinstance(own, list) and isinstance(first, list):
+        pairs = zip_longest(own, first, fillvalue="none")
+        own, first = next((a, b) for a, b in pairs if a != b)
+    return f" ({own}, {first})" if isinstance(first, str | float | int) else ""

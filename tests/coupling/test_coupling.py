@@ -828,7 +828,7 @@ def messages(group, makers):
     for make in makers:
         model, options = make(group.rank)
         try:
-            Coupling(model, sgd_of(model), **options).close()
+            Coupling(**{"model": model, "optimizer": sgd_of(model), **options}).close()
             said.append(None)
         except ValueError as error:
             said.append(str(error))
@@ -864,6 +864,22 @@ def other_dtype(rank):
     return nn.Linear(2, 2).to(F64 if rank else torch.float32), {}
 
 
+def less_parameters(rank):
+    return nn.Sequential(nn.Linear(2, 2), *[nn.Linear(2, 1)] * (1 - rank)), {}
+
+
+def other_group_pull(rank):
+    model = network()
+    groups = [{"params": model.parameters(), "pull": 0.5 / (1 + rank)}]
+    return model, {"optimizer": torch.optim.SGD(groups, lr=0.1)}
+
+
+def other_buffers(rank):
+    model = network()
+    model.register_buffer("mean", torch.zeros(2 + rank))
+    return model, {"buffers": "mean"}
+
+
 def other_weights(rank):
     return of_rank(network(), 3, rank), {}
 
@@ -888,10 +904,15 @@ def nothing_wrong(rank):
 def test_all_ranks_refuse_alike(ranks):
     cases = {
         wrong_on_one: "rank 1: `pull` is 1.5; allowed: a number from 0 to 1",
-        other_shape: "`parameters` on rank 1 differs from rank 0; allowed: the same on all",
-        other_dtype: "`parameters` on rank 1 differs from rank 0; allowed: the same on all",
+        other_shape: "`parameters` on rank 1 differs from rank 0 (weight (3, 2) torch.float32, "
+        "weight (2, 2) torch.float32); allowed: the same on all",
+        other_dtype: "`parameters` on rank 1 differs from rank 0 (weight (2, 2) torch.float64, "
+        "weight (2, 2) torch.float32); allowed: the same on all",
+        less_parameters: "`parameters` on rank 1 differs from rank 0 (none, 1.weight (1, 2) torch",
+        other_group_pull: "`pull` on rank 1 differs from rank 0 (0.25, 0.5); allowed: the same on",
         other_weights: "`weights` on rank 1 differs from rank 0; allowed: the same on all, as",
-        frozen: "`frozen weights` on rank 1 differs from rank 0; allowed: the same on all",
+        frozen: "`frozen weights` on rank 1 differs from rank 0 (0.weight, digest ",
+        other_buffers: "`shapes of buffers` on rank 1 differs from rank 0 ((3,), (2,)); allowed",
         other_period: "`period` on rank 1 differs from rank 0 (2, 1); allowed: the same on all",
         other_outer: "`outer` on rank 1 differs from rank 0 (SGD(lr=1.5, momentum=0",
         wrapped: "rank 0: `model` is wrapped in DistributedDataParallel",
