@@ -41,7 +41,7 @@ from hydra.types import HydraContext, RunMode
 from consensus.comm import GroupError
 from consensus.private_api import hydra_callbacks
 from consensus.report.__main__ import report
-from consensus.report.halving import HALVING, KEPT, NO_NUMBER, Place, write_places
+from consensus.report.halving import HALVING, NO_NUMBER, Place, write_places
 from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checks import ConfigError, require
 from consensus.run.compose import REFUSALS, composing, explain
@@ -52,7 +52,7 @@ from consensus.run.signals import RunStopped
 from consensus.sweep.dashboard import Dashboard
 from consensus.sweep.earlier import Found, find_earlier
 from consensus.sweep.grid import Job, Sweep, check, read_sweep, register_sweep_schema
-from consensus.sweep.halving import Candidate, Halving, Rung, has_diverged, plan_halving
+from consensus.sweep.halving import Candidate, Halving, Rung, has_diverged, kept_of, plan_halving
 from consensus.sweep.job import run_here, run_job
 from consensus.sweep.members import Member, Stage
 from consensus.sweep.population_trainer import train_populations
@@ -81,7 +81,7 @@ def main() -> None:
             earlier = find_earlier(sweep)
             dashboard = Dashboard(sweep.path, earlier)
             if "--dry-run" in others:
-                dashboard.list_runs()
+                dashboard.list_runs(halving.stopped(sweep.path) if halving else {})
                 for line in halving.lines() if halving else ():
                     dashboard.print(line)
                 return
@@ -146,10 +146,10 @@ def run(
         if all(place.decision == NO_NUMBER for place in found):
             column = f" in {halving.column}" if halving.column else ""
             raise RunStopped(f"{name}: no configuration has a number{column}", 1)
-        kept = {place.configuration for place in found if place.decision == KEPT}
         if rung.keep is not None:
+            kept = kept_of(going, found)
             say(f"{name}: {len(kept)} of {len(going)} configurations go on")
-            going = [candidate for candidate in going if candidate.name in kept]
+            going = kept
     left = set(sweep.jobs).difference(job for candidate in going for job in candidate.jobs)
     failed = {job for job in left if dashboard.statuses[job.name].state == "failed"}
     return left - {job for job in failed if not has_diverged(sweep.path / job.name)}

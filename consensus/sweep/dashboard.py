@@ -29,6 +29,7 @@ from consensus.report.runs import deciding_column, is_run, read_config
 from consensus.report.table1 import heading, words
 from consensus.sweep.earlier import Found
 from consensus.sweep.grid import Job
+from consensus.sweep.halving import Rung
 from consensus.sweep.job import Status
 
 ROWS = 20  # of the live table, at most
@@ -92,12 +93,16 @@ class Dashboard:
         self._targets = {job.name: iterations for job in jobs}
         self._rung, self._later = f"{rung}: ", later
 
-    def list_runs(self) -> None:
-        """Print what there is of each run, for `--dry-run`."""
+    def list_runs(self, stopped: Mapping[Job, Rung]) -> None:
+        """Print what there is of each run, for `--dry-run`; `stopped` do not go on after a rung."""
         self.print(self._heading())
         for job, found in self.earlier.items():
-            line = f"{found.state:>9}  {job.name}"
-            if found.state == "continues":
+            unfinished = found.state in ("new", "continues")
+            rung = stopped.get(job) if unfinished else None
+            line = f"{'stopped' if rung else found.state:>9}  {job.name}"
+            if rung is not None:
+                line += f"  after rung {rung.number}, {rung.iterations:,} iterations"
+            elif found.state == "continues":
                 line += f"  at iteration {found.done:,} of {found.iterations:,} or before"
             self.print(f"{line}  {found.problem}".rstrip())
 

@@ -128,6 +128,20 @@ class Halving:
             values.append(math.nan if row is None or diverged(row) else number(row, column))
         return statistics.fmean(values), column
 
+    def stopped(self, folder: Path) -> dict[Job, Rung]:
+        """The runs in the folder of a sweep that are stopped, as far as all have come to a rung."""
+        going, stopped = list(self.candidates), dict[Job, Rung]()
+        for rung in self.rungs[:-1]:
+            jobs = [job for candidate in going for job in self.jobs(candidate, rung)]
+            if not all(rung.is_over(folder / job.name) for job in jobs):
+                break
+            rows = {job: rung.row(folder / job.name) for job in jobs}
+            kept = kept_of(going, self.decide(rung, going, rows))
+            out = [candidate for candidate in going if candidate not in kept]
+            stopped |= {job: rung for candidate in out for job in candidate.jobs}
+            going = kept
+        return stopped
+
     def sizes(self) -> list[int]:
         """The largest possible number of runs at each rung."""
         left: dict[str, list[Candidate]] = {}
@@ -162,6 +176,12 @@ class Halving:
         whole = sum(len(c.jobs) for c in self.candidates) * self.rungs[-1].iterations
         lines.append(f"at most {part:,} iterations, {100 * part / whole:.3g} % of the whole grid's")
         return lines
+
+
+def kept_of(candidates: Iterable[Candidate], places: Iterable[Place]) -> list[Candidate]:
+    """The candidates that go on after a rung, in their order."""
+    kept = {place.configuration for place in places if place.decision == KEPT}
+    return [candidate for candidate in candidates if candidate.name in kept]
 
 
 def has_diverged(run_dir: Path) -> bool:

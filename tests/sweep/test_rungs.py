@@ -112,6 +112,13 @@ def test_the_same_command_again_trains_nothing_and_decides_the_same(halved):
     assert (code, err) == (0, "")
     assert "advance" not in out
     assert (folder / "report" / "halving.csv").read_bytes() == before
+    dry = call_sweep(*HALVING, f"sweep.dir={folder}", "--dry-run")[1].splitlines()
+    expected = {
+        "finished": "     done  {configuration}",
+        "stopped": "  stopped  {configuration}  after rung {rung}, {iterations} iterations",
+    }
+    of_each = [(p["decision"], p) for p in places(folder) if p["decision"] != "kept"]
+    assert sorted(dry[1:9]) == sorted(expected[state].format(**p) for state, p in of_each)
 
 
 @pytest.mark.parametrize(
