@@ -36,6 +36,12 @@ class Descent:
     evaluations: int  # function calls, each for all rows
 
 
+def require_count(name: str, value: int, least: int) -> None:
+    """Raise a ValueError unless an argument is a whole number of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` is {value}; allowed: a whole number >= {least}")
+
+
 def descend(
     function: Smooth,
     start: Tensor,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from consensus.theory.block import ROUNDING, TRIED, Block, Coupling
 from consensus.theory.composite import Function, LinearMap, Model, noise
+from consensus.theory.descent import require_count
 
 PATIENCE = 50  # STUCK after this number of iterations without progress beyond rounding
 MINUS = LinearMap(torch.neg, torch.neg)
@@ -108,6 +109,7 @@ def alternating_minimization(
         raise ValueError(f"`prox_weight` is {prox_weight}; allowed: a finite number >= 0")
     if not 0.0 < inner_reduction < 1.0:
         raise ValueError(f"`inner_reduction` is {inner_reduction}; allowed: 0 < number < 1")
+    require_count("inner_budget", inner_budget, 1)
     oracles = "gradient, prox" if prox_weight > 0.0 else "gradient, prox, coupled"
     run = Iteration(model, u, z, oracles, prox_weight, relative, absolute, callback)
 
@@ -154,8 +156,9 @@ class Iteration:
         if not (relative >= 0.0 and absolute >= 0.0):
             raise ValueError(f"tolerances are {relative} and {absolute}; allowed: numbers >= 0")
         for name, x in (("u", u), ("z", u if z is None else z)):
-            if x.dtype != torch.float64:
-                raise ValueError(f"`{name}` is {x.dtype}; allowed: float64")
+            if x.dtype != torch.float64 or x.ndim == 0:
+                found = f"{x.dtype}" if x.ndim else "a number"
+                raise ValueError(f"`{name}` is {found}; allowed: a float64 tensor (..., n)")
         u = u.detach().clone()
         z = model.linear.apply(u).clone() if z is None else z.detach().clone()
         require_valid(model, u, z, oracles)
@@ -173,6 +176,7 @@ class Iteration:
 
     def iterate(self, update: Callable[[Block, Coupling], bool], budget: int) -> Result:
         """Update u and z in turn until a `Status` is reached."""
+        require_count("budget", budget, 0)
         u, z, model = self.u, self.z, self.model
         terms = model.terms(u.x, z.x)
         objective, residuals = [sum(terms)], []

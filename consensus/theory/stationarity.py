@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consensus.core.potentials import Potential
-from consensus.theory.descent import Smooth, descend
+from consensus.theory.descent import Smooth, descend, require_count
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def prox(
     """
     if not (least := float(torch.as_tensor(lam).min())) > 0.0:
         raise ValueError(f"`lam` is {least}; allowed: numbers > 0")
+    require_count("budget", budget, 1)
     z = u if start is None else start
     if not bool(phi.contains(u - z).all()):
         raise ValueError("`start` is outside the domain; allowed: u - start strictly inside")

@@ -342,7 +342,10 @@ def of(phi="quad", lam=LAM, linear=None, g=None, f=None):
 
 START = tensor(np.zeros(N))
 BAD = {
-    "float32": (lambda run: run(of(), START.float()), "`u` is torch.float32; allowed: float64"),
+    "float32": (lambda run: run(of(), START.float()), "`u` is torch.float32; allowed: a float64"),
+    "a number": (lambda run: run(of(), tensor(1.0)), "`u` is a number; allowed: a float64 tensor"),
+    "budget": (lambda run: run(of(), START, budget=-1), "`budget` is -1; allowed: a whole number"),
+    "budget of no number": (lambda run: run(of(), START, budget=1e3), "`budget` is 1000.0; all"),
     "z of another shape": (lambda run: run(of(), START, START), "z like A u"),
     "adjoint": (lambda run: run(of(linear=wrong_adjoint()), START), "allowed: equal products"),
     "outside": (
@@ -379,6 +382,11 @@ def test_a_bad_weight_is_refused(weight):
 def test_a_bad_inner_reduction_is_refused(reduction):
     with pytest.raises(ValueError, match="`inner_reduction` is"):
         alternating_minimization(of(), START, inner_reduction=reduction)
+
+
+def test_a_bad_inner_budget_is_refused():
+    with pytest.raises(ValueError, match="`inner_budget` is 0; allowed: a whole number >= 1"):
+        alternating_minimization(of(), START, inner_budget=0)
 
 
 def test_a_closed_form_of_the_exact_scheme_is_refused_in_other_schemes():

@@ -305,3 +305,8 @@ def test_residuals_by_hand():
 def test_a_lam_that_is_not_positive_is_refused(lam):
     with pytest.raises(ValueError, match=r"^`lam` is .*; allowed: numbers > 0$"):
         prox(lambda z: (z.square().sum(-1), 2.0 * z), POTENTIALS["tan"], torch.ones(2, 3), lam)
+
+
+def test_a_budget_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"^`budget` is 0; allowed: a whole number >= 1$"):
+        prox(lambda z: (z.square().sum(-1), 2.0 * z), POTENTIALS["tan"], torch.ones(2), 1, budget=0)
