@@ -86,6 +86,9 @@ def report(
     if folder is None and runs and not is_run(first):
         folder = first / "report"
     figure = figure or first / "report.png"
+    if not figure.suffix or figure.is_dir():  # matplotlib would write to another path
+        raise ValueError(f"`--output` is {figure}; allowed: a file such as {figure}/report.png")
+    figure.parent.mkdir(parents=True, exist_ok=True)
     evaluated = {label: rows for label, rows in metrics.items() if rows}
     shown = dict(list(evaluated.items())[:MOST_RUNS_ON_SCREEN])
     if len(evaluated) == 1:

@@ -57,7 +57,9 @@ def test_the_command_refuses_in_one_line(command, write_run, tmp_path):
         ([good, tmp_path / "absent"], f"{tmp_path}/absent: no run found here (no metrics.jsonl)"),
         ([empty], f"{empty}/metrics.jsonl holds no evaluation yet"),
         ([tmp_path / "binary"], f"{tmp_path}/binary"),
-        ([good, "--output", tmp_path / "no" / "x.png"], "[Errno 2] No such file or directory"),
+        ([good, "--output", tmp_path / "binary" / "metrics.jsonl" / "x.png"], "[Errno 17] File ex"),
+        ([good, "--output", tmp_path], f"`--output` is {tmp_path}; allowed: a file such as"),
+        ([good, "--output", tmp_path / "new"], f"`--output` is {tmp_path}/new; allowed: a file"),
         ([good, "--output", tmp_path / "x.exe"], "Format 'exe' is not supported"),
     ]:
         code, out, err = command(*arguments)
@@ -159,11 +161,11 @@ def test_the_command_on_a_sweep(command, sweep):
 @pytest.mark.usefixtures("blank_figures")
 def test_the_folder_may_be_elsewhere(command, sweep, tmp_path):
     code, _, err = command(
-        sweep, "--folder", tmp_path / "new" / "here", "--output", tmp_path / "one.pdf"
+        sweep, "--folder", tmp_path / "new" / "here", "--output", tmp_path / "no" / "one.pdf"
     )
     assert (code, err) == (0, "")
     assert (tmp_path / "new" / "here" / "report.md").exists()
-    assert (tmp_path / "one.pdf").exists()
+    assert (tmp_path / "no" / "one.pdf").exists()
     assert not (sweep / "report").exists()
     assert not (sweep / "report.png").exists()
     before = (tmp_path / "new" / "here" / "report.md").read_bytes()
