@@ -24,6 +24,7 @@ from consensus.problem import (
 from consensus.run.checks import ConfigError, require
 from consensus.run.config import Config
 from consensus.run.limits import MachineError, exceeded
+from consensus.run.plugins import place_in_user_code
 
 TRIED = 2  # samples in the trial of a model, at most
 
@@ -57,21 +58,25 @@ def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module,
     except Exception as error:  # a user's model may do anything
         if limit := exceeded(error):
             raise MachineError(limit) from error
-        expected = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError)
-        cause = error if expected and str(error) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"`model` is {config.model.name} {options}: {cause}") from error
+        raise ConfigError(f"`model` is {config.model.name} {options}: {_told(error)}") from error
     others = {name: split for name, split in dataset.splits.items() if name != "train"}
     for name, split in others.items():
         try:
             try_evaluation(model, loss, split[:TRIED], dataset.num_classes)
         except Exception as error:  # its samples may be of another kind than those of training
             own = f"`data` is {config.data.name} {config.data.options}"
-            cause = f"{type(error).__name__}: {error}"
-            raise ConfigError(
-                f"{own}: the model, which takes the training set, fails on the {name} set: {cause}"
-            ) from error
+            fails = f"the model, which takes the training set, fails on the {name} set"
+            raise ConfigError(f"{own}: {fails}: {_told(error)}") from error
     _check_targets(config, dataset, loss)
     return model, trial
+
+
+def _told(error: Exception) -> str:
+    """An error of a model, a loss or a metric, and its place in the code of the user."""
+    plain = isinstance(error, ValueError | TypeError | RuntimeError | OverflowError) and str(error)
+    text = str(error) if plain else f"{type(error).__name__}: {error}"
+    place = place_in_user_code(error)
+    return f"{text} ({place})" if place else text
 
 
 def _check_targets(config: Config, dataset: Dataset, loss: Loss) -> None:

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from consensus import POTENTIALS, Potential, Profile, Radial
 from consensus.comm import Launch
-from consensus.problem import DATASETS, MODELS, Dataset, partition
+from consensus.problem import DATASETS, LOSSES, MODELS, Dataset, Loss, Metric, partition
 from consensus.run.checks import ConfigError
 from consensus.run.compose import explain
 from consensus.run.plan import choose_device, count_workers, load_data, make_plan
@@ -316,6 +316,26 @@ def test_targets_for_which_the_loss_is_not_defined_are_refused(
     line = plan_refusal(Launch(), *own)
     found = f"`loss` is bce, and the targets of `{where}` go from -1 to 1; allowed: 0 to 1"
     assert line == found
+
+
+def test_the_line_of_the_user_in_which_a_model_or_a_metric_fails_is_told(plan_refusal, monkeypatch):
+    """A failure of a metric would otherwise look as if it were one of the model."""
+    here = r" \(.*test_plan\.py, line \d+\)$"
+    wrong = Loss(lambda x, y: x.sum(1), {"acc": Metric(lambda x, y: x.nothing)})
+    monkeypatch.setitem(LOSSES._factories, "wrong", lambda: wrong)
+    line = plan_refusal(Launch(), "loss.name=wrong")
+    assert re.search(r"AttributeError: 'Tensor' object has no attribute 'nothing'" + here, line)
+    monkeypatch.setitem(MODELS._factories, "fails", Fails)
+    line = plan_refusal(Launch(), "model.name=fails")
+    assert re.match(r"`model` is fails \{\}: shape '\[3\]' is invalid .*" + here, line)
+
+
+class Fails(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, x):
+        return x.view(3)
 
 
 def test_a_data_set_without_root_and_a_model_without_num_classes(make_config, monkeypatch):
