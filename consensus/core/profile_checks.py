@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from consensus.core.profiles import Profile
+from consensus.core.profiles import LOG, QUAD, TAN, Profile, power_profile
 
 TOLERANCE = 0.01  # relative, of a derivative: differences of float32 formulas reach it
 STEP = 1e-3  # of differences, relative to the distance from 0 and from the boundary
+SAME = 1e-6  # relative, of a cheaper form that replaces psi'
+
+KERNELS = {"quad": QUAD, "cube": power_profile(3.0), "tan": TAN, "log": LOG}
+"""The profile that each kernel of a GPU computes."""
 
 
 def mistake_of(profile: Profile) -> str | None:
@@ -43,6 +47,7 @@ def _mistakes(profile: Profile) -> Iterator[str]:
             yield f"{name} is not finite at s = {_first(s, ~finite)}, inside {domain}: its `bound`"
             return
     yield from _derivatives(profile, s, bound)
+    yield from _shortcuts(profile, s[::5])
     if "A5" in claimed and abs(zero := float(profile.psi(s.new_zeros(())))) > 1e-9:
         yield f"psi(0) is {zero:g} and not 0, against (A5)"
 
@@ -79,6 +84,55 @@ def _derivatives(profile: Profile, s: Tensor, bound: float) -> Iterator[str]:
         wrong = ~((again - rho).abs() <= TOLERANCE * rho)
         if bool(wrong.any()):
             yield f"`radius` does not invert 2 psi'(rho^2) rho at rho = {_first(rho, wrong)}"
+
+
+def _shortcuts(profile: Profile, s: Tensor) -> Iterator[str]:
+    """Mistakes in the forms that stand for psi' where they take less time.
+
+    `dataclasses.replace` keeps those of the profile that it changes.
+    """
+    dpsi, d2psi = profile.dpsi(s), profile.d2psi(s)
+    for end, form in profile.near_zero:
+        small = end * torch.linspace(0.1, 1.0, 10, dtype=torch.float64)
+        right = profile.dpsi(small)
+        found = form(small) if callable(form) else torch.full_like(small, form)
+        if bool((wrong := ~_same(found, right)).any()):
+            yield f"`near_zero` up to {end:g} is not psi' at s = {_first(small, wrong)}"
+    if profile.numbers is not None:
+        for name, function, right, unit in zip(
+            ("psi'", "psi''"), profile.numbers, (dpsi, d2psi), (dpsi, dpsi / s), strict=True
+        ):
+            found = torch.tensor([function(x) for x in s.tolist()], dtype=torch.float64)
+            if bool((wrong := ~_same(found + unit, right + unit)).any()):
+                yield f"`numbers` is not {name} at s = {_first(s, wrong)}"
+    if profile.shrunk is not None and profile.numbers is None:
+        yield "`shrunk` is given without `numbers`"
+    yield from _proximal_steps(profile, s.sqrt())
+    if profile.kernel is not None:
+        if (of_kernel := KERNELS.get(profile.kernel)) is None:
+            yield f"`kernel` is {profile.kernel}; allowed: {', '.join(KERNELS)} or None"
+        elif bool((wrong := ~_same(of_kernel.dpsi(s), dpsi)).any()):
+            yield f"the psi' of `kernel` {profile.kernel} is another at s = {_first(s, wrong)}"
+
+
+def _proximal_steps(profile: Profile, r: Tensor) -> Iterator[str]:
+    """Mistakes in the closed forms of the rho with rho + 2 c psi'(rho^2) rho = r."""
+    for c in (0.1, 10.0):
+        found = {}
+        if (shrunk := profile.shrunk) is not None:
+            found["shrunk"] = torch.tensor([shrunk(x, c) for x in r.tolist()], dtype=torch.float64)
+        if profile.removed is not None:
+            found["removed"] = r * (1.0 - profile.removed(r, c))
+        for name, rho in found.items():
+            again = rho * (1.0 + 2.0 * c * profile.dpsi(rho.square()))
+            if bool((wrong := ~_same(again, r)).any()):
+                yield f"`{name}` does not solve rho + 2 c psi'(rho^2) rho = r at r = " + (
+                    f"{_first(r, wrong)}, c = {c:g}"
+                )
+
+
+def _same(found: Tensor, right: Tensor) -> Tensor:
+    return (found - right).abs() <= SAME * right.abs()
 
 
 def _slopes_agree(profile: Profile, a: Tensor, b: Tensor) -> Tensor:

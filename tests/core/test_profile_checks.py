@@ -99,6 +99,36 @@ def test_mistakes(profile, mistake):
     assert found.startswith(mistake), found
 
 
+OTHER = {"psi": lambda s: 2 * s, "dpsi": lambda s: 2 * ones(s), "d2psi": zeros}
+TAN, CUBIC = profiles.TAN, power_profile(3.0)
+
+
+@pytest.mark.parametrize(
+    ("profile", "changes", "mistake"),
+    [
+        (QUAD, {**OTHER, "slope": None, "radius": None}, "`numbers` is not psi' at s = 0.0001"),
+        (
+            QUAD,
+            {**OTHER, "slope": None, "radius": None, "numbers": None},
+            "the psi' of `kernel` quad is another at s = 0.0001",
+        ),
+        (TAN, {"near_zero": ((0.05, 1.0),)}, "`near_zero` up to 0.05 is not psi' at s = 0.005"),
+        (TAN, {"near_zero": ((0.1, lambda s: 1 + s),)}, "`near_zero` up to 0.1 is not psi' at s"),
+        (LOG, {"numbers": (LOG.numbers[0], LOG.numbers[0])}, "`numbers` is not psi'' at s = "),
+        (LOG, {"kernel": "tan"}, "the psi' of `kernel` tan is another at s = "),
+        (LOG, {"kernel": "log1"}, "`kernel` is log1; allowed: quad, cube, tan, log or None"),
+        (CUBIC, {"shrunk": lambda r, c: r}, "`shrunk` does not solve rho + 2 c psi'(rho^2) rho ="),
+        (CUBIC, {"numbers": None}, "`shrunk` is given without `numbers`"),
+        (TAN, {"removed": lambda r, c: 0 * r}, "`removed` does not solve rho + 2 c psi'(rho^2)"),
+    ],
+)
+def test_forms_that_replace_the_derivative_belong_to_it(profile, changes, mistake):
+    """A profile made by `replace` keeps those of the one before."""
+    found = mistake_of(dataclasses.replace(profile, **changes))
+    assert found is not None
+    assert found.startswith(mistake), found
+
+
 def test_claims_that_are_not_made_are_not_checked():
     concave = of(lambda s: -s, lambda s: -ones(s), zeros, assumptions=frozenset({"A5"}))
     assert mistake_of(concave) is None
