@@ -40,7 +40,8 @@ class Layerwise(Potential):
                 f"`layers` is {list(self.layers)}; allowed: slices (start, stop) from 0, "
                 "each starting where the one before it stops"
             )
-        widths = torch.as_tensor(eta)
+        # float64: a number that float32 lacks is finite.
+        widths = eta if isinstance(eta, Tensor) else torch.as_tensor(eta, dtype=torch.float64)
         if not bool(((widths > 0) & widths.isfinite()).all()):
             raise ValueError(f"`eta` is {eta}; allowed: a finite number > 0")
         self.eta = eta

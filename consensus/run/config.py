@@ -256,8 +256,11 @@ class Config:
 
     def _require_representable(self) -> None:
         """Refuse step sizes and factors that overflow the dtype in some iteration."""
-        algorithm = self.algorithm
-        largest = float(torch.finfo(self.dtype_of_u).max)
+        algorithm, kind = self.algorithm, torch.finfo(self.dtype_of_u)
+        largest, eta = float(kind.max), self.potential.eta
+        low, high = largest**-0.5, float(kind.tiny) ** -0.5  # else 1 / eta^2 is inf or 0
+        allowed = f"{low:.2g} to {high:.2g} with dtype={self.dtype}"
+        require(low <= eta <= high, "potential.eta", eta, allowed)
         factors = {name: algorithm.factors(name) for name in ("tau", "sigma", "lam")}
         for name, (low, high) in factors.items():
             good = (low > 0 if name == "lam" else low >= 0) and high < math.inf
@@ -266,7 +269,7 @@ class Config:
             require(good, f"algorithm.schedule.{name}", found, allowed)
         fits = f"{self.dtype}, below {largest:.2g}"
         sigma_low, sigma = (algorithm.sigma * factor for factor in factors["sigma"])
-        half = 0.5 * self.potential.eta * self.potential.eta
+        half = 0.5 * eta * eta
         if algorithm.tau is not None:
             step = algorithm.tau * factors["tau"][1]
         else:

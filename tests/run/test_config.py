@@ -97,6 +97,18 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
         (["potential.eta=inf"], "`potential.eta` is inf; allowed: a finite number > 0"),
         (["potential.eta=nan"], "`potential.eta` is nan; allowed: a finite number > 0"),
         (
+            ["potential.eta=1e-20"],
+            "`potential.eta` is 1e-20; allowed: 5.4e-20 to 9.2e+18 with dtype=float32",
+        ),
+        (
+            ["potential.eta=1e19"],
+            "`potential.eta` is 1e+19; allowed: 5.4e-20 to 9.2e+18 with dtype=float32",
+        ),
+        (
+            ["potential.eta=1e154", "dtype=float64"],
+            "`potential.eta` is 1e+154; allowed: 7.5e-155 to 6.7e+153 with dtype=float64",
+        ),
+        (
             ["potential.name=cubik"],
             "`potential.name` is cubik; allowed: " + ", ".join(sorted(POTENTIALS)),
         ),
@@ -177,9 +189,9 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
             "rate of an explicit step",
         ),
         (
-            ["algorithm.outer=1", "potential.eta=1e30"],
-            "`algorithm.outer` is 1.0; allowed: a number for which outer eta^2 fits float32, below "
-            "3.4e+38",
+            ["algorithm.outer=1e10", "potential.eta=1e15"],
+            "`algorithm.outer` is 10000000000.0; allowed: a number for which outer eta^2 fits "
+            "float32, below 3.4e+38",
         ),
         (
             ["algorithm.pull=1", "algorithm.sigma=1e-30", "potential.eta=1e10"],
