@@ -268,7 +268,7 @@ def evaluation_lines(row: Row) -> list[str]:
         found = row["stationarity"]
         lines.append(
             f"    stationarity  |sum grad e f_j (u)| {number(found, 'envelope_gradient'):.3g} "
-            f"± {one_digit(number(found, 'accuracy'))}{unconverged(found)}  "
+            f"({to_accuracy(found)})  "
             f"(5a) {number(found, 'consensus_residual'):.3g}  "
             f"(5b) {largest(found['worker_residual']):.3g}  "
             f"(9) {largest(found['translation_gap']):.3g}  in {number(found, 'seconds'):.1f} s"
@@ -276,14 +276,16 @@ def evaluation_lines(row: Row) -> list[str]:
     return lines
 
 
-def one_digit(value: float) -> str:
-    """An uncertainty to one significant digit: 0.03, 20."""
-    return f"{float(f'{value:.1g}'):g}"
+def to_accuracy(found: Measurement) -> str:
+    """The accuracy of the envelope gradient, a residual and no bound, to one digit."""
+    rounded = float(f"{number(found, 'accuracy'):.1g}")  # 0.003, 20
+    text = f"accuracy {rounded:g}"
+    return text if has_converged(found) else f"{text}, not converged"
 
 
-def unconverged(found: Measurement) -> str:
-    """The remark on a measurement in which a phi-prox is above its tolerance; "" otherwise."""
-    return "" if found.get("converged", True) else " (not converged)"
+def has_converged(found: Measurement) -> bool:
+    """Whether no phi-prox of a measurement is above its tolerance."""
+    return bool(found.get("converged", True))
 
 
 def _on_sets(row: Row) -> str:

@@ -83,11 +83,11 @@ def test_a_run_of_today_stays_readable():
     assert evaluation_lines(rows[1]) == [
         "iteration     20  epoch   0.28  train loss 860.98 error 10.51 %  "
         "test loss 229.91 error 12.22 %  coupling 17  15708 samples/s  cuts 0, 3",
-        "    stationarity  |sum grad e f_j (u)| 6.89 ± 0.06  (5a) 15  (5b) 28.8  (9) 6.08  "
-        "in 0.1 s",
+        "    stationarity  |sum grad e f_j (u)| 6.89 (accuracy 0.06)  (5a) 15  (5b) 28.8  "
+        "(9) 6.08  in 0.1 s",
     ]
     rows[1]["stationarity"]["converged"] = False
-    assert " 6.89 ± 0.06 (not converged)  (5a) 15  " in evaluation_lines(rows[1])[1]
+    assert " 6.89 (accuracy 0.06, not converged)  (5a) 15  " in evaluation_lines(rows[1])[1]
 
 
 @pytest.mark.parametrize("added", [None, "test_new"])

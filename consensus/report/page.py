@@ -73,8 +73,9 @@ AS_NUMBERS = "As numbers: [table1.csv](table1.csv); for LaTeX: [table1.tex](tabl
 STATIONARITY = (
     "The last measurement of each run, for the lam of its problem. f_j is the expected minibatch "
     "loss of worker j plus R, its force grad phi(u - z_j) / lam. |sum grad e f_j (u)| is 0 where u "
-    "is stationary, and is known to ±; (9) is 0 where each z_j is the phi-prox of u. Columns of "
-    "workers show the largest value."
+    "is stationary; its accuracy is the residual of the proxes that it is made of, and no bound of "
+    "its error. (9) is 0 where each z_j is the phi-prox of u. Columns of workers show the largest "
+    "value."
 )
 OBJECTIVE = "train loss + R(u) + mean over workers j of (1 / lam) phi(u - z_j): F of (15) over M"
 METRICS = {

@@ -10,11 +10,11 @@ from rich.table import Table
 from consensus.records import (
     Row,
     diverged,
+    has_converged,
     largest,
     number,
-    one_digit,
     text_table,
-    unconverged,
+    to_accuracy,
 )
 from consensus.report.style import (
     FAINT,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SAME = 1e-3  # largest |u - z_j| / |u| at which z_j counts as equal to u
 AGREEING = 0.5  # least `agreement` at which the f_j count as pulling u the same way
 MOST_NAMED = 8  # runs in a figure
-NOT_ON_SCREEN = ("±", "force")  # the screen is narrow; `verdict` contains the first
+NOT_ON_SCREEN = ("accuracy", "force")  # the screen is narrow; `verdict` contains the first
 
 
 def measurements(rows: Sequence[Row]) -> list[Row]:
@@ -100,12 +100,12 @@ def stationarity_cells(runs: Mapping[str, Sequence[Row]]) -> list[list[str]]:
     was above its tolerance, there is a column with the number of such measurements of each run.
     """
     (name, _, first), *others = SERIES
-    cells = [["run", "iteration", f"{name}: first", "last", "±", *(h for h, _, _ in others)]]
+    cells = [["run", "iteration", f"{name}: first", "last", "accuracy", *(h for h, _, _ in others)]]
     for label, rows in runs.items():
         last = rows[-1]
         numbers = [first(rows[0]), first(last), accuracy(last), *(v(last) for _, _, v in others)]
         cells.append([label, str(last["iteration"]), *(f"{x:.2g}" for x in numbers)])
-    short = [sum(bool(unconverged(r["stationarity"])) for r in rows) for rows in runs.values()]
+    short = [sum(not has_converged(r["stationarity"]) for r in rows) for rows in runs.values()]
     if any(short):
         cells[0].append("not converged")
         for row, count, rows in zip(cells[1:], short, runs.values(), strict=True):
@@ -147,15 +147,15 @@ def _change(rows: Sequence[Row]) -> str:
     """The envelope gradient of the first and the last measurement, if they can be told apart."""
     name, _, value = SERIES[0]
     first, last = value(rows[0]), value(rows[-1])
-    remark_first, remark_last = (unconverged(rows[i]["stationarity"]) for i in (0, -1))
-    known = f"± {one_digit(accuracy(rows[-1]))}{remark_last}"
+    remark = "" if has_converged(rows[0]["stationarity"]) else " (not converged)"
+    known = f"({to_accuracy(rows[-1]['stationarity'])})"
     if len(rows) == 1:
         return f"{name} is {last:.2g} {known}"
     if abs(first - last) <= accuracy(rows[0]) + accuracy(rows[-1]):
         return f"{name} has not changed by more than its accuracy: {last:.2g} {known}"
     texts = ((f"{first:.{digits}g}", f"{last:.{digits}g}") for digits in range(2, 17))
     before, after = next((pair for pair in texts if pair[0] != pair[1]), (f"{first:.2g}",) * 2)
-    return f"{name} from {before}{remark_first} to {after} {known}"
+    return f"{name} from {before}{remark} to {after} {known}"
 
 
 @house_style()

@@ -66,7 +66,7 @@ def test_the_table_has_the_largest_of_the_workers():
         "iteration": "20",
         "|sum grad e f_j (u)|: first": "8",
         "last": "0.04",
-        "±": "0.003",
+        "accuracy": "0.003",
         "(5a)": "0.02",
         "(5b)": "2",
         "(9)": "4",
@@ -81,8 +81,8 @@ def test_a_prox_above_its_tolerance_is_said():
     headings, first, second = stationarity_cells({"rough": rough, "fine": APART})
     assert headings[-1] == "not converged"
     assert (first[-1], second[-1]) == ("2 of 3", "0 of 2")
-    assert "from 8 (not converged) to 0.02 ± 0.003 (not converged)" in verdict(rough)
-    assert "from 8 (not converged) to 0.04 ± 0.003" in verdict(rough[:2])
+    assert "from 8 (not converged) to 0.02 (accuracy 0.003, not converged)" in verdict(rough)
+    assert "from 8 (not converged) to 0.04 (accuracy 0.003)" in verdict(rough[:2])
     assert "not converged" not in verdict(rough[1:2])
     console = Console(width=80, file=io.StringIO())
     console.print(stationarity_table({"rough": rough}))
@@ -114,17 +114,22 @@ def test_a_prox_above_its_tolerance_is_said():
 def test_the_verdict(rows, said):
     last = rows[-1]["stationarity"]["envelope_gradient"]
     change = f"from 8 to {last:g}" if len(rows) > 1 else "is 8"
-    assert verdict(rows) == f"{said}|sum grad e f_j (u)| {change} ± 0.003"
+    assert verdict(rows) == f"{said}|sum grad e f_j (u)| {change} (accuracy 0.003)"
 
 
 @pytest.mark.parametrize(
     ("first", "last", "accuracy", "said"),
     [
-        (2.11, 2.04, 0.2, "has not changed by more than its accuracy: 2 ± 0.2"),
-        (2.04, 2.35, 0.2, "has not changed by more than its accuracy: 2.4 ± 0.2"),  # of both
-        (2.04, 1.96, 0.01, "from 2.04 to 1.96 ± 0.01"),  # two digits would show 2 and 2
-        (2.0, 1.5, 0.2, "from 2 to 1.5 ± 0.2"),
-        (99.0, 28.0, 19.0, "from 99 to 28 ± 20"),
+        (2.11, 2.04, 0.2, "has not changed by more than its accuracy: 2 (accuracy 0.2)"),
+        (
+            2.04,
+            2.35,
+            0.2,
+            "has not changed by more than its accuracy: 2.4 (accuracy 0.2)",
+        ),  # of both
+        (2.04, 1.96, 0.01, "from 2.04 to 1.96 (accuracy 0.01)"),  # two digits would show 2 and 2
+        (2.0, 1.5, 0.2, "from 2 to 1.5 (accuracy 0.2)"),
+        (99.0, 28.0, 19.0, "from 99 to 28 (accuracy 20)"),
     ],
 )
 def test_numbers_that_cannot_be_told_apart_are_no_change(first, last, accuracy, said):
