@@ -1,6 +1,7 @@
 """Data sets by name: samples to train, to validate and to test on."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from consensus.problem.streams import stream
 from consensus.registry import Registry
 
 SPLITS = ("train", "validation", "test")
+HASHED = 1000  # samples of a set, at most
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,19 @@ class Dataset:
 
         return self._map(loaded)
 
+    def fingerprint(self) -> dict[str, str]:
+        """By set: its number of samples, and a hash of some; of those in storage, of their targets.
+
+        It tells data apart that processes have read for themselves.
+        """
+        found = {}
+        for name, samples in self.splits.items():
+            hashed = hashlib.blake2b(digest_size=8)
+            for x in _hashed(samples):
+                hashed.update(x.cpu().contiguous().numpy().tobytes())
+            found[name] = f"{len(samples)} samples, {hashed.hexdigest()}"
+        return found
+
     def _map(self, function: Callable[[AnySamples], AnySamples]) -> "Dataset":
         """The data set with the function's value in place of each set of samples."""
         return replace(
@@ -146,6 +161,13 @@ class Dataset:
             raise ValueError(f"`data.validation` is {share:g}; allowed: {allowed}")
         held, kept = order[:number].sort().values, order[number:].sort().values
         return replace(self, train=self.train.subset(kept), validation=self.train.subset(held))
+
+
+def _hashed(samples: AnySamples) -> Iterable[Tensor]:
+    if isinstance(samples, Samples):
+        index = torch.linspace(0, len(samples) - 1, min(HASHED, len(samples))).long()
+        return samples.select(index).tensors()
+    return [] if samples.targets is None else [samples.targets]
 
 
 def _classes(targets: Tree) -> Tensor | None:

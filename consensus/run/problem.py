@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consensus.comm import Group
 from consensus.problem import (
     DATASETS,
     MODELS,
@@ -69,6 +70,19 @@ def make_model(config: Config, dataset: Dataset, loss: Loss) -> tuple[nn.Module,
             raise ConfigError(f"{own}: {fails}: {_told(error)}") from error
     _check_targets(config, dataset, loss)
     return model, trial
+
+
+def difference_of_data(dataset: Dataset, group: Group) -> str | None:
+    """A line if the processes have read different samples. A collective."""
+    first, *others = group.gather_objects(dataset.fingerprint())
+    for rank, own in enumerate(others, start=1):
+        if names := [name for name in first if own.get(name) != first[name]]:
+            sets = ", ".join(f"`{name}`" for name in names)
+            return (
+                f"rank {rank} has other samples of {sets} than rank 0, if this is not meant: "
+                "another data.root or version of the data; evaluations take a share of each"
+            )
+    return None
 
 
 def _told(error: Exception) -> str:

@@ -22,6 +22,7 @@ from consensus.run.health import HealthCheck
 from consensus.run.metrics import Best, better, measure, selection, share_buffers
 from consensus.run.overrides import for_shell, override
 from consensus.run.plan import Plan
+from consensus.run.problem import difference_of_data
 from consensus.run.progress import Screen
 from consensus.run.results import draw_pictures, finish_run
 from consensus.run.signals import TRY_AGAIN, RunStopped, StopSignals
@@ -159,6 +160,8 @@ class Trainer:
         plan, began = self.plan, time.perf_counter()
         resumed = self.restore()
         share_buffers(plan, self.group)
+        if line := difference_of_data(plan.dataset, self.group):
+            self.screen.say(line)
         self.started = began - resumed.seconds
         self.rows, self.best, start = resumed.rows, resumed.best, resumed.iteration
         self.until = max(self.until, start)  # it may be beyond output.stop_at already
