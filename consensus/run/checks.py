@@ -69,9 +69,11 @@ class Section:
     """A part of the config; its fields are checked when it is made."""
 
     path: ClassVar[str]
+    classes: ClassVar[dict[str, type["Section"]]] = {}  # of all sections, by key
 
     def __init_subclass__(cls, key: str) -> None:
         cls.path = f"{key}."
+        cls.classes[key] = cls
 
     def __post_init__(self) -> None:
         check_fields(self, self.path)

@@ -45,7 +45,7 @@ from consensus.private_api import (
     names_in_group,
     own_keys,
 )
-from consensus.run.checks import ConfigError, allowed_by, require
+from consensus.run.checks import ConfigError, Section, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
 from consensus.run.plugins import TABLES, choices, files_of_names, import_plugin
@@ -255,10 +255,12 @@ def _refused_value(key: str, error: BaseException) -> str:
 
 
 def _allowed(key: str) -> str:
-    """The allowed values of a key of `Config`, by the rule of its field or else by its type."""
-    kind: Any = Config
+    """The allowed values of a key, by the rule of its field or else by its type."""
+    section, _, name = key.partition(".")
+    inside = bool(name) and section in Section.classes  # others than those of Config, too
+    kind: Any = Section.classes[section] if inside else Config
     entry = None
-    for part in key.split("."):
+    for part in (name if inside else key).split("."):
         own = {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
         if (entry := own.get(part)) is None:
             return ""

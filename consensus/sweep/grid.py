@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from consensus.private_api import expand_sweep
 from consensus.problem import WAYS
-from consensus.run.checks import ConfigError, require, require_one_of
+from consensus.run.checks import COUNT, ConfigError, Section, one_of, require, rule
 from consensus.run.compose import import_plugins, to_config
 from consensus.run.config import Config
 from consensus.run.overrides import take_as_text
@@ -56,50 +56,47 @@ class GridConfig:
 
 
 @dataclass
-class SweepOptions:
+class SweepOptions(Section, key="sweep"):
     """The options `sweep.*`, explained in configs/sweep.yaml."""
 
-    dir: str | None
-    jobs: int
-    processes: int
-    engine: str
-    gradients: str
-    halving: list[int] | None
+    dir: str | None = field(metadata=rule(lambda x: x is None or x.strip(), "a path or null"))
+    jobs: int = field(metadata=COUNT)
+    processes: int = field(metadata=COUNT)
+    engine: str = field(metadata=one_of(("separate", "population")))
+    gradients: str = field(metadata=one_of(GRADIENTS))
+    halving: Any  # a number of iterations, or a list of them; made a list
     keep: Any  # a number, or a list with one for each entry of `halving`
     metric: str | None
     within: Any  # a key, or a list of keys
-    screening_seeds: int | None
+    screening_seeds: int | None = field(
+        metadata=rule(lambda x: x is None or x >= 1, "null, or a number >= 1")
+    )
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require_one_of("sweep.engine", self.engine, ("separate", "population"))
-        require_one_of("sweep.gradients", self.gradients, GRADIENTS)
-        together = self.engine == "population"
-        for accepted, key, allowed in (
-            (self.gradients == "auto" or together, "gradients", "auto with sweep.engine=separate"),
-            (self.dir is None or self.dir.strip() != "", "dir", "a path or null"),
-            (self.jobs >= 1, "jobs", "a whole number >= 1"),
-            (self.processes >= 1, "processes", "a whole number >= 1"),
-            (self.processes == 1 or not together, "processes", "1 with sweep.engine=population"),
-        ):
-            require(accepted, f"sweep.{key}", getattr(self, key), allowed)
+        super().__post_init__()
+        if self.engine == "separate":
+            allowed = "auto with sweep.engine=separate"
+            require(self.gradients == "auto", "sweep.gradients", self.gradients, allowed)
+        else:
+            allowed = "1 with sweep.engine=population"
+            require(self.processes == 1, "sweep.processes", self.processes, allowed)
         self._check_halving()
 
     def _check_halving(self) -> None:
         """Refuse rungs and numbers that suit no grid."""
         rungs = self.halving
+        if rungs is not None and not isinstance(rungs, list):
+            rungs = self.halving = [rungs]
         for key in ("metric", "within", "screening_seeds"):
             alone = rungs is not None or getattr(self, key) is None
             require(alone, f"sweep.{key}", _text(getattr(self, key)), "null without sweep.halving")
         if rungs is None:
             return
-        count = self.screening_seeds
-        require(
-            count is None or count >= 1, "sweep.screening_seeds", count, "null, or a number >= 1"
-        )
-        rising = all(low < high for low, high in itertools.pairwise([0, *rungs]))
+        whole = all(type(rung) is int for rung in rungs)
+        rising = whole and all(low < high for low, high in itertools.pairwise([0, *rungs]))
         allowed = "null, or increasing numbers of iterations such as [500,1500]"
-        require(rising and len(rungs) > 0, "sweep.halving", _text(rungs), allowed)
+        require(rising and len(rungs) > 0, "sweep.halving", _text(self.halving), allowed)
         fits = not isinstance(self.keep, list) or len(self.keep) == len(rungs)
         allowed = f"one number, or a list of {len(rungs)}, as many as sweep.halving has"
         require(fits, "sweep.keep", _text(self.keep), allowed)

@@ -154,6 +154,9 @@ def test_equal_runs_are_merged():
         (["algorithm.lam=0.1,-1"], "`algorithm.lam` is -1.0; allowed: "),
         (["grid=smoke", "workers=3,4", "sweep.processes=2"], "`sweep.processes` is 2; allowed: a "),
         (["sweep.jobs=0"], "`sweep.jobs` is 0; allowed: a whole number >= 1"),
+        (["sweep.jobs=two"], "`sweep.jobs` is 'two'; allowed: a whole number >= 1"),
+        (["sweep.jobs=null"], "`sweep.jobs` is null; allowed: a whole number >= 1"),
+        (["sweep.screening_seeds=x"], "`sweep.screening_seeds` is 'x'; allowed: null, or a number"),
         (["sweep.processes=0"], "`sweep.processes` is 0; allowed: a whole number >= 1"),
         (["sweep.dir=''"], "`sweep.dir` is ; allowed: a path or null"),
         (

@@ -174,6 +174,10 @@ GRID = [*OWN, "algorithm.lam=0.1,0.2", "potential=quad,tan", "sweep.halving=[5]"
         ({"halving": []}, "`sweep.halving` is []; allowed: null, or increasing numbers of iterati"),
         ({"halving": [5, 5]}, "`sweep.halving` is [5,5]; allowed: null, or increasing numbers of"),
         ({"halving": [0, 5]}, "`sweep.halving` is [0,5]; allowed: null, or increasing numbers of"),
+        ({"halving": 0}, "`sweep.halving` is [0]; allowed: null, or increasing numbers of"),
+        ({"halving": [0.3]}, "`sweep.halving` is [0.3]; allowed: null, or increasing numbers of"),
+        ({"halving": "many"}, "`sweep.halving` is [many]; allowed: null, or increasing numbers"),
+        ({"halving": [True]}, "`sweep.halving` is [true]; allowed: null, or increasing numbers"),
         ({"keep": 0}, "`sweep.keep` is 0; allowed: a share of the configurations below 1, or a wh"),
         ({"keep": 1.5}, "`sweep.keep` is 1.5; allowed: a share"),
         ({"keep": math.nan}, "`sweep.keep` is nan; allowed: a share"),
@@ -192,6 +196,7 @@ def test_options_that_suit_no_grid_are_refused(options, line):
     given = dict(dir=None, jobs=1, processes=1, engine="separate", gradients="auto")
     given |= dict(halving=[3, 5], keep=0.5, metric=None, within=None, screening_seeds=None)
     assert SweepOptions(**given).keeps() == [0.5, 0.5]
+    assert SweepOptions(**given | {"halving": 5}).halving == [5]
     with pytest.raises(ConfigError) as caught:
         SweepOptions(**given | options)
     assert str(caught.value).startswith(line)
