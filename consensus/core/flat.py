@@ -170,6 +170,6 @@ class FlatLayout:
         # per parameter.
         pieces = torch.split(vector, [shape.numel() for shape in self.shapes], dim=-1)
         return {
-            name: piece.view(*piece.shape[:-1], *shape)
+            name: piece.view(piece.shape[:-1] + shape)
             for name, piece, shape in zip(self.parameter_names, pieces, self.shapes, strict=True)
         }

@@ -81,7 +81,7 @@ class BatchedRisk(Risk):
         losses, parts = self._differentiate(
             points, lambda views: self._batched(self._loss, (0, 0, 0), views, inputs, targets)
         )
-        torch.cat([part.flatten(1) for part in parts], 1, out=gradients)
+        torch.cat([part.reshape(len(part), -1) for part in parts], 1, out=gradients)
         self.losses.copy_(losses)
         return gradients
 

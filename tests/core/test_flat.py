@@ -155,3 +155,25 @@ def test_scalars_broadcast_over_leading_axes(a, dtype):
             assert add_scaled(y, a, x)[i, j].tolist() == expected
     assert scaled(a, x).dtype == add_scaled(y, a, x).dtype == dtype
     assert y[0, 0, 1] == 1  # not in place
+
+
+class Scaled(nn.Module):
+    """With a parameter that is a number, as a temperature is, and one that is empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1, bias=False)
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.none = nn.Parameter(torch.zeros(0, 2))
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
+def test_numbers_have_their_shape_again_and_empty_parameters_are_left_out(leading):
+    layout = FlatLayout.trainable(Scaled())
+    block = torch.arange(float(3 * torch.Size(leading).numel())).view(*leading, 3)
+    found = layout.unflatten(block)
+    assert {name: tuple(x.shape) for name, x in found.items()} == {
+        "scale": leading,
+        "linear.weight": (*leading, 1, 2),
+    }
+    assert torch.equal(found["scale"], block[..., 0])

@@ -935,6 +935,45 @@ def test_a_process_of_several_without_a_group_is_refused(monkeypatch):
     Coupling(model, sgd_of(model)).close()
 
 
+class Temperature(nn.Module):
+    """A model with a parameter that is a number, or a vector of one number."""
+
+    def __init__(self, shape):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear, self.scale = nn.Linear(6, 2), nn.Parameter(torch.full(shape, 2.0))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"potential": "tan", "period": 2},
+        {"potential": "log_sep", "eta": 9.0, "order": "jacobi"},
+        {"period": 4, "fragments": 2, "overlap": False},
+        {"outer": lambda u: torch.optim.SGD(u, lr=0.7, momentum=0.5), "period": 3},
+    ],
+)
+@pytest.mark.parametrize("make", [sgd_of, adamw_of])
+def test_a_parameter_that_is_a_number_moves_as_a_vector_of_one(options, make):
+    states = []
+    for shape in (), (1,):
+        model = Temperature(shape)
+        optimizer = make(model)
+        coupling = Coupling(model, optimizer, pull=0.3, **options)
+        train(model, optimizer, coupling, 0, 9)
+        u = coupling.consensus_state_dict()
+        assert u["scale"].shape == model.scale.shape == shape
+        state = coupling.state_dict()
+        coupling.load_state_dict(state)
+        coupling.close()
+        states.append([x.flatten() for x in (*u.values(), *model.parameters())])
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other)
+
+
 def restart_apart(group):
     model = network()
     coupling = Coupling(model, sgd_of(model))

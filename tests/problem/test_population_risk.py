@@ -33,7 +33,7 @@ CONVOLUTIONS = ("grouped", "products")
 
 
 class Convolutions(nn.Module):
-    """Strided, dilated, grouped and same-padded convolutions."""
+    """Strided, dilated, grouped and same-padded convolutions, and a parameter that is a number."""
 
     def __init__(self):
         super().__init__()
@@ -42,10 +42,11 @@ class Convolutions(nn.Module):
         self.groups = nn.Conv2d(4, 6, 2, groups=2, bias=False)
         self.same = nn.Conv2d(6, 2, 3, padding="same")
         self.fc = nn.LazyLinear(10)
+        self.scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, images):
         x = self.groups(self.holes(self.strided(images)).tanh())
-        return self.fc(self.same(x).tanh().flatten(1))
+        return self.scale * self.fc(self.same(x).tanh().flatten(1))
 
 
 def models():
