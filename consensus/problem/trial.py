@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from consensus.problem.calls import buffers_of, call, evaluation_mode
 from consensus.problem.losses import Loss
 from consensus.problem.risk import in_double_precision
-from consensus.problem.samples import Samples, described, leaves
+from consensus.problem.samples import Samples, described, leaves, map_tree
 from consensus.problem.streams import restored_generators, seed_all
 
 
@@ -29,8 +29,8 @@ def try_model(model: nn.Module, loss: Loss, samples: Samples, num_classes: int |
 
     Raises:
         ValueError: If the model cannot be trained: the loss takes other outputs, is no number per
-            sample, or does not depend on the parameters; or the seeds of the global generators do
-            not determine the random numbers.
+            sample, or does not depend on the parameters; a gradient is sparse; the model changes
+            its inputs; or the seeds of the global generators do not determine the random numbers.
     """
     with evaluation_mode(model), torch.no_grad():
         first, second = (_outputs(model, samples) for _ in range(2))
@@ -43,7 +43,13 @@ def try_model(model: nn.Module, loss: Loss, samples: Samples, num_classes: int |
         raise ValueError("its loss does not depend on its parameters")
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(losses.sum(), list(trainable.values()), allow_unused=True)
-    unused = [name for name, g in zip(trainable, gradients, strict=True) if g is None]
+    named = dict(zip(trainable, gradients, strict=True))
+    if sparse := [name for name, g in named.items() if g is not None and g.is_sparse]:
+        allowed = "dense gradients, as of nn.Embedding(sparse=False)"
+        raise ValueError(
+            f"the gradient of its parameter `{sparse[0]}` is sparse; allowed: {allowed}"
+        )
+    unused = [name for name, g in named.items() if g is None]
     numbers = max(x.numel() for tree in (samples.inputs, outputs) for x in leaves(tree))
     return Trial(described(outputs), tuple(unused), numbers // len(samples))
 
@@ -66,9 +72,15 @@ def _losses(loss: Loss, outputs: Any, samples: Samples, num_classes: int | None)
 
 
 def _outputs(model: nn.Module, samples: Samples) -> Any:
+    given = map_tree(torch.clone, samples.inputs)
     with restored_generators(next(samples.tensors()).device):
         seed_all(0)
-        return call(model, buffers_of(model), samples.inputs)
+        found = call(model, buffers_of(model), given)
+    for x, before in zip(leaves(given), leaves(samples.inputs), strict=True):
+        if not torch.equal(x.nan_to_num(), before.nan_to_num()):
+            allowed = "operations that return new tensors: others would change the samples"
+            raise ValueError(f"it changes its inputs in place; allowed: {allowed}")
+    return found
 
 
 def _require_equal(first: Any, second: Any, where: str) -> None:

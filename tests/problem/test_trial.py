@@ -65,6 +65,14 @@ generator = np.random.default_rng()
             "it draws random numbers that no seed determines, in training mode: draw",
         ),
         (
+            lambda self, x: self.logits(x.sub_(0.5)),
+            "it changes its inputs in place; allowed: operations that return new tensors",
+        ),
+        (
+            lambda self, x: self.logits(x.mul_(2.0) if self.training else x),
+            "it changes its inputs in place; allowed: operations that return new tensors",
+        ),
+        (
             lambda self, x: self.logits(x) * generator.random(),
             "it draws random numbers that no seed determines, in evaluation mode: draw from the",
         ),
@@ -86,6 +94,20 @@ def test_refusals(forward, line):
 @pytest.mark.parametrize("count", [1, 2])
 def test_models_that_can_be_trained(forward, count):
     check(made(forward), count)
+
+
+def test_a_sparse_gradient_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 3, sparse=True)
+
+        def forward(self, images):
+            return self.table((10 * images.flatten(1)).long()).mean(1)
+
+    line = "the gradient of its parameter `table.weight` is sparse; allowed: dense gradients, as of"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        check(Model())
 
 
 def test_what_a_trial_finds_out():
