@@ -125,7 +125,7 @@ class Dataset:
         for name, samples in self.splits.items():
             hashed = hashlib.blake2b(digest_size=8)
             for x in _hashed(samples):
-                hashed.update(x.cpu().contiguous().numpy().tobytes())
+                hashed.update(x.numpy(force=True).tobytes())
             found[name] = f"{len(samples)} samples, {hashed.hexdigest()}"
         return found
 

@@ -161,4 +161,4 @@ def _tensor(leaf: Any) -> Tensor:
     if not isinstance(leaf, Tensor) or leaf.ndim == 0:
         found = "a number" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
         raise ValueError(f"{found} among the samples; allowed: tensors or arrays (N, ...)")
-    return leaf
+    return leaf.detach()

@@ -99,6 +99,14 @@ def test_samples_that_are_not_finite_are_counted_and_this_is_said():
     assert Dataset((x.int(), y.int()), (x.int(), y.int())).to("cpu", torch.float32).remarks == ()
 
 
+def test_samples_have_no_graph():
+    """Samples that were computed from parameters would be differentiated with the loss."""
+    x = torch.ones(4, 2, requires_grad=True)
+    data = Dataset((2 * x, x.sum(1)), (x, x.sum(1)))
+    assert not any(t.requires_grad for split in data.splits.values() for t in split.tensors())
+    assert data.fingerprint() == data.to("cpu", torch.float32).fingerprint()
+
+
 def test_classes_are_counted_where_targets_are_classes():
     x, labels = torch.zeros(4, 2), torch.tensor([0, 5, 1, 1])
     assert Dataset((x, labels), (x, labels + 1)).num_classes == 7
