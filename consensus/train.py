@@ -72,7 +72,8 @@ def train(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, "group.elastic") is True:
             train_as_member(cfg, overrides, launch)
             return
-        config = to_config(as_replayed(continued(cfg, overrides, launch.size), overrides))
+        cfg = as_replayed(continued(cfg, overrides, launch.size), overrides)
+        config = to_config(cfg, overrides)
         kind = Trainer if config.group.replay is None else ReplayTrainer
         run(config, launch, lambda plan, group: kind(plan, group).run())
 

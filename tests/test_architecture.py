@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "consensus.run.checks": {"registry"},
     "consensus.run.overrides": set(),
     "consensus.run.yaml_files": set(),
-    "consensus.run.plugins": {"core", "problem", "registry", "run.checks"},
+    "consensus.run.plugins": {"core", "problem", "registry", "run.checks", "run.yaml_files"},
     "consensus.run.compose": {"run.checks", "run.config", "run.overrides", "run.plugins"}
     | {"run.yaml_files", "private_api"},
     "consensus.train": {"comm", "core.scalar_equation", "problem", "run", "private_api"}

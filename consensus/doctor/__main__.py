@@ -48,7 +48,7 @@ def main() -> None:
             overrides, tries_steps = read(overrides, job)
             cfg = compose("train", overrides=overrides)
             cfg = continued(cfg, overrides, job.size)
-            config = to_config(cfg)
+            config = to_config(cfg, overrides)
     except (*REFUSALS, LaunchError) as error:
         sys.exit(refuse(error))
     interrupt_on_signals()

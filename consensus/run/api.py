@@ -225,7 +225,7 @@ def _config_of(overrides: tuple[str | Config, ...], launch: Launch) -> Config:
     try:
         with composing("train", take_as_text(texts)) as (others, _):
             cfg = hydra.compose("train", overrides=others)
-            return to_config(continued(cfg, others, launch.size))
+            return to_config(continued(cfg, others, launch.size), others)
     except Exception as error:
         if isinstance(error, ConfigError) or not is_refusal(error):
             raise

@@ -48,7 +48,13 @@ from consensus.private_api import (
 from consensus.run.checks import ConfigError, Section, allowed_by, require
 from consensus.run.config import Config
 from consensus.run.overrides import for_shell, override
-from consensus.run.plugins import TABLES, choices, files_of_names, import_plugin
+from consensus.run.plugins import (
+    TABLES,
+    choices,
+    files_of_names,
+    import_plugin,
+    require_chosen,
+)
 from consensus.run.yaml_files import (
     config_dir,
     did_you_mean,
@@ -185,9 +191,13 @@ def refuse_unknown_switches() -> None:
     parser.parse_args()
 
 
-def to_config(cfg: DictConfig) -> Config:
-    """The typed form of a composed config. Imports its plugins first: they may register names."""
+def to_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """The typed form of a composed config. Imports its plugins first: they may register names.
+
+    Choices of files among the overrides, which Hydra has applied, must be those of the config.
+    """
     _refuse_added_keys(cfg)
+    require_chosen(cfg, overrides)
     plugins = [import_plugin(name) for name in cfg.plugins]
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)

@@ -14,15 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from consensus.core.potentials import POTENTIALS
 from consensus.problem import DATASETS, LOSSES, MODELS
 from consensus.registry import Registry
 from consensus.run.checks import ConfigError, absolute, require
+from consensus.run.yaml_files import GROUPS
 
 TABLES: dict[str, Registry[Any]] = {
     "potential": POTENTIALS,
@@ -116,6 +120,31 @@ def _described(error: BaseException) -> str:
 def _file_of(module: ModuleType) -> Path | None:
     name = getattr(module, "__file__", None)
     return None if name is None else Path(name).resolve()
+
+
+_NAMES: "WeakKeyDictionary[Any, dict[str, str]]" = WeakKeyDictionary()  # of files, by loader
+
+
+def require_chosen(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a choice such as `potential=log` that an experiment has replaced by its own `name`.
+
+    An experiment is merged after the files of its command. Hydra must be initialized.
+    """
+    given = {text.lstrip("+").partition("=")[0] for text in overrides}
+    if "experiment" not in given:
+        return
+    names = _NAMES.setdefault(GlobalHydra.instance().config_loader(), {})
+    for group in (g for g in GROUPS if g != "output"):  # output.name is that of the run
+        found = OmegaConf.select(cfg, f"{group}.name")
+        for choice in choices(overrides, group) if f"{group}.name" not in given else ():
+            if choice == found or not isinstance(choice, str):
+                continue
+            if (text := f"{group}={choice}") not in names:
+                names[text] = compose("train", overrides=[text])[group].name
+            allowed = f"{found}, which the experiment sets"
+            if group in TABLES:  # an algorithm is all of its keys
+                allowed += f"; {group}.name={names[text]} replaces it"
+            require(names[text] == found, group, choice, allowed)
 
 
 def choices(overrides: Sequence[str], key: str) -> Iterator[Any]:

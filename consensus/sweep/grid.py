@@ -151,7 +151,8 @@ class Sweep:
     def config(self, job: Job) -> Config:
         """The config of a run, composed once; raises REFUSALS. Hydra must be initialized."""
         if job not in self._configs:
-            self._configs[job] = to_config(self._composer.compose(job.overrides))
+            cfg = self._composer.compose(job.overrides)
+            self._configs[job] = to_config(cfg, job.overrides)
         return self._configs[job]
 
     def composed(self) -> Mapping[Job, Config]:

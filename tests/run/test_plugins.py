@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import asdict
 
@@ -10,12 +11,15 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from consensus.comm import Launch
 from consensus.core.potentials import POTENTIALS
 from consensus.report.__main__ import report
 from consensus.run import continued as continued_module
+from consensus.run.api import _config_of
 from consensus.run.checks import ConfigError
 from consensus.run.compose import composing
 from consensus.run.plugins import place_in_user_code
+from consensus.sweep.grid import check, read_sweep, register_sweep_schema
 from tests.testing.plugins import MINE, forget, plugin_in
 
 
@@ -180,6 +184,48 @@ def test_the_config_of_the_run_suffices_to_continue_it(folder, make_config, trai
 def test_a_plugin_that_is_no_name_is_refused(refusal):
     with pytest.raises(ConfigError, match=r"`plugins` is 3x; allowed: a module on the Python path"):
         importlib.import_module("consensus.run.plugins").import_plugin("3x")
+
+
+# ---- choices beside an experiment
+
+
+EXPERIMENT = """# @package _global_
+workers: 2
+potential: {name: tan}
+algorithm: {name: consensus, batch_size: 7}
+output: {name: other}
+"""
+
+
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        ("potential=log", "log; allowed: tan, which the experiment sets; potential.name=log rep"),
+        ("algorithm=easgd", "easgd; allowed: consensus, which the experiment sets"),
+        ("potential=mine", "mine; allowed: tan, which the experiment sets; potential.name=log re"),
+    ],
+)
+def test_a_choice_that_an_experiment_replaces_is_refused(folder, choice, line):
+    """Hydra merges an experiment last; `defaults: [override /potential: tan]` would be replaced."""
+    for path, text in (("experiment/own", EXPERIMENT), ("potential/mine", "name: log\neta: 2.0\n")):
+        (folder / path).parent.mkdir()
+        (folder / f"{path}.yaml").write_text(text)
+    own = [f"--config-dir={folder}", "experiment=own"]
+    refused = re.escape(f"`{choice.partition('=')[0]}` is {line}")
+    with pytest.raises(ConfigError, match=f"^{refused}"):
+        _config_of((*own, choice), Launch())
+    with composing("sweep", [*own, choice, "seed=1,2"]) as (others, _):
+        register_sweep_schema()
+        with pytest.raises(ConfigError, match=f"^{refused}"):
+            check(read_sweep(others))
+    for more in ["potential=tan", "potential.name=log"], ["group=gloo", "output=default"]:
+        config = _config_of((*own, *more), Launch())
+        assert (config.algorithm.batch_size, config.output.name) == (7, "other")
+
+
+def test_a_choice_beside_an_experiment_with_defaults_is_taken(folder):
+    config = _config_of(("experiment=digits", "potential=log", "model=mlp"), Launch())
+    assert (config.potential.name, config.model.name) == ("log", "mlp")
 
 
 # ---- failures

@@ -89,7 +89,7 @@ def _agreed_config(cfg: DictConfig, overrides: Sequence[str], store: Store) -> C
     """The config of the run, which is that of the first process."""
     before = _config_of(store)
     if before is None:
-        config = to_config(cfg)
+        config = to_config(cfg, overrides)
         text = to_text(config)
         store.compare_set("config", "", text)
         before = _config_of(store)
@@ -100,7 +100,7 @@ def _agreed_config(cfg: DictConfig, overrides: Sequence[str], store: Store) -> C
     cfg = completed(cfg, overrides, before, {"group.elastic"})
     for key, value in own.items():
         OmegaConf.update(cfg, key, value)
-    config = to_config(cfg)
+    config = to_config(cfg, overrides)
     require_same(before, config, "the run that this process joins")
     return config
 
