@@ -6,10 +6,11 @@ is compared, not its name.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from consensus.comm import Launch
-from consensus.records import last_row
+from consensus.records import last_row, read_rows
 from consensus.run.checkpoint.reader import list_checkpoints
 from consensus.run.checkpoint.resume import differing, find_origin, state_of
 from consensus.run.checks import ConfigError
@@ -56,11 +57,12 @@ def _find(sweep: Sweep, job: Job) -> Found:
         before = read_config(run_dir / "config.yaml")
         if "algorithm" not in before:
             raise ValueError("it holds no config")
-        summary = summary_of(run_dir)
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        problem = f"{run_dir / 'config.yaml'} cannot be read ({cause})"
-        return Found("damaged", problem=f"{problem}; remove {run_dir} to run it again")
+        return _damaged(run_dir, f"{run_dir / 'config.yaml'} cannot be read ({cause})")
+    summary, checkpoints = summary_of(run_dir), list_checkpoints(run_dir)
+    if summary is None and (run_dir / "summary.json").exists() and not checkpoints:
+        return _damaged(run_dir, f"{run_dir / 'summary.json'} cannot be read")
     try:
         config = sweep.config(job)
         config = replace(config, output=replace(config.output, run_dir=str(run_dir)), resume="auto")
@@ -69,11 +71,15 @@ def _find(sweep: Sweep, job: Job) -> Found:
     except REFUSALS:  # values of several keys that conflict: the run reports them
         return Found("new")
     wanted = config.algorithm.iterations
-    more = summary is None or (summary.get("iteration", 0) < wanted and list_checkpoints(run_dir))
+    more = summary is None or (summary.get("iteration", 0) < wanted and checkpoints)
     if summary is not None and not more:
         for key, old, new in _differences(before, summary, config, num_workers):
             where = f"as in {run_dir}, which is finished; or another sweep.dir"
             raise ConfigError(f"`{key}` is {new}; allowed: {old}, {where}")
+        try:
+            read_rows(run_dir)  # a report without them would be one of fewer runs
+        except ValueError as error:
+            return _damaged(run_dir, str(error))
         return Found("done", wanted, wanted)
     try:
         find_origin(config, launch, num_workers)
@@ -81,6 +87,10 @@ def _find(sweep: Sweep, job: Job) -> Found:
         raise ConfigError(f"{error}; or another sweep.dir") from error
     last = last_row(run_dir)
     return Found("continues", wanted, last["iteration"] if last else 0)
+
+
+def _damaged(run_dir: Path, problem: str) -> Found:
+    return Found("damaged", problem=f"{problem}; remove {run_dir} to run it again")
 
 
 def _differences(

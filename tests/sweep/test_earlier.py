@@ -155,6 +155,32 @@ def test_a_damaged_run_costs_itself_and_a_line(done, tmp_path, content):
     assert len(started(tmp_path / "many" / "seed=1")) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("summary.json", '{"iterat', "many/seed=1/summary.json cannot be read"),
+        ("summary.json", "[1, 2]", "many/seed=1/summary.json cannot be read"),
+        ("metrics.jsonl", '{"iterat', "many/seed=1/metrics.jsonl"),
+        ("metrics.jsonl", "", "many/seed=1/metrics.jsonl holds no evaluation yet"),
+        ("metrics.jsonl", None, "many/seed=1 holds no readable metrics.jsonl (No such file or"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["separate", "population"])
+def test_a_finished_run_without_its_numbers_is_damaged(done, tmp_path, file, content, told, engine):
+    """It would leave the statistics of its configuration, and nothing would say so."""
+    path = tmp_path / "many" / "seed=1" / file
+    path.unlink() if content is None else path.write_text(content)
+    code, out, err = done(*BASE, f"sweep.engine={engine}")
+    assert (code, err) == (
+        1,
+        "consensus.sweep: 1 of 2 runs are not done; see status.json in each\n",
+    )
+    (line,) = [line for line in out.splitlines() if line.startswith(" failed")]
+    assert line.startswith(f" failed  seed=1  {told}")
+    assert line.endswith("; remove many/seed=1 to run it again")
+    assert len(started(tmp_path / "many" / "seed=1")) == 1
+
+
 def test_a_run_left_running_by_a_killed_sweep_is_interrupted(done, tmp_path):
     """Also where its number belongs to another process by now, as that of this test."""
     run_dir = tmp_path / "many" / "seed=1"
