@@ -18,6 +18,7 @@ OfNumber = Callable[[float], float]
 
 _SMALLEST = 1e-30  # of `Profile.fraction`
 _STEPS = 16  # likewise; enough for any r and c, by tests/core/test_scalar_equation.py
+_FAR = 1e8  # from here on tau is at the pole, and 1 / (1 + tau^2 / bound) must not underflow
 _CONVERGED = 1e-8  # convergence is quadratic: the next step would be below rounding
 _LAST = 1e-4  # the effect of a last step, so that the next one's would be its square
 
@@ -95,7 +96,7 @@ class Profile:
         r = r.double().clamp(min=_SMALLEST)
         if self.removed is not None:
             return self.removed(r, c)
-        tau = r
+        tau = r if math.isinf(self.bound) else r.clamp(max=_FAR * math.sqrt(self.bound))
         for _ in range(_STEPS):
             # At a pole tau and rho are far apart: d log rho / d log tau = 1 / (1 + tau^2 / bound).
             stretch = 1.0 + tau.square() / self.bound
@@ -146,7 +147,8 @@ class Profile:
         if not r < math.inf:
             return math.nan
         dpsi, d2psi = self.numbers
-        r = tau = max(r, _SMALLEST)
+        r = max(r, _SMALLEST)
+        tau = min(r, _FAR * math.sqrt(self.bound))
         end = math.sqrt(self.bound) * (1.0 - 1e-15)
         for _ in range(_STEPS):
             stretch = 1.0 + tau * tau / self.bound

@@ -67,6 +67,16 @@ def solution(shape, r, c):
     return low
 
 
+@pytest.mark.parametrize("name", ["tan", "log"])
+@pytest.mark.parametrize("r", [1e60, 1e87, 1e100, 1e150])
+def test_a_fraction_far_outside_of_a_bounded_domain_is_one(name, r):
+    """The prox is inside the domain, whose radius is nothing beside r."""
+    profile = POTENTIALS[name].profile
+    for c in (1e-3, 1.0, 1e6):
+        assert profile.fractions([r], c, torch.float64) == [1.0]
+        assert profile.fraction(torch.tensor([r], dtype=torch.float64), c).tolist() == [1.0]
+
+
 def wanted_fraction(shape, r, c):
     """1 - rho / r = c h'(rho) / r, the first where the second would be that of a pole."""
     r, c = LONG(r), LONG(c)
