@@ -45,7 +45,8 @@ from consensus.report.table1 import (
 
 LAST_EVALUATION = (
     "The last evaluation of each run counts, if the run finished and did not diverge. Seeds of one "
-    "configuration are one entry, mean ± sample standard deviation."
+    "configuration are one entry, mean ± sample standard deviation. A configuration of which not "
+    "all seeds finished is compared only where there is no other: they are no sample of the seeds."
 )
 PART_ONE = (
     "The lowest value of each column by itself{highest}, over all configurations of a potential, "

@@ -23,7 +23,7 @@ from consensus.report.table1 import Record, heading, on_test_set, show, show_mea
 
 FIGURE = "settings.png"
 CAPTION = (
-    "Each method at its best in each setting, with one sample standard deviation over its seeds."
+    "Each method at its best in each setting, with one sample standard deviation over its seeds"
 )
 
 

@@ -99,6 +99,11 @@ class Configuration:
         return str(kept) if kept == tried else f"{kept} of {tried}"
 
     @property
+    def is_whole(self) -> bool:
+        """Whether each of its seeds has a finished run."""
+        return self.seeds == str(len(self.kept))
+
+    @property
     def criterion(self) -> tuple[str, bool]:
         """The column that decides, and whether its highest number is the best."""
         run = next(iter((*self.kept.values(), *self.runs)))
@@ -129,7 +134,8 @@ class Configuration:
     def sort_key(self) -> tuple[float, float]:
         """The ranks in the column that decides, then in the loss on its set; the best has least."""
         column, _ = self.criterion
-        return self.rank(column), self.rank(loss_beside(column))
+        ranks = [self.rank(key) for key in (column, loss_beside(column))]
+        return float(f"{ranks[0]:.12g}"), ranks[1]  # equal sums of percents are a tie
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,8 @@ class Record:
 
     label: str  # the name, followed by the problem where the runs have several problems
     name: str  # of the potential, or of a method in METHODS
-    problem: tuple[
-        str, ...
-    ]  # names of the data and the model; the loss and the set where they vary
+    # Names of the data and the model; the loss and the set where they vary.
+    problem: tuple[str, ...]
     judged: tuple[str, str]  # the loss, and the set that decides
     configurations: Sequence[Configuration]  # all, also those without a finished run
     finished: int  # runs
@@ -201,7 +206,8 @@ def _record(
 ) -> Record:
     """A record; the column that decides is that of the run `decided` of its problem."""
     configurations = group_seeds(runs)
-    best = min((c for c in configurations if c.kept), key=Configuration.sort_key, default=None)
+    ranked = [c for c in configurations if c.is_whole] or [c for c in configurations if c.kept]
+    best = min(ranked, key=Configuration.sort_key, default=None)
     finished = [run for run in runs if run.status == "finished"]
     shown = columns(run.rows[-1] for run in runs if run.rows)[2:]  # after iteration and epoch
     of_paper = (runs[0].problem, runs[0].judged) == (PAPER_PROBLEM, PAPER_JUDGED)
@@ -215,7 +221,7 @@ def _record(
         others=len(runs) - len(finished),
         column=decided.column,
         highest=frozenset(filter(decided.is_highest, shown)),
-        lowest={column: best_mean(configurations, column) for column in shown},
+        lowest={column: best_mean(ranked, column) for column in shown},
         best=best,
         at_best={column: best.mean(column) if best else None for column in shown},
         chosen={

@@ -198,7 +198,8 @@ def _rank(mean: float, goal: str) -> tuple[bool, float]:
     """The sort key of a mean: the best is the least, and one that is not finite the greatest."""
     if not math.isfinite(mean):
         return True, 0.0
-    return False, -mean if goal == "max" else mean
+    rounded = float(f"{mean:.12g}")  # equal sums over the seeds, in percent, are equal
+    return False, -rounded if goal == "max" else rounded
 
 
 def plan_halving(sweep: Sweep) -> Halving | None:

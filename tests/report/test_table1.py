@@ -22,6 +22,35 @@ def test_mean_and_sample_deviation_over_seeds():
     assert one.mean("test_error").show("test_error") == "1.00"
 
 
+def test_a_configuration_is_not_the_best_by_the_seeds_that_it_survived():
+    last = {0: 0.1, 1: None, 2: None}
+    survivors = [
+        run(config(lam=0.5, seed=s), row(1, 1, 1, 1, e), finished=e is not None)
+        for s, e in last.items()
+    ]
+    whole = [run(config(lam=0.1, seed=s), row(1, 1, 1, 1, 2.0 + s)) for s in range(3)]
+    (record,) = table1([*survivors, *whole])
+    assert (record.best.seeds, record.chosen["algorithm.lam"]) == ("3", "0.1")
+    assert record.lowest["test_error"].mean == 3.0
+    (alone,) = table1(survivors)
+    assert (alone.best.seeds, alone.lowest["test_error"].mean) == ("1 of 3", 0.1)
+
+
+def test_equal_sums_of_percents_are_a_tie():
+    """63 + 71 + 74 = 72 + 70 + 66 of 360 images; their means differ in the last bit."""
+    counts = {0.1: (63, 71, 74), 0.2: (72, 70, 66)}
+    runs = [
+        run(config(lam=lam, seed=s), row(1, 1, 1, 100 * lam, 100 * wrong / 360))
+        for lam, of in counts.items()
+        for s, wrong in enumerate(of)
+    ]
+    one, other = (c.mean("test_error").mean for c in group_seeds(runs))
+    assert one != other
+    for order in (runs, runs[::-1]):
+        (record,) = table1(order)
+        assert record.chosen["algorithm.lam"] == "0.1", "the lowest test loss"
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "text"),
     [
