@@ -216,7 +216,9 @@ def _finite(value: Any) -> Any:
 def number(row: Mapping[str, Any], key: str) -> float:
     """A number of a mapping; nan where it is null, absent or no number."""
     value = row.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value)
 
 
 def largest(values: Iterable[float | None]) -> float:

@@ -229,6 +229,7 @@ def test_a_value_that_a_row_lacks():
     assert math.isnan(number({}, "wall_s"))
     assert math.isnan(number({"wall_s": None}, "wall_s"))
     assert number({"wall_s": 2}, "wall_s") == 2.0
+    assert math.isnan(number({"deterministic": True}, "deterministic")), "no axis from 0 to 1"
 
 
 def test_the_largest_is_nan_if_one_is_not_finite():
