@@ -210,6 +210,8 @@ def _text(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_text(one)}" for key, one in value.items()) + "}"
     return "null" if value is None else str(value)
 
 

@@ -5,8 +5,16 @@ from itertools import product
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 
-from consensus.run.compose import REFUSALS, config_dir, explain, register_schema, to_config
+from consensus.run.compose import (
+    REFUSALS,
+    composing,
+    config_dir,
+    explain,
+    register_schema,
+    to_config,
+)
 from consensus.sweep.grid import LONGEST_NAME, check, read_sweep, register_sweep_schema
 
 POTENTIALS = ["quad", "cubic", "tan", "tan_sep", "log", "log_sep"]
@@ -102,6 +110,24 @@ def test_the_command_line_overrides_a_grid():
         (potential, lam, "3") for potential, lam in product(["quad", "tan"], ["1", "2"])
     ]
     assert all(r["+data.options.x"] == "1" for r in found)
+
+
+def test_a_grid_may_have_mappings(tmp_path):
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "mine.yaml").write_text(
+        "name: mine\nparts:\n  - algorithm.tau: null\n    algorithm.outer:\n"
+        "      - {optimizer: SGD, lr: 0.7, nesterov: false}\n"
+        "      - {optimizer: AdamW, betas: [0.9, 0.99]}\n"
+    )
+    GlobalHydra.instance().clear()
+    with composing("sweep", [f"--config-dir={tmp_path}", "grid=mine"]) as (others, _):
+        register_sweep_schema()
+        sweep = read_sweep(others)
+        found = [sweep.config(job).algorithm.outer for job in sweep.jobs]
+    assert found == [
+        {"optimizer": "SGD", "lr": 0.7, "nesterov": False},
+        {"optimizer": "AdamW", "betas": [0.9, 0.99]},
+    ]
 
 
 def test_without_a_grid():
