@@ -50,6 +50,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"consensus.report: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("consensus.report: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def report(

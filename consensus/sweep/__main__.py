@@ -107,6 +107,8 @@ def main() -> None:
             report([sweep.path], paths=dashboard.run_dirs(), damaged=dashboard.damaged())
         except (ValueError, OSError) as error:
             leave(f"no report: {error}", 1)
+        except KeyboardInterrupt:
+            leave("stopped in the report; the same command writes it", 130)
     states = [dashboard.statuses[job.name].state for job in sweep.jobs if job not in out]
     if missing := sum(state != "done" for state in states):
         leave(f"{missing} of {len(sweep.jobs)} runs are not done; see status.json in each", 1)

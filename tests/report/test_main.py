@@ -68,6 +68,14 @@ def test_the_command_refuses_in_one_line(command, write_run, tmp_path):
         assert err.count("\n") == 1
 
 
+def test_ctrl_c_is_one_line(command, write_run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("consensus.report.__main__.draw_run", interrupted)
+    assert command(write_run("a", None, [row_at(10)])) == (130, "", "consensus.report: stopped\n")
+
+
 @pytest.fixture
 def sweep(tmp_path, write_run):
     """Two potentials, two lam, two seeds of one, one diverged, one without an evaluation; mSGD."""

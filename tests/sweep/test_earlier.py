@@ -181,6 +181,18 @@ def test_a_finished_run_without_its_numbers_is_damaged(done, tmp_path, file, con
     assert len(started(tmp_path / "many" / "seed=1")) == 1
 
 
+def test_ctrl_c_while_the_report_is_written_is_one_line(done, monkeypatch):
+    """As SIGTERM, which interrupts the sweep likewise; many figures take minutes."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("consensus.sweep.__main__.report", interrupted)
+    code, _, err = done(*BASE)
+    line = "consensus.sweep: stopped in the report; the same command writes it\n"
+    assert (code, err) == (130, line)
+
+
 def test_a_run_left_running_by_a_killed_sweep_is_interrupted(done, tmp_path):
     """Also where its number belongs to another process by now, as that of this test."""
     run_dir = tmp_path / "many" / "seed=1"
