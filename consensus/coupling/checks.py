@@ -1,14 +1,18 @@
 """Checks of the model and optimizer of a `Coupling`: each problem is one sentence."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from consensus.comm import group_inside, have_others_in_common
+from consensus.comm import PeerLostError, group_inside, have_others_in_common
 from consensus.core.flat import local
+from consensus.coupling.part import Part
+from consensus.coupling.processes import Processes
 
 
 def check_model(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
@@ -45,14 +49,49 @@ def check_model(model: nn.Module, optimizer: Optimizer, group: Any) -> None:
             raise ValueError(f"the parameters have the {kind}s {', '.join(found)}; allowed: one")
 
 
-def check_finite(us: Sequence[Tensor], calls: int) -> None:
+def check_finite(parts: Sequence[Part], calls: int) -> None:
     """Raise a RuntimeError if u is not finite after so many calls of `step`."""
-    if not all(bool(u.sum().isfinite()) for u in us):
+    if not all(bool(part.u.sum().isfinite()) for part in parts):
         raise RuntimeError(
             f"u is not finite after {calls} calls of `step`, because the parameters of a process "
             "were not; remedies: a smaller learning rate, or no optimizer step where a gradient is "
             "not finite"
         )
+
+
+def check_replicas(processes: Processes, parts: Sequence[Part], calls: int) -> None:
+    """Raise a RuntimeError on all processes unless u, and what moves it, are equal. A collective.
+
+    A schedule of an outer optimizer may have used numbers of one process.
+    """
+    # Exact in any order of the terms, in one pass over u; a digest takes several.
+    kinds = {4: torch.int32, 8: torch.int64}
+    us = [part.u.view(kinds[part.u.element_size()]) for part in parts]
+    sums = tuple(int(u.sum(dtype=torch.int64)) for u in us)
+    outers = describe_optimizers([part.outer for part in parts if part.outer is not None])
+    try:
+        processes.require_equal({"outer": outers}, {"u": sums})
+    except ValueError as error:
+        raise RuntimeError(f"after {calls} calls of `step`: {error}") from error
+
+
+@contextmanager
+def warning_of_a_lost_sum(calls: int) -> Iterator[None]:
+    """Context in which a lost peer is a warning: nobody needs the sum any more."""
+    try:
+        yield
+    except PeerLostError as error:
+        warnings.warn(
+            f"{error}; after {calls} calls of `step` another process is gone: u differs between "
+            "processes that have not called `step` equally often",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def describe_optimizers(optimizers: Sequence[Optimizer]) -> str:
+    """The classes and options of optimizers."""
+    return ", ".join(map(describe_optimizer, optimizers))
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:

@@ -16,13 +16,12 @@ the parameters by the optimizer, and q(w) = (eta^2 / 2) grad phi(w), a communica
                z_j+ = z_j + s_j (d_j + pull q(u+ - z_j))
     implicit   the weighted proximal steps of core/kernels/weighted.py
 
-Data flow with `overlap`: a call of `step` copies z_j to the parameters and begins the sum, which
-forward, backward and optimizer step hide. The next call, or with a `delay` a later one, finishes it
-and moves u and z_j (part.py).
+Data flow with `overlap`: a call of `step` begins the sum of the z_j, which forward, backward and
+optimizer step hide. The next call, or with a `delay` a later one, moves u and z_j (part.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -32,7 +31,7 @@ from torch.optim import Optimizer
 from consensus.comm import Group, PeerLostError, group_of_user, num_ranks
 from consensus.core.kernels.optimizers import MakeOptimizer
 from consensus.core.potentials import Potential
-from consensus.coupling.checks import Watch, check_finite, check_model, describe_optimizer
+from consensus.coupling import checks
 from consensus.coupling.part import LOOK, Part, load_states, problem_of_state, states_of
 from consensus.coupling.plan import Plan, describe, identity, make_plans
 from consensus.coupling.processes import Processes, device_of
@@ -118,7 +117,7 @@ class Coupling:
             try:
                 own = (potential, options, eta, pull, outer, local_pull, period, fragments)
                 settings = Settings(*own, implicit, order, overlap, delay, buffers)
-                check_model(model, optimizer, group)
+                checks.check_model(model, optimizer, group)
                 plans = make_plans(model, optimizer, settings, layers, self._processes.shards)
                 described, self._identity = settings.describe(), identity(settings, plans)
             except ValueError as error:
@@ -155,12 +154,12 @@ class Coupling:
         self, plans: list[Plan], described: dict[str, Any], optimizer: Optimizer, buffers: str
     ) -> None:
         """Compare the processes, and make the parts."""
-        floats = [own for own in self._model.buffers() if own.is_floating_point()]
-        self._buffers = floats if buffers == "mean" else []
-        self._watch = Watch(self._model)
+        shared = self._model.buffers() if buffers == "mean" else ()
+        self._buffers = [own for own in shared if own.is_floating_point()]
+        self._watch = checks.Watch(self._model)
         self._processes.require_equal(described, describe(self._model, plans, self._buffers))
         self._parts = [self._make_part(plan, optimizer, self._processes.workers) for plan in plans]
-        if outers := ", ".join(map(describe_optimizer, self.outer_optimizers)):
+        if outers := checks.describe_optimizers(self.outer_optimizers):
             self._processes.require_equal({"outer": outers}, {})
         self._restart()
 
@@ -219,8 +218,7 @@ class Coupling:
         processes of a worker. Frozen parameters and buffers are those of this process.
         """
         state: dict[str, Any] = self._model.state_dict(keep_vars=True)
-        every = [part.parameters.copies(part.u).items() for part in self._parts]
-        copies = {key: u for items in every for key, u in items}
+        copies = {key: u for p in self._parts for key, u in p.parameters.copies(p.u).items()}
         for name, value in state.items():
             if isinstance(value, Tensor):
                 own = copies.get(id(value))
@@ -291,7 +289,7 @@ class Coupling:
         if self._closed:
             return
         self._closed = True
-        with suppress(PeerLostError):  # nobody needs the sum any more
+        with checks.warning_of_a_lost_sum(self._calls):
             self._wait()
         self._processes.close()
 
@@ -331,6 +329,8 @@ class Coupling:
         for part in parts:
             part.finish(displaced)
         self._count()
+        if self._communications % LOOK == 0:
+            checks.check_replicas(self._processes, self._parts, self._calls)
         if self._buffers:  # only here: a late mean could make a variance negative
             self._processes.mean_(self._buffers)
 
@@ -338,7 +338,7 @@ class Coupling:
         """Count a communication, and look now and then whether u is finite."""
         self._communications += 1
         if self._communications % LOOK == 0:  # seldom, since it waits for the device
-            check_finite([part.u for part in self._parts], self._calls)
+            checks.check_finite(self._parts, self._calls)
 
     def __reduce__(self) -> NoReturn:
         """Refuse copies, which would share the sum on its way."""

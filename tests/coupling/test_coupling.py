@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -554,6 +555,70 @@ def test_u_that_is_not_finite_ends_the_loops_of_all_ranks(ranks):
     t, message = answers[0]
     assert 198 <= t <= 200
     assert message.startswith(f"u is not finite after {t} calls of `step`, because the parameters")
+
+
+def schedule_alone(group):
+    """A schedule of the outer optimizer by a number of rank 1; what each rank is told, and when."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    coupling = Coupling(model, optimizer, outer=lambda u: torch.optim.SGD(u, lr=0.5), pull=1.0)
+    (outer,) = coupling.outer_optimizers
+    for t in range(300):
+        if t == 20 and group.rank == 1:
+            outer.param_groups[0]["lr"] = 0.25
+        try:
+            coupling.step()
+        except RuntimeError as error:
+            return t, str(error)
+    return None
+
+
+def disturb_u(group):
+    """One bit of u changes on rank 1."""
+    model = two_layers()
+    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=LR), period=2)
+    for t in range(300):
+        if t == 50 and group.rank == 1:
+            u = coupling._parts[0].u
+            u.view(torch.int64 if u.dtype == F64 else torch.int32)[3] ^= 1
+        try:
+            coupling.step()
+        except RuntimeError as error:
+            return t, str(error)
+    return None
+
+
+@pytest.mark.ranks
+def test_replicas_of_u_that_differ_end_the_loops_of_all_ranks(ranks):
+    """After the 100th communication, not silently at the end of the training."""
+    for function, least, said in (
+        (schedule_alone, 98, "`outer` on rank 1 differs from rank 0 (SGD(lr=0.25, "),
+        (disturb_u, 198, "`u` on rank 1 differs from rank 0; allowed: the same on all"),
+    ):
+        answers = ranks(2, function)
+        assert len(set(answers)) == 1
+        t, message = answers[0]
+        assert least <= t <= least + 2
+        assert message.startswith(f"after {t} calls of `step`: {said}")
+
+
+def step_once_more(group):
+    model = two_layers()
+    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=LR))
+    for _ in range(5 + group.rank):
+        coupling.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        coupling.close()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.ranks
+def test_processes_that_have_not_called_step_equally_often_are_warned_at_the_end(ranks):
+    first, second = ranks(2, step_once_more)
+    assert first == []
+    (line,) = second
+    assert "after 6 calls of `step` another process is gone: u differs between processes" in line
 
 
 def test_copies_of_a_coupling_are_refused():
