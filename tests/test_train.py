@@ -361,7 +361,7 @@ TWO = {
         ("algorithm=3", "Config group override must be a string or a list. Got int"),
         ("experiment=smok", "`experiment` is smok; allowed: "),
         ("foo=[", "`foo` is [; Hydra cannot read it (no viable alternative at input '['"),
-        ("workers=0", "`workers` is 0; allowed: null or >= 1"),
+        ("workers=0", "`workers` is 0; allowed: null, or a whole number >= 1"),
         ("resume=runs/lam=0.1,é", "`resume` is %s/runs/lam=0.1,é; allowed: never, auto, or the"),
         ("output.name=a=b/c", "`output.name` is 'a=b/c'; allowed: a word without `/`"),
         ("algorithm.batch_size=5000", "`algorithm.batch_size` is 5000; allowed: at most 1437, "),

@@ -65,6 +65,10 @@ class Loss:
     guess: Callable[[Dataset], Mapping[str, float]] = lambda dataset: {}
     interval: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if "loss" in self.metrics:
+            raise ValueError("a metric is called `loss`; allowed: other names than the loss's own")
+
     @property
     def best(self) -> tuple[str, str]:
         """The name of the metric that decides which evaluation is the best, and its goal."""

@@ -6,8 +6,9 @@ samples.
 # N samples
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # a class that the loss leaves out, as in torch
+SHOWN = 8  # parts of a tree in a message
 
 Tree = Any
 """A tensor, or a tuple or dict of trees."""
@@ -41,13 +43,18 @@ def leaves(tree: Tree) -> Iterator[Any]:
 def described(tree: Tree) -> str:
     """The types and shapes of a tree, such as `float32 (60, 3, 32, 32)`."""
     if isinstance(tree, Mapping):
-        parts = [f"{key}: {described(part)}" for key, part in tree.items()]
-        return f"{{{', '.join(parts)}}}"
+        parts = [f"{key}: {described(part)}" for key, part in islice(tree.items(), SHOWN)]
+        return f"{{{', '.join(parts)}{_more(tree)}}}"
     if isinstance(tree, tuple | list):
-        return f"({', '.join(map(described, tree))})"
+        return f"({', '.join(map(described, tree[:SHOWN]))}{_more(tree)})"
     if isinstance(tree, Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape)}"
     return type(tree).__name__
+
+
+def _more(tree: Sized) -> str:
+    """What follows the parts that are shown: a list of samples has thousands."""
+    return f", ... {len(tree)} parts" if len(tree) > SHOWN else ""
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,13 @@ class Samples:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Samples":
         """A copy on a device, in types that models and losses take.
 
-        Floating point in `dtype`. Inputs of uint8 are pixels and become numbers in [0, 1]; other
-        integers stay integers.
+        Floating point in `dtype`, complex numbers in its precision. Inputs of uint8 are pixels and
+        become numbers in [0, 1]; other integers stay integers.
         """
 
         def converted(x: Tensor) -> Tensor:
+            if x.is_complex():
+                return x.to(device, dtype.to_complex())
             return x.to(device, dtype) if x.is_floating_point() else integers(x.to(device))
 
         def pixels(x: Tensor) -> Tensor:

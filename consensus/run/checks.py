@@ -90,6 +90,7 @@ def made(key: str, table: Registry[T], name: str, options: dict[str, Any]) -> T:
 
 def absolute(key: str, path: str) -> str:
     """The absolute form of a path, which a later chdir does not affect."""
+    require(path != "", key, "''", "the path of a file or folder")  # a variable that is not set
     try:
         found = Path(path).expanduser().resolve()
         found.exists()  # raises what a later access would, such as a name that is too long

@@ -153,7 +153,9 @@ class StationarityConfig(Section, key="stationarity"):
 class Config:
     """One run."""
 
-    workers: int | None = field(metadata=rule(lambda m: m is None or m >= 1, "null or >= 1"))
+    workers: int | None = field(
+        metadata=rule(lambda m: m is None or m >= 1, "null, or a whole number >= 1")
+    )
     seed: int = field(metadata=rule(lambda x: x >= 0, "a whole number >= 0"))
     dtype: str = field(metadata=one_of(DTYPES))
     device: str = field(metadata=one_of(("auto", "cpu", "cuda")))

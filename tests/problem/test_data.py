@@ -99,6 +99,26 @@ def test_samples_that_are_not_finite_are_counted_and_this_is_said():
     assert Dataset((x.int(), y.int()), (x.int(), y.int())).to("cpu", torch.float32).remarks == ()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, torch.complex64), (torch.float64, torch.complex128)]
+)
+def test_complex_samples_stay_complex(dtype, expected):
+    """Of integers there would be the real parts alone."""
+    x = torch.tensor([[1.5 + 2.5j], [0.5j]])
+    moved = Dataset((x, x), (x, x)).to("cpu", dtype)
+    assert moved.train.inputs.dtype == moved.test.targets.dtype == expected
+    assert torch.equal(moved.train.inputs, x.to(expected))
+
+
+def test_a_list_of_samples_is_refused_in_few_words():
+    given = [(torch.zeros(4), 0)] * 60000
+    with pytest.raises(
+        ValueError, match=r"\.\.\. 60000 parts\); allowed: Samples, or a pair"
+    ) as line:
+        Dataset(given, given)
+    assert len(str(line.value)) < 400
+
+
 def test_samples_have_no_graph():
     """Samples that were computed from parameters would be differentiated with the loss."""
     x = torch.ones(4, 2, requires_grad=True)

@@ -123,6 +123,8 @@ def test_shapes_that_would_broadcast_or_do_not_fit_are_refused(name, outputs, ta
 def test_goals_and_options_are_checked():
     with pytest.raises(ValueError, match="`goal` is 'most'; allowed: min, max"):
         Metric(lambda x, y: x, goal="most")
+    with pytest.raises(ValueError, match="a metric is called `loss`; allowed: other names"):
+        Loss(lambda x, y: x, {"loss": Metric(lambda x, y: x)})
     with pytest.raises(ValueError, match=r"`label_smoothing` is 1\.5; allowed"):
         LOSSES.make("cross_entropy", label_smoothing=1.5)
     assert Loss(lambda x, y: x).best == ("loss", "min")

@@ -201,7 +201,7 @@ def test_misspelt_keys_and_names(refusal, override, line):
         ("algorithm.iterations=1e3", "1000.0; allowed: a whole number >= 1"),
         ("algorithm.batch_size=${algorithm.sigma}", "0.005; allowed: a whole number >= 1"),
         ("algorithm.schedule=3", "3; allowed: a section with tau, sigma, lam"),
-        ("workers=abc", "'abc'; allowed: null or >= 1"),
+        ("workers=abc", "'abc'; allowed: null, or a whole number >= 1"),
         ("stationarity.every=x", "'x'; allowed: a whole number >= 1, or null for never"),
         ("dtype=[1]", "[1]; allowed: bfloat16, float32, float64"),
         ("model.name=[1]", "[1]; allowed: lenet5, logistic, mlp"),

@@ -89,7 +89,9 @@ EASGD = "for algorithm=easgd, whose step is symmetric (algorithm=consensus is fr
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["workers=0"], "`workers` is 0; allowed: null or >= 1"),
+        (["workers=0"], "`workers` is 0; allowed: null, or a whole number >= 1"),
+        (["output.run_dir=''"], "`output.run_dir` is ''; allowed: the path of a file or folder"),
+        (["output.root=''"], "`output.root` is ''; allowed: the path of a file or folder"),
         (["seed=-1"], "`seed` is -1; allowed: a whole number >= 0"),
         (["dtype=float16"], "`dtype` is float16; allowed: bfloat16, float32, float64"),
         (["device=tpu"], "`device` is tpu; allowed: auto, cpu, cuda"),
