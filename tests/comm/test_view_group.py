@@ -92,7 +92,7 @@ def test_one_member_needs_no_connection(monkeypatch):
 
 def _stopped(group, shared_memory: bool) -> tuple[str, int]:
     """What the others notice of a rank that makes no more progress, and their next sum."""
-    Members.BEAT_S, Members.SILENT_S = 0.1, 1.0  # in this process
+    Members.BEAT_S, Members.SILENT_S = 0.1, 4.0  # in this process; busy cores may rest for 1 s
     members = joined(group)
     view = open_view(members, CPU, 60.0, shared_memory=shared_memory)
     assert isinstance(view, ViewGroup)
@@ -126,5 +126,5 @@ def test_a_member_without_progress_is_noticed_though_its_connections_live(tmp_pa
     (_, (first, u), (second, v)) = found
     assert u == v != 0
     for why in (first, second):
-        assert "no heartbeat for 1 s" in why or "has lost a peer" in why
+        assert "no heartbeat for 4 s" in why or "has lost a peer" in why
     assert "no heartbeat" in first + second
