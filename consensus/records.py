@@ -215,10 +215,8 @@ def _finite(value: Any) -> Any:
 
 def number(row: Mapping[str, Any], key: str) -> float:
     """A number of a mapping; nan where it is null, absent or no number."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value)
+    x = row.get(key)
+    return math.nan if isinstance(x, bool) or not isinstance(x, int | float) else float(x)
 
 
 def largest(values: Iterable[float | None]) -> float:

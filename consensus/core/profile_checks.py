@@ -126,9 +126,8 @@ def _proximal_steps(profile: Profile, r: Tensor) -> Iterator[str]:
         for name, rho in found.items():
             again = rho * (1.0 + 2.0 * c * profile.dpsi(rho.square()))
             if bool((wrong := ~_same(again, r)).any()):
-                yield f"`{name}` does not solve rho + 2 c psi'(rho^2) rho = r at r = " + (
-                    f"{_first(r, wrong)}, c = {c:g}"
-                )
+                place = f"r = {_first(r, wrong)}, c = {c:g}"
+                yield f"`{name}` does not solve rho + 2 c psi'(rho^2) rho = r at {place}"
 
 
 def _same(found: Tensor, right: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def described(tree: Tree) -> str:
 
 
 def _more(tree: Sized) -> str:
-    """What follows the parts that are shown: a list of samples has thousands."""
+    """The number of parts, if there are more than are shown: a list of samples has thousands."""
     return f", ... {len(tree)} parts" if len(tree) > SHOWN else ""
 
 

@@ -195,6 +195,11 @@ def read_run(label: str, run_dir: Path, rows: Sequence[Row]) -> Run:
     return Run(label, config, rows, finished, column, highest, settings)
 
 
+def for_ranks(mean: float) -> float:
+    """A mean to 12 digits, so that equal sums of percents over the seeds are a tie."""
+    return float(f"{mean:.12g}")
+
+
 def deciding_column(rows: Sequence[Row]) -> str:
     """The column that decides, from evaluations: the first metric, or without one the loss.
 

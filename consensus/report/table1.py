@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consensus.records import columns, format_cell, is_percent, number, set_and_metric
-from consensus.report.runs import Run, canonical, varying
+from consensus.report.runs import Run, canonical, for_ranks, varying
 
 PAPER_ORDER = ("quad", "cubic", "tan", "tan_sep", "log", "log_sep")
 MSGD = "mSGD"
@@ -134,8 +134,7 @@ class Configuration:
     def sort_key(self) -> tuple[float, float]:
         """The ranks in the column that decides, then in the loss on its set; the best has least."""
         column, _ = self.criterion
-        ranks = [self.rank(key) for key in (column, loss_beside(column))]
-        return float(f"{ranks[0]:.12g}"), ranks[1]  # equal sums of percents are a tie
+        return for_ranks(self.rank(column)), self.rank(loss_beside(column))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from consensus.records import SPLITS, Row, diverged, last_row, number, rows_until, set_and_metric
 from consensus.report.halving import FINISHED, KEPT, NO_NUMBER, STOPPED, Place
-from consensus.report.runs import deciding_column
+from consensus.report.runs import deciding_column, for_ranks
 from consensus.run.checks import require
 from consensus.run.config import Config
 from consensus.run.health import ADVICE
@@ -198,8 +198,7 @@ def _rank(mean: float, goal: str) -> tuple[bool, float]:
     """The sort key of a mean: the best is the least, and one that is not finite the greatest."""
     if not math.isfinite(mean):
         return True, 0.0
-    rounded = float(f"{mean:.12g}")  # equal sums over the seeds, in percent, are equal
-    return False, -rounded if goal == "max" else rounded
+    return False, for_ranks(-mean if goal == "max" else mean)
 
 
 def plan_halving(sweep: Sweep) -> Halving | None:

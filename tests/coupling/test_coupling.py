@@ -532,19 +532,27 @@ def test_states_of_different_calls_are_refused_on_all_ranks(ranks):
     assert len({value for _, *values in answers for value in values}) == 1, "u differs"
 
 
-def break_one(group):
-    """The parameters of rank 1 become infinite; the calls after which each rank is told."""
+def steps_until_told(group, at, change, **options):
+    """`change(model, coupling)` on rank 1 at call `at`; when each rank is told of what."""
     model = two_layers()
-    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=LR), "huber", period=2)
+    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=LR), **options)
     for t in range(400):
-        if t == 50 and group.rank == 1:
-            with torch.no_grad():
-                next(model.parameters()).fill_(math.inf)
+        if t == at and group.rank == 1:
+            change(model, coupling)
         try:
             coupling.step()
         except RuntimeError as error:
             return t, str(error)
     return None
+
+
+def break_one(group):
+    """The parameters of rank 1 become infinite."""
+
+    def change(model, _):
+        next(model.parameters()).data.fill_(math.inf)
+
+    return steps_until_told(group, 50, change, potential="huber", period=2)
 
 
 @pytest.mark.ranks
@@ -558,34 +566,23 @@ def test_u_that_is_not_finite_ends_the_loops_of_all_ranks(ranks):
 
 
 def schedule_alone(group):
-    """A schedule of the outer optimizer by a number of rank 1; what each rank is told, and when."""
-    model = two_layers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    coupling = Coupling(model, optimizer, outer=lambda u: torch.optim.SGD(u, lr=0.5), pull=1.0)
-    (outer,) = coupling.outer_optimizers
-    for t in range(300):
-        if t == 20 and group.rank == 1:
-            outer.param_groups[0]["lr"] = 0.25
-        try:
-            coupling.step()
-        except RuntimeError as error:
-            return t, str(error)
-    return None
+    """A schedule of the outer optimizer by a number of rank 1."""
+
+    def change(_, coupling):
+        coupling.outer_optimizers[0].param_groups[0]["lr"] = 0.25
+
+    outer = {"outer": lambda u: torch.optim.SGD(u, lr=0.5), "pull": 1.0}
+    return steps_until_told(group, 20, change, **outer)
 
 
 def disturb_u(group):
     """One bit of u changes on rank 1."""
-    model = two_layers()
-    coupling = Coupling(model, torch.optim.SGD(model.parameters(), lr=LR), period=2)
-    for t in range(300):
-        if t == 50 and group.rank == 1:
-            u = coupling._parts[0].u
-            u.view(torch.int64 if u.dtype == F64 else torch.int32)[3] ^= 1
-        try:
-            coupling.step()
-        except RuntimeError as error:
-            return t, str(error)
-    return None
+
+    def change(_, coupling):
+        u = coupling._parts[0].u
+        u.view(torch.int64 if u.dtype == F64 else torch.int32)[3] ^= 1
+
+    return steps_until_told(group, 50, change, period=2)
 
 
 @pytest.mark.ranks
